@@ -1,0 +1,1 @@
+"""Triton kernels of worldkv_kernels, one op a file. Each file needs torch and triton alone."""

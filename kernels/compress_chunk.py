@@ -1,0 +1,158 @@
+"""Pruning of a chunk against its anchor frame, after WorldKV, arXiv 2605.22718, section on compression.
+
+Four launches: the anchor's mean key; every other token's cosine similarity to it, over all heads at
+once; the least similar tokens, by counting how many come before each; and the copy of what was kept.
+Sums run in fp32 in a fixed order and no fp32 copy of the chunk is made: the only temporaries are the
+mean key [heads * head_dim], the similarities and the marks [tokens].
+
+A candidate is a token outside the anchor frame, numbered in the chunk's order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def anchor_mean_kernel(
+    k_ptr, mean_ptr, first_token, frame_tokens, columns, stride_k_row,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    rows = tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for first in range(0, frame_tokens, BLOCK_ROWS):
+        row = first + rows[:, None]
+        offsets = (first_token + row).to(tl.int64) * stride_k_row + column[None, :]
+        mask = (row < frame_tokens) & (column[None, :] < columns)
+        total += tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + column, tl.sum(total, 0) / frame_tokens, mask=column < columns)
+
+
+@triton.jit
+def similarity_kernel(
+    k_ptr, mean_ptr, similarity_ptr, candidates, frame_tokens, anchor, columns, stride_k_row,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    candidate = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    # Frames at or after the anchor lie one frame further on.
+    token = tl.where(candidate >= anchor * frame_tokens, candidate + frame_tokens, candidate)
+    k_rows = k_ptr + token[:, None].to(tl.int64) * stride_k_row
+    dots = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
+    squares = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
+    mean_squares = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    for first in range(0, columns, BLOCK_COLUMNS):
+        column = first + tl.arange(0, BLOCK_COLUMNS)
+        mean = tl.load(mean_ptr + column, mask=column < columns, other=0.0)
+        mask = (candidate[:, None] < candidates) & (column[None, :] < columns)
+        k = tl.load(k_rows + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        dots += k * mean[None, :]
+        squares += k * k
+        mean_squares += mean * mean
+    norms = tl.sqrt_rn(tl.sum(squares, 1)) * tl.sqrt_rn(tl.sum(mean_squares, 0))
+    similarity = tl.sum(dots, 1) / (norms + 1e-8)
+    similarity = tl.where(similarity == similarity, similarity, float("inf"))  # NaN goes first
+    tl.store(similarity_ptr + candidate, similarity, mask=candidate < candidates)
+
+
+@triton.jit
+def select_kernel(
+    similarity_ptr, kept_ptr, group_size, group_kept, BLOCK_TOKENS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+):  # fmt: skip
+    """Mark a candidate when fewer than `group_kept` of its group are less similar, or equal and earlier."""
+    group = tl.program_id(1) * group_size
+    index = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    own = tl.load(similarity_ptr + group + index, mask=index < group_size, other=float("inf"))
+    before = tl.zeros([BLOCK_TOKENS], tl.int32)
+    for first in range(0, group_size, BLOCK_OTHERS):
+        other = first + tl.arange(0, BLOCK_OTHERS)
+        mask = other < group_size
+        similarity = tl.load(similarity_ptr + group + other, mask=mask, other=float("inf"))
+        equal_earlier = (similarity[None, :] == own[:, None]) & (other[None, :] < index[:, None])
+        comes_before = ((similarity[None, :] < own[:, None]) | equal_earlier) & mask[None, :]
+        before += tl.sum(comes_before.to(tl.int32), 1)
+    tl.store(kept_ptr + group + index, (before < group_kept).to(tl.int32), mask=index < group_size)
+
+
+@triton.jit
+def gather_kernel(
+    k_ptr, v_ptr, kept_ptr, out_k_ptr, out_v_ptr, index_ptr, frame_tokens, anchor, columns,
+    stride_k_row, stride_v_row, stride_out_k_row, stride_out_v_row,
+    ALL_KEPT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    first_anchor = anchor * frame_tokens
+    # The output row: the anchor frame first, then the kept candidates in order.
+    if (token >= first_anchor) & (token < first_anchor + frame_tokens):
+        row = token - first_anchor
+        kept = 1
+    else:
+        candidate = token
+        if token >= first_anchor:
+            candidate = token - frame_tokens
+        if ALL_KEPT:
+            row = frame_tokens + candidate
+            kept = 1
+        else:
+            row = frame_tokens
+            for first in range(0, candidate, BLOCK_TOKENS):
+                other = first + tl.arange(0, BLOCK_TOKENS)
+                row += tl.sum(tl.load(kept_ptr + other, mask=other < candidate, other=0), 0)
+            kept = tl.load(kept_ptr + candidate)
+    if kept != 0:
+        tl.store(index_ptr + row, token)
+        source = token.to(tl.int64)
+        target = row.to(tl.int64)
+        for first in range(0, columns, BLOCK_COLUMNS):
+            column = first + tl.arange(0, BLOCK_COLUMNS)
+            mask = column < columns
+            k = tl.load(k_ptr + source * stride_k_row + column, mask=mask)
+            v = tl.load(v_ptr + source * stride_v_row + column, mask=mask)
+            tl.store(out_k_ptr + target * stride_out_k_row + column, k, mask=mask)
+            tl.store(out_v_ptr + target * stride_out_v_row + column, v, mask=mask)
+
+
+def compress_chunk(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out_k: torch.Tensor,
+    out_v: torch.Tensor,
+    index: torch.Tensor,
+    *,
+    frames: int,
+    keep: int,
+    pooled: bool,
+    anchor: int,
+) -> None:
+    """Launch the kernels. k, v [frames * frame_tokens, heads, head_dim]; `keep` tokens per pruned frame."""
+    tokens, heads, head_dim = k.shape
+    columns = heads * head_dim
+    frame_tokens = tokens // frames
+    candidates = tokens - frame_tokens
+    kept = None
+    all_kept = keep >= frame_tokens or candidates == 0
+    if not all_kept:
+        mean = torch.empty(columns, dtype=torch.float32, device=k.device)
+        similarity = torch.empty(candidates, dtype=torch.float32, device=k.device)
+        kept = torch.empty(candidates, dtype=torch.int32, device=k.device)
+        anchor_mean_kernel[(triton.cdiv(columns, 32),)](
+            k, mean, anchor * frame_tokens, frame_tokens, columns, k.stride(0),
+            BLOCK_ROWS=256, BLOCK_COLUMNS=32, num_warps=4,
+        )  # fmt: skip
+        similarity_kernel[(triton.cdiv(candidates, 4),)](
+            k, mean, similarity, candidates, frame_tokens, anchor, columns, k.stride(0),
+            BLOCK_TOKENS=4, BLOCK_COLUMNS=1024, num_warps=4,
+        )  # fmt: skip
+        groups = 1 if pooled else frames - 1
+        group_size = candidates // groups
+        select_kernel[(triton.cdiv(group_size, 32), groups)](
+            similarity, kept, group_size, keep * (frames - 1) // groups,
+            BLOCK_TOKENS=32, BLOCK_OTHERS=256, num_warps=4,
+        )  # fmt: skip
+    gather_kernel[(tokens,)](
+        k, v, kept, out_k, out_v, index, frame_tokens, anchor, columns,
+        k.stride(0), v.stride(0), out_k.stride(0), out_v.stride(0),
+        ALL_KEPT=all_kept, BLOCK_TOKENS=1024, BLOCK_COLUMNS=1024, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,22 @@
+"""World memory for autoregressive video diffusion: attention over a paged KV pool, pruning and retrieval."""
+
+from .memory.config import MemoryConfig
+from .memory.window import Segment, Window
+from .memory.world_memory import ChunkPlan, WorldMemory
+from .ops import CompressedChunk, compress_chunk, norm_rope_append, segment_attention
+from .rope import Rope3D
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChunkPlan",
+    "CompressedChunk",
+    "MemoryConfig",
+    "Rope3D",
+    "Segment",
+    "Window",
+    "WorldMemory",
+    "compress_chunk",
+    "norm_rope_append",
+    "segment_attention",
+]

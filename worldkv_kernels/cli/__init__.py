@@ -1,0 +1,35 @@
+"""The worldkv command. Each subcommand is a module with add_arguments(parser) and run(args) -> exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .. import __version__
+
+COMMANDS = {
+    "recall": "a photograph seen by a panning camera, remembered and recalled through the real ops",
+    "rollout": "a reference model over a camera trajectory: speed, bytes, tokens, what was retrieved",
+    "doctor": "what this machine has, and which backend each op would use, and why",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand. Bad input is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="worldkv", description="World memory for video world models.")
+    parser.add_argument("--version", action="version", version=f"worldkv_kernels {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    argv = sys.argv[1:] if argv is None else argv
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in argv:  # the others stay unimported, so that --help answers at once
+            command = importlib.import_module(f".{name}", __package__)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"worldkv {args.command}: {error}", file=sys.stderr)
+        return 2

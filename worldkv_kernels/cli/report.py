@@ -1,0 +1,91 @@
+"""What the subcommands share: text tables, progress, JSON, devices and the machine's description."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first to the left and the others to the right."""
+    cells = [list(columns), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]  # noqa: B905
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that fits, as 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+class Progress:
+    """One line on stderr that is rewritten on a terminal, and printed every two seconds elsewhere."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._last = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def step(self, detail: str = "") -> None:
+        """Count one more step done."""
+        self._done += 1
+        now = time.monotonic()
+        last = self._done == self._total
+        text = f"{self._label}: {self._done}/{self._total} {detail}"
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif now - self._last > 2 or last:
+            print(text, file=sys.stderr, flush=True)
+            self._last = now
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to place a figure: versions, and the device's name."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "worldkv_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+    }
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The named device, or the first GPU, or the CPU. Raises ValueError when it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be a device of this machine, got {name!r}: {error}") from error
+    return device
+
+
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    """Write `result` to a file, or to stdout for "-"; nothing for None."""
+    if path == "-":
+        print(json.dumps(result, indent=2))
+    elif path is not None:
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,178 @@
+"""What a world memory keeps and what it brings back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..ops.checks import HEAD_DIMS
+from ..ops.compress_chunk import kept_tokens
+from ..rope import Rope3D
+from .retrieval import PublishedPoseRetrieval, RetrievalPolicy, make_policy
+
+Mode = Literal["worldkv", "full", "sliding", "sink_recent"]
+Order = Literal["time", "nearest_last", "nearest_first"]
+MODES = ("worldkv", "full", "sliding", "sink_recent")
+ORDERS = ("time", "nearest_last", "nearest_first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The sizes of a model and the policy of its memory.
+
+    The model: `num_layers`, `num_heads`, `head_dim` (64 or 128), `grid` (height, width) in tokens of one latent
+    frame, `chunk_frames` latent frames denoised together; `rope`, "wan" for Rope3D(head_dim) or None for no
+    rotation; `eps` and `round_before_rope` of its QK-norm; `scale` of its softmax, 1 / sqrt(head_dim) for None.
+
+    The window, in latent frames, multiples of `chunk_frames`: `sink_frames` from the start, then up to
+    `retrieved_chunks` from the bank, then `recent_frames` past ones, then the current chunk.
+
+    `mode`: "worldkv" as described; the baselines "full" (every past chunk), "sliding" (recent and current) and
+    "sink_recent" (sink, recent and current) ignore what they do not use.
+
+    `keep_ratio`, `pooled`: how a chunk is pruned when it leaves the recent frames, see compress_chunk; 1 keeps all.
+    `retrieval`: "pose", "fov" or a RetrievalPolicy object. `order` of the retrieved chunks in the window: by
+    "time", or "nearest_last", "nearest_first". `rebase_time`: turn retrieved and sink chunks in time so that
+    the window's frames follow each other without a gap up to the recent ones.
+
+    `bank`: "device", or "host" for (pinned) host memory with device room for the retrieved chunks alone.
+    `bank_chunks`: how many chunks the bank holds, or in mode "full" how many chunks in all; past that the policy
+    drops one ("full" raises). None: what fits half of the memory that is free when the WorldMemory is made,
+    at most what the rope's positions can number.
+
+    `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official().
+    """
+
+    num_layers: int
+    num_heads: int
+    grid: tuple[int, int]
+    head_dim: int = 128
+    chunk_frames: int = 3
+    sink_frames: int = 3
+    recent_frames: int = 6
+    retrieved_chunks: int = 6
+    keep_ratio: float = 0.25
+    pooled: bool = True
+    mode: Mode = "worldkv"
+    retrieval: str | RetrievalPolicy = "pose"
+    rebase_time: bool = False
+    order: Order = "time"
+    bank: Literal["device", "host"] = "device"
+    bank_chunks: int | None = None
+    rope: Rope3D | Literal["wan"] | None = "wan"
+    scale: float | None = None
+    eps: float = 1e-6
+    round_before_rope: bool = True
+    rebase_sink: bool = True
+    unattended_chunks: int = 0
+    bank_sink: bool = False
+
+    def __post_init__(self) -> None:
+        def check(right: bool, field: str, wanted: str) -> None:
+            if not right:
+                raise ValueError(f"MemoryConfig: {field} must be {wanted}, got {getattr(self, field)!r}")
+
+        for field in ("num_layers", "num_heads", "chunk_frames"):
+            check(getattr(self, field) >= 1, field, "at least 1")
+        check(self.num_heads <= 64, "num_heads", "at most 64")
+        check(self.head_dim in HEAD_DIMS, "head_dim", "64 or 128")
+        check(len(self.grid) == 2 and min(self.grid) >= 1, "grid", "(height, width) of at least 1 token each")
+        for field in ("sink_frames", "recent_frames"):
+            frames = getattr(self, field)
+            check(frames >= 0 and frames % self.chunk_frames == 0, field, f"a multiple of chunk_frames={self.chunk_frames}")
+        for field in ("retrieved_chunks", "unattended_chunks"):
+            check(getattr(self, field) >= 0, field, "at least 0")
+        check(0 < self.keep_ratio <= 1, "keep_ratio", "above 0 and at most 1")
+        check(self.mode in MODES, "mode", f"one of {', '.join(MODES)}")
+        check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
+        check(self.bank in ("device", "host"), "bank", "'device' or 'host'")
+        make_policy(self.retrieval)
+        least = max(1, self.retrieved_chunks) if self.mode == "worldkv" else 1
+        check(self.bank_chunks is None or self.bank_chunks >= least, "bank_chunks", f"None or at least {least}")
+        if isinstance(self.rope, Rope3D):
+            check(self.rope.head_dim == self.head_dim, "rope", f"for head_dim {self.head_dim}")
+        else:
+            check(self.rope in ("wan", None), "rope", "a Rope3D, 'wan' or None")
+        check(not (self.rebase_time and self.rope is None), "rebase_time", "False where there is no rope")
+
+    @classmethod
+    def official(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        head_dim: int = 128,
+        chunk_frames: int = 3,
+        sink_frames: int = 3,
+        retrieved_frames: int = 18,
+        recent_frames: int = 6,
+        keep_ratio: float = 0.5,
+        pooled: bool = True,
+        rope_correction: bool = False,
+        clip_frames: int | None = None,
+        bank: Literal["device", "host"] = "device",
+        bank_chunks: int | None = None,
+    ) -> MemoryConfig:
+        """What WorldKV's published code (arXiv 2605.22718) does, faults included, to compare results with.
+
+        Arguments have that code's meaning and its README's values: `recent_frames` includes the current
+        chunk, and `clip_frames`, the latent frames of the whole clip, shrinks the recent frames of a
+        short one. Reproduced: the chunk just older than the recent frames is neither attended nor a
+        candidate as soon as anything is retrieved; rotation matrices are averaged; distances are divided
+        by their maximum, however small; retrieved chunks stand nearest first, also under the rope
+        correction, which leaves the sink at its absolute time; chunk 0 is banked beside being the sink.
+
+        Raises ValueError where that code leaves a chunk outside its own window: when `clip_frames` is so short
+        that no recent frames are left.
+        """
+        if clip_frames is not None:
+            window = min(sink_frames + retrieved_frames + recent_frames, clip_frames)
+            recent_frames = window - sink_frames - retrieved_frames
+        if recent_frames < chunk_frames:
+            raise ValueError(
+                f"MemoryConfig.official: recent_frames, the current chunk included, must be at least "
+                f"chunk_frames={chunk_frames} after the clip's length is taken off, got {recent_frames} "
+                f"(the published code then lets a chunk not attend to itself)"
+            )
+        for name, frames in (("retrieved_frames", retrieved_frames), ("recent_frames", recent_frames)):
+            if frames % chunk_frames:
+                raise ValueError(
+                    f"MemoryConfig.official: {name} must be a multiple of chunk_frames={chunk_frames}, got {frames}"
+                )
+        return cls(
+            num_layers=num_layers, num_heads=num_heads, grid=grid, head_dim=head_dim,
+            chunk_frames=chunk_frames, sink_frames=sink_frames, recent_frames=recent_frames - chunk_frames,
+            retrieved_chunks=retrieved_frames // chunk_frames, keep_ratio=keep_ratio, pooled=pooled,
+            retrieval=PublishedPoseRetrieval(), rebase_time=rope_correction, rebase_sink=False,
+            order="nearest_first", bank=bank, bank_chunks=bank_chunks,
+            unattended_chunks=1, bank_sink=True,
+        )  # fmt: skip
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk_frames * self.frame_tokens
+
+    @property
+    def banked_tokens(self) -> int:
+        """Tokens of a chunk after pruning."""
+        return kept_tokens(self.chunk_frames, self.frame_tokens, self.keep_ratio)
+
+    @property
+    def sink_chunks(self) -> int:
+        return self.sink_frames // self.chunk_frames if self.mode in ("worldkv", "sink_recent") else 0
+
+    @property
+    def recent_chunks(self) -> int:
+        return self.recent_frames // self.chunk_frames
+
+    @property
+    def has_bank(self) -> bool:
+        return self.mode == "worldkv"
+
+    def make_rope(self) -> Rope3D | None:
+        return Rope3D(self.head_dim) if self.rope == "wan" else self.rope

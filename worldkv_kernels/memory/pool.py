@@ -1,0 +1,55 @@
+"""The pool: per layer, K and V storage in slots that start on multiples of 128 rows."""
+
+from __future__ import annotations
+
+import torch
+
+from .window import TILE_ROWS
+
+
+def slot_rows(tokens: int) -> int:
+    """Rows of a slot for `tokens`: rounded up to a multiple of 128."""
+    return -(-tokens // TILE_ROWS) * TILE_ROWS
+
+
+class Pool:
+    """K and V of all layers, [num_layers, rows, heads, head_dim] each, allocated once and never again.
+
+    Rows are cut into slots: a list of (tokens, count) gives, kind after kind, `count` slots that hold `tokens`
+    each. The tail rows of a slot, between its tokens and the next multiple of 128, hold zeros.
+    """
+
+    def __init__(
+        self,
+        slots: list[tuple[int, int]],
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.first_rows: list[list[int]] = []
+        rows = 0
+        tails = []
+        for tokens, count in slots:
+            size = slot_rows(tokens)
+            self.first_rows.append([rows + i * size for i in range(count)])
+            tails += [(first + tokens, first + size) for first in self.first_rows[-1]]
+            rows += size * count
+        shape = (num_layers, rows, num_heads, head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        for first, last in tails:
+            self.k[:, first:last].zero_()
+            self.v[:, first:last].zero_()
+        self.rows = rows
+
+    @staticmethod
+    def slot_bytes(tokens: int, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one slot's K and V over all layers."""
+        return 2 * num_layers * slot_rows(tokens) * num_heads * head_dim * dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()

@@ -1,0 +1,109 @@
+"""Camera poses: 4 x 4 camera-to-world matrices in OpenCV coordinates, checked, averaged and compared."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+_RIGID_TOLERANCE = 1e-3  # of R^T R - I; poses in half precision pass, a scaled or sheared frame does not
+
+
+def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
+    """Check rigid camera-to-world poses and return them as float64 [frames, 4, 4].
+
+    Takes an array or a tensor (a tensor on a GPU is copied, which synchronises). Raises ValueError naming
+    `op` when the shape is wrong, a number is not finite, or a pose is not a rotation and a translation.
+    """
+    wanted = f"[{frames if frames is not None else 'frames'}, 4, 4]"
+    try:
+        array = poses.detach().cpu().double().numpy() if isinstance(poses, torch.Tensor) else np.asarray(poses, float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{op}: poses must be an array {wanted}, got {type(poses).__name__}") from error
+    if array.ndim != 3 or array.shape[1:] != (4, 4) or (frames is not None and len(array) != frames) or not len(array):
+        raise ValueError(f"{op}: poses must be {wanted}, got {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{op}: poses must be finite, got {array[~np.isfinite(array)][0]}")
+    rotations = array[:, :3, :3]
+    error = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
+    rigid = (error < _RIGID_TOLERANCE) & (np.linalg.det(rotations) > 0)
+    rigid &= np.abs(array[:, 3] - (0.0, 0.0, 0.0, 1.0)).max(axis=1) < _RIGID_TOLERANCE
+    if not rigid.all():
+        frame = int(np.flatnonzero(~rigid)[0])
+        raise ValueError(
+            f"{op}: poses must be rigid, a rotation, a translation and the row 0 0 0 1, got frame {frame} "
+            f"with |R^T R - I| = {error[frame]:.2g} and last row {array[frame, 3].tolist()}"
+        )
+    return array
+
+
+def as_intrinsics(op: str, intrinsics: object, frames: int) -> np.ndarray:
+    """Check pinhole intrinsics (fx, fy, cx, cy) in pixels and return them as float64 [frames, 4]."""
+    array = np.asarray(
+        intrinsics.detach().cpu() if isinstance(intrinsics, torch.Tensor) else intrinsics, dtype=np.float64
+    )
+    if array.shape == (4,):
+        array = np.tile(array, (frames, 1))
+    if array.shape != (frames, 4):
+        raise ValueError(f"{op}: intrinsics must be [{frames}, 4] or [4], got {list(array.shape)}")
+    if not (np.isfinite(array).all() and (array > 0).all()):
+        raise ValueError(f"{op}: intrinsics must be positive fx, fy, cx, cy in pixels, got {array.min(axis=0).tolist()}")
+    return array
+
+
+def rotation_angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Angles in radians between rotations a [n, 3, 3] and b [m, 3, 3], as [n, m].
+
+    From |A - B| = 2 sqrt(2) sin(angle / 2), which keeps its precision near zero, where acos loses half.
+    """
+    chord = np.linalg.norm(a[:, None] - b[None, :], axis=(2, 3)) / (2 * math.sqrt(2))
+    return 2 * np.arcsin(np.clip(chord, 0.0, 1.0))
+
+
+def _log(rotation: np.ndarray) -> np.ndarray:
+    """Axis times angle of a rotation matrix."""
+    angle = float(rotation_angles(rotation[None], np.eye(3)[None])[0, 0])
+    skew = np.array(
+        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
+    )
+    if angle < 1e-6:
+        return skew / 2
+    if angle > math.pi - 1e-4:  # the skew part vanishes; the axis is in the symmetric one
+        axis = np.linalg.eigh((rotation + rotation.T) / 2)[1][:, 2]
+        return axis * angle * (1.0 if axis @ skew >= 0 else -1.0)
+    return skew * (angle / (2 * math.sin(angle)))
+
+
+def _exp(vector: np.ndarray) -> np.ndarray:
+    """The rotation matrix of an axis times an angle (Rodrigues)."""
+    angle = np.linalg.norm(vector)
+    if angle < 1e-12:
+        return np.eye(3)
+    x, y, z = vector / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+
+
+def geodesic_mean(rotations: np.ndarray) -> np.ndarray:
+    """The rotation with the least sum of squared angles to `rotations` [n, 3, 3] (Karcher's mean).
+
+    Unlike the mean of the matrices it is a rotation: the mean of a turning chunk lies as far from itself
+    as that of a standing one, at zero. Starts from the projected arithmetic mean.
+    """
+    u, _, vt = np.linalg.svd(rotations.mean(axis=0))
+    mean = u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt
+    for _ in range(50):
+        step = np.mean([_log(mean.T @ rotation) for rotation in rotations], axis=0)
+        mean = mean @ _exp(step)
+        if np.linalg.norm(step) < 1e-12:
+            break
+    return mean
+
+
+def mean_pose(poses: np.ndarray) -> np.ndarray:
+    """Mean translation and geodesic mean rotation of [n, 4, 4], as [4, 4]."""
+    mean = np.eye(4)
+    mean[:3, 3] = poses[:, :3, 3].mean(axis=0)
+    mean[:3, :3] = geodesic_mean(poses[:, :3, :3])
+    return mean

@@ -1,0 +1,236 @@
+"""Retrieval policies: which banked chunks come back into the window, and which a full bank gives up.
+
+A policy describes a chunk once, when it is made, and later selects among the descriptions. All of this
+runs on the host, on a few hundred small records; nothing here touches the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from .poses import mean_pose, rotation_angles
+
+# Distances are compared after rounding to this, so that float noise between views that are the same
+# (standing still, a closed loop) is a tie, and ties go to the older chunk.
+TIE_RESOLUTION = 1e-6
+
+
+@runtime_checkable
+class RetrievalPolicy(Protocol):
+    """What WorldMemory asks of a policy. `candidates` are (chunk number, description), oldest first."""
+
+    needs_intrinsics: bool
+
+    def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> Any:
+        """What to remember of a chunk: from poses [frames, 4, 4] and intrinsics [frames, 4], float64."""
+
+    def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+        """Up to `budget` chunk numbers, best first; equal scores go to the older chunk."""
+
+    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+        """The chunk that a full bank gives up; the newest candidate is the one being stored."""
+
+
+class NearestPolicy:
+    """Selects by a distance between descriptions, with optional diversity.
+
+    Chunks are picked one by one; each pick minimises d(current, i) - diversity * min d(i, picked). With
+    diversity 0 that is the plain order of distance. Towards 1, a chunk close to one already picked
+    needs to be that much closer to the current view, so near-copies do not take the whole budget.
+
+    A full bank gives up the older chunk of the two that are most alike.
+    """
+
+    needs_intrinsics = False
+
+    def __init__(self, *, diversity: float = 0.0) -> None:
+        if not 0.0 <= diversity <= 1.0:
+            raise ValueError(f"{type(self).__name__}: diversity must be from 0 to 1, got {diversity}")
+        self.diversity = diversity
+
+    def distances(self, views: Sequence[Any], others: Sequence[Any], current: Any) -> np.ndarray:
+        """Distances [views, others] between descriptions, on the scale that `current` against `others` sets."""
+        raise NotImplementedError
+
+    def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+        if not candidates or budget < 1:
+            return []
+        views = [description for _, description in candidates]
+        chunks = np.array([chunk for chunk, _ in candidates])
+        to_current = self.distances([current], views, current)[0]
+        to_picked = np.full(len(views), np.inf)
+        free = np.ones(len(views), dtype=bool)
+        picked: list[int] = []
+        while free.any() and len(picked) < budget:
+            bonus = self.diversity * to_picked if picked and self.diversity else 0.0
+            score = np.round((to_current - bonus) / TIE_RESOLUTION)
+            best = min(np.flatnonzero(free), key=lambda i: (score[i], chunks[i]))
+            picked.append(int(chunks[best]))
+            free[best] = False
+            if self.diversity:
+                to_picked = np.minimum(to_picked, self.distances([views[best]], views, current)[0])
+        return picked
+
+    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+        if len(candidates) == 1:
+            return candidates[0][0]
+        views = [description for _, description in candidates]
+        scores = np.round(self.distances(views, views, views[-1]) / TIE_RESOLUTION)
+        pairs = np.triu_indices(len(candidates), k=1)
+        closest = int(np.argmin(scores[pairs]))  # the first of equals, so the oldest pair
+        return candidates[int(pairs[0][closest])][0]
+
+
+class PoseRetrieval(NearestPolicy):
+    """Nearest camera pose: 0.5 dt / max dt + 0.5 dr / max dr on chunk means.
+
+    dt is the squared distance of the mean translations, dr the angle between the geodesic mean rotations,
+    each divided by its maximum over the candidates (WorldKV, arXiv 2605.22718). A maximum at the level
+    of float noise (a camera that only turns, or only moves) divides nothing: that term is zero.
+    """
+
+    # Relative to the largest coordinate, and in radians: a hundred times float32's resolution.
+    TRANSLATION_NOISE = 1e-5
+    ROTATION_NOISE = 1e-4
+
+    def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> np.ndarray:
+        return mean_pose(poses)
+
+    def distances(self, views: Sequence[np.ndarray], others: Sequence[np.ndarray], current: np.ndarray) -> np.ndarray:
+        a, b, now = np.stack(views), np.stack(others), current[None]
+        noise = (self.TRANSLATION_NOISE * max(np.abs(p[:, :3, 3]).max() for p in (a, b, now))) ** 2
+        dt = _share(_squared_distances(a, b), _squared_distances(now, b).max(), noise)
+        dr = _share(
+            rotation_angles(a[:, :3, :3], b[:, :3, :3]),
+            rotation_angles(now[:, :3, :3], b[:, :3, :3]).max(),
+            self.ROTATION_NOISE,
+        )
+        return 0.5 * dt + 0.5 * dr
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Between the positions of poses a [n, 4, 4] and b [m, 4, 4], as [n, m]."""
+    return np.square(a[:, None, :3, 3] - b[None, :, :3, 3]).sum(axis=2)
+
+
+def _share(distances: np.ndarray, largest: float, noise: float) -> np.ndarray:
+    """Divided by the largest; zero where that is no more than noise."""
+    return distances / largest if largest > noise else np.zeros_like(distances)
+
+
+class FovRetrieval(NearestPolicy):
+    """Largest overlap of the fields of view.
+
+    Points on a grid of pixels and at depths spaced evenly in log(depth) fill each camera's frustum. The
+    overlap of two cameras is the share of the one's points that the other sees, averaged both ways, and the
+    distance is 1 - overlap. Views that share nothing are ordered by pose, after all that share something.
+
+    `depth_range` (near, far) is in the poses' units. `image_size` (height, width) in pixels defaults to
+    twice the principal point.
+    """
+
+    needs_intrinsics = True
+
+    def __init__(
+        self,
+        *,
+        depth_range: tuple[float, float] = (1.0, 50.0),
+        image_size: tuple[int, int] | None = None,
+        diversity: float = 0.0,
+        samples: tuple[int, int, int] = (4, 6, 5),
+    ) -> None:
+        super().__init__(diversity=diversity)
+        near, far = depth_range
+        if not 0 < near < far:
+            raise ValueError(f"FovRetrieval: depth_range must be 0 < near < far, got {depth_range}")
+        self.depth_range = (float(near), float(far))
+        self.image_size = image_size
+        rows, columns, depths = samples
+        self._v, self._u, self._z = np.meshgrid(
+            (np.arange(rows) + 0.5) / rows,
+            (np.arange(columns) + 0.5) / columns,
+            np.geomspace(near, far, depths),
+            indexing="ij",
+        )  # each [rows, columns, depths]
+        self._pose = PoseRetrieval()
+
+    def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean pose [4, 4], mean intrinsics with the image size [6], frustum points in the world [n, 3]."""
+        assert intrinsics is not None
+        pose = mean_pose(poses)
+        fx, fy, cx, cy = intrinsics.mean(axis=0)
+        height, width = self.image_size or (2 * cy, 2 * cx)
+        points = np.stack(
+            [(self._u * width - cx) / fx * self._z, (self._v * height - cy) / fy * self._z, self._z], axis=-1
+        ).reshape(-1, 3)
+        return pose, np.array([fx, fy, cx, cy, height, width]), points @ pose[:3, :3].T + pose[:3, 3]
+
+    def distances(self, views: Sequence[Any], others: Sequence[Any], current: Any) -> np.ndarray:
+        points_of_views = np.stack([view[2] for view in views])
+        points_of_others = np.stack([other[2] for other in others])
+        overlap = np.empty((len(views), len(others)))
+        for j, other in enumerate(others):
+            overlap[:, j] = self._share_seen(points_of_views, other[0], other[1])
+        for i, view in enumerate(views):
+            overlap[i] += self._share_seen(points_of_others, view[0], view[1])
+        poses = self._pose.distances([view[0] for view in views], [other[0] for other in others], current[0])
+        # Poses order the views that share nothing, behind all that share something.
+        return np.where(overlap > 0, 1.0 - overlap / 2, 1.0 + poses)
+
+    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+        return self._pose.drop([(chunk, description[0]) for chunk, description in candidates])
+
+    def _share_seen(self, points: np.ndarray, pose: np.ndarray, camera: np.ndarray) -> np.ndarray:
+        fx, fy, cx, cy, height, width = camera
+        local = (points - pose[:3, 3]) @ pose[:3, :3]
+        z = local[..., 2]
+        near, far = self.depth_range
+        ahead = (z >= near * (1 - 1e-6)) & (z <= far * (1 + 1e-6))
+        depth = np.where(ahead, z, 1.0)
+        u = local[..., 0] / depth * fx + cx
+        v = local[..., 1] / depth * fy + cy
+        return (ahead & (u >= 0) & (u <= width) & (v >= 0) & (v <= height)).mean(axis=1)
+
+
+class PublishedPoseRetrieval:
+    """What the published code computes, faults included; for MemoryConfig.official().
+
+    Rotation matrices are averaged and not projected back, the angle is an acos in float32, and both terms
+    are divided by their maximum over the candidates however small. Ties, undefined there, go to the older.
+    """
+
+    needs_intrinsics = False
+
+    def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        poses = poses.astype(np.float32)
+        return poses[:, :3, 3].mean(axis=0), poses[:, :3, :3].mean(axis=0)
+
+    def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+        if not candidates:
+            return []
+        positions = np.stack([description[0] for _, description in candidates])
+        rotations = np.stack([description[1] for _, description in candidates])
+        dt = np.square(positions - current[0]).sum(axis=1)
+        trace = (rotations * current[1]).sum(axis=(1, 2))  # of R_i^T R_c
+        dr = np.arccos(np.clip((trace - np.float32(1)) / np.float32(2), -1, 1))
+        dt = dt / dt.max() if dt.max() > 0 else dt
+        dr = dr / dr.max() if dr.max() > 0 else dr
+        order = np.argsort(np.float32(0.5) * dt + np.float32(0.5) * dr, kind="stable")
+        return [candidates[i][0] for i in order[:budget]]
+
+    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+        return candidates[0][0]
+
+
+def make_policy(retrieval: str | RetrievalPolicy) -> RetrievalPolicy:
+    """The policy of a name, or the object itself. Raises ValueError on anything else."""
+    if retrieval == "pose":
+        return PoseRetrieval()
+    if retrieval == "fov":
+        return FovRetrieval()
+    if not isinstance(retrieval, str) and isinstance(retrieval, RetrievalPolicy):
+        return retrieval
+    raise ValueError(f"MemoryConfig: retrieval must be 'pose', 'fov' or a RetrievalPolicy, got {retrieval!r}")

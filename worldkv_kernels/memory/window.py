@@ -1,0 +1,146 @@
+"""The window: which pool rows a query attends to, as tables that a kernel walks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..rope import Rope3D
+
+TILE_ROWS = 128
+_INT32_MAX = 2**31 - 1
+
+
+class Segment(NamedTuple):
+    """Contiguous pool rows attended as one piece; `time_shift` in latent frames, may be negative."""
+
+    first_row: int
+    num_rows: int
+    time_shift: int = 0
+
+
+def tiles_of(num_rows: int) -> int:
+    """How many tiles of 128 rows a segment of `num_rows` takes."""
+    return -(-num_rows // TILE_ROWS)
+
+
+class Window:
+    """The segments that every query attends to, in order, kept on the device at fixed addresses.
+
+    `update` rewrites the tables in place, so a captured CUDA graph sees the new window. Segments may be
+    of any length from one row, in any order, and may overlap: a row that two segments name counts twice.
+    `capacity` is in tiles of 128 rows and defaults to what the first segments need. `rope` is wanted as
+    soon as a segment has a time shift.
+
+    Raises ValueError when there is no segment, a segment is empty or starts below row 0, the capacity
+    is too small, or a time shift comes without a rope; TypeError when a number is not an integer.
+    """
+
+    def __init__(
+        self,
+        segments: Iterable[Segment | tuple[int, ...]],
+        *,
+        device: torch.device | str,
+        rope: Rope3D | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        checked = _checked(segments, rope)
+        needed = sum(tiles_of(s.num_rows) for s in checked)
+        self.capacity = needed if capacity is None else operator.index(capacity)
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.rope = rope
+        turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
+        on_gpu = self.device.type == "cuda"
+        self._device_tables = {
+            "tiles": torch.zeros((self.capacity, 2), dtype=torch.int32, device=self.device),
+            "ranges": torch.zeros((self.capacity + 1, 4), dtype=torch.int32, device=self.device),
+            "counts": torch.zeros(4, dtype=torch.int32, device=self.device),
+            "turns": torch.zeros(turns, dtype=torch.float32, device=self.device),
+        }
+        self._host_tables = {
+            name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu)
+            for name, table in self._device_tables.items()
+        }
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self.segments: tuple[Segment, ...] = ()
+        self._load(checked)
+
+    tiles = property(lambda self: self._device_tables["tiles"])
+    ranges = property(lambda self: self._device_tables["ranges"])
+    counts = property(lambda self: self._device_tables["counts"])
+    turns = property(lambda self: self._device_tables["turns"])
+
+    def update(self, segments: Iterable[Segment | tuple[int, ...]]) -> None:
+        """Replace the segments. Copies asynchronously on the current stream; the old window stays on error."""
+        self._load(_checked(segments, self.rope))
+
+    def _load(self, segments: tuple[Segment, ...]) -> None:
+        needed = sum(tiles_of(s.num_rows) for s in segments)
+        if needed > self.capacity:
+            raise ValueError(f"Window: segments must fit capacity={self.capacity} tiles of 128 rows, got {needed} tiles")
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy out of the pinned tables; long done in practice
+        host = {name: table.numpy() for name, table in self._host_tables.items()}
+        first = np.array([s.first_row for s in segments], dtype=np.int64)
+        rows = np.array([s.num_rows for s in segments], dtype=np.int64)
+        full, tail = rows // TILE_ROWS, rows % TILE_ROWS
+        full_hi = np.cumsum(full)
+        num_full = int(full_hi[-1])
+        tail_hi = num_full + np.cumsum(tail > 0)
+        owner = np.repeat(np.arange(len(segments)), full)
+        within = np.arange(num_full) - (full_hi - full)[owner]
+        host["tiles"][:num_full] = np.stack(
+            [first[owner] + within * TILE_ROWS, np.full(num_full, TILE_ROWS)], axis=1
+        )
+        tails = np.flatnonzero(tail)
+        host["tiles"][num_full:needed] = np.stack([(first + full * TILE_ROWS)[tails], tail[tails]], axis=1)
+        host["ranges"][0] = (0, num_full, num_full, needed)
+        host["ranges"][1 : 1 + len(segments)] = np.stack(
+            [full_hi - full, full_hi, tail_hi - (tail > 0), tail_hi], axis=1
+        )
+        num_tokens = int(rows.sum())
+        host["counts"][:3] = (len(segments), needed, min(num_tokens, _INT32_MAX))
+        used = {"tiles": needed, "ranges": 1 + len(segments), "counts": 4, "turns": 0}
+        if self.rope is not None:
+            used["turns"] = len(segments)
+            for i, segment in enumerate(segments):
+                host["turns"][i] = self.rope.turn(segment.time_shift)
+        for name, count in used.items():
+            if count:
+                self._device_tables[name][:count].copy_(self._host_tables[name][:count], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self.segments = segments
+        self.num_segments = len(segments)
+        self.num_tokens = num_tokens
+        self.num_tiles = needed
+        self.last_row = int((first + rows).max()) - 1
+        self.has_shift = any(s.time_shift for s in segments)
+
+    def __repr__(self) -> str:
+        return f"Window({self.num_segments} segments, {self.num_tokens} tokens, capacity={self.capacity} tiles)"
+
+
+def _checked(segments: Iterable[Segment | tuple[int, ...]], rope: Rope3D | None) -> tuple[Segment, ...]:
+    checked = []
+    for i, given in enumerate(segments):
+        try:
+            segment = Segment(*(operator.index(number) for number in given))
+        except TypeError as error:
+            raise TypeError(
+                f"Window: segments[{i}] must be (first_row, num_rows, time_shift=0) of integers, got {given!r}"
+            ) from error
+        if segment.first_row < 0 or segment.num_rows < 1 or sum(segment[:2]) > _INT32_MAX:
+            raise ValueError(
+                f"Window: segments[{i}] must have first_row >= 0, num_rows >= 1 and end below row 2**31, got {segment}"
+            )
+        if segment.time_shift and rope is None:
+            raise ValueError(f"Window: segments[{i}] has time_shift={segment.time_shift}, which needs rope=, got None")
+        checked.append(segment)
+    if not checked:
+        raise ValueError("Window: segments must hold at least one segment, got none")
+    return tuple(checked)

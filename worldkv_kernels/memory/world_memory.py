@@ -1,0 +1,351 @@
+"""WorldMemory: the KV cache of a world model, with a window that reaches back to where the camera has been."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from ..ops.checks import DTYPES
+from ..ops.compress_chunk import compress_chunk
+from ..ops.norm_rope_append import norm_rope_append
+from ..ops.segment_attention import segment_attention
+from .bank import Bank
+from .config import MemoryConfig
+from .poses import as_intrinsics, as_poses
+from .pool import Pool
+from .retrieval import make_policy
+from .window import Segment, Window, tiles_of
+
+_POSITIONS_WITHOUT_ROPE = 1024
+
+
+class ChunkPlan(NamedTuple):
+    """What the chunk to be made will see."""
+
+    chunk: int
+    start_frame: int
+    retrieved: tuple[int, ...]  # chunk numbers, in window order
+    segments: tuple[tuple[str, int, Segment], ...]  # role, chunk number, rows: in window order
+    num_tokens: int  # what each query attends to, the current chunk included
+
+
+class WorldMemory:
+    """The keys and values of a rollout: sink, recent and current chunks whole, older ones banked and pruned.
+
+    For each chunk: `begin_chunk` chooses the window, any number of passes call `attend` for every layer, and
+    `end_chunk` makes the rows of the last pass history. All storage is allocated here, once; the window's tables
+    and the chunk's position are rewritten at fixed addresses, so a pass can be captured in a CUDA graph.
+    Every past chunk is in exactly one of sink, recent and bank, unless a mode or the bank's bound drops it.
+
+    Raises ValueError when the storage does not fit the memory that is free, with the numbers.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise TypeError(f"WorldMemory: dtype must be bfloat16, float16 or float32, got {dtype}")
+        self.config = config
+        self.device = torch.empty(0, device=device).device
+        self.dtype = dtype
+        self._backend = backend
+        self._rope = config.make_rope()
+        self._policy = make_policy(config.retrieval)
+        positions = self._rope.max_position if self._rope else _POSITIONS_WITHOUT_ROPE
+        self._max_chunks = positions // config.chunk_frames
+
+        sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
+        whole = config.chunk_tokens
+        places = self._bank_places(sizes)
+        if config.mode == "full":
+            self._max_chunks = min(self._max_chunks, places)
+            ring = self._max_chunks
+        else:
+            ring = config.recent_chunks + config.unattended_chunks + 1
+        on_host = config.has_bank and config.bank == "host"
+        bank_slots = 0
+        if config.has_bank:
+            bank_slots = config.retrieved_chunks + 1 if on_host else places
+        self._pool = Pool(
+            [(whole, config.sink_chunks), (whole, ring), (config.banked_tokens, bank_slots)],
+            device=self.device, dtype=dtype, **sizes,
+        )  # fmt: skip
+        self._sink_rows, self._ring_rows, bank_rows = self._pool.first_rows
+        self._bank = None
+        if config.has_bank:
+            self._bank = Bank(
+                self._pool, bank_rows, tokens=config.banked_tokens, places=places, on_host=on_host, policy=self._policy
+            )
+        in_window = config.sink_chunks + (ring if config.mode == "full" else config.recent_chunks + 1)
+        in_window += config.unattended_chunks
+        capacity = in_window * tiles_of(whole) + config.retrieved_chunks * tiles_of(config.banked_tokens)
+        self._window = Window([Segment(0, 1)], device=self.device, rope=self._rope, capacity=capacity)
+        self._position = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._q = torch.empty((whole, config.num_heads, config.head_dim), dtype=dtype, device=self.device)
+        self._index = torch.empty(config.banked_tokens, dtype=torch.int32, device=self.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the rollout and start again at chunk 0. Keeps all storage."""
+        self._next_chunk = 0
+        self._plan: ChunkPlan | None = None
+        self._layers_done: set[int] = set()
+        self._descriptions: dict[int, Any] = {}  # of chunks on their way to the bank
+        self._current_description: Any = None
+        self._tokens_attended = 0
+        self._retrieved_total = 0
+        self._left_window = 0
+        if self._bank is not None:
+            self._bank.clear()
+
+    # --- a chunk ---
+
+    def begin_chunk(self, poses: object = None, *, intrinsics: object = None) -> ChunkPlan:
+        """Choose what the next chunk attends to.
+
+        Args:
+            poses: camera-to-world [chunk_frames, 4, 4] of the chunk's latent frames, OpenCV coordinates, any unit
+                of length; an array or tensor. Needed in mode "worldkv", checked wherever given.
+            intrinsics: fx, fy, cx, cy in pixels, [chunk_frames, 4] or [4]; needed by retrieval "fov".
+
+        Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError
+        when a chunk is already begun or the frames would pass the rope's positions (or, in mode "full", the
+        pool), ValueError when the poses are missing, misshapen or not rigid; the memory is then as before.
+        """
+        if self._plan is not None:
+            raise RuntimeError(
+                f"begin_chunk: chunk {self._plan.chunk} must be ended (end_chunk) or dropped (abort_chunk) "
+                f"before another is begun, got a second begin_chunk"
+            )
+        config, chunk = self.config, self._next_chunk
+        if chunk >= self._max_chunks:
+            raise RuntimeError(
+                f"begin_chunk: chunk must be below {self._max_chunks} (rope positions, or bank_chunks in mode 'full'), "
+                f"got chunk {chunk}"
+            )
+        description = self._described(poses, intrinsics)
+        start_frame = chunk * config.chunk_frames
+        retrieved: list[int] = []
+        if self._bank is not None:
+            candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
+            retrieved = self._policy.select(description, candidates, config.retrieved_chunks)
+            if config.order == "time":
+                retrieved.sort()
+            elif config.order == "nearest_last":
+                retrieved.reverse()
+        segments = self._segments(chunk, retrieved)
+        self._window.update([segment for _, _, segment in segments])
+        self._position[:1].fill_(self._slot(chunk))  # by launch argument: no copy to wait for
+        self._position[1:].fill_(start_frame)
+        self._current_description = description
+        self._layers_done.clear()
+        self._plan = ChunkPlan(chunk, start_frame, tuple(retrieved), tuple(segments), self._window.num_tokens)
+        return self._plan
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Self-attention of one layer of the current chunk over its window.
+
+        Args:
+            layer: 0 .. num_layers - 1. Each pass over the layers overwrites the rows of the pass before.
+            q, k, v: [chunk_frames * height * width, heads * head_dim] as the projections give them.
+            q_weight, k_weight: of the QK-norm, [heads * head_dim]; None for no norm.
+            out: where to write; with it, a call allocates nothing.
+
+        Returns [tokens, heads, head_dim]. Raises RuntimeError when no chunk is begun, ValueError or TypeError as
+        norm_rope_append does.
+        """
+        if self._plan is None:
+            raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")
+        if not 0 <= layer < self.config.num_layers:
+            raise ValueError(f"attend: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
+        pool, config = self._pool, self.config
+        turned = norm_rope_append(
+            q, k, v, pool.k[layer], pool.v[layer], self._position[:1],
+            rope=self._rope, grid=(config.chunk_frames, *config.grid), start_frame=self._position[1:],
+            q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
+            out=self._q, backend=self._backend,
+        )  # fmt: skip
+        self._layers_done.add(layer)
+        return segment_attention(
+            turned, pool.k[layer], pool.v[layer], self._window, scale=config.scale, out=out, backend=self._backend
+        )
+
+    def end_chunk(self) -> None:
+        """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
+
+        Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale.
+        """
+        if self._plan is None:
+            raise RuntimeError("end_chunk: a chunk must be begun (begin_chunk), got end_chunk outside one")
+        config, chunk = self.config, self._plan.chunk
+        missing = sorted(set(range(config.num_layers)) - self._layers_done)
+        if missing:
+            raise RuntimeError(f"end_chunk: every layer must be attended in chunk {chunk}, got none for layers {missing}")
+        self._tokens_attended += self._plan.num_tokens
+        self._retrieved_total += len(self._plan.retrieved)
+        self._plan = None
+        self._next_chunk = chunk + 1
+        if self._bank is not None:
+            self._descriptions[chunk] = self._current_description
+            if config.bank_sink and chunk < config.sink_chunks:
+                self._store(chunk)
+        leaving = chunk - config.recent_chunks - config.unattended_chunks
+        if config.mode != "full" and leaving >= config.sink_chunks:
+            if self._bank is not None:
+                self._store(leaving)
+            else:
+                self._left_window += 1
+
+    def abort_chunk(self) -> None:
+        """Drop the current chunk: the memory is as before its begin_chunk. Does nothing when none is begun."""
+        self._plan = None
+
+    # --- what is inside ---
+
+    @property
+    def window(self) -> Window:
+        """The current window, for use with the ops themselves; rewritten by begin_chunk, never replaced."""
+        return self._window
+
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V pools of a layer, [rows, heads, head_dim]."""
+        return self._pool.k[layer], self._pool.v[layer]
+
+    def location(self, chunk: int) -> str:
+        """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""
+        if not 0 <= chunk < self._next_chunk:
+            raise ValueError(f"location: chunk must be from 0 to {self._next_chunk - 1}, got {chunk}")
+        age = self._next_chunk - chunk
+        if chunk < self.config.sink_chunks:
+            return "sink"
+        if self.config.mode == "full" or age <= self.config.recent_chunks:
+            return "recent"
+        if age <= self.config.recent_chunks + self.config.unattended_chunks:
+            return "unattended"
+        return "bank" if self._bank is not None and chunk in self._bank else "dropped"
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the last reset, and bytes: plain numbers, ready for JSON."""
+        bank = self._bank
+        return {
+            "chunks": self._next_chunk,
+            "tokens_attended": self._tokens_attended,
+            "chunks_retrieved": self._retrieved_total,
+            "chunks_banked": len(bank) if bank else 0,
+            "bank_capacity": bank.capacity if bank else 0,
+            "chunks_dropped": len(bank.dropped) if bank else self._left_window,
+            "host_copies_in": bank.copies_in if bank else 0,
+            "host_copies_saved": bank.hits if bank else 0,
+            "device_bytes": self._pool.bytes,
+            "host_bytes": bank.host_bytes if bank else 0,
+            "kept_bytes": self._kept_bytes(),
+        }
+
+    def _kept_bytes(self) -> int:
+        """Bytes of the K and V rows that hold the past, without room that is free or a slot's tail."""
+        config = self.config
+        tokens = 0
+        for chunk in range(self._next_chunk):
+            place = self.location(chunk)
+            if place != "dropped":
+                tokens += config.banked_tokens if place == "bank" else config.chunk_tokens
+        return 2 * tokens * config.num_layers * config.num_heads * config.head_dim * self.dtype.itemsize
+
+    # --- parts of the above ---
+
+    def _described(self, poses: object, intrinsics: object) -> Any:
+        frames = self.config.chunk_frames
+        if poses is None:
+            if self._bank is not None:
+                raise ValueError(f"begin_chunk: poses must be [{frames}, 4, 4] in mode 'worldkv', got None")
+            return None
+        checked = as_poses("begin_chunk", poses, frames)
+        if self._bank is None:
+            return None
+        if not self._policy.needs_intrinsics:
+            return self._policy.describe(checked, None)
+        if intrinsics is None:
+            raise ValueError(f"begin_chunk: intrinsics must be [{frames}, 4] for this retrieval policy, got None")
+        return self._policy.describe(checked, as_intrinsics("begin_chunk", intrinsics, frames))
+
+    def _slot(self, chunk: int) -> int:
+        """First pool row of a chunk that is whole: in the sink, recent, or current."""
+        sink = self.config.sink_chunks
+        return self._sink_rows[chunk] if chunk < sink else self._ring_rows[(chunk - sink) % len(self._ring_rows)]
+
+    def _segments(self, chunk: int, retrieved: list[int]) -> list[tuple[str, int, Segment]]:
+        """Sink, retrieved, recent, current; with the time shifts that close the gaps between their frames."""
+        config = self.config
+        sink = list(range(min(config.sink_chunks, chunk)))
+        attended = chunk if config.mode == "full" else config.recent_chunks
+        if not retrieved:  # the published code leaves its gap only where something is retrieved
+            attended += config.unattended_chunks
+        recent = list(range(max(config.sink_chunks, chunk - attended, 0), chunk))
+        # Chunk numbers at which retrieved and sink chunks would stand next to the recent ones.
+        before = (recent[0] if recent else chunk) - len(retrieved)
+        shift = config.chunk_frames if config.rebase_time else 0
+        segments = []
+        for place, past in enumerate(sink):
+            moved = (before - len(sink) + place - past) * shift if config.rebase_sink else 0
+            segments.append(("sink", past, Segment(self._slot(past), config.chunk_tokens, moved)))
+        rows = self._bank.fetch(retrieved) if self._bank is not None else []
+        for place, (past, first) in enumerate(zip(retrieved, rows, strict=True)):
+            segments.append(("retrieved", past, Segment(first, config.banked_tokens, (before + place - past) * shift)))
+        for past in recent:
+            segments.append(("recent", past, Segment(self._slot(past), config.chunk_tokens)))
+        segments.append(("current", chunk, Segment(self._slot(chunk), config.chunk_tokens)))
+        return segments
+
+    def _store(self, chunk: int) -> None:
+        """Prune a whole chunk, layer by layer, from its slot into the bank's."""
+        config = self.config
+        row = self._bank.row_to_fill(chunk, self._descriptions.pop(chunk))
+        if row is None:
+            return
+        source = slice(self._slot(chunk), self._slot(chunk) + config.chunk_tokens)
+        target = slice(row, row + config.banked_tokens)
+        for k, v in zip(self._pool.k, self._pool.v, strict=True):
+            compress_chunk(
+                k[source], v[source], frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled,
+                out_k=k[target], out_v=v[target], out_index=self._index, backend=self._backend,
+            )  # fmt: skip
+        self._bank.stored(chunk)
+
+    def _bank_places(self, sizes: dict[str, int]) -> int:
+        """How many chunks the bank (mode "full": the pool) holds."""
+        config = self.config
+        if config.bank_chunks is not None or not (config.has_bank or config.mode == "full"):
+            return config.bank_chunks or 1
+        tokens = config.chunk_tokens if config.mode == "full" else config.banked_tokens
+        size = Pool.slot_bytes(tokens, dtype=self.dtype, **sizes)
+        on_device = self.device.type == "cuda" and not (config.has_bank and config.bank == "host")
+        free = torch.cuda.mem_get_info(self.device)[0] if on_device else _free_host_bytes()
+        fits = int(free // 2 // size)
+        least = max(1, config.retrieved_chunks) if config.has_bank else 1
+        if fits < least:
+            raise ValueError(
+                f"WorldMemory: bank_chunks must be at least {least} at {size / 2**20:.0f} MiB each, got {fits} that fit "
+                f"half of the {free / 2**30:.1f} GiB that are free {'on the device' if on_device else 'on the host'}"
+            )
+        return min(fits, self._max_chunks)
+
+
+def _free_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,1 @@
+"""Reference models that call the ops."""

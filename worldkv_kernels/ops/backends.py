@@ -1,0 +1,142 @@
+"""Which implementation of an op runs: the rule, the first-use check, and what `worldkv doctor` reports.
+
+On a CPU `auto` is the reference. On a GPU it is a CUDA kernel where one is built and proven for the
+architecture, then Triton, then the reference. The first automatic use of a kernel in a process, per
+device and kind of problem, compares it with the reference on a small case; on disagreement the next
+backend serves, with one warning and a mark in the report. WORLDKV_SELF_CHECK=0 switches this off.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from . import proven
+
+Run = Callable[..., None]
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`; None when it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "triton on a CPU needs TRITON_INTERPRET=1 before the first import"
+    if device.type != "cuda" or torch.version.hip:
+        return f"triton {triton.__version__} is supported here on NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"compute capability {capability} is below 8.0"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: how to load it, and why it may be unavailable on a device."""
+
+    load: Callable[[], Run]
+    unavailable: Callable[[torch.device], str | None] = lambda device: None
+
+
+@dataclass
+class OpBackends:
+    """The implementations of one op, best first, and what is known of them in this process.
+
+    `small_case(device, kind)` returns a call: given an implementation, it runs it on fresh small inputs of
+    that kind (dtype, head_dim and so on) and returns its outputs as one flat float32 tensor.
+    """
+
+    op: str
+    backends: dict[str, Backend]
+    small_case: Callable[[torch.device, Hashable], Callable[[Run], torch.Tensor]]
+    tolerance: Callable[[Hashable], float]
+    loaded: dict[str, Run] = field(default_factory=dict)
+    checked: dict[tuple[str, str, Hashable], str | None] = field(default_factory=dict)
+    chosen: dict[tuple[str, torch.device, Hashable], Run] = field(default_factory=dict)
+
+    def run(self, name: str) -> Run:
+        """The implementation called `name`, loaded on first use."""
+        if name not in self.loaded:
+            self.loaded[name] = self.backends[name].load()
+        return self.loaded[name]
+
+    def choose(self, requested: str, device: torch.device, kind: Hashable) -> Run:
+        """The implementation to run: `requested`, or with "auto" the first that is available and agrees."""
+        key = (requested, device, kind)
+        run = self.chosen.get(key)
+        if run is None:
+            run = self.run(self._name(requested, device, kind))
+            if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+                self.chosen[key] = run
+        return run
+
+    def _name(self, requested: str, device: torch.device, kind: Hashable) -> str:
+        if requested == "auto":
+            return next(name for name in self.backends if self.passed_over(name, device, kind) is None)
+        if requested not in self.backends:
+            names = ", ".join(repr(name) for name in self.backends)
+            raise ValueError(f"{self.op}: backend must be None or one of {names}, got {requested!r}")
+        reason = self.backends[requested].unavailable(device)
+        if reason:
+            raise ValueError(f"{self.op}: backend must be available on {device}, got {requested!r}: {reason}")
+        return requested
+
+    def forget(self) -> None:
+        """Drop what this process has learned, so that the next call chooses and checks anew."""
+        self.checked.clear()
+        self.chosen.clear()
+
+    def passed_over(self, name: str, device: torch.device, kind: Hashable = None) -> str | None:
+        """Why `auto` does not take `name` on `device`; None when it may. With a `kind`, checks it on first use."""
+        reason = self.backends[name].unavailable(device)
+        if reason or name == "reference":
+            return reason
+        if device.type == "cpu":
+            return "auto takes the reference on a CPU"
+        if name == "cuda" and not proven.is_proven(self.op, device):
+            return f"no run has proven it on {proven.architecture(device)} (worldkv doctor --prove)"
+        if kind is None or os.environ.get("WORLDKV_SELF_CHECK") == "0":
+            return None
+        key = (name, str(device), kind)
+        if key not in self.checked:
+            if torch.cuda.is_current_stream_capturing():
+                return None  # a graph being captured can run no check; the next call outside one does
+            self.checked[key] = self.disagreement(name, device, kind)
+            if self.checked[key]:
+                warnings.warn(
+                    f"worldkv {self.op}: the {name} kernel is not used on {device}: {self.checked[key]}", stacklevel=4
+                )
+        return self.checked[key]
+
+    def disagreement(self, name: str, device: torch.device, kind: Hashable) -> str | None:
+        """Compare an implementation with the reference on a small case; the reason when they disagree."""
+        try:
+            case = self.small_case(device, kind)
+            want, got = case(self.run("reference")), case(self.run(name))
+        except Exception as error:  # a compiler or launch that fails must not take the program down
+            return f"it failed on a small case: {type(error).__name__}: {error}"
+        error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+        limit = self.tolerance(kind)
+        return None if error <= limit else f"it differs from the reference by {error:.2e}, more than {limit:.0e}"
+
+
+def dtype_tolerance(dtype: torch.dtype) -> float:
+    """Relative error in the 2-norm that two right implementations may differ by."""
+    return {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+
+
+LIBRARY = torch.library.Library("worldkv", "DEF")
+
+
+def register(schema: str, implementation: Callable[..., None]) -> None:
+    """Define torch.ops.worldkv.<op>. The ops only write into tensors they are given, so the fake does nothing."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"worldkv::{name}", lambda *args: None, lib=LIBRARY)

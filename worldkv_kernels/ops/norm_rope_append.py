@@ -1,0 +1,175 @@
+"""torch.ops.worldkv.norm_rope_append: QK-norm, 3D RoPE and the write into the KV pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..reference.norm_rope_append import norm_rope_append as reference
+from ..rope import Rope3D
+from .backends import Backend, OpBackends, dtype_tolerance, register, triton_unavailable
+from .checks import HEAD_DIMS, bad_type, bad_value, check_tensor, debug
+
+_OP = "norm_rope_append"
+
+
+def norm_rope_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    first_row: int | torch.Tensor,
+    *,
+    rope: Rope3D | None,
+    grid: tuple[int, int, int],
+    start_frame: int | torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    round_before_rope: bool = True,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Normalise and turn q and k, write k and v to the pool rows from `first_row` on, and return q.
+
+    x -> x / sqrt(mean(x^2) + eps) * weight over all heads * head_dim numbers, where a weight is given;
+    then pair (2i, 2i + 1) of each head turns by the angle that `rope` gives for the token's frame
+    (start_frame + t), row and column, where a rope is given. v is copied.
+
+    Args:
+        q, k, v: [tokens, heads * head_dim] as the projections give them, bf16, fp16 or fp32, dense in the
+            last dimension; they may be slices of one fused projection. tokens = frames * height * width,
+            in that order; head_dim 64 or 128, at most 64 heads.
+        k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in heads and head_dim.
+        first_row: the pool row of the first token. start_frame: its absolute latent frame. Both int, or
+            both one-element int64 tensors on q's device, which are read when the kernel runs, so that a
+            captured CUDA graph serves every chunk; these are checked only under WORLDKV_DEBUG=1.
+        rope: None for no rotation.
+        grid: (frames, height, width) in tokens.
+        q_weight, k_weight: [heads * head_dim], dtype of q or fp32; None for no norm.
+        eps: added to the mean square.
+        round_before_rope: round to the input's dtype after the norm, and after the weight where it has
+            that dtype, as Wan's qk-norm does; otherwise everything is fp32 up to the last rounding.
+        out: where q goes, [tokens, heads, head_dim], contiguous; allocated when None.
+        backend: "reference", "triton" or None for the automatic choice.
+
+    Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32 from a float64 table. Deterministic, does
+    not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on rows outside
+    the pool, on frames past the rope's max_position, and on a backend that is unknown or unavailable.
+    """
+    if not isinstance(k_pool, torch.Tensor) or k_pool.dim() != 3:
+        raise bad_value(_OP, "k_pool", "a tensor [rows, heads, head_dim]", k_pool)
+    rows, heads, head_dim = k_pool.shape
+    if head_dim not in HEAD_DIMS or not 1 <= heads <= 64:
+        raise bad_value(_OP, "k_pool", "of 1 to 64 heads with head_dim 64 or 128", k_pool)
+    columns = heads * head_dim
+    check_tensor(_OP, "q", q, ("tokens", columns))
+    tokens = q.shape[0]
+    check_tensor(_OP, "k", k, (tokens, columns), like=q)
+    check_tensor(_OP, "v", v, (tokens, columns), like=q)
+    check_tensor(_OP, "k_pool", k_pool, (rows, heads, head_dim), like=q, inner=2)
+    check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=q, inner=2)
+    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != tokens:
+        raise bad_value(_OP, "grid", f"(frames, height, width) of {tokens} tokens in all", grid)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_tensor(_OP, name, weight, (columns,), like=q, dtypes=(q.dtype, torch.float32))
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise bad_value(_OP, "eps", "finite and not negative", eps)
+    if rope is not None and rope.head_dim != head_dim:
+        raise bad_value(_OP, "rope", f"for head_dim {head_dim}", rope)
+    if rope is not None and max(grid[1:]) > rope.max_position:
+        raise bad_value(_OP, "grid", f"within the rope's {rope.max_position} positions", grid)
+    position = None
+    if isinstance(first_row, torch.Tensor) or isinstance(start_frame, torch.Tensor):
+        for name, value in (("first_row", first_row), ("start_frame", start_frame)):
+            check_tensor(_OP, name, value, (1,), like=q, dtypes=(torch.int64,))
+        position = (first_row, start_frame)
+        first_row = start_frame = 0
+        if debug():
+            first_row, start_frame = (int(value) for value in position)
+    if position is None or debug():
+        if not 0 <= first_row <= rows - tokens:
+            raise bad_value(_OP, "first_row", f"from 0 to {rows - tokens} for {tokens} tokens in {rows} rows", first_row)
+        if rope is not None and not 0 <= start_frame <= rope.max_position - grid[0]:
+            last = rope.max_position - grid[0]
+            raise bad_value(_OP, "start_frame", f"from 0 to {last} within the rope's positions", start_frame)
+    if out is None:
+        out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    else:
+        check_tensor(_OP, "out", out, (tokens, heads, head_dim), like=q, inner=2)
+    torch.ops.worldkv.norm_rope_append(
+        q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
+        *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),
+        q_weight, k_weight, eps, round_before_rope, backend or "auto",
+    )  # fmt: skip
+    return out
+
+
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
+    q_out: torch.Tensor, table: torch.Tensor | None,
+    device_first_row: torch.Tensor | None, device_start_frame: torch.Tensor | None,
+    first_row: int, start_frame: int, grid: list[int], pairs: list[int],
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    eps: float, round_before_rope: bool, backend: str,
+) -> None:  # fmt: skip
+    kind = (q.dtype, *k_pool.shape[1:], q_weight is not None, k_weight is not None, table is not None)
+    run = BACKENDS.choose(backend, q.device, kind)
+    run(
+        q, k, v, k_pool, v_pool, q_out, table,
+        first_row if device_first_row is None else device_first_row,
+        start_frame if device_start_frame is None else device_start_frame,
+        grid=grid, pairs=pairs, q_weight=q_weight, k_weight=k_weight, eps=eps, round_before_rope=round_before_rope,
+    )  # fmt: skip
+
+
+def _load_triton() -> Callable[..., None]:
+    from ..kernels.norm_rope_append import norm_rope_append as launch
+
+    return launch
+
+
+def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
+    """Two frames of 3 x 5 tokens, into the middle of a NaN pool."""
+    dtype, heads, head_dim, has_q_weight, has_k_weight, has_rope = kind
+    generator = torch.Generator().manual_seed(0)
+    columns = heads * head_dim
+    q, k, v = (torch.randn(30, columns, generator=generator).to(device, dtype) for _ in range(3))
+    weights = [torch.randn(columns, generator=generator).to(device, dtype) for _ in range(2)]
+    rope = Rope3D(head_dim, max_position=64)
+
+    def call(run: Callable[..., None]) -> torch.Tensor:
+        pools = torch.full((2, 40, heads, head_dim), float("nan"), dtype=dtype, device=device)
+        q_out = torch.full((30, heads, head_dim), float("nan"), dtype=dtype, device=device)
+        run(
+            q, k, v, pools[0], pools[1], q_out, rope.table(device) if has_rope else None, 5, 40,
+            grid=(2, 3, 5), pairs=rope.pairs if has_rope else (0, 0, 0),
+            q_weight=weights[0] if has_q_weight else None, k_weight=weights[1] if has_k_weight else None,
+            eps=1e-6, round_before_rope=True,
+        )  # fmt: skip
+        return torch.cat([q_out.flatten(), pools[:, 5:35].flatten()]).float()
+
+    return call
+
+
+BACKENDS = OpBackends(
+    op=_OP,
+    backends={
+        "triton": Backend(_load_triton, triton_unavailable),
+        "reference": Backend(lambda: reference),
+    },
+    small_case=_small_case,
+    tolerance=lambda kind: dtype_tolerance(kind[0]),
+)
+
+register(
+    "norm_rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!) q_out, "
+    "Tensor? table, Tensor? device_first_row, Tensor? device_start_frame, SymInt first_row, SymInt start_frame, "
+    "SymInt[] grid, int[] pairs, Tensor? q_weight, Tensor? k_weight, float eps, bool round_before_rope, "
+    "str backend) -> ()",
+    _run,
+)

@@ -1,0 +1,145 @@
+"""torch.ops.worldkv.segment_attention: attention over segments of a KV pool, read where they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..memory.window import Segment, Window
+from ..reference.segment_attention import segment_attention as reference
+from ..rope import Rope3D
+from .backends import Backend, OpBackends, dtype_tolerance, register, triton_unavailable
+from .checks import HEAD_DIMS, bad_type, bad_value, check_tensor
+
+_OP = "segment_attention"
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    window: Window,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Attend every query to every token of a window over a KV pool, without gathering it.
+
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h]) v[j, h] over the window's tokens j, where
+    R(d_j) turns a key by its segment's time shift (the query is turned instead, back from the original q
+    for each segment, and rounded once to its dtype).
+
+    Args:
+        q: [q_len, heads, head_dim], bf16, fp16 or fp32, head_dim 64 or 128, dense in head_dim.
+        k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in head_dim. Rows outside the
+            window are never read into the result, whatever they hold.
+        window: the segments, on q's device. Order changes rounding only; rows named twice count twice.
+        scale: positive; 1 / sqrt(head_dim) by default.
+        return_lse: also return the log-sum-exp of the scaled scores, natural log, fp32 [heads, q_len].
+        return_mass: also return the share of softmax weight on each segment, averaged over the queries,
+            fp32 [heads, num_segments]; each row sums to 1.
+        out: where to write, [q_len, heads, head_dim] like q; allocated when None.
+        backend: "reference", "triton" or None for the automatic choice.
+
+    Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: the
+    same segments in the same order give the same bits wherever their rows lie. Does not synchronise, except
+    for the reference on a GPU. Works in a CUDA graph; `window.update` then changes what a replay reads.
+
+    Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on a window that reaches past
+    the pool, on a scale that is not positive and finite, and on a backend that is unknown or unavailable.
+    """
+    if not isinstance(window, Window):
+        raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
+    check_tensor(_OP, "q", q, ("q_len", "heads", "head_dim"))
+    q_len, heads, head_dim = q.shape
+    if q_len < 1 or heads < 1:
+        raise bad_value(_OP, "q", "[q_len >= 1, heads >= 1, head_dim]", q)
+    if head_dim not in HEAD_DIMS:
+        raise bad_value(_OP, "q", "of head_dim 64 or 128", q)
+    check_tensor(_OP, "k_pool", k_pool, ("rows", heads, head_dim), like=q)
+    check_tensor(_OP, "v_pool", v_pool, (k_pool.shape[0], heads, head_dim), like=q)
+    if window.device != q.device:
+        raise bad_value(_OP, "window", f"on {q.device}", window.device)
+    if window.last_row >= k_pool.shape[0]:
+        raise bad_value(_OP, "window", f"within the pool's {k_pool.shape[0]} rows", f"last row {window.last_row}")
+    if window.has_shift and window.rope is not None and window.rope.head_dim != head_dim:
+        raise bad_value(_OP, "window.rope", f"for head_dim {head_dim}", window.rope)
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    elif not (scale > 0 and math.isfinite(scale)):
+        raise bad_value(_OP, "scale", "positive and finite", scale)
+    if out is None:
+        out = torch.empty((q_len, heads, head_dim), dtype=q.dtype, device=q.device)
+    else:
+        check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
+    lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
+    mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
+    torch.ops.worldkv.segment_attention(
+        q, k_pool, v_pool, window.tiles, window.ranges, window.counts, window.turns,
+        out, lse, mass, scale, window.has_shift, backend or "auto",
+    )  # fmt: skip
+    if lse is None and mass is None:
+        return out
+    return (out, *(extra for extra in (lse, mass) if extra is not None))
+
+
+def _run(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
+    tiles: torch.Tensor, ranges: torch.Tensor, counts: torch.Tensor, turns: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
+    scale: float, has_shift: bool, backend: str,
+) -> None:  # fmt: skip
+    kind = (q.dtype, q.shape[2], has_shift, lse is not None, mass is not None)
+    run = BACKENDS.choose(backend, q.device, kind)
+    run(q, k_pool, v_pool, tiles, ranges, counts, turns, out, lse, mass, scale=scale, has_shift=has_shift)
+
+
+def _load_triton() -> Callable[..., None]:
+    from ..kernels.segment_attention import segment_attention as launch
+
+    return launch
+
+
+def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
+    """200 queries, 2 heads, three segments with tails; unused rows are NaN."""
+    dtype, head_dim, has_shift, with_lse, with_mass = kind
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 2, head_dim, generator=generator).to(device, dtype) for n in (200, 640, 640))
+    segments = [Segment(256, 300, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 128)]
+    used = torch.zeros(640, dtype=torch.bool, device=device)
+    for segment in segments:
+        used[segment.first_row : segment.first_row + segment.num_rows] = True
+    k[~used], v[~used] = float("nan"), float("nan")
+    window = Window(segments, device=device, rope=Rope3D(head_dim))
+
+    def call(run: Callable[..., None]) -> torch.Tensor:
+        out = torch.full_like(q, float("nan"))
+        lse = torch.full((2, 200), float("nan"), device=device) if with_lse else None
+        mass = torch.full((2, 3), float("nan"), device=device) if with_mass else None
+        tables = (window.tiles, window.ranges, window.counts, window.turns)
+        run(q, k, v, *tables, out, lse, mass, scale=head_dim**-0.5, has_shift=has_shift)
+        return torch.cat([x.float().flatten() for x in (out, lse, mass) if x is not None])
+
+    return call
+
+
+BACKENDS = OpBackends(
+    op=_OP,
+    backends={
+        "triton": Backend(_load_triton, triton_unavailable),
+        "reference": Backend(lambda: reference),
+    },
+    small_case=_small_case,
+    tolerance=lambda kind: dtype_tolerance(kind[0]),
+)
+
+register(
+    "segment_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor tiles, Tensor ranges, Tensor counts, "
+    "Tensor turns, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? mass, float scale, bool has_shift, str backend) -> ()",
+    _run,
+)

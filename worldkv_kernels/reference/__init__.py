@@ -1,0 +1,1 @@
+"""Each op in plain PyTorch: what a kernel is compared with, and what runs where no kernel can."""

@@ -1,0 +1,73 @@
+"""Segment attention in plain PyTorch. Reads the window's tables on the host, so on a GPU it synchronises."""
+
+from __future__ import annotations
+
+import torch
+
+_MAX_SCORES = 1 << 26  # scores held at once, so that a long window does not need gigabytes
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    tiles: torch.Tensor,
+    ranges: torch.Tensor,
+    counts: torch.Tensor,
+    turns: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    mass: torch.Tensor | None,
+    *,
+    scale: float,
+    has_shift: bool,
+) -> None:
+    """softmax(scale * R(-shift) q . k) v over the window's rows, segment by segment, in fp32 at least."""
+    q_len, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    segments = _segment_rows(tiles, ranges, counts)
+    lengths = [len(rows) for rows in segments]
+    rows = torch.cat(segments).to(q.device)
+    step = max(1, _MAX_SCORES // max(1, len(rows)))
+    for head in range(heads):
+        k = k_pool[rows, head].to(wide)
+        v = v_pool[rows, head].to(wide)
+        shares = []
+        for first in range(0, q_len, step):
+            query = q[first : first + step, head].to(wide)
+            if has_shift:
+                turned = [_turned(query, turns[s].to(wide)) for s in range(len(lengths))]
+                # Rounded once to the input's dtype, as every backend reads it.
+                turned = [t.to(q.dtype).to(wide) for t in turned]
+                parts = [t @ part.T for t, part in zip(turned, k.split(lengths), strict=True)]
+                scores = torch.cat(parts, dim=1) * scale
+            else:
+                scores = query @ k.T * scale
+            row_max = scores.amax(dim=1, keepdim=True)
+            p = scores.sub_(row_max).exp_()
+            row_sum = p.sum(dim=1, keepdim=True)
+            out[first : first + step, head] = ((p @ v) / row_sum).to(out.dtype)
+            if lse is not None:
+                lse[head, first : first + step] = (row_max + row_sum.log()).squeeze(1)
+            if mass is not None:
+                of_segments = torch.stack([part.sum(dim=1) for part in p.split(lengths, dim=1)], dim=1)
+                shares.append((of_segments / row_sum).sum(dim=0))
+        if mass is not None:
+            mass[head] = torch.stack(shares).sum(dim=0) / q_len
+
+
+def _segment_rows(tiles: torch.Tensor, ranges: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
+    """The pool rows of each segment, in order."""
+    num_segments = int(counts[0])
+    tiles_list = tiles.tolist()
+    segments = []
+    for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + num_segments].tolist():
+        pieces = tiles_list[full_lo:full_hi] + tiles_list[tail_lo:tail_hi]
+        segments.append(torch.cat([torch.arange(first, first + valid) for first, valid in pieces]))
+    return segments
+
+
+def _turned(q: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    real, imag = q[..., 0::2], q[..., 1::2]
+    cos, sin = turn[:, 0], turn[:, 1]
+    return torch.stack([real * cos + imag * sin, imag * cos - real * sin], dim=-1).flatten(-2)
