@@ -163,6 +163,11 @@ def segment_attention_kernel(
             tl.store(mass_row + block, tl.sum(share, 0))
 
 
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """Of the GPU; Hopper's for a CPU, where the interpreter takes any configuration."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     block_q: int
@@ -171,14 +176,14 @@ class AttentionConfig:
     num_stages: int
 
 
-def attention_config(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, segmented: bool) -> AttentionConfig:
-    """The launch configuration; `segmented` when Q is turned or the mass is returned.
+def attention_config(capability: tuple[int, int], dtype: torch.dtype) -> AttentionConfig:
+    """The launch configuration: the largest tiles with which the plain path spills nothing, by compiling.
 
-    Chosen so that nothing spills and shared memory fits, by compiling; no GPU has measured it yet.
+    No GPU has measured it yet.
     """
     major = capability[0]
     if dtype == torch.float32:  # full precision has no matrix unit: FMA, small tiles
-        return AttentionConfig(block_q=32, block_k=32, num_warps=4, num_stages=1 if head_dim == 128 else 2)
+        return AttentionConfig(block_q=32, block_k=32, num_warps=8, num_stages=1)
     if major == 9:
         return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=2)
     if major == 10:
@@ -203,8 +208,7 @@ def segment_attention(
 ) -> None:
     """Launch the kernel. Shapes as in the module's docstring; `mass` is [heads, num_segments]."""
     q_len, heads, head_dim = q.shape
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    config = attention_config(capability, q.dtype, head_dim, has_shift or mass is not None)
+    config = attention_config(device_capability(q.device), q.dtype)
     num_blocks = triton.cdiv(q_len, config.block_q)
     segment_lse = block_mass = None
     max_segments = 0

@@ -19,7 +19,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first to the left and the others to the right."""
     cells = [list(columns), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]  # noqa: B905
+    lines = []
+    for first, *rest in cells:
+        others = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *others]))
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 

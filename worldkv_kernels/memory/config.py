@@ -79,7 +79,8 @@ class MemoryConfig:
         check(len(self.grid) == 2 and min(self.grid) >= 1, "grid", "(height, width) of at least 1 token each")
         for field in ("sink_frames", "recent_frames"):
             frames = getattr(self, field)
-            check(frames >= 0 and frames % self.chunk_frames == 0, field, f"a multiple of chunk_frames={self.chunk_frames}")
+            whole = frames >= 0 and frames % self.chunk_frames == 0
+            check(whole, field, f"a multiple of chunk_frames={self.chunk_frames}")
         for field in ("retrieved_chunks", "unattended_chunks"):
             check(getattr(self, field) >= 0, field, "at least 0")
         check(0 < self.keep_ratio <= 1, "keep_ratio", "above 0 and at most 1")

@@ -48,7 +48,8 @@ def as_intrinsics(op: str, intrinsics: object, frames: int) -> np.ndarray:
     if array.shape != (frames, 4):
         raise ValueError(f"{op}: intrinsics must be [{frames}, 4] or [4], got {list(array.shape)}")
     if not (np.isfinite(array).all() and (array > 0).all()):
-        raise ValueError(f"{op}: intrinsics must be positive fx, fy, cx, cy in pixels, got {array.min(axis=0).tolist()}")
+        least = array.min(axis=0).tolist()
+        raise ValueError(f"{op}: intrinsics must be positive fx, fy, cx, cy in pixels, got {least}")
     return array
 
 

@@ -81,7 +81,7 @@ class Window:
     def _load(self, segments: tuple[Segment, ...]) -> None:
         needed = sum(tiles_of(s.num_rows) for s in segments)
         if needed > self.capacity:
-            raise ValueError(f"Window: segments must fit capacity={self.capacity} tiles of 128 rows, got {needed} tiles")
+            raise ValueError(f"Window: segments must fit capacity={self.capacity} tiles of 128 rows, got {needed}")
         if self._copied is not None:
             self._copied.synchronize()  # the last copy out of the pinned tables; long done in practice
         host = {name: table.numpy() for name, table in self._host_tables.items()}

@@ -13,8 +13,8 @@ from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
 from .bank import Bank
 from .config import MemoryConfig
-from .poses import as_intrinsics, as_poses
 from .pool import Pool
+from .poses import as_intrinsics, as_poses
 from .retrieval import make_policy
 from .window import Segment, Window, tiles_of
 
@@ -197,7 +197,7 @@ class WorldMemory:
         config, chunk = self.config, self._plan.chunk
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
-            raise RuntimeError(f"end_chunk: every layer must be attended in chunk {chunk}, got none for layers {missing}")
+            raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
         self._tokens_attended += self._plan.num_tokens
         self._retrieved_total += len(self._plan.retrieved)
         self._plan = None
@@ -340,9 +340,10 @@ class WorldMemory:
         fits = int(free // 2 // size)
         least = max(1, config.retrieved_chunks) if config.has_bank else 1
         if fits < least:
+            where = "on the device" if on_device else "on the host"
             raise ValueError(
-                f"WorldMemory: bank_chunks must be at least {least} at {size / 2**20:.0f} MiB each, got {fits} that fit "
-                f"half of the {free / 2**30:.1f} GiB that are free {'on the device' if on_device else 'on the host'}"
+                f"WorldMemory: bank_chunks must be at least {least} at {size / 2**20:.0f} MiB each, "
+                f"got {fits} that fit half of the {free / 2**30:.1f} GiB that are free {where}"
             )
         return min(fits, self._max_chunks)
 

@@ -10,7 +10,7 @@ import torch
 from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
 from .backends import Backend, OpBackends, dtype_tolerance, register, triton_unavailable
-from .checks import HEAD_DIMS, bad_type, bad_value, check_tensor, debug
+from .checks import HEAD_DIMS, bad_value, check_tensor, debug
 
 _OP = "norm_rope_append"
 
@@ -93,7 +93,8 @@ def norm_rope_append(
             first_row, start_frame = (int(value) for value in position)
     if position is None or debug():
         if not 0 <= first_row <= rows - tokens:
-            raise bad_value(_OP, "first_row", f"from 0 to {rows - tokens} for {tokens} tokens in {rows} rows", first_row)
+            wanted = f"from 0 to {rows - tokens} for {tokens} tokens in {rows} rows"
+            raise bad_value(_OP, "first_row", wanted, first_row)
         if rope is not None and not 0 <= start_frame <= rope.max_position - grid[0]:
             last = rope.max_position - grid[0]
             raise bad_value(_OP, "start_frame", f"from 0 to {last} within the rope's positions", start_frame)

@@ -1,0 +1,169 @@
+"""Compile every Triton kernel as its launcher would launch it, for GPUs that need not be there.
+
+    python tests/compile_kernels.py 90 100    prints a JSON list, one entry a kernel, case and architecture
+
+Launches are intercepted, so signatures, constants and configurations are those that ship. Registers, stack,
+spills, shared memory and matrix instructions are read from the cubin by the tools in Triton's own package.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from worldkv_kernels.kernels import compress_chunk, norm_rope_append, segment_attention
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@contextmanager
+def intercepted_launches():
+    """Yields a list that collects (kernel, arguments by name, options) instead of launching."""
+    launches = []
+
+    def collect(self, *args, grid, warmup, **kwargs):
+        named = dict(zip(self.arg_names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        named.update({name: value for name, value in kwargs.items() if name in self.arg_names})
+        launches.append((self, named, options))
+
+    original = JITFunction.run
+    JITFunction.run = collect
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def compiled(kernel, arguments, options, arch):
+    """Compile one launch as the runtime would: constants, None and 1 folded, divisibility by 16 noted."""
+    signature, constants, attributes = {}, {}, {}
+    unspecialized = {p.name for p in kernel.params if p.do_not_specialize}
+    constexpr = {p.name for p in kernel.params if p.is_constexpr}
+    for position, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constexpr or value is None or (type(value) is int and value == 1 and name not in unspecialized):
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        divisible = True
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            divisible = value % 16 == 0 and name not in unspecialized
+        if divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(binary):
+    """Registers, stack and spill instructions, shared memory, and matrix instructions of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+
+        def read(tool, *flags):
+            return subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", read("cuobjdump", "--dump-resource-usage"))
+        sass = read("nvdisasm")
+    return {
+        "registers": int(usage[1]),
+        "stack_bytes": int(usage[2]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared_bytes": binary.metadata.shared,
+        "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "mma": len(re.findall(r"\bHMMA\b", sass)),
+        "tcgen05": len(re.findall(r"\bUTCHMMA\b", sass)),
+    }
+
+
+def attention_launches():
+    for dtype, head_dim, shift, mass in [
+        (torch.bfloat16, 128, False, False), (torch.bfloat16, 128, True, False), (torch.bfloat16, 128, False, True),
+        (torch.bfloat16, 128, True, True), (torch.bfloat16, 64, False, False), (torch.bfloat16, 64, True, True),
+        (torch.float16, 128, False, False), (torch.float32, 128, False, False), (torch.float32, 64, True, True),
+    ]:  # fmt: skip
+        q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
+        pool = torch.empty(50_000, 40, head_dim, dtype=dtype, device="meta")
+        tables = [torch.empty(400, 4, dtype=torch.int32, device="meta")] * 3
+        turns = torch.empty(400, head_dim // 2, 2, device="meta")
+        lse = torch.empty(40, 4680, device="meta") if mass else None
+        share = torch.empty(40, 9, device="meta") if mass else None
+        yield (
+            f"{str(dtype)[6:]} {head_dim}{' shift' * shift}{' mass' * mass}",
+            lambda q=q, pool=pool, tables=tables, turns=turns, lse=lse, share=share, shift=shift: (
+                segment_attention.segment_attention(
+                    q, pool, pool, *tables, turns, q, lse, share, scale=0.1, has_shift=shift
+                )
+            ),
+        )
+
+
+def append_launches():
+    for dtype, heads, head_dim, weight, rope in [
+        (torch.bfloat16, 40, 128, True, True), (torch.bfloat16, 12, 128, True, True),
+        (torch.float16, 16, 64, False, True), (torch.float32, 40, 128, True, False),
+    ]:  # fmt: skip
+        x = torch.empty(4680, heads * head_dim, dtype=dtype, device="meta")
+        pool = torch.empty(9999, heads, head_dim, dtype=dtype, device="meta")
+        table = torch.empty(1024, head_dim // 2, 2, device="meta") if rope else None
+        position = torch.empty(1, dtype=torch.int64, device="meta")
+        scale = x[0] if weight else None
+        yield (
+            f"{str(dtype)[6:]} {heads}x{head_dim}{' norm' * weight}{' rope' * rope}",
+            lambda x=x, pool=pool, table=table, position=position, scale=scale: norm_rope_append.norm_rope_append(
+                x, x, x, pool, pool, pool[:4680], table, position, position, grid=(3, 30, 52), pairs=(22, 21, 21),
+                q_weight=scale, k_weight=scale, eps=1e-6, round_before_rope=True,
+            ),
+        )  # fmt: skip
+
+
+def compress_launches():
+    for dtype, keep in [(torch.bfloat16, 390), (torch.float32, 390), (torch.bfloat16, 1560)]:
+        k = torch.empty(4680, 40, 128, dtype=dtype, device="meta")
+        out = torch.empty(1560 + 2 * keep, 40, 128, dtype=dtype, device="meta")
+        index = torch.empty(len(out), dtype=torch.int32, device="meta")
+        yield (
+            f"{str(dtype)[6:]} keep {keep}",
+            lambda k=k, out=out, index=index, keep=keep: compress_chunk.compress_chunk(
+                k, k, out, out, index, frames=3, keep=keep, pooled=True, anchor=0
+            ),
+        )
+
+
+def main(archs: list[int]) -> None:
+    report = []
+    for arch in archs:
+        segment_attention.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
+        for launch_list in (attention_launches, append_launches, compress_launches):
+            for case, launch in launch_list():
+                with intercepted_launches() as launches:
+                    launch()
+                for kernel, arguments, options in launches:
+                    found = resources(compiled(kernel, arguments, options, arch))
+                    report.append({"kernel": kernel.__name__, "case": case, "arch": arch, **found})
+                    print(f"sm_{arch} {kernel.__name__} [{case}]: {found}", file=sys.stderr, flush=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])

@@ -1,0 +1,182 @@
+"""norm_rope_append against float64 brute force with complex numbers, on every backend this machine has."""
+
+import math
+
+import pytest
+import torch
+from conftest import DEVICE, backends, relative_error
+
+from worldkv_kernels import Rope3D, norm_rope_append
+from worldkv_kernels.ops.norm_rope_append import BACKENDS
+
+BACKEND_NAMES = backends(BACKENDS)
+
+
+def brute_force(x, weight, heads, grid, start_frame, rope=True, eps=1e-6):
+    """Norm over the whole row, then each token's pairs as complex numbers; float64, a token at a time."""
+    x = x.double().cpu()
+    head_dim = x.shape[1] // heads
+    c = head_dim // 2
+    per_axis = (c - 2 * (c // 3), c // 3, c // 3)
+    rows = []
+    for token, row in enumerate(x):
+        if weight is not None:
+            row = row / math.sqrt(row.square().mean() + eps) * weight.double().cpu()
+        row = row.view(heads, head_dim)
+        if rope:
+            frame, inside = divmod(token, grid[1] * grid[2])
+            position = (start_frame + frame, inside // grid[2], inside % grid[2])
+            angles = [
+                p * 10000.0 ** (-i / n) for p, n in zip(position, per_axis, strict=True) for i in range(n)
+            ]  # fmt: skip
+            turn = torch.polar(torch.ones(c, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
+            row = torch.view_as_real(torch.view_as_complex(row.reshape(heads, c, 2)) * turn).flatten(-2)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def inputs(tokens, heads, head_dim, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(tokens, 3 * heads * head_dim, generator=generator).to(DEVICE, dtype)
+    weights = 1 + 0.3 * torch.randn(2, heads * head_dim, generator=generator).to(DEVICE, dtype)
+    pools = torch.full((2, tokens + 40, heads, head_dim), math.nan, dtype=dtype, device=DEVICE)
+    return qkv.chunk(3, dim=1), weights, pools
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (2, 128), (5, 64), (12, 128), (40, 64)])
+@pytest.mark.parametrize(("q_normed", "k_normed", "roped"), [(1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 0, 1)])
+def test_matches_float64_and_writes_only_its_rows(backend, heads, head_dim, q_normed, k_normed, roped):
+    grid, start, first_row = (2, 3, 5), 17, 11
+    (q, k, v), weights, pools = inputs(30, heads, head_dim)
+    q_weight, k_weight = weights[0] if q_normed else None, weights[1] if k_normed else None
+    got = norm_rope_append(
+        q, k, v, *pools, first_row, rope=Rope3D(head_dim) if roped else None, grid=grid, start_frame=start,
+        q_weight=q_weight, k_weight=k_weight, backend=backend,
+    )  # fmt: skip
+    written = pools[:, first_row : first_row + 30]
+    # fp32 angles carry 6e-8 of the position, up to 20 radians here.
+    assert relative_error(got, brute_force(q, q_weight, heads, grid, start, roped)) <= 2e-6
+    assert relative_error(written[0], brute_force(k, k_weight, heads, grid, start, roped)) <= 2e-6
+    assert torch.equal(written[1], v.reshape(30, heads, head_dim))
+    others = torch.cat([pools[:, :first_row], pools[:, first_row + 30 :]], dim=1)
+    assert others.isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", ["same", "fp32"])
+def test_rounding_is_that_of_the_models(backend, dtype, weight_dtype):
+    """Norm in fp32, rounded, times the weight (rounded where it has the dtype), turned in float64, rounded."""
+    if (backend, dtype, DEVICE.type) == ("triton", torch.bfloat16, "cpu"):
+        pytest.skip("Triton's interpreter rounds to bf16 towards zero; fp16 stands in for it there")
+    (q, k, v), weights, pools = inputs(12, 3, 64, dtype)
+    weights = weights.float() if weight_dtype == "fp32" else weights
+    got = norm_rope_append(
+        q, k, v, *pools, 0, rope=Rope3D(64), grid=(1, 3, 4), start_frame=900,
+        q_weight=weights[0], k_weight=weights[1], backend=backend,
+    )  # fmt: skip
+    x = q.float()
+    normed = (x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)).to(dtype) * weights[0]
+    want = brute_force(normed, None, 3, (1, 3, 4), 900)
+    exact = relative_error(want.to(dtype), want)
+    assert relative_error(got, want) <= 1.02 * exact  # the last rounding and, rarely, a neighbouring one
+    once = norm_rope_append(
+        q, k, v, *pools, 0, rope=Rope3D(64), grid=(1, 3, 4), start_frame=900,
+        q_weight=weights[0], k_weight=weights[1], round_before_rope=False, backend=backend,
+    )  # fmt: skip
+    unrounded = brute_force(q, weights[0], 3, (1, 3, 4), 900)
+    assert relative_error(once, unrounded) <= 1.02 * relative_error(unrounded.to(dtype), unrounded)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_position_on_the_device_is_read_when_the_kernel_runs(backend):
+    (q, k, v), weights, pools = inputs(6, 2, 64)
+    position = torch.tensor([9, 40], device=DEVICE)
+    kwargs = dict(rope=Rope3D(64), grid=(1, 2, 3), q_weight=weights[0], backend=backend)
+    want = norm_rope_append(q, k, v, *pools, 9, start_frame=40, **kwargs)
+    other = torch.full_like(pools, math.nan)
+    got = norm_rope_append(q, k, v, *other, position[:1], start_frame=position[1:], **kwargs)
+    assert torch.equal(got, want)
+    assert torch.equal(other.nan_to_num(7.0), pools.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_same_bits_every_time_and_contiguous_or_sliced(backend):
+    (q, k, v), weights, pools = inputs(30, 2, 128)
+    kwargs = dict(rope=Rope3D(128), grid=(2, 3, 5), start_frame=3, q_weight=weights[0], backend=backend)
+    want = norm_rope_append(q, k, v, *pools, 0, **kwargs)
+    for _ in range(20):
+        assert torch.equal(norm_rope_append(q.contiguous(), k, v, *pools, 0, **kwargs), want)
+
+
+def good(**changes):
+    (q, k, v), weights, pools = inputs(30, 2, 64)
+    arguments = dict(
+        q=q, k=k, v=v, k_pool=pools[0], v_pool=pools[1], first_row=0, rope=Rope3D(64, max_position=100),
+        grid=(2, 3, 5), start_frame=0, q_weight=weights[0], k_weight=weights[1],
+    )  # fmt: skip
+    return {**arguments, **changes}
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": zeros(30, 2, 64)}, ValueError, "q must be [tokens, 128], got [30, 2, 64]"),
+        ({"k": zeros(29, 128)}, ValueError, "k must be [30, 128], got [29, 128]"),
+        ({"v": zeros(30, 128, dtype=torch.float16)}, TypeError, "v must be torch.float32, got"),
+        ({"q": zeros(128, 30).T}, ValueError, "q must be contiguous in its last 1"),
+        ({"k_pool": zeros(70, 128)}, ValueError, "k_pool must be a tensor [rows, heads, head_dim], got [70, 128]"),
+        ({"k_pool": zeros(70, 2, 96)}, ValueError, "k_pool must be of 1 to 64 heads with head_dim 64 or 128"),
+        ({"v_pool": zeros(70, 64, 2).transpose(1, 2)}, ValueError, "v_pool must be contiguous in its last 2"),
+        ({"grid": (2, 3, 4)}, ValueError, "grid must be (frames, height, width) of 30 tokens in all, got (2, 3, 4)"),
+        ({"q_weight": zeros(64)}, ValueError, "q_weight must be [128], got [64]"),
+        ({"k_weight": zeros(128, dtype=torch.float16)}, TypeError, "k_weight must be torch.float32"),
+        ({"first_row": 41}, ValueError, "first_row must be from 0 to 40 for 30 tokens in 70 rows, got 41"),
+        ({"first_row": -1}, ValueError, "first_row must be from 0 to 40"),
+        ({"start_frame": 99}, ValueError, "start_frame must be from 0 to 98 within the rope's positions, got 99"),
+        ({"rope": Rope3D(128)}, ValueError, "rope must be for head_dim 64, got Rope3D(128"),
+        ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
+        ({"out": zeros(30, 128)}, ValueError, "out must be [30, 2, 64], got [30, 128]"),
+        ({"first_row": torch.zeros(1, dtype=torch.int64, device=DEVICE)}, TypeError, "start_frame must be a tensor [1]"),
+        ({"backend": "nope"}, ValueError, "backend must be None or one of"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(changes, error, message):
+    arguments = good(**changes)
+    with pytest.raises(error, match="norm_rope_append: ") as caught:
+        norm_rope_append(**arguments)
+    assert message in str(caught.value)
+    assert "k_pool" in changes or arguments["k_pool"].isnan().all()
+
+
+def test_debug_checks_positions_on_the_device(monkeypatch):
+    monkeypatch.setenv("WORLDKV_DEBUG", "1")
+    position = torch.tensor([41, 0], device=DEVICE)
+    with pytest.raises(ValueError, match="first_row must be from 0 to 40 for 30 tokens in 70 rows, got 41"):
+        norm_rope_append(**good(first_row=position[:1], start_frame=position[1:]))
+
+
+def test_opcheck_and_compile():
+    (q, k, v), weights, pools = inputs(30, 2, 64)
+    rope, grid = Rope3D(64), (2, 3, 5)
+    pools = pools.nan_to_num()
+    args = (
+        q, k, v, pools[0].clone(), pools[1].clone(), zeros(30, 2, 64), rope.table(DEVICE), None, None, 5, 2,
+        list(grid), list(rope.pairs), weights[0], weights[1], 1e-6, True, "auto",
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.worldkv.norm_rope_append.default, args)
+    kwargs = dict(rope=rope, grid=grid, start_frame=2, q_weight=weights[0], k_weight=weights[1])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q, k, v, k_pool, v_pool):
+        return norm_rope_append(q * 1, k, v, k_pool, v_pool, 5, **kwargs)
+
+    eager_pools, compiled_pools = pools.clone(), pools.clone()
+    want = norm_rope_append(q, k, v, *eager_pools, 5, **kwargs)
+    assert torch.equal(compiled(q, k, v, *compiled_pools), want)
+    assert torch.equal(compiled_pools, eager_pools)

@@ -1,0 +1,291 @@
+"""segment_attention against float64 brute force, on every backend that this machine has."""
+
+import math
+
+import pytest
+import torch
+from conftest import DEVICE, backends, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldkv_kernels import Rope3D, Segment, Window, segment_attention
+from worldkv_kernels.ops.segment_attention import BACKENDS
+
+BACKEND_NAMES = backends(BACKENDS)
+ROPES = {head_dim: Rope3D(head_dim) for head_dim in (64, 128)}
+
+
+def make_pool(rows, heads, head_dim, segments, dtype, seed=0):
+    """q maker, K and V with NaN in every row that no segment names."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, rows, heads, head_dim, generator=generator).to(dtype)
+    used = torch.zeros(rows, dtype=torch.bool)
+    for segment in segments:
+        used[segment.first_row : segment.first_row + segment.num_rows] = True
+    k[~used], v[~used] = math.nan, math.nan
+    return k.to(DEVICE), v.to(DEVICE), generator
+
+
+def rotated(k, shift, head_dim):
+    """K turned forward in time by `shift` frames, as complex numbers in float64."""
+    c = head_dim // 2
+    pairs = c - 2 * (c // 3)
+    angles = shift * 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    turn = torch.cat([torch.polar(torch.ones_like(angles), angles), torch.ones(c - pairs, dtype=torch.complex128)])
+    return torch.view_as_real(torch.view_as_complex(k.double().reshape(*k.shape[:-1], c, 2)) * turn).flatten(-2)
+
+
+def brute_force(q, k, v, segments, scale=None):
+    """out, lse, mass in float64: keys rewritten, concatenated, plain softmax."""
+    q, k, v = q.double().cpu(), k.cpu(), v.double().cpu()
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    keys = torch.cat([rotated(k[s.first_row : s.first_row + s.num_rows], s.time_shift, q.shape[2]) for s in segments])
+    values = torch.cat([v[s.first_row : s.first_row + s.num_rows] for s in segments])
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
+    p = scores.softmax(-1)
+    out = torch.einsum("hqk,khd->qhd", p, values)
+    parts = p.split([s.num_rows for s in segments], dim=-1)
+    return out, scores.logsumexp(-1), torch.stack([part.sum(-1).mean(-1) for part in parts], dim=1)
+
+
+def check(backend, q_len, heads, head_dim, segments, dtype=torch.float32, limit=2e-6, seed=0, scale=None, **flags):
+    rows = max(s.first_row + s.num_rows for s in segments) + 70
+    k, v, generator = make_pool(rows, heads, head_dim, segments, dtype, seed)
+    q = torch.randn(q_len, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    window = Window(segments, device=DEVICE, rope=ROPES[head_dim])
+    got = segment_attention(q, k, v, window, backend=backend, scale=scale, **flags)
+    got = got if isinstance(got, tuple) else (got,)
+    out, lse, mass = brute_force(q, k, v, segments, scale)
+    wanted = [out] + [lse] * flags.get("return_lse", False) + [mass] * flags.get("return_mass", False)
+    for have, want in zip(got, wanted, strict=True):
+        assert relative_error(have, want) <= limit
+    return got
+
+
+def segments_strategy(max_segments, max_rows, max_first):
+    segment = st.tuples(st.integers(0, max_first), st.integers(1, max_rows), st.integers(-200, 200))
+    return st.lists(segment, min_size=1, max_size=max_segments).map(lambda many: [Segment(*one) for one in many])
+
+
+# The turned query is rounded to the input's dtype, in fp32 by 6e-8 of each number; scores stay within 2e-6.
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@settings(max_examples=60 if DEVICE.type == "cuda" else 12, deadline=None, derandomize=True)
+@given(segments=segments_strategy(8, 300, 500), seed=st.integers(0, 1000), shifted=st.booleans())
+def test_random_windows_match_float64(backend, segments, seed, shifted):
+    segments = segments if shifted else [s._replace(time_shift=0) for s in segments]
+    check(backend, 1 + seed % 40, 2, 64, segments, seed=seed, return_lse=True, return_mass=True)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(segments=segments_strategy(30, 5000, 9000), seed=st.integers(0, 1000))
+def test_long_random_windows_match_float64_on_the_default_backend(segments, seed):
+    check(None, 1 + seed % 50, 1, 128, segments, seed=seed, return_lse=True, return_mass=True)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_thirty_segments_with_shifts(backend):
+    segments = [Segment((i * 37) % 400, 1 + (i * 53) % 150, (i * 29) % 401 - 200) for i in range(30)]
+    check(backend, 5, 1, 64, segments, return_lse=True, return_mass=True)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 256])
+@pytest.mark.parametrize("q_len", [1, 129])
+def test_tile_edges(backend, head_dim, num_rows, q_len):
+    check(backend, q_len, 1, head_dim, [Segment(3, num_rows), Segment(0, 1)])
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0, -33])
+def test_half_precision_within_twice_the_error_of_sdpa(backend, dtype, shift):
+    """SDPA in the same dtype, on the gathered window with its keys rewritten and rounded."""
+    if (backend, dtype, DEVICE.type) == ("triton", torch.bfloat16, "cpu"):
+        pytest.skip("Triton's interpreter multiplies bf16 matrices as integers; fp16 stands in for them there")
+    segments = [Segment(128, 300, shift), Segment(10, 77)]
+    k, v, generator = make_pool(500, 2, 64, segments, dtype)
+    q = torch.randn(70, 2, 64, generator=generator).to(DEVICE, dtype)
+    window = Window(segments, device=DEVICE, rope=ROPES[64])
+    got = segment_attention(q, k, v, window, backend=backend)
+    want = brute_force(q, k, v, segments)[0]
+    pieces = [slice(s.first_row, s.first_row + s.num_rows) for s in segments]
+    keys = torch.cat([rotated(k[p].cpu(), s.time_shift, 64).to(dtype) for p, s in zip(pieces, segments, strict=True)])
+    values = torch.cat([v[p] for p in pieces])
+    heads_first = [x.to(DEVICE).transpose(0, 1).unsqueeze(0) for x in (q, keys, values)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1)
+    assert relative_error(got, want) <= 2 * relative_error(sdpa, want)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("shift", [0, 11])
+def test_same_bits_wherever_the_segments_lie_and_every_time(backend, shift):
+    lengths = (200, 128, 5)
+    generator = torch.Generator().manual_seed(1)
+    contents = [torch.randn(2, n, 2, 64, generator=generator) for n in lengths]
+    q = torch.randn(33, 2, 64, generator=generator).to(DEVICE)
+    results = []
+    for starts in ((0, 200, 328), (640, 0, 401), (640, 0, 401)):
+        pool = torch.full((2, 900, 2, 64), math.nan)
+        for first, content in zip(starts, contents, strict=True):
+            pool[:, first : first + content.shape[1]] = content
+        k, v = pool.to(DEVICE)
+        window = Window(
+            [Segment(s, n, shift) for s, n in zip(starts, lengths, strict=True)], device=DEVICE, rope=ROPES[64]
+        )
+        repeats = 20 if DEVICE.type == "cuda" else 2
+        for _ in range(repeats):
+            results.append(torch.cat([
+                x.flatten() for x in segment_attention(q, k, v, window, backend=backend, return_lse=True, return_mass=True)
+            ]))  # fmt: skip
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_turning_the_query_equals_rewriting_the_keys(backend):
+    """The same window once with time shifts, once over a pool whose keys were rewritten in float64."""
+    segments = [Segment(0, 150, -17), Segment(150, 140, 90), Segment(300, 20)]
+    k, v, generator = make_pool(330, 2, 128, segments, torch.float32)
+    q = torch.randn(40, 2, 128, generator=generator).to(DEVICE)
+    moved = k.clone()
+    for s in segments:
+        piece = slice(s.first_row, s.first_row + s.num_rows)
+        moved[piece] = rotated(k[piece].cpu(), s.time_shift, 128).float().to(DEVICE)
+    got = segment_attention(q, k, v, Window(segments, device=DEVICE, rope=ROPES[128]), backend=backend)
+    plain = Window([s._replace(time_shift=0) for s in segments], device=DEVICE)
+    want = segment_attention(q, moved, v, plain, backend=backend)
+    assert relative_error(got, want) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_mass_is_a_share_and_lse_is_natural(backend):
+    """With all keys zero every token weighs the same: mass is the share of tokens, lse is log(tokens)."""
+    k = torch.zeros(400, 2, 64, device=DEVICE)
+    window = Window([Segment(0, 300), Segment(310, 60)], device=DEVICE)
+    q = torch.randn(7, 2, 64, device=DEVICE)
+    out, lse, mass = segment_attention(q, k, k + 1, window, return_lse=True, return_mass=True, backend=backend)
+    torch.testing.assert_close(mass, torch.tensor([[300 / 360, 60 / 360]] * 2, device=DEVICE))
+    torch.testing.assert_close(lse, torch.full((2, 7), math.log(360), device=DEVICE))
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_large_scores_do_not_overflow(backend):
+    check(backend, 9, 1, 64, [Segment(0, 200), Segment(260, 40)], scale=300.0, limit=2e-4, return_mass=True)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_strided_inputs_and_sentinels_around_out(backend):
+    segments = [Segment(0, 130)]
+    k, v, generator = make_pool(200, 6, 64, segments, torch.float32)
+    k, v = k[:, ::2], v[:, 3:]  # head strides that are not head_dim
+    q = torch.randn(2, 20, 3, 64, generator=generator).to(DEVICE).transpose(0, 1)[:, 1]
+    room = torch.full((22, 3, 64), 7.0, device=DEVICE)
+    out = segment_attention(q, k, v, Window(segments, device=DEVICE), out=room[1:21], backend=backend)
+    assert out.data_ptr() == room[1:].data_ptr()
+    assert relative_error(out, brute_force(q, k, v, segments)[0]) <= 2e-6
+    assert (room[0] == 7).all() and (room[21] == 7).all()
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_update_in_place_is_what_the_next_call_reads(backend):
+    segments = [Segment(0, 64), Segment(256, 200, 5)]
+    k, v, generator = make_pool(500, 1, 64, segments, torch.float32)
+    q = torch.randn(8, 1, 64, generator=generator).to(DEVICE)
+    window = Window([Segment(0, 1)], device=DEVICE, rope=ROPES[64], capacity=4)
+    addresses = [t.data_ptr() for t in (window.tiles, window.ranges, window.counts, window.turns)]
+    for chosen in (segments, segments[::-1], segments[:1]):
+        window.update(chosen)
+        got = segment_attention(q, k, v, window, backend=backend)
+        assert relative_error(got, brute_force(q, k, v, chosen)[0]) <= 2e-6
+    assert addresses == [t.data_ptr() for t in (window.tiles, window.ranges, window.counts, window.turns)]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: 400,000 rows and a graph replay")
+def test_long_window_and_graph_replay_on_a_gpu():
+    segments = [Segment(0, 400_000)]
+    k, v, generator = make_pool(400_100, 2, 128, segments, torch.bfloat16)
+    q = torch.randn(200, 2, 128, generator=generator).to(DEVICE, torch.bfloat16)
+    window = Window(segments, device=DEVICE, rope=ROPES[128])
+    out = segment_attention(q, k, v, window)
+    assert relative_error(out, brute_force(q, k, v, segments)[0]) <= 2e-2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        segment_attention(q, k, v, window, out=out)
+    window.update([Segment(1000, 300), Segment(77, 3)])
+    graph.replay()
+    assert relative_error(out, brute_force(q, k, v, window.segments)[0]) <= 2e-2
+
+
+GOOD = {"q": (8, 2, 64), "k_pool": (256, 2, 64), "v_pool": (256, 2, 64)}
+BAD_TENSORS = [
+    ("q", torch.zeros(2, 64), ValueError, "q_len, heads, head_dim"),
+    ("q", torch.zeros(0, 2, 64), ValueError, "q_len >= 1"),
+    ("q", torch.zeros(8, 2, 80), ValueError, "head_dim 64 or 128"),
+    ("q", torch.zeros(8, 2, 64, dtype=torch.float64), TypeError, "bfloat16 or torch.float16 or torch.float32"),
+    ("q", torch.zeros(8, 64, 2).transpose(1, 2), ValueError, "contiguous in its last 1"),
+    ("q", None, TypeError, "a tensor"),
+    ("k_pool", torch.zeros(256, 3, 64), ValueError, "[rows, 2, 64]"),
+    ("k_pool", torch.zeros(256, 2, 64, dtype=torch.bfloat16), TypeError, "torch.float32"),
+    ("k_pool", torch.zeros(256, 2, 64, device="meta"), ValueError, "on "),
+    ("v_pool", torch.zeros(255, 2, 64), ValueError, "[256, 2, 64]"),
+    ("out", torch.zeros(8, 2, 65), ValueError, "[8, 2, 64]"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "error", "wanted"), BAD_TENSORS)
+def test_bad_tensors_are_named(argument, value, error, wanted):
+    given = {name: torch.zeros(shape, device=DEVICE) for name, shape in GOOD.items()}
+    given[argument] = value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+    with pytest.raises(error) as caught:
+        segment_attention(**given, window=Window([Segment(0, 9)], device=DEVICE))
+    message = str(caught.value)
+    assert message.startswith(f"segment_attention: {argument} must be") and wanted in message and ", got " in message
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"window": [Segment(0, 9)]}, TypeError, "window must be a worldkv_kernels.Window, got"),
+        ({"window": Window([Segment(250, 7)], device=DEVICE)}, ValueError, "pool's 256 rows, got 'last row 256'"),
+        ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
+        ({"scale": math.inf}, ValueError, "scale must be positive and finite, got inf"),
+        ({"backend": "tpu"}, ValueError, "backend must be None or one of"),
+        (
+            {"window": Window([Segment(0, 9, 1)], device=DEVICE, rope=Rope3D(128))},
+            ValueError,
+            "window.rope must be for head_dim 64",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    given = {name: torch.zeros(shape, device=DEVICE) for name, shape in GOOD.items()}
+    given["window"] = Window([Segment(0, 9)], device=DEVICE)
+    with pytest.raises(error, match="segment_attention: ") as caught:
+        segment_attention(**{**given, **change})
+    assert message in str(caught.value)
+
+
+def test_an_empty_window_cannot_be_made():
+    with pytest.raises(ValueError, match="Window: segments must hold at least one segment, got none"):
+        Window([], device=DEVICE)
+
+
+def test_opcheck_and_compile():
+    segments = [Segment(0, 40, 3), Segment(128, 50)]
+    k, v, generator = make_pool(256, 2, 64, segments, torch.float32)
+    q = torch.randn(8, 2, 64, generator=generator).to(DEVICE)
+    window = Window(segments, device=DEVICE, rope=ROPES[64])
+    out, lse, mass = segment_attention(q, k, v, window, return_lse=True, return_mass=True)
+    tables = (window.tiles, window.ranges, window.counts, window.turns)
+    # NaN rows would make opcheck's comparison of inputs fail.
+    k, v = k.nan_to_num(), v.nan_to_num()
+    args = (q, k, v, *tables, out.clone(), lse.clone(), mass.clone(), 0.125, True, "auto")
+    torch.library.opcheck(torch.ops.worldkv.segment_attention.default, args)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q, k, v):
+        return segment_attention(q * 1, k, v, window, return_lse=True, return_mass=True)
+
+    for have, want in zip(compiled(q, k, v), (out, lse, mass), strict=True):
+        assert torch.equal(have, want)
