@@ -1,0 +1,369 @@
+"""A slow model of WorldMemory, written from the design alone, to compare the real one with.
+
+It keeps the raw projections of every chunk in float64 and works everything out anew whenever it is asked:
+QK-norm, rotary embedding, pruning, distances, the window. Keys are turned in time by rotating them at
+another frame, and attention is one softmax over concatenated rows. Nothing here is imported from the
+package; of a config only the fields are read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import torch
+
+TIE = 1e-6  # distances closer than this are equal, and the older chunk goes first
+
+
+def qk_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """RMSNorm over all heads together, [tokens, heads * head_dim]; none without a weight."""
+    if weight is None:
+        return x
+    return x / torch.sqrt((x * x).mean(dim=1, keepdim=True) + eps) * weight.double()
+
+
+def pair_frequencies(head_dim: int, theta: float = 10000.0, pairs: tuple[int, int, int] | None = None) -> list[list]:
+    """(axis, radians per position) of each complex pair: time pairs, then height, then width."""
+    half = head_dim // 2
+    third = half // 3
+    counts = pairs or (half - 2 * third, third, third)
+    return [[axis, theta ** (-i / count)] for axis, count in enumerate(counts) for i in range(count)]
+
+
+def turned(x: torch.Tensor, grid: tuple[int, int, int], start_frame: int, frequencies: list[list]) -> torch.Tensor:
+    """3D rotary embedding of [frames * height * width, heads, head_dim], by complex numbers."""
+    frames, height, width = grid
+    out = torch.empty_like(x)
+    each = itertools.product(range(frames), range(height), range(width))
+    positions = [(start_frame + frame, row, column) for frame, row, column in each]
+    axes = [axis for axis, _ in frequencies]
+    per_position = torch.tensor([frequency for _, frequency in frequencies], dtype=torch.float64)
+    angles = torch.tensor(positions, dtype=torch.float64)[:, axes] * per_position
+    phase = torch.polar(torch.ones_like(angles), angles)[:, None, :]
+    number = torch.complex(x[..., 0::2], x[..., 1::2]) * phase
+    out[..., 0::2], out[..., 1::2] = number.real, number.imag
+    return out
+
+
+def similarities(keys: torch.Tensor, frames: int) -> torch.Tensor:
+    """Of each token of a chunk [frames * F, heads, head_dim] to the centroid of its first frame."""
+    per_frame = len(keys) // frames
+    flat = keys.flatten(1)
+    centroid = flat[:per_frame].mean(dim=0)
+    return (flat @ centroid) / (flat.norm(dim=1) * centroid.norm() + 1e-8)
+
+
+def pruned(keys: torch.Tensor, frames: int, keep_ratio: float, pooled: bool) -> tuple[list[int], float]:
+    """Kept tokens in order, and the gap in similarity between the last one kept and the first one dropped."""
+    per_frame = len(keys) // frames
+    keep = max(1, math.ceil(keep_ratio * per_frame))
+    if keep >= per_frame or frames == 1:
+        return list(range(len(keys))), math.inf
+    similarity = similarities(keys, frames).tolist()
+    others = [range(frame * per_frame, (frame + 1) * per_frame) for frame in range(1, frames)]
+    if pooled:
+        groups, count = [[token for group in others for token in group]], keep * (frames - 1)
+    else:
+        groups, count = [list(group) for group in others], keep
+    kept, gap = list(range(per_frame)), math.inf
+    for group in groups:
+        ordered = sorted(group, key=lambda token: (similarity[token], token))
+        kept += ordered[:count]
+        gap = min(gap, similarity[ordered[count]] - similarity[ordered[count - 1]])
+    return sorted(kept), gap
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """[tokens, heads, head_dim] each, every query on every key."""
+    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return torch.einsum("hqk,khd->qhd", torch.softmax(logits, dim=2), v)
+
+
+def as_quaternion(rotation: np.ndarray) -> np.ndarray:
+    """Unit quaternion (w, x, y, z) of a rotation matrix: the eigenvector of the largest eigenvalue (Bar-Itzhack)."""
+    m = rotation
+    k = np.array(
+        [
+            [m[0, 0] + m[1, 1] + m[2, 2], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]],
+            [m[2, 1] - m[1, 2], m[0, 0] - m[1, 1] - m[2, 2], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0]],
+            [m[0, 2] - m[2, 0], m[0, 1] + m[1, 0], m[1, 1] - m[0, 0] - m[2, 2], m[1, 2] + m[2, 1]],
+            [m[1, 0] - m[0, 1], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1], m[2, 2] - m[0, 0] - m[1, 1]],
+        ]
+    )
+    return np.linalg.eigh(k)[1][:, 3]
+
+
+def quaternion_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.concatenate(
+        [[a[0] * b[0] - a[1:] @ b[1:]], a[0] * b[1:] + b[0] * a[1:] + np.cross(a[1:], b[1:])]
+    )  # Hamilton's
+
+
+def rotation_mean(rotations: list[np.ndarray]) -> np.ndarray:
+    """The unit quaternion with the least sum of squared angles to the rotations."""
+    quaternions = [as_quaternion(rotation) for rotation in rotations]
+    mean = quaternions[0]
+    for _ in range(200):
+        steps = []
+        for quaternion in quaternions:
+            difference = quaternion_product(mean * (1, -1, -1, -1), quaternion)
+            difference = difference if difference[0] >= 0 else -difference
+            sine = np.linalg.norm(difference[1:])
+            half_angle = math.atan2(sine, difference[0])
+            steps.append(difference[1:] / sine * half_angle if sine > 0 else np.zeros(3))
+        step = np.mean(steps, axis=0)
+        size = np.linalg.norm(step)
+        if size < 1e-14:
+            break
+        mean = quaternion_product(mean, np.concatenate([[math.cos(size)], math.sin(size) * step / size]))
+        mean = mean / np.linalg.norm(mean)
+    return mean
+
+
+def quaternion_angle(a: np.ndarray, b: np.ndarray) -> float:
+    difference = quaternion_product(a * (1, -1, -1, -1), b)
+    return 2 * math.atan2(np.linalg.norm(difference[1:]), abs(difference[0]))
+
+
+class PoseOrder:
+    """0.5 dt / max dt + 0.5 dr / max dr on chunk means; a maximum that is float noise counts as zero."""
+
+    def describe(self, poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return poses[:, :3, 3].mean(axis=0), rotation_mean(list(poses[:, :3, :3]))
+
+    def terms(self, a, b) -> tuple[float, float]:
+        return float(((a[0] - b[0]) ** 2).sum()), quaternion_angle(a[1], b[1])
+
+    def scales(self, current, candidates: list) -> tuple[float, float]:
+        """What to divide by: the largest of either term over the candidates; infinity where it is noise."""
+        dt, dr = zip(*(self.terms(current, candidate) for candidate in candidates), strict=True)
+        extent = max(np.abs(view[0]).max() for view in [current, *candidates])
+        return (
+            max(dt) if max(dt) > (1e-5 * extent) ** 2 else math.inf,
+            max(dr) if max(dr) > 1e-4 else math.inf,
+        )
+
+    def distance(self, a, b, scales: tuple[float, float]) -> float:
+        dt, dr = self.terms(a, b)
+        return 0.5 * dt / scales[0] + 0.5 * dr / scales[1]
+
+    def select(self, current, candidates: dict[int, object], budget: int) -> list[int]:
+        if not candidates:
+            return []
+        scales = self.scales(current, list(candidates.values()))
+        left = {chunk: self.distance(current, view, scales) for chunk, view in candidates.items()}
+        picked: list[int] = []
+        while left and len(picked) < budget:
+            nearest = min(left.values())
+            chunk = min(chunk for chunk, distance in left.items() if distance <= nearest + TIE)
+            picked.append(chunk)
+            del left[chunk]
+        return picked
+
+    def drop(self, candidates: dict[int, object]) -> int:
+        """The older chunk of the two most alike; of equal pairs the oldest."""
+        chunks = sorted(candidates)
+        if len(chunks) == 1:
+            return chunks[0]
+        scales = self.scales(candidates[chunks[-1]], list(candidates.values()))
+        pairs = {
+            (a, b): self.distance(candidates[a], candidates[b], scales) for a in chunks for b in chunks if a < b
+        }
+        least = min(pairs.values())
+        return min(pair for pair, distance in pairs.items() if distance <= least + TIE)[0]
+
+
+class OfficialOrder:
+    """The published distance: averaged matrices, acos, each term divided by its maximum if that is above 0."""
+
+    def describe(self, poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return poses[:, :3, 3].mean(axis=0), poses[:, :3, :3].mean(axis=0)
+
+    def distances(self, current, candidates: dict[int, object]) -> dict[int, float]:
+        dt, dr = {}, {}
+        for chunk, (position, rotation) in candidates.items():
+            dt[chunk] = float(((position - current[0]) ** 2).sum())
+            cosine = (np.trace(rotation.T @ current[1]) - 1) / 2
+            dr[chunk] = math.acos(min(1.0, max(-1.0, cosine)))
+        for term in (dt, dr):
+            largest = max(term.values())
+            for chunk in term:
+                term[chunk] = term[chunk] / largest if largest > 0 else term[chunk]
+        return {chunk: 0.5 * dt[chunk] + 0.5 * dr[chunk] for chunk in candidates}
+
+    def select(self, current, candidates: dict[int, object], budget: int) -> list[int]:
+        if not candidates:
+            return []
+        distances = self.distances(current, candidates)
+        return sorted(candidates, key=lambda chunk: (distances[chunk], chunk))[:budget]
+
+    def drop(self, candidates: dict[int, object]) -> int:
+        return min(candidates)
+
+
+class SlowChunk:
+    """One chunk: its number, and per layer the raw projections of its last pass."""
+
+    def __init__(self, number: int, num_layers: int) -> None:
+        self.number = number
+        self.k: list[torch.Tensor | None] = [None] * num_layers
+        self.v: list[torch.Tensor | None] = [None] * num_layers
+        self.k_weight: list[torch.Tensor | None] = [None] * num_layers
+        self.kept: list[list[int]] | None = None  # per layer, once pruned
+        self.view: object = None
+
+
+class SlowMemory:
+    """See WorldMemory; `order` is a PoseOrder or an OfficialOrder."""
+
+    def __init__(self, config, order=None) -> None:
+        self.config = config
+        self.order = order or PoseOrder()
+        rope = config.rope
+        self.frequencies = None
+        if rope == "wan":
+            self.frequencies = pair_frequencies(config.head_dim)
+        elif rope is not None:
+            self.frequencies = pair_frequencies(config.head_dim, rope.theta, rope.pairs)
+        self.past: dict[int, SlowChunk] = {}
+        self.where: dict[int, str] = {}  # sink, recent, unattended, bank or dropped
+        self.banked: list[int] = []  # with the published code's copy of the sink, which `where` calls sink
+        self.num_dropped = 0
+        self.next = 0
+        self.current: SlowChunk | None = None
+        self.window: list[tuple[str, int, int]] = []  # role, chunk, first frame its keys are turned to
+
+    # The window.
+
+    def begin(self, poses: np.ndarray | None = None) -> None:
+        config, number = self.config, self.next
+        self.current = SlowChunk(number, config.num_layers)
+        if poses is not None and config.mode == "worldkv":
+            self.current.view = self.order.describe(np.asarray(poses, dtype=np.float64))
+        frames = config.chunk_frames
+        sink = [chunk for chunk in range(number) if self.where[chunk] == "sink"]
+        recent = [chunk for chunk in range(number) if self.where[chunk] == "recent"]
+        waiting = [chunk for chunk in range(number) if self.where[chunk] == "unattended"]
+        retrieved: list[int] = []
+        if config.mode == "worldkv":
+            candidates = {chunk: self.past[chunk].view for chunk in range(number) if self.where[chunk] == "bank"}
+            retrieved = self.order.select(self.current.view, candidates, config.retrieved_chunks)
+            if config.order == "time":
+                retrieved.sort()
+            elif config.order == "nearest_last":
+                retrieved.reverse()
+        if not retrieved and config.retrieved_chunks:
+            recent = waiting + recent
+        self.retrieved = retrieved
+        first = {chunk: chunk * frames for chunk in [*range(number), number]}
+        if config.rebase_time and config.mode != "full":
+            attended = [*(sink if config.rebase_sink else []), *retrieved]
+            start = (recent[0] if recent else number) * frames
+            for places_before, chunk in enumerate(reversed(attended), start=1):
+                first[chunk] = start - places_before * frames
+        self.window = [
+            (role, chunk, first[chunk])
+            for role, chunks in (("sink", sink), ("retrieved", retrieved), ("recent", recent), ("current", [number]))
+            for chunk in chunks
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.rows(chunk) for _, chunk, _ in self.window)
+
+    def rows(self, chunk: int) -> int:
+        config = self.config
+        whole = config.chunk_frames * config.grid[0] * config.grid[1]
+        if chunk == self.next or self.past[chunk].kept is None:
+            return whole
+        return len(self.past[chunk].kept[0])
+
+    # Attention.
+
+    def keys(self, chunk: SlowChunk, layer: int, first_frame: int) -> torch.Tensor:
+        config = self.config
+        keys = qk_norm(chunk.k[layer], chunk.k_weight[layer], config.eps)
+        return self.rotate(keys.view(len(keys), config.num_heads, config.head_dim), first_frame)
+
+    def rotate(self, x: torch.Tensor, first_frame: int) -> torch.Tensor:
+        if self.frequencies is None:
+            return x
+        return turned(x, (self.config.chunk_frames, *self.config.grid), first_frame, self.frequencies)
+
+    def attend(self, layer: int, q, k, v, q_weight=None, k_weight=None) -> torch.Tensor:
+        config, current = self.config, self.current
+        current.k[layer], current.v[layer], current.k_weight[layer] = k.double(), v.double(), k_weight
+        heads = (config.num_heads, config.head_dim)
+        queries = qk_norm(q.double(), q_weight, config.eps).view(-1, *heads)
+        queries = self.rotate(queries, current.number * config.chunk_frames)
+        keys, values = [], []
+        for _, number, first_frame in self.window:
+            chunk = current if number == current.number else self.past[number]
+            kept = chunk.kept[layer] if chunk.kept is not None else slice(None)
+            keys.append(self.keys(chunk, layer, first_frame)[kept])
+            values.append(chunk.v[layer].view(-1, *heads)[kept])
+        scale = config.scale if config.scale is not None else 1 / math.sqrt(config.head_dim)
+        return softmax_attention(queries, torch.cat(keys), torch.cat(values), scale)
+
+    # History.
+
+    def end(self) -> None:
+        config, number = self.config, self.next
+        self.past[number] = self.current
+        self.current = None
+        self.next += 1
+        recent_chunks = config.recent_frames // config.chunk_frames
+        sink_chunks = config.sink_frames // config.chunk_frames
+        if config.mode not in ("worldkv", "sink_recent"):
+            sink_chunks = 0
+        self.where[number] = "sink" if number < sink_chunks else "recent"
+        if config.mode == "full":
+            return
+        for chunk in range(self.next):
+            age = number - chunk  # 0 for the chunk just made
+            if self.where[chunk] == "recent" and age >= recent_chunks:
+                self.where[chunk] = "unattended" if config.mode == "worldkv" else "dropped"
+        if config.mode != "worldkv":
+            return
+        if config.bank_sink and number < sink_chunks:
+            self.bank(number)
+        for chunk in range(self.next):
+            age = number - chunk
+            if self.where[chunk] == "unattended" and age >= recent_chunks + config.unattended_chunks:
+                self.bank(chunk)
+
+    def bank(self, number: int) -> None:
+        config, chunk = self.config, self.past[number]
+        self.banked.append(number)
+        if self.where[number] != "sink":
+            self.where[number] = "bank"
+            chunk.kept = [
+                pruned(
+                    self.keys(chunk, layer, number * config.chunk_frames),
+                    config.chunk_frames,
+                    config.keep_ratio,
+                    config.pooled,
+                )[0]
+                for layer in range(config.num_layers)
+            ]
+        if config.bank_chunks is not None and len(self.banked) > config.bank_chunks:
+            given_up = self.order.drop({chunk: self.past[chunk].view for chunk in self.banked})
+            self.banked.remove(given_up)
+            self.num_dropped += 1
+            if self.where[given_up] == "bank":
+                self.where[given_up] = "dropped"
+
+    def kept_rows(self) -> int:
+        """Rows of K (as many of V) in a layer that hold the past."""
+        rows = sum(self.rows(chunk) for chunk, place in self.where.items() if place != "dropped")
+        copies = [chunk for chunk in self.banked if self.where[chunk] == "sink"]
+        return rows + len(copies) * self.banked_rows()
+
+    def banked_rows(self) -> int:
+        """Rows of a pruned chunk."""
+        config = self.config
+        per_frame = config.grid[0] * config.grid[1]
+        keep = min(per_frame, max(1, math.ceil(config.keep_ratio * per_frame)))
+        return per_frame + (config.chunk_frames - 1) * keep
