@@ -1,0 +1,174 @@
+"""compress_chunk against the published recipe in eager PyTorch: fp32 copies, topk, sort, gather.
+
+A selection is judged in float64, and the copies must be exact.
+
+    python benchmarks/bench_compress_chunk.py [--small] [--json FILE] [--device DEVICE]
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import Problem, Run, Variant, bench_main, l2_bytes, ours, parse_device, run_cases, sets_for
+
+from worldkv_kernels import compress_chunk
+
+# Cosines that lie closer than this to the cut may fall on either side of it in fp32.
+COSINE_MARGIN = 1e-6
+
+
+@dataclass(frozen=True)
+class CompressCase:
+    """A chunk of `frames` frames whose first is the anchor."""
+
+    frames: int
+    frame_tokens: int
+    heads: int
+    pooled: bool
+    keep_ratio: float = 0.25
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.frame_tokens
+
+    def __str__(self) -> str:
+        how = "pooled" if self.pooled else "per frame"
+        return f"{self.tokens} tokens x {self.heads} x {self.head_dim}, {how}"
+
+
+CASES = [
+    CompressCase(3, 1560, heads=40, pooled=True),
+    CompressCase(3, 880, heads=12, pooled=True),
+    CompressCase(3, 1560, heads=40, pooled=False),
+    CompressCase(3, 880, heads=12, pooled=False),
+]
+SMALL_CASES = [CompressCase(3, 40, heads=2, pooled=True), CompressCase(3, 17, heads=3, pooled=False)]
+
+
+def kept_each(frame_tokens: int, keep_ratio: float) -> int:
+    """Tokens kept of a frame that is not the anchor."""
+    return min(frame_tokens, max(1, math.ceil(keep_ratio * frame_tokens)))
+
+
+def compress_bytes(frames: int, frame_tokens: int, keep_ratio: float, heads: int, head_dim: int, itemsize: int) -> int:
+    """K read once, the kept V read once, the kept K and V written, and an int32 index. A keep that takes whole frames
+    still reads all of K. Temporaries (a mean key, a number a token) are not counted."""
+    tokens = frames * frame_tokens
+    kept = frame_tokens + (frames - 1) * kept_each(frame_tokens, keep_ratio)
+    return (tokens + 3 * kept) * heads * head_dim * itemsize + 4 * kept
+
+
+def published_compress(
+    k: torch.Tensor, v: torch.Tensor, frames: int, keep_ratio: float, pooled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The recipe as published: the chunk in fp32, cosines to the mean of frame 0 over all heads, topk of the lowest."""
+    wide = k.float().unflatten(0, (frames, -1))  # [frames, frame_tokens, heads, head_dim]
+    frame_tokens = wide.shape[1]
+    keep = kept_each(frame_tokens, keep_ratio)
+    center = wide[0].mean(dim=0)
+    others = wide[1:]
+    dots = (others * center).sum(dim=(-2, -1))
+    norms = others.square().sum(dim=(-2, -1)).sqrt() * center.square().sum().sqrt()
+    cosine = dots / (norms + 1e-8)
+    if pooled:
+        chosen = cosine.flatten().topk(keep * (frames - 1), largest=False).indices.sort().values
+    else:
+        lowest = cosine.topk(keep, dim=1, largest=False).indices.sort(dim=1).values
+        chosen = (lowest + torch.arange(frames - 1, device=k.device)[:, None] * frame_tokens).flatten()
+    index = torch.cat([torch.arange(frame_tokens, device=k.device), chosen + frame_tokens])
+    v_wide = v.float()
+    return wide.flatten(0, 1)[index].to(k.dtype), v_wide[index].to(v.dtype), index
+
+
+def selection_error(
+    case: CompressCase, k: torch.Tensor, v: torch.Tensor, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> float:
+    """Share of the kept tokens that should not have been kept, judged in float64.
+
+    Tokens within COSINE_MARGIN of the cut may be kept or not. inf where the index has a wrong length, a wrong anchor,
+    an order that is not ascending, or a row of k or v is not an exact copy.
+    """
+    out_k, out_v, index = result[0], result[1], result[2].long()
+    frame_tokens = case.frame_tokens
+    keep = kept_each(frame_tokens, case.keep_ratio)
+    if index.shape != (frame_tokens + (case.frames - 1) * keep,):
+        return math.inf
+    anchor, chosen = index[:frame_tokens], index[frame_tokens:]
+    in_range = bool(((chosen >= frame_tokens) & (chosen < case.tokens)).all())
+    ascending = bool((chosen.diff() > 0).all())
+    if not (in_range and ascending and torch.equal(anchor, torch.arange(frame_tokens, device=k.device))):
+        return math.inf
+    if not (torch.equal(out_k, k[index]) and torch.equal(out_v, v[index])):
+        return math.inf
+    wide = k.double().flatten(1)
+    center = wide[:frame_tokens].mean(dim=0)
+    cosine = wide[frame_tokens:] @ center / (wide[frame_tokens:].norm(dim=1) * center.norm() + 1e-8)
+    kept = torch.zeros_like(cosine, dtype=torch.bool)
+    kept[chosen - frame_tokens] = True
+    groups = 1 if case.pooled else case.frames - 1
+    cosine, kept = cosine.view(groups, -1), kept.view(groups, -1)
+    in_group = keep * (case.frames - 1) // groups
+    if not bool((kept.sum(dim=1) == in_group).all()):
+        return math.inf
+    cut = cosine.sort(dim=1).values[:, in_group - 1 : in_group]
+    wrong = (kept & (cosine > cut + COSINE_MARGIN)) | (~kept & (cosine < cut - COSINE_MARGIN))
+    return wrong.sum().item() / index.numel()
+
+
+def prepare(case: CompressCase, device: torch.device) -> Problem:
+    """Random K and V in every input set, with room for the result."""
+    counted = (case.frames, case.frame_tokens, case.keep_ratio, case.heads, case.head_dim, case.dtype.itemsize)
+    num_bytes = compress_bytes(*counted)
+    sets = sets_for(num_bytes, l2_bytes(device))
+    generator = torch.Generator(device=device).manual_seed(0)
+    kept = case.frame_tokens + (case.frames - 1) * kept_each(case.frame_tokens, case.keep_ratio)
+    chunks, outs, indexes = [], [], []
+    for _ in range(sets):
+        shape = (2, case.tokens, case.heads, case.head_dim)
+        chunks.append(torch.randn(shape, generator=generator, device=device).to(case.dtype))
+        outs.append(torch.empty((2, kept, *shape[2:]), dtype=case.dtype, device=device))
+        indexes.append(torch.empty(kept, dtype=torch.int32, device=device))
+
+    def check(run: Run) -> float:
+        outs[0].fill_(float("nan"))
+        indexes[0].fill_(-1)
+        return selection_error(case, *chunks[0], run(0))
+
+    def our_run(backend: str) -> Run:
+        return lambda i: compress_chunk(
+            *chunks[i], frames=case.frames, keep_ratio=case.keep_ratio, pooled=case.pooled,
+            out_k=outs[i][0], out_v=outs[i][1], out_index=indexes[i], backend=backend,
+        )  # fmt: skip
+
+    def published(i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return published_compress(*chunks[i], case.frames, case.keep_ratio, case.pooled)
+
+    variants = [
+        Variant(name, lambda name=name: our_run(name), check, 0.0, num_bytes) for name in ours("compress_chunk", device)
+    ]
+    variants.append(Variant("published, eager", lambda: published, check, 0.0, num_bytes, rival=True))
+    return Problem(str(case), variants, sets=sets)
+
+
+def run(
+    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+) -> list[dict[str, Any]]:
+    """Measure the cases and return the figures, as `common.run_cases` does."""
+    cases = SMALL_CASES if small else CASES
+    device = device or parse_device(None)
+    return run_cases("compress_chunk", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return bench_main("compress_chunk", __doc__.splitlines()[0], run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

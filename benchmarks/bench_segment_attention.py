@@ -1,0 +1,258 @@
+"""segment_attention over a window scattered in its pool, against PyTorch's dense attention kernels.
+
+The rivals are best cases: they read a window that already lies gathered in one piece; the ones named "gather"
+also pay for gathering it, as a cache that is concatenated anew for each call does. None of them rebases time,
+nor returns the softmax weight of each segment.
+
+    python benchmarks/bench_segment_attention.py [--small] [--json FILE] [--device DEVICE]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, ours, parse_device, relative_error, run_cases, worst
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from worldkv_kernels import Rope3D, Segment, Window, segment_attention
+
+TILE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """`pruned` retrieved chunks of half a chunk each, between `sink` whole chunks and `recent` whole ones, then the
+    current chunk. `chunk` in tokens."""
+
+    heads: int
+    q_len: int
+    chunk: int
+    sink: int
+    pruned: int
+    recent: int
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment, in window order."""
+        return [self.chunk] * self.sink + [self.chunk // 2] * self.pruned + [self.chunk] * (self.recent + 1)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def __str__(self) -> str:
+        return f"{self.heads} heads, {self.q_len} queries, {self.num_tokens} keys"
+
+
+# What matters most comes first, since a run may be cut short. 1560 and 880 tokens a frame, chunks of three.
+CASES = [
+    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=6, recent=2),  # the default memory, 32,760
+    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, pruned=13, recent=2),  # 27,720
+    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=52, recent=2),  # 140,400, as a full cache
+    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=10, recent=2),  # 42,120
+    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, pruned=98, recent=2),  # 139,920
+    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, pruned=2, recent=2),  # 13,200
+    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=6, recent=1),  # 28,080, the published window
+    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, pruned=6, recent=1),  # 28,080
+    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, pruned=52, recent=2),  # 140,400
+    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, pruned=2, recent=0),  # 14,040
+]
+SMALL_CASES = [
+    AttentionCase(heads=2, q_len=150, chunk=150, sink=1, pruned=3, recent=1, dtype=torch.float32),
+    AttentionCase(heads=1, q_len=33, chunk=33, sink=0, pruned=0, recent=0),
+]
+
+
+def unique_rows(segments: Sequence[Segment]) -> int:
+    """Pool rows that the segments name at least once."""
+    rows, end = 0, 0
+    for first, count, _ in sorted(segments):
+        rows += max(0, first + count - max(first, end))
+        end = max(end, first + count)
+    return rows
+
+
+def attention_flops(q_len: int, heads: int, head_dim: int, num_tokens: int) -> int:
+    """Two products of q_len x num_tokens x head_dim a head, a multiplication and an addition each."""
+    return 4 * q_len * heads * head_dim * num_tokens
+
+
+def attention_bytes(
+    q_len: int, heads: int, head_dim: int, rows: int, itemsize: int, *, lse: bool = False, mass_segments: int = 0
+) -> int:
+    """q and out, the K and V rows once however often they are named, and the fp32 extras. The window's tables, a few
+    kilobytes, are not counted."""
+    return (2 * q_len + 2 * rows) * heads * head_dim * itemsize + 4 * heads * (q_len * lse + mass_segments)
+
+
+def scatter(lengths: Sequence[int], shifts: Sequence[int]) -> tuple[list[Segment], int]:
+    """Segments of these lengths in slots of a pool, out of order and with unused slots between, and the pool's rows.
+
+    Slots start on multiples of 128. Every third slot is followed by an unused one of 128 rows.
+    """
+    count = len(lengths)
+    step = next(s for s in range(max(1, count // 2), 0, -1) if _coprime(s, count))
+    first_rows, row = [0] * count, TILE_ROWS
+    for place in range(count):
+        i = (place * step + count // 2) % count
+        first_rows[i] = row
+        row += -(-lengths[i] // TILE_ROWS) * TILE_ROWS + TILE_ROWS * (place % 3 == 2)
+    return [Segment(*s) for s in zip(first_rows, lengths, shifts, strict=True)], row
+
+
+def _coprime(a: int, b: int) -> bool:
+    while b:
+        a, b = b, a % b
+    return a == 1
+
+
+def turned_keys(k: torch.Tensor, rope: Rope3D, shift: int) -> torch.Tensor:
+    """Keys [rows, head_dim], in their wide dtype, moved by `shift` latent frames: the temporal pairs turn."""
+    pairs = rope.pairs[0]
+    angles = shift * rope.theta ** (-torch.arange(pairs, dtype=torch.float64, device=k.device) / pairs)
+    turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64 if k.dtype == torch.float32 else None)
+    temporal = torch.view_as_complex(k[:, : 2 * pairs].unflatten(1, (pairs, 2)).contiguous())
+    return torch.cat([torch.view_as_real(temporal * turn).flatten(1), k[:, 2 * pairs :]], dim=1)
+
+
+def exact_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, segments: Sequence[Segment], rope: Rope3D
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out [q_len, heads, head_dim], lse [heads, q_len] and mass [heads, segments], turning the keys themselves.
+
+    In fp32 on a GPU and in fp64 on a CPU, at most 2**28 scores at once.
+    """
+    wide = torch.float32 if q.is_cuda else torch.float64
+    q_len, heads, head_dim = q.shape
+    lengths = [s.num_rows for s in segments]
+    out = torch.empty(q.shape, dtype=wide, device=q.device)
+    lse = torch.empty((heads, q_len), dtype=wide, device=q.device)
+    mass = torch.zeros((heads, len(segments)), dtype=wide, device=q.device)
+    step = max(1, 2**28 // sum(lengths))
+    for head in range(heads):
+        keys, values = [], []
+        for first, count, shift in segments:
+            k = k_pool[first : first + count, head].to(wide)
+            keys.append(turned_keys(k, rope, shift) if shift else k)
+            values.append(v_pool[first : first + count, head].to(wide))
+        k, v = torch.cat(keys), torch.cat(values)
+        for start in range(0, q_len, step):
+            scores = q[start : start + step, head].to(wide) @ k.T * head_dim**-0.5
+            lse[head, start : start + step] = scores.logsumexp(dim=1)
+            p = scores.softmax(dim=1)
+            out[start : start + step, head] = p @ v
+            mass[head] += torch.stack([part.sum() for part in p.split(lengths, dim=1)])
+    return out, lse, mass / q_len
+
+
+def prepare(case: AttentionCase, device: torch.device) -> Problem:
+    """Fill a pool with NaN and the window's rows with random numbers; ours, then the rivals."""
+    lengths = case.lengths
+    retrieved = range(case.sink, case.sink + case.pruned)
+    shifts = [3 * (7 + i) if i in retrieved else 0 for i in range(len(lengths))]
+    shifted, rows = scatter(lengths, shifts)
+    plain = [segment._replace(time_shift=0) for segment in shifted]
+    generator = torch.Generator(device=device).manual_seed(0)
+    pools = torch.full((2, rows, case.heads, case.head_dim), float("nan"), dtype=case.dtype, device=device)
+    k_pool, v_pool = pools
+    for first, count, _ in plain:
+        for pool in (k_pool, v_pool):
+            pool[first : first + count].normal_(generator=generator)
+    q = torch.empty((case.q_len, case.heads, case.head_dim), dtype=case.dtype, device=device)
+    q.normal_(generator=generator)
+    out = torch.empty_like(q)
+    rope = Rope3D(case.head_dim)
+    windows = {False: Window(plain, device=device), True: Window(shifted, device=device, rope=rope)}
+
+    @cache
+    def exact(rebase: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return exact_attention(q, k_pool, v_pool, shifted if rebase else plain, rope)
+
+    def our_variant(backend: str, extra: str) -> Variant:
+        rebase, lse, mass = extra == "rebase", extra == "lse", extra == "mass"
+
+        def run(i: int) -> Any:
+            return segment_attention(
+                q, k_pool, v_pool, windows[rebase], return_lse=lse, return_mass=mass, out=out, backend=backend
+            )
+
+        def check(run: Run) -> float:
+            out.fill_(float("nan"))
+            result = run(0)
+            got = result if isinstance(result, tuple) else (result,)
+            exact_out, exact_lse, exact_mass = exact(rebase)
+            want = [exact_out, *([exact_lse] if lse else []), *([exact_mass] if mass else [])]
+            return worst(relative_error(g, w) for g, w in zip(got, want, strict=True))
+
+        count = attention_bytes(
+            case.q_len, case.heads, case.head_dim, unique_rows(plain), case.dtype.itemsize,
+            lse=lse, mass_segments=len(plain) * mass,
+        )  # fmt: skip
+        base = backend if extra else None
+        return Variant(f"{backend} {extra}".strip(), lambda: run, check, limit, count, flops, base=base)
+
+    index = torch.cat([torch.arange(first, first + count) for first, count, _ in plain]).to(device)
+
+    @cache
+    def gathered() -> list[torch.Tensor]:
+        """q, K and V as [1, heads, length, head_dim], contiguous."""
+        pieces = (q, k_pool[index], v_pool[index])
+        return [x.transpose(0, 1).contiguous().unsqueeze(0) for x in pieces]
+
+    def rival(name: str, kernel: SDPBackend, gather: bool) -> Variant:
+        def make() -> Run:
+            if not gather:
+                q_dense, k_dense, v_dense = gathered()
+
+            def run(i: int) -> torch.Tensor:
+                with sdpa_kernel(kernel):
+                    if not gather:
+                        return scaled_dot_product_attention(q_dense, k_dense, v_dense)
+                    k, v = (x.index_select(0, index).transpose(0, 1).unsqueeze(0) for x in (k_pool, v_pool))
+                    return scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v)
+
+            return run
+
+        def check(run: Run) -> float:
+            return relative_error(run(0).squeeze(0).transpose(0, 1), exact(False)[0])
+
+        count = attention_bytes(case.q_len, case.heads, case.head_dim, unique_rows(plain), case.dtype.itemsize)
+        label = f"{name}, gather" if gather else name
+        return Variant(label, make, check, limit, count, flops, rival=True)
+
+    limit = ERROR_LIMITS[case.dtype]
+    flops = attention_flops(case.q_len, case.heads, case.head_dim, sum(lengths))
+    kernels = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
+    if device.type == "cpu":
+        kernels["sdpa math"] = SDPBackend.MATH
+    variants = [our_variant(b, extra) for b in ours("segment_attention", device) for extra in ("", *EXTRAS)]
+    variants += [rival(name, kernel, gather) for gather in (False, True) for name, kernel in kernels.items()]
+    return Problem(str(case), variants, flush=True)
+
+
+EXTRAS = ("rebase", "mass", "lse")
+
+
+def run(
+    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+) -> list[dict[str, Any]]:
+    """Measure the cases and return the figures, as `common.run_cases` does."""
+    cases = SMALL_CASES if small else CASES
+    device = device or parse_device(None)
+    return run_cases("segment_attention", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return bench_main("segment_attention", __doc__.splitlines()[0], run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
