@@ -1,0 +1,146 @@
+"""The rollout: a video made chunk by chunk, each chunk denoised against the memory of those before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from ..memory.poses import as_intrinsics, as_poses
+from ..memory.world_memory import ChunkPlan, WorldMemory
+
+# Noise levels of the denoising passes: steps 0, 179, 358, 679 of a 1000-step flow schedule with shift 10.
+SIGMAS = (1.0, 0.979, 0.947, 0.825)
+
+
+class WorldModel(Protocol):
+    """What a model offers to `rollout`. What `prepare_*` return is the model's own; rollout only hands it on."""
+
+    chunk_frames: int
+    latent_shape: tuple[int, int, int]  # channels, height, width of a latent frame
+    device: torch.device
+
+    def prepare_rollout(self, first_pose: np.ndarray, noise_levels: Sequence[float]) -> Any:
+        """Compute what holds for the whole rollout, from the first frame's pose [4, 4] and the passes' sigmas."""
+
+    def prepare_chunk(self, of_rollout: Any, poses: np.ndarray, intrinsics: np.ndarray) -> Any:
+        """Compute what holds for all passes of a chunk, from poses [chunk_frames, 4, 4], intrinsics [.., 4]."""
+
+    def denoise(self, latents: torch.Tensor, step: int, of_chunk: Any, memory: WorldMemory) -> torch.Tensor:
+        """The flow of fp32 latents [chunk_frames, channels, height, width] at noise_levels[step], fp32, same shape.
+
+        Calls memory.attend once for every layer.
+        """
+
+
+class RolloutChunk(NamedTuple):
+    """A chunk that has been made."""
+
+    plan: ChunkPlan
+    latents: torch.Tensor  # clean, fp32 [chunk_frames, channels, height, width], on the model's device
+    seconds: float  # from begin_chunk to the end of end_chunk, on the device too
+
+
+def rollout(
+    model: WorldModel,
+    memory: WorldMemory,
+    poses: object,
+    intrinsics: object,
+    *,
+    seed: int = 0,
+    sigmas: Sequence[float] = SIGMAS,
+) -> Iterator[RolloutChunk]:
+    """Make the chunks of a trajectory one after the other, and yield each as soon as it is in the memory.
+
+    A chunk starts as noise; each pass at sigma gives x0 = x - sigma * flow, and fresh noise takes x0 to the
+    next sigma, x = (1 - sigma) * x0 + sigma * noise. The last x0 is the chunk, and one more pass at sigma 0
+    leaves its keys and values in the memory.
+
+    Args:
+        model: of the memory's chunk_frames, on its device.
+        memory: at its start (new, or reset). Between chunks it is the caller's to look at.
+        poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates. n // chunk_frames chunks are
+            made; the frames left over are not.
+        intrinsics: fx, fy, cx, cy in pixels, [n, 4] or [4].
+        seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
+            so that rollouts of any mode, device and dtype start from the same numbers.
+        sigmas: of the denoising passes, from 1 down, each above 0.
+
+    An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. Synchronises once a
+    chunk, to time it. Raises ValueError at the call when the memory is not at its start, the poses or intrinsics are
+    misshapen or not rigid, there are too few for one chunk, or seed or sigmas are out of range.
+    """
+    poses = as_poses("rollout", poses)
+    intrinsics = as_intrinsics("rollout", intrinsics, len(poses))
+    frames = model.chunk_frames
+    if frames != memory.config.chunk_frames:
+        got = memory.config.chunk_frames
+        raise ValueError(f"rollout: memory must have the model's chunk_frames={frames}, got {got}")
+    if memory.stats()["chunks"]:
+        raise ValueError(f"rollout: memory must be new or reset, got one of {memory.stats()['chunks']} chunks")
+    if len(poses) < frames:
+        raise ValueError(f"rollout: poses must be of at least chunk_frames={frames} latent frames, got {len(poses)}")
+    if seed < 0:
+        raise ValueError(f"rollout: seed must be at least 0, got {seed}")
+    if not sigmas or sigmas[0] != 1 or min(sigmas) <= 0 or list(sigmas) != sorted(sigmas, reverse=True):
+        raise ValueError(f"rollout: sigmas must start at 1, fall, and stay above 0, got {list(sigmas)}")
+    return _chunks(model, memory, poses, intrinsics, seed, tuple(sigmas))
+
+
+def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal fp32 numbers on the CPU, a function of the arguments alone."""
+    (state,) = np.random.SeedSequence((seed, chunk, step)).generate_state(1, np.uint64)
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(state >> np.uint64(1))))
+
+
+def _chunks(
+    model: WorldModel,
+    memory: WorldMemory,
+    poses: np.ndarray,
+    intrinsics: np.ndarray,
+    seed: int,
+    sigmas: tuple[float, ...],
+) -> Iterator[RolloutChunk]:
+    frames = model.chunk_frames
+    with torch.no_grad():
+        of_rollout = model.prepare_rollout(poses[0], (*sigmas, 0.0))
+    for first in range(0, len(poses) - frames + 1, frames):
+        started = time.perf_counter()
+        rows = slice(first, first + frames)
+        plan = memory.begin_chunk(poses[rows], intrinsics=intrinsics[rows])
+        try:
+            latents = _denoised(model, memory, plan.chunk, of_rollout, poses[rows], intrinsics[rows], seed, sigmas)
+            memory.end_chunk()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+        except BaseException:
+            memory.abort_chunk()
+            raise
+        yield RolloutChunk(plan, latents, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _denoised(
+    model: WorldModel,
+    memory: WorldMemory,
+    chunk: int,
+    of_rollout: Any,
+    poses: np.ndarray,
+    intrinsics: np.ndarray,
+    seed: int,
+    sigmas: tuple[float, ...],
+) -> torch.Tensor:
+    """The passes of one chunk, the clean one included."""
+    of_chunk = model.prepare_chunk(of_rollout, poses, intrinsics)
+    shape = (model.chunk_frames, *model.latent_shape)
+    x = noise(seed, chunk, 0, shape).to(model.device)
+    for step, sigma in enumerate(sigmas):
+        clean = x - sigma * model.denoise(x, step, of_chunk, memory)
+        if step + 1 < len(sigmas):
+            next_sigma = sigmas[step + 1]
+            x = (1 - next_sigma) * clean + next_sigma * noise(seed, chunk, step + 1, shape).to(model.device)
+    model.denoise(clean, len(sigmas), of_chunk, memory)
+    return clean

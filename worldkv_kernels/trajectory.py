@@ -1,0 +1,119 @@
+"""Camera trajectories: read from a folder, or spelled as moves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .memory.poses import as_intrinsics, as_poses
+
+# What one frame of each move adds: yaw and pitch in turns of `turn_degrees`, then x (right) and z (forward) in `move`.
+MOVES = {
+    "right": (1, 0, 0, 0),
+    "left": (-1, 0, 0, 0),
+    "up": (0, 1, 0, 0),
+    "down": (0, -1, 0, 0),
+    "forward": (0, 0, 0, 1),
+    "back": (0, 0, 0, -1),
+    "strafe_right": (0, 0, 1, 0),
+    "strafe_left": (0, 0, -1, 0),
+}
+
+# fx, fy, cx, cy of a spelled trajectory: a 480 x 832 image that is 79.5 degrees wide.
+DEFAULT_INTRINSICS = (500.0, 500.0, 416.0, 240.0)
+
+_EXAMPLE = "moves such as right*90,left*90,forward*10"
+
+
+class Trajectory(NamedTuple):
+    """A camera's way, one pose a video frame, in OpenCV coordinates (x right, y down, z forward)."""
+
+    poses: np.ndarray  # camera-to-world, float64 [n, 4, 4], any unit of length
+    intrinsics: np.ndarray  # fx, fy, cx, cy in pixels, float64 [n, 4]
+    name: str
+
+
+def load(source: str | Path, *, turn_degrees: float = 1.0, move: float = 0.1) -> Trajectory:
+    """Read a trajectory from a folder, or from a string of moves.
+
+    A folder holds poses.npy [n, 4, 4] and intrinsics.npy [n, 4] (or [4], the same for all frames); its name
+    is the trajectory's. A string holds `move*count` joined by commas; each repeat is one video frame, after
+    a first frame at the identity, so that right*90 has 91 frames and ends 90 degrees to the right. right and
+    left turn the camera by `turn_degrees` about the vertical of the first frame, up and down pitch it about its
+    own x axis; forward, back, strafe_left and strafe_right go `move` units along its own z and x axes. Angles
+    and steps are counted, not multiplied up, so a camera that turns back has exactly its old orientation.
+
+    Raises ValueError when the string is neither a folder nor moves, a move is unknown, a count is not a positive
+    integer, a file is missing or unreadable, or the poses or intrinsics are misshapen, not finite or not rigid.
+    """
+    if Path(source).is_dir():
+        return _from_folder(Path(source))
+    if isinstance(source, Path) or "*" not in source:
+        raise ValueError(f"trajectory: must be an existing folder, or {_EXAMPLE}, got {str(source)!r}")
+    return _from_moves(source, math.radians(turn_degrees), move)
+
+
+def latent_poses(trajectory: Trajectory, stride: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Poses [f, 4, 4] and intrinsics [f, 4] of every `stride`-th video frame, frame 0 first: f = ceil(n / stride).
+
+    `stride` is the temporal stride of the video autoencoder: latent frame f is taken at video frame stride * f.
+    Raises ValueError when it is not at least 1.
+    """
+    if stride < 1:
+        raise ValueError(f"latent_poses: stride must be at least 1, got {stride}")
+    return trajectory.poses[::stride], trajectory.intrinsics[::stride]
+
+
+def _from_folder(folder: Path) -> Trajectory:
+    poses = as_poses(str(folder / "poses.npy"), _read(folder, "poses.npy", "[n, 4, 4]"))
+    intrinsics = _read(folder, "intrinsics.npy", f"[{len(poses)}, 4]")
+    intrinsics = as_intrinsics(str(folder / "intrinsics.npy"), intrinsics, len(poses))
+    return Trajectory(poses, intrinsics, folder.resolve().name)
+
+
+def _read(folder: Path, name: str, shape: str) -> np.ndarray:
+    try:
+        array = np.load(folder / name, allow_pickle=False)
+    except FileNotFoundError:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder"
+        raise ValueError(f"trajectory: {folder} must hold {name} {shape}, got {found}") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"trajectory: {folder / name} must be a numpy array {shape}, got {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"trajectory: {folder / name} must hold real numbers {shape}, got {array!r:.60}")
+    return array
+
+
+def _from_moves(text: str, turn: float, move: float) -> Trajectory:
+    yaw = pitch = 0  # in turns
+    position = np.zeros(3)
+    poses = [np.eye(4)]
+    for part in text.split(","):
+        name, _, count = (piece.strip() for piece in part.partition("*"))
+        if name not in MOVES:
+            raise ValueError(f"trajectory: a move must be one of {', '.join(MOVES)}, got {name!r} in {text!r}")
+        if not (count.isascii() and count.isdigit() and int(count) > 0):
+            raise ValueError(
+                f"trajectory: a move's count must be a positive integer, as in {name}*10, got {count!r} in {text!r}"
+            )
+        yaw_step, pitch_step, x, z = MOVES[name]
+        for _ in range(int(count)):
+            yaw, pitch = yaw + yaw_step, pitch + pitch_step
+            pose = np.eye(4)
+            pose[:3, :3] = _rotation(yaw * turn, pitch * turn)
+            position = position + pose[:3, :3] @ (x * move, 0.0, z * move)
+            pose[:3, 3] = position
+            poses.append(pose)
+    return Trajectory(np.stack(poses), np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), text)
+
+
+def _rotation(yaw: float, pitch: float) -> np.ndarray:
+    """Camera-to-world: pitch up about the camera's x, then yaw to the right about the world's y, in radians."""
+    sin, cos = math.sin(yaw), math.cos(yaw)
+    about_y = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
+    sin, cos = math.sin(pitch), math.cos(pitch)
+    about_x = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    return about_y @ about_x
