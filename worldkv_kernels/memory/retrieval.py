@@ -13,8 +13,9 @@ import numpy as np
 
 from .poses import mean_pose, rotation_angles
 
-# Distances are compared after rounding to this, so that float noise between views that are the same
-# (standing still, a closed loop) is a tie, and ties go to the older chunk.
+# Scores within this of the best are as good as the best, so that float noise between views that are the same
+# (standing still, a closed loop) is a tie, and ties go to the older chunk. Not by rounding the scores: noise
+# would still split equal ones that lie where the rounding turns, such as 1/128.
 TIE_RESOLUTION = 1e-6
 
 
@@ -59,16 +60,15 @@ class NearestPolicy:
         if not candidates or budget < 1:
             return []
         views = [description for _, description in candidates]
-        chunks = np.array([chunk for chunk, _ in candidates])
         to_current = self.distances([current], views, current)[0]
         to_picked = np.full(len(views), np.inf)
         free = np.ones(len(views), dtype=bool)
         picked: list[int] = []
         while free.any() and len(picked) < budget:
             bonus = self.diversity * to_picked if picked and self.diversity else 0.0
-            score = np.round((to_current - bonus) / TIE_RESOLUTION)
-            best = min(np.flatnonzero(free), key=lambda i: (score[i], chunks[i]))
-            picked.append(int(chunks[best]))
+            score = np.where(free, to_current - bonus, np.inf)
+            best = _first_of_least(score)
+            picked.append(candidates[best][0])
             free[best] = False
             if self.diversity:
                 to_picked = np.minimum(to_picked, self.distances([views[best]], views, current)[0])
@@ -78,10 +78,14 @@ class NearestPolicy:
         if len(candidates) == 1:
             return candidates[0][0]
         views = [description for _, description in candidates]
-        scores = np.round(self.distances(views, views, views[-1]) / TIE_RESOLUTION)
-        pairs = np.triu_indices(len(candidates), k=1)
-        closest = int(np.argmin(scores[pairs]))  # the first of equals, so the oldest pair
+        pairs = np.triu_indices(len(candidates), k=1)  # the oldest first
+        closest = _first_of_least(self.distances(views, views, views[-1])[pairs])
         return candidates[int(pairs[0][closest])][0]
+
+
+def _first_of_least(scores: np.ndarray) -> int:
+    """Index of the first score that is the least, or within TIE_RESOLUTION of it."""
+    return int(np.flatnonzero(scores <= scores.min() + TIE_RESOLUTION)[0])
 
 
 class PoseRetrieval(NearestPolicy):
@@ -231,6 +235,6 @@ def make_policy(retrieval: str | RetrievalPolicy) -> RetrievalPolicy:
         return PoseRetrieval()
     if retrieval == "fov":
         return FovRetrieval()
-    if not isinstance(retrieval, str) and isinstance(retrieval, RetrievalPolicy):
+    if not isinstance(retrieval, (str, type)) and isinstance(retrieval, RetrievalPolicy):
         return retrieval
     raise ValueError(f"MemoryConfig: retrieval must be 'pose', 'fov' or a RetrievalPolicy, got {retrieval!r}")
