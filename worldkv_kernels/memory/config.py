@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,10 @@ from .retrieval import PublishedPoseRetrieval, RetrievalPolicy, make_policy
 Mode = Literal["worldkv", "full", "sliding", "sink_recent"]
 Order = Literal["time", "nearest_last", "nearest_first"]
 MODES = ("worldkv", "full", "sliding", "sink_recent")
+_INTEGERS = (
+    "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
+    "unattended_chunks",
+)  # fmt: skip
 ORDERS = ("time", "nearest_last", "nearest_first")
 
 
@@ -41,6 +46,8 @@ class MemoryConfig:
     at most what the rope's positions can number.
 
     `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official().
+
+    Raises ValueError on a size or a choice that is out of range, TypeError on a count that is not an integer.
     """
 
     num_layers: int
@@ -72,11 +79,16 @@ class MemoryConfig:
             if not right:
                 raise ValueError(f"MemoryConfig: {field} must be {wanted}, got {getattr(self, field)!r}")
 
+        for field in (*_INTEGERS, *(("bank_chunks",) if self.bank_chunks is not None else ())):
+            number = getattr(self, field)
+            if not hasattr(number, "__index__"):
+                raise TypeError(f"MemoryConfig: {field} must be an integer, got {number!r}")
         for field in ("num_layers", "num_heads", "chunk_frames"):
             check(getattr(self, field) >= 1, field, "at least 1")
         check(self.num_heads <= 64, "num_heads", "at most 64")
         check(self.head_dim in HEAD_DIMS, "head_dim", "64 or 128")
-        check(len(self.grid) == 2 and min(self.grid) >= 1, "grid", "(height, width) of at least 1 token each")
+        sizes = isinstance(self.grid, (tuple, list)) and all(hasattr(n, "__index__") and n >= 1 for n in self.grid)
+        check(sizes and len(self.grid) == 2, "grid", "(height, width) of at least 1 token each")
         for field in ("sink_frames", "recent_frames"):
             frames = getattr(self, field)
             whole = frames >= 0 and frames % self.chunk_frames == 0
@@ -84,6 +96,8 @@ class MemoryConfig:
         for field in ("retrieved_chunks", "unattended_chunks"):
             check(getattr(self, field) >= 0, field, "at least 0")
         check(0 < self.keep_ratio <= 1, "keep_ratio", "above 0 and at most 1")
+        check(0 <= self.eps < math.inf, "eps", "finite and not negative")
+        check(self.scale is None or 0 < self.scale < math.inf, "scale", "None or positive and finite")
         check(self.mode in MODES, "mode", f"one of {', '.join(MODES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")

@@ -18,7 +18,7 @@ def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
     """
     wanted = f"[{frames if frames is not None else 'frames'}, 4, 4]"
     try:
-        array = poses.detach().cpu().double().numpy() if isinstance(poses, torch.Tensor) else np.asarray(poses, float)
+        array = _as_float64(poses)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{op}: poses must be an array {wanted}, got {type(poses).__name__}") from error
     if array.ndim != 3 or array.shape[1:] != (4, 4) or (frames is not None and len(array) != frames) or not len(array):
@@ -38,11 +38,19 @@ def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
     return array
 
 
+def _as_float64(numbers: object) -> np.ndarray:
+    if isinstance(numbers, torch.Tensor):
+        return numbers.detach().cpu().double().numpy()
+    return np.asarray(numbers, dtype=np.float64)
+
+
 def as_intrinsics(op: str, intrinsics: object, frames: int) -> np.ndarray:
     """Check pinhole intrinsics (fx, fy, cx, cy) in pixels and return them as float64 [frames, 4]."""
-    array = np.asarray(
-        intrinsics.detach().cpu() if isinstance(intrinsics, torch.Tensor) else intrinsics, dtype=np.float64
-    )
+    try:
+        array = _as_float64(intrinsics)
+    except (TypeError, ValueError) as error:
+        wanted = f"an array [{frames}, 4] or [4]"
+        raise TypeError(f"{op}: intrinsics must be {wanted}, got {type(intrinsics).__name__}") from error
     if array.shape == (4,):
         array = np.tile(array, (frames, 1))
     if array.shape != (frames, 4):

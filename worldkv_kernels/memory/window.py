@@ -49,8 +49,11 @@ class Window:
         capacity: int | None = None,
     ) -> None:
         checked = _checked(segments, rope)
-        needed = sum(tiles_of(s.num_rows) for s in checked)
-        self.capacity = needed if capacity is None else operator.index(capacity)
+        try:
+            self.capacity = sum(tiles_of(s.num_rows) for s in checked) if capacity is None else operator.index(capacity)
+        except TypeError as error:
+            raise TypeError(f"Window: capacity must be an integer or None, got {capacity!r}") from error
+        self._tiles_needed(checked)
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.rope = rope
         turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
@@ -78,10 +81,14 @@ class Window:
         """Replace the segments. Copies asynchronously on the current stream; the old window stays on error."""
         self._load(_checked(segments, self.rope))
 
-    def _load(self, segments: tuple[Segment, ...]) -> None:
+    def _tiles_needed(self, segments: tuple[Segment, ...]) -> int:
         needed = sum(tiles_of(s.num_rows) for s in segments)
         if needed > self.capacity:
             raise ValueError(f"Window: segments must fit capacity={self.capacity} tiles of 128 rows, got {needed}")
+        return needed
+
+    def _load(self, segments: tuple[Segment, ...]) -> None:
+        needed = self._tiles_needed(segments)
         if self._copied is not None:
             self._copied.synchronize()  # the last copy out of the pinned tables; long done in practice
         host = {name: table.numpy() for name, table in self._host_tables.items()}
