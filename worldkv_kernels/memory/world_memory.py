@@ -73,10 +73,12 @@ class WorldMemory:
         bank_slots = 0
         if config.has_bank:
             bank_slots = config.retrieved_chunks + 1 if on_host else places
-        self._pool = Pool(
-            [(whole, config.sink_chunks), (whole, ring), (config.banked_tokens, bank_slots)],
-            device=self.device, dtype=dtype, **sizes,
-        )  # fmt: skip
+        slots = [(whole, config.sink_chunks), (whole, ring), (config.banked_tokens, bank_slots)]
+        self._check_room(
+            sum(count * Pool.slot_bytes(tokens, dtype=dtype, **sizes) for tokens, count in slots),
+            places * config.banked_tokens * self._token_bytes() if on_host else 0,
+        )
+        self._pool = Pool(slots, device=self.device, dtype=dtype, **sizes)
         self._sink_rows, self._ring_rows, bank_rows = self._pool.first_rows
         self._bank = None
         if config.has_bank:
@@ -117,7 +119,8 @@ class WorldMemory:
 
         Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError
         when a chunk is already begun or the frames would pass the rope's positions (or, in mode "full", the
-        pool), ValueError when the poses are missing, misshapen or not rigid; the memory is then as before.
+        pool), ValueError when the poses are missing, misshapen or not rigid, or a policy object selects
+        what is not on offer; the memory is then as before.
         """
         if self._plan is not None:
             raise RuntimeError(
@@ -135,7 +138,13 @@ class WorldMemory:
         retrieved: list[int] = []
         if self._bank is not None:
             candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
-            retrieved = self._policy.select(description, candidates, config.retrieved_chunks)
+            retrieved = list(self._policy.select(description, candidates, config.retrieved_chunks))
+            known = {c for c, _ in candidates}
+            if len(retrieved) > config.retrieved_chunks or len(known.intersection(retrieved)) != len(retrieved):
+                raise ValueError(
+                    f"begin_chunk: the retrieval policy must select up to {config.retrieved_chunks} different chunks "
+                    f"of {sorted(known)}, got {retrieved}"
+                )
             if config.order == "time":
                 retrieved.sort()
             elif config.order == "nearest_last":
@@ -243,30 +252,34 @@ class WorldMemory:
 
     def stats(self) -> dict[str, int]:
         """Counts since the last reset, and bytes: plain numbers, ready for JSON."""
-        bank = self._bank
+        bank, has_bank = self._bank, self._bank is not None  # an empty bank is falsy
         return {
             "chunks": self._next_chunk,
             "tokens_attended": self._tokens_attended,
             "chunks_retrieved": self._retrieved_total,
-            "chunks_banked": len(bank) if bank else 0,
-            "bank_capacity": bank.capacity if bank else 0,
-            "chunks_dropped": len(bank.dropped) if bank else self._left_window,
-            "host_copies_in": bank.copies_in if bank else 0,
-            "host_copies_saved": bank.hits if bank else 0,
+            "chunks_banked": len(bank) if has_bank else 0,
+            "bank_capacity": bank.capacity if has_bank else 0,
+            "chunks_dropped": len(bank.dropped) if has_bank else self._left_window,
+            "host_copies_in": bank.copies_in if has_bank else 0,
+            "host_copies_saved": bank.hits if has_bank else 0,
             "device_bytes": self._pool.bytes,
-            "host_bytes": bank.host_bytes if bank else 0,
+            "host_bytes": bank.host_bytes if has_bank else 0,
             "kept_bytes": self._kept_bytes(),
         }
 
     def _kept_bytes(self) -> int:
         """Bytes of the K and V rows that hold the past, without room that is free or a slot's tail."""
         config = self.config
-        tokens = 0
-        for chunk in range(self._next_chunk):
-            place = self.location(chunk)
-            if place != "dropped":
-                tokens += config.banked_tokens if place == "bank" else config.chunk_tokens
-        return 2 * tokens * config.num_layers * config.num_heads * config.head_dim * self.dtype.itemsize
+        banked = len(self._bank) if self._bank is not None else 0  # with the sink's copy where bank_sink keeps one
+        places = [self.location(chunk) for chunk in range(self._next_chunk)]
+        whole = sum(place not in ("bank", "dropped") for place in places)
+        tokens = whole * config.chunk_tokens + banked * config.banked_tokens
+        return tokens * self._token_bytes()
+
+    def _token_bytes(self) -> int:
+        """Of K and V of one token over all layers."""
+        config = self.config
+        return 2 * config.num_layers * config.num_heads * config.head_dim * self.dtype.itemsize
 
     # --- parts of the above ---
 
@@ -295,7 +308,8 @@ class WorldMemory:
         config = self.config
         sink = list(range(min(config.sink_chunks, chunk)))
         attended = chunk if config.mode == "full" else config.recent_chunks
-        if not retrieved:  # the published code leaves its gap only where something is retrieved
+        # The published code leaves its gap as soon as something is retrieved; with no room for that, always.
+        if not retrieved and config.retrieved_chunks:
             attended += config.unattended_chunks
         recent = list(range(max(config.sink_chunks, chunk - attended, 0), chunk))
         # Chunk numbers at which retrieved and sink chunks would stand next to the recent ones.
@@ -336,7 +350,7 @@ class WorldMemory:
         tokens = config.chunk_tokens if config.mode == "full" else config.banked_tokens
         size = Pool.slot_bytes(tokens, dtype=self.dtype, **sizes)
         on_device = self.device.type == "cuda" and not (config.has_bank and config.bank == "host")
-        free = torch.cuda.mem_get_info(self.device)[0] if on_device else _free_host_bytes()
+        free = _free_bytes(self.device if on_device else torch.device("cpu"))
         fits = int(free // 2 // size)
         least = max(1, config.retrieved_chunks) if config.has_bank else 1
         if fits < least:
@@ -347,6 +361,30 @@ class WorldMemory:
             )
         return min(fits, self._max_chunks)
 
+    def _check_room(self, pool_bytes: int, arena_bytes: int) -> None:
+        wanted = {self.device.type: pool_bytes}
+        wanted["cpu"] = wanted.get("cpu", 0) + arena_bytes
+        for kind, needed in wanted.items():
+            free = _free_bytes(torch.device(kind) if kind == "cpu" else self.device)
+            if needed > free:
+                raise ValueError(
+                    f"WorldMemory: storage must fit the {free / 2**30:.1f} GiB that are free on {kind}, "
+                    f"got {needed / 2**30:.1f} GiB; bank_chunks, {self.config.bank_chunks}, sets most of it"
+                )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _free_host_bytes()
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, free to use
+    return torch.cuda.mem_get_info(device)[0] + held
+
 
 def _free_host_bytes() -> int:
+    """What Linux calls available: free, or held for a cache that it gives up; elsewhere what is free."""
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
