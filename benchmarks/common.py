@@ -3,7 +3,7 @@
 Run alone it measures the machine's ceilings, or prints the table of a results file:
 
     python benchmarks/common.py [--small] [--json FILE] [--device DEVICE]
-    python benchmarks/common.py --table FILE
+    python benchmarks/common.py [--short] --table FILE
 """
 
 from __future__ import annotations
@@ -370,29 +370,41 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def table(figures: Iterable[dict[str, Any]]) -> str:
-    """The figures as text, then a line for each that was not timed or has a base, with its reason."""
-    rows, notes = [list(COLUMNS)], []
+def table(figures: Iterable[dict[str, Any]], *, short: bool = False) -> str:
+    """The figures as text; then why what was not timed was not, and what each variant adds to its base.
+
+    `short` leaves out the rivals that are slower than another one in the same case, and those not timed.
+    """
+    rows, reasons, added = [list(COLUMNS)], {}, {}
     for f in figures:
         timed = f["status"] == "timed"
+        if not timed:
+            reasons.setdefault(f"{f['status']}: {f['variant']}: {f['reason']}", []).append(f["case"])
+        elif f["over_base"] is not None:
+            change = f"{f['variant']} {100 * f['over_base']:+.1f} %"
+            added.setdefault(f"{f['case']}: on {f['base']}", []).append(change)
+        if short and f["is_rival"] and f["variant"] != f["rival"]:
+            continue
         share = "-" if f["share"] is None else f"{100 * f['share']:.0f} % {f['ceiling']}"
         rows.append(
             [
-                f["case"], f["variant"] + (" (rival)" if f["is_rival"] else ""),
+                f["case"],
+                f["variant"] + (" (rival)" if f["is_rival"] else ""),
                 _number(f["us"], 1) if timed else f["status"],
-                _number(f["gb_s"], 0), _number(f["tflop_s"], 1), share, _number(f["times_rival"], 2),
+                _number(f["gb_s"], 0),
+                _number(f["tflop_s"], 1),
+                share,
+                _number(f["times_rival"], 2),
             ]
-        )  # fmt: skip
-        if not timed:
-            notes.append(f"{f['status']}: {f['case']}, {f['variant']}: {f['reason']}")
-        elif f["over_base"] is not None:
-            notes.append(f"{f['case']}, {f['variant']}: {100 * f['over_base']:+.1f} % on {f['base']}")
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     left = [f"{{:<{width}}}" for width in widths[:2]]
     right = [f"{{:>{width}}}" for width in widths[2:]]
     lines = ["  ".join(left + right).format(*row).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines + notes)
+    lines += [f"{what}: {', '.join(changes)}" for what, changes in added.items()]
+    lines += [f"{reason} ({len(cases)} x, first: {cases[0]})" for reason, cases in reasons.items()]
+    return "\n".join(lines)
 
 
 def describe_ceilings(ceilings: Ceilings) -> str:
@@ -507,9 +519,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure the ceilings, or print the table of a results file."""
     parser = arguments("The machine's ceilings, or the table of a results file.")
     parser.add_argument("--table", metavar="FILE", help="print the figures of a JSON-lines file and measure nothing")
+    parser.add_argument("--short", action="store_true", help="in the table, of the rivals only the fastest")
     args = parser.parse_args(argv)
     if args.table:
-        print(table(line for line in read_json_lines(args.table) if line["bench"] != "ceilings"))
+        lines = read_json_lines(args.table)
+        print(table((line for line in lines if line["bench"] != "ceilings"), short=args.short))
         return 0
     try:
         device = parse_device(args.device)

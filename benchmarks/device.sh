@@ -1,0 +1,198 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one go and without a network: install, doctor, tests, memory checker, proof, ceilings
+# and the three benches.
+#
+#   benchmarks/device.sh [--dry]
+#
+# --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
+# OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new
+#         temporary folder
+# PYTHON  the interpreter; python3 by default
+# BUDGET  seconds in all, 530 by default; no stage runs past it
+# WORLDKV_COMMIT  the commit to record where the folder is no git repository
+#
+# A stage that fails is named in the summary and does not stop the others. Exit status: 0 when all went well, else 1.
+set -u
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 1
+python=${PYTHON:-python3}
+case "$python" in
+    /*) ;;
+    */*) python=$PWD/$python ;;
+esac
+budget=${BUDGET:-530}
+dry=0
+case "${1:-}" in
+    --dry) dry=1 ;;
+    "") ;;
+    *) echo "device.sh: the only option is --dry, got $1" >&2; exit 2 ;;
+esac
+if [ "$dry" = 1 ]; then
+    export CUDA_VISIBLE_DEVICES=""
+    out=${OUT:-$(mktemp -d)}
+else
+    out=${OUT:-$root/benchmarks/results}
+fi
+mkdir -p "$out" || exit 1
+out=$(cd "$out" && pwd) || exit 1
+export PYTHONUNBUFFERED=1
+
+gpu=cpu
+if [ "$dry" = 0 ]; then
+    gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr '[:upper:] ' '[:lower:]-')
+    gpu=$(printf '%s' "$gpu" | tr -cd 'a-z0-9._-')
+    gpu=${gpu:-gpu}
+fi
+name=$gpu-$(date -u +%Y%m%d-%H%M%S)
+results=$out/$name.jsonl
+log=$out/$name.log
+scratch=$(mktemp -d) || exit 1
+trap 'rm -rf "$scratch"' EXIT
+# Away from the sources, since "python -m" puts the current folder before PYTHONPATH.
+mkdir -p "$scratch/here" && cd "$scratch/here" || exit 1
+
+summary=""
+failed=0
+reserve=0  # seconds kept free for the stages still to come
+
+note() { # note STAGE WORDS...
+    local stage=$1
+    shift
+    summary+=$(printf '%-20s %s' "$stage" "$*")$'\n'
+}
+
+skip() { # skip STAGE REASON...
+    echo "== $1: skipped: ${*:2}"
+    note "$1" "skipped: ${*:2}"
+}
+
+stage() { # stage NAME LIMIT COMMAND...
+    local stage=$1 limit=$2 left status start=$SECONDS
+    shift 2
+    left=$((budget - SECONDS - reserve))
+    [ "$limit" -gt "$left" ] && limit=$left
+    if [ "$limit" -lt 5 ]; then
+        echo "== $stage: no time left"
+        note "$stage" "FAILED: no time left of $budget s"
+        failed=1
+        return 1
+    fi
+    echo
+    echo "== $stage (at most $limit s, $SECONDS s gone)"
+    timeout -k 5 "$limit" "$@"
+    status=$?
+    case $status in
+        0) note "$stage" "ok, $((SECONDS - start)) s" ;;
+        124 | 137) note "$stage" "FAILED: ran past its $limit s" ;;
+        *) note "$stage" "FAILED: status $status after $((SECONDS - start)) s" ;;
+    esac
+    [ "$status" = 0 ] || failed=1
+    echo "== $stage: status $status, $((SECONDS - start)) s"
+    return "$status"
+}
+
+# The package as it would be installed, put together from links: kernels/ is imported as worldkv_kernels.kernels.
+link_package() {
+    local entry
+    mkdir -p "$scratch/path/worldkv_kernels" || return 1
+    for entry in "$root"/worldkv_kernels/*; do
+        ln -s "$entry" "$scratch/path/worldkv_kernels/" || return 1
+    done
+    ln -sfn "$root/kernels" "$scratch/path/worldkv_kernels/kernels" || return 1
+    export PYTHONPATH="$scratch/path${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+install_package() {
+    if [ "$dry" = 0 ]; then
+        stage install 150 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps -e "$root" && return
+        echo "== pip could not install the package; the CUDA extension, if any, is not built"
+    fi
+    if link_package; then
+        note "install" "by links on PYTHONPATH"
+    else
+        note "install" "FAILED: no links could be made"
+        failed=1
+    fi
+}
+
+# Run by a bash of its own, since timeout starts programs and not functions.
+print_environment() {
+    uname -srm
+    nvidia-smi || echo "no nvidia-smi"
+    nvcc --version 2>/dev/null | tail -n 2 || true
+    "$python" --version
+    "$python" -m pip list 2>/dev/null | grep -iE '^(torch|triton|numpy|pytest|hypothesis|scikit-image|nvidia-cudnn)' || true
+}
+
+export -f print_environment
+export python
+
+has_command() { # has_command SUBCOMMAND [TEXT-IN-ITS-HELP]
+    "$python" -m worldkv_kernels.cli "$1" --help 2>/dev/null | grep -q -- "${2:-usage}"
+}
+
+doctor() { # doctor STAGE LIMIT [--prove]
+    if has_command doctor "${3:-usage}"; then
+        stage "$1" "$2" "$python" -m worldkv_kernels.cli doctor "${@:3}"
+    else
+        skip "$1" "this version has no 'worldkv doctor${3:+ $3}'"
+    fi
+}
+
+run_tests() {
+    local workers=()
+    "$python" -c "import xdist" 2>/dev/null && workers=(-n 4)
+    # Not the tests that compile for other architectures or start the benchmarks: they need no GPU.
+    stage tests 150 "$python" -m pytest -c "$root/pyproject.toml" "$root/tests" -q --maxfail=10 \
+        -p no:cacheprovider "${workers[@]+"${workers[@]}"}" \
+        --ignore="$root/tests/test_compile.py" --ignore="$root/tests/test_benchmarks.py"
+}
+
+sanitize() {
+    # Once without the checker, which would slow the compiler down.
+    stage "kernels once" 40 "$python" "$root/benchmarks/sanitize.py" || return
+    if ! command -v compute-sanitizer >/dev/null; then
+        skip "memcheck" "compute-sanitizer is not on the PATH"
+        return
+    fi
+    stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \
+        --target-processes application-only "$python" "$root/benchmarks/sanitize.py"
+}
+
+bench() { # bench LIMIT NAME
+    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --json "$results" "${small[@]+"${small[@]}"}"
+}
+
+main() {
+    local small=()
+    [ "$dry" = 1 ] && small=(--small --seconds 0.1)
+    reserve=200
+    install_package
+    stage environment 30 bash -c print_environment
+    doctor doctor 40
+    if [ "$dry" = 1 ]; then
+        skip tests "run pytest itself on a CPU"
+        skip memcheck "needs a GPU"
+        skip prove "needs a GPU"
+    else
+        run_tests
+        sanitize
+        doctor prove 40 --prove
+    fi
+    reserve=0
+    stage ceilings 40 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
+    bench 120 segment_attention
+    bench 70 norm_rope_append
+    bench 40 compress_chunk
+
+    echo
+    printf '%s' "$summary"
+    echo "$SECONDS s; figures in $results, this log in $log"
+    [ "$failed" = 0 ] || echo "NOT ALL WELL: see the stages marked FAILED above"
+    echo
+    [ -s "$results" ] && "$python" "$root/benchmarks/common.py" --short --table "$results"
+    return "$failed"
+}
+
+main 2>&1 | tee "$log"
+exit "${PIPESTATUS[0]}"

@@ -1,0 +1,139 @@
+"""Run every kernel once on small inputs that end where their memory ends, under a memory checker.
+
+    python benchmarks/sanitize.py                                     once, to compile the kernels and fill their cache
+    compute-sanitizer --tool memcheck python benchmarks/sanitize.py   what it is for
+
+Pools and chunks are exactly as long as their last row, so that a load past a tail leaves its allocation; PyTorch's
+caching allocator, which would round allocations up and hide that, is off. Results are compared with the reference
+on the CPU. On a CPU this runs in Triton's interpreter: TRITON_INTERPRET=1 ... --device cpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch allocates
+
+import torch
+from common import ERROR_LIMITS, parse_device, relative_error, worst
+
+from worldkv_kernels import Rope3D, Segment, Window, compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels.ops.backends import OpBackends
+
+Outputs = Sequence[torch.Tensor]
+Case = Callable[[torch.device, str], Outputs]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """On the CPU, the same in every call, so that reference and kernel see the same inputs."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def attention_case(head_dim: int, dtype: torch.dtype, *, shift: bool = False, extras: bool = False) -> Case:
+    """70 queries over a tail of one row, full tiles, and a tail that ends the pool; unused rows are NaN."""
+
+    def case(device: torch.device, backend: str) -> Outputs:
+        segments = [Segment(300, 41 + 128, 5 * shift), Segment(3, 1, -2 * shift), Segment(128, 128)]
+        k, v = random(469, 3, head_dim, dtype=dtype), random(469, 3, head_dim, dtype=dtype).flip(0)
+        unused = torch.ones(469, dtype=torch.bool)
+        for first, count, _ in segments:
+            unused[first : first + count] = False
+        k[unused], v[unused] = float("nan"), float("nan")
+        window = Window(segments, device=device, rope=Rope3D(head_dim))
+        result = segment_attention(
+            random(70, 3, head_dim, dtype=dtype).to(device), k.to(device), v.to(device), window,
+            return_lse=extras, return_mass=extras, backend=backend,
+        )  # fmt: skip
+        return result if isinstance(result, tuple) else (result,)
+
+    return case
+
+
+def append_case(heads: int, dtype: torch.dtype, *, weights: bool, on_device: bool) -> Case:
+    """30 tokens, slices of one fused projection, into the last rows of the pools."""
+
+    def case(device: torch.device, backend: str) -> Outputs:
+        columns = heads * 128
+        q, k, v = random(30, 3 * columns, dtype=dtype).to(device).split(columns, dim=1)
+        pools = [torch.zeros(41, heads, 128, dtype=q.dtype, device=device) for _ in range(2)]
+        weight = random(columns, dtype=dtype).to(device) if weights else None
+        first_row, start_frame = (torch.tensor([n], device=device) for n in (11, 7)) if on_device else (11, 7)
+        out = norm_rope_append(
+            q, k, v, *pools, first_row, rope=Rope3D(128, max_position=16), grid=(2, 3, 5), start_frame=start_frame,
+            q_weight=weight, k_weight=weight, backend=backend,
+        )  # fmt: skip
+        return out, *pools
+
+    return case
+
+
+def compress_case(heads: int, *, pooled: bool, anchor: int, keep_ratio: float) -> Case:
+    """Three frames of 37 tokens."""
+
+    def case(device: torch.device, backend: str) -> Outputs:
+        k, v = (random(111, heads, 64).to(device) for _ in range(2))
+        return compress_chunk(k, v, frames=3, keep_ratio=keep_ratio, pooled=pooled, anchor=anchor, backend=backend)
+
+    return case
+
+
+def cases(device: torch.device) -> dict[str, dict[str, Case]]:
+    """Cases by op and name; together they reach every kernel and every compile-time branch of a launch."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter multiplies no bf16 matrices
+    return {
+        "segment_attention": {
+            "128 half": attention_case(128, half),
+            "128 half shift mass lse": attention_case(128, half, shift=True, extras=True),
+            "64 fp16 mass lse": attention_case(64, torch.float16, extras=True),
+            "128 fp32 shift": attention_case(128, torch.float32, shift=True),
+        },
+        "norm_rope_append": {
+            "weights": append_case(3, half, weights=True, on_device=False),
+            "no weights, positions on the device": append_case(9, half, weights=False, on_device=True),
+        },
+        "compress_chunk": {
+            "pooled": compress_case(3, pooled=True, anchor=0, keep_ratio=0.25),
+            "per frame, anchor in the middle": compress_case(5, pooled=False, anchor=1, keep_ratio=0.3),
+            "all kept": compress_case(2, pooled=True, anchor=2, keep_ratio=1.0),
+        },
+    }
+
+
+def kernels(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Each op with each of its backends that is no reference and runs on `device`."""
+    for op in cases(device):
+        known: OpBackends = sys.modules[f"worldkv_kernels.ops.{op}"].BACKENDS
+        for name, backend in known.backends.items():
+            if name != "reference" and backend.unavailable(device) is None:
+                yield op, name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 when every kernel ran and agrees with the reference, 1 when not, 2 when there is none to run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", help="such as cuda:0 or cpu; the first GPU by default")
+    device = parse_device(parser.parse_args(argv).device)
+    found = list(kernels(device))
+    if not found:
+        print(f"sanitize: no kernel can run on {device}; on a CPU set TRITON_INTERPRET=1", file=sys.stderr)
+        return 2
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    wrong = 0
+    for op, backend in found:
+        for name, case in cases(device)[op].items():
+            got: Any = [x.cpu() for x in case(device, backend)]
+            want = case(torch.device("cpu"), "reference")
+            error = worst(relative_error(g, w) for g, w in zip(got, want, strict=True))
+            right = error <= (0.0 if op == "compress_chunk" else ERROR_LIMITS[got[0].dtype])
+            wrong += not right
+            print(f"{op} {backend}, {name}: error {error:.1e}{'' if right else ' WRONG'}", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
