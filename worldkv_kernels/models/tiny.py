@@ -150,9 +150,9 @@ class TinyWorldModel(nn.Module):
         """Flow of latents [chunk_frames, channels, height, width] at noise_levels[step]; both fp32."""
         of_rollout = of_chunk.rollout
         x = self._tokens(latents).float()
-        for layer, block in enumerate(self.blocks):
-            modulation, camera, text = of_rollout.modulation[step, layer], of_chunk.camera[layer], of_rollout.text[layer]
-            x = block(x, modulation, camera, text, memory, layer)
+        conditions = zip(of_rollout.modulation[step], of_chunk.camera, of_rollout.text, strict=True)
+        for layer, (block, condition) in enumerate(zip(self.blocks, conditions, strict=True)):
+            x = block(x, *condition, memory, layer)
         return self._latents(self.head(x, of_rollout.head_modulation[step]))
 
     def _tokens(self, latents: torch.Tensor) -> torch.Tensor:
