@@ -96,8 +96,11 @@ class PoseRetrieval(NearestPolicy):
     of float noise (a camera that only turns, or only moves) divides nothing: that term is zero.
     """
 
-    # Relative to the largest coordinate, and in radians: a hundred times float32's resolution.
+    # Relative to the largest coordinate, and in radians: a hundred times float32's resolution. Poses are often given
+    # relative to the first one; a camera that only turns then has coordinates that are all noise, hence the floor,
+    # in units of length.
     TRANSLATION_NOISE = 1e-5
+    TRANSLATION_FLOOR = 1e-6
     ROTATION_NOISE = 1e-4
 
     def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> np.ndarray:
@@ -105,7 +108,8 @@ class PoseRetrieval(NearestPolicy):
 
     def distances(self, views: Sequence[np.ndarray], others: Sequence[np.ndarray], current: np.ndarray) -> np.ndarray:
         a, b, now = np.stack(views), np.stack(others), current[None]
-        noise = (self.TRANSLATION_NOISE * max(np.abs(p[:, :3, 3]).max() for p in (a, b, now))) ** 2
+        extent = max(np.abs(poses[:, :3, 3]).max() for poses in (a, b, now))
+        noise = max(self.TRANSLATION_NOISE * extent, self.TRANSLATION_FLOOR) ** 2
         dt = _share(_squared_distances(a, b), _squared_distances(now, b).max(), noise)
         dr = _share(
             rotation_angles(a[:, :3, :3], b[:, :3, :3]),
