@@ -141,7 +141,7 @@ class PoseOrder:
         dt, dr = zip(*(self.terms(current, candidate) for candidate in candidates), strict=True)
         extent = max(np.abs(view[0]).max() for view in [current, *candidates])
         return (
-            max(dt) if max(dt) > (1e-5 * extent) ** 2 else math.inf,
+            max(dt) if max(dt) > max(1e-5 * extent, 1e-6) ** 2 else math.inf,
             max(dr) if max(dr) > 1e-4 else math.inf,
         )
 
