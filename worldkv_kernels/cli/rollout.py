@@ -294,11 +294,12 @@ def _introduction(
     left = latent_frames - chunks * frames
     if left:
         reason = "left out by --chunks" if left >= frames else "too few for a chunk"
-        lines.append(f"not made: the last {left} of the latent frames, {reason}")
+        lines.append(f"not made: {left} latent frame{'s' if left > 1 else ''} at the end, {reason}")
     rows, columns = config.grid
     lines.append(
-        f"model {args.model}: random weights, {config.num_layers} layers, {config.num_heads} heads x {config.head_dim}, "
-        f"{rows} x {columns} tokens a frame; {str(dtype).removeprefix('torch.')} on {report.machine(device)['device']}"
+        f"model {args.model}: random weights, {config.num_layers} layers, {config.num_heads} heads x "
+        f"{config.head_dim}, {rows} x {columns} tokens a frame; {str(dtype).removeprefix('torch.')} on "
+        f"{report.machine(device)['device']}"
     )
     return "\n".join(lines)
 
@@ -363,7 +364,9 @@ def picture(made: Sequence[RolloutChunk], name: str) -> str:
     ]
     for chunk in made:
         for role, past, _ in chunk.plan.segments:
-            parts.append(mark(role, _LEFT + chunk.plan.chunk * cell, bottom - (past + 1) * cell, cell, cell))
+            inset = 0.08 * cell if role == "retrieved" else 0.0  # the others join into bands
+            x, y = _LEFT + chunk.plan.chunk * cell + inset, bottom - (past + 1) * cell + inset
+            parts.append(mark(role, x, y, cell - 2 * inset, cell - 2 * inset))
     parts.append(f'</g><rect x="{_LEFT}" y="{_TOP}" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="#222"/>')
     for tick in range(0, count, _tick_step(count)):
         middle = (tick + 0.5) * cell

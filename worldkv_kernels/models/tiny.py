@@ -20,6 +20,7 @@ from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
 
 _PATCH = (1, 2, 2)  # frames, rows and columns of latents in a token
+_FP32_PARAMETERS = ("time_", "head.", "norm3", "modulation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +116,10 @@ class TinyWorldModel(nn.Module):
         self.head = _Head(config)
         self.register_buffer("prompt", torch.empty(config.text_tokens, config.text_dim), persistent=False)
         self._draw_weights(torch.Generator().manual_seed(seed))
-        self.to(self.device)
-        self.to(dtype)
-        for part in (self.time_embedding, self.time_projection, self.head):
-            part.float()
-        for block in self.blocks:
-            block.norm3.float()
-            block.modulation.data = block.modulation.data.float()
+        for name, parameter in self.named_parameters():
+            wide = any(part in name for part in _FP32_PARAMETERS)
+            parameter.data = parameter.data.to(self.device, torch.float32 if wide else dtype)
+        self.prompt = self.prompt.to(self.device, dtype)
         self.dtype = dtype
 
     def prepare_rollout(self, first_pose: np.ndarray, noise_levels: Sequence[float]) -> _OfRollout:
