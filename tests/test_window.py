@@ -1,0 +1,180 @@
+"""The window's tables cover the segments' rows, exactly, in place."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldkv_kernels import Rope3D, Segment, Window
+
+ROPE = Rope3D(64, max_position=8)
+TABLES = ("tiles", "ranges", "counts", "turns")
+
+lengths = st.one_of(st.integers(1, 5000), st.sampled_from([1, 127, 128, 129, 256, 4680]))
+segment_lists = st.lists(
+    st.builds(Segment, st.integers(0, 20000), lengths, st.integers(-60, 60)), min_size=1, max_size=30
+)
+fuzz = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+def addresses(window: Window) -> list[int]:
+    return [getattr(window, name).data_ptr() for name in TABLES]
+
+
+def copies(window: Window) -> list[torch.Tensor]:
+    return [getattr(window, name).clone() for name in TABLES]
+
+
+def check_tables(window: Window, segments: list[Segment]) -> None:
+    """Every row of every segment once, from full tiles and one tail at most; all full tiles come before all tails."""
+    num_segments, num_tiles, num_tokens = window.counts[:3].tolist()
+    assert num_segments == window.num_segments == len(segments)
+    assert num_tokens == window.num_tokens == sum(segment.num_rows for segment in segments)
+    assert num_tiles == window.num_tiles == sum((segment.num_rows + 127) // 128 for segment in segments)
+    assert window.segments == tuple(segments)
+    assert window.last_row == max(segment.first_row + segment.num_rows for segment in segments) - 1
+    assert window.has_shift == any(segment.time_shift for segment in segments)
+    tiles, ranges = window.tiles.tolist(), window.ranges.tolist()
+    num_full = sum(segment.num_rows // 128 for segment in segments)
+    assert ranges[0] == [0, num_full, num_full, num_tiles]
+    assert all(rows == 128 for _, rows in tiles[:num_full])
+    assert all(1 <= rows <= 127 for _, rows in tiles[num_full:num_tiles])
+    next_full, next_tail = 0, num_full
+    for segment, (full_lo, full_hi, tail_lo, tail_hi) in zip(segments, ranges[1 : num_segments + 1], strict=True):
+        assert (full_lo, tail_lo) == (next_full, next_tail)  # one after the other, none shared, none left out
+        next_full, next_tail = full_hi, tail_hi
+        rows = [first + i for first, count in tiles[full_lo:full_hi] + tiles[tail_lo:tail_hi] for i in range(count)]
+        assert rows == list(range(segment.first_row, segment.first_row + segment.num_rows))
+    assert (next_full, next_tail) == (num_full, num_tiles)
+    if window.rope is not None:
+        half, time = window.rope.head_dim // 2, window.rope.pairs[0]
+        for segment, turn in zip(segments, window.turns.double().numpy(), strict=False):
+            rates = 10000.0 ** (-np.arange(time) / time)
+            want = np.concatenate([np.exp(1j * segment.time_shift * rates), np.ones(half - time)])
+            assert np.abs(turn[:, 0] + 1j * turn[:, 1] - want).max() <= 1e-7
+
+
+@fuzz
+@given(segment_lists)
+def test_tables_cover_exactly_the_rows(segments):
+    window = Window(segments, device="cpu", rope=ROPE)
+    check_tables(window, segments)
+    assert window.capacity == window.num_tiles  # what the first segments need, by default
+
+
+@fuzz
+@given(segment_lists, segment_lists, st.integers(0, 3))
+def test_update_in_place(first, second, spare):
+    needed = max(sum((segment.num_rows + 127) // 128 for segment in segments) for segments in (first, second))
+    window = Window(first, device="cpu", rope=ROPE, capacity=needed + spare)
+    before = addresses(window)
+    window.update(second)
+    check_tables(window, second)
+    window.update(first)
+    check_tables(window, first)
+    assert addresses(window) == before
+
+
+@fuzz
+@given(segment_lists, segment_lists)
+def test_a_capacity_error_leaves_the_old_window(first, second):
+    window = Window(first, device="cpu", rope=ROPE)
+    needed = sum((segment.num_rows + 127) // 128 for segment in second)
+    if needed <= window.capacity:
+        return
+    before, tables = addresses(window), copies(window)
+    with pytest.raises(ValueError, match=f"Window: segments must fit capacity={window.capacity} tiles .* got {needed}"):
+        window.update(second)
+    assert addresses(window) == before
+    assert all(torch.equal(a, b) for a, b in zip(tables, copies(window), strict=True))
+    check_tables(window, first)
+
+
+@fuzz
+@given(st.integers(-60, 60), st.integers(0, 2**31))
+def test_turning_the_query_is_turning_the_key_back(shift, seed):
+    """q . R(d) k = (R(-d) q) . k with the table's turn, on explicit complex pairs."""
+    window = Window([Segment(0, 1, shift)], device="cpu", rope=ROPE)
+    rng = np.random.default_rng(seed)
+    q, k = rng.normal(size=(2, 32)) + 1j * rng.normal(size=(2, 32))
+    turn = window.turns[0].double().numpy()
+    turn = turn[:, 0] + 1j * turn[:, 1]
+    rates = np.concatenate([10000.0 ** (-np.arange(12) / 12), np.zeros(20)])
+    turned_key = k * np.exp(1j * shift * rates)  # the key of a token `shift` frames later
+
+    def dot(a, b):
+        return (a * b.conj()).real.sum()
+
+    assert dot(q * turn.conj(), k) == pytest.approx(dot(q, turned_key), abs=1e-4)
+
+
+def test_overlapping_segments_count_twice():
+    window = Window([(0, 200), (100, 200), (0, 200)], device="cpu")
+    assert window.num_tokens == 600
+    check_tables(window, [Segment(0, 200), Segment(100, 200), Segment(0, 200)])
+
+
+def test_without_a_rope_there_are_no_turns():
+    window = Window([(5, 3)], device="cpu")
+    assert (window.rope, window.has_shift) == (None, False)
+    window.update([(7, 2, 0)])
+    assert window.segments == (Segment(7, 2),)
+
+
+def test_integers_of_other_libraries():
+    window = Window([(np.int64(3), torch.tensor(4), np.int32(-2)), np.array([1, 2])], device="cpu", rope=ROPE)
+    assert window.segments == (Segment(3, 4, -2), Segment(1, 2))
+    assert all(type(number) is int for segment in window.segments for number in segment)
+
+
+def test_a_generator_of_segments():
+    assert Window((Segment(i, 1) for i in range(3)), device="cpu").num_segments == 3
+
+
+def test_rows_up_to_int32():
+    last = 2**31 - 1
+    window = Window([(last - 1000, 1000)], device="cpu")
+    check_tables(window, [Segment(last - 1000, 1000)])
+
+
+BAD = [
+    ([], ValueError, "segments must hold at least one segment, got none"),
+    ([(0, 0)], ValueError, "segments[0] must have first_row >= 0, num_rows >= 1"),
+    ([(0, 1), (-1, 5)], ValueError, "segments[1] must have first_row >= 0"),
+    ([(0, -3)], ValueError, "segments[0] must have"),
+    ([(2**31 - 10, 11)], ValueError, "end below row 2**31"),
+    ([(0, 1, 3)], ValueError, "segments[0] has time_shift=3, which needs rope=, got None"),
+    ([(0, 1), (0.0, 1)], TypeError, "segments[1] must be (first_row, num_rows, time_shift=0) of integers, got (0.0,"),
+    ([(0, None)], TypeError, "segments[0] must be"),
+    ([("0", 1)], TypeError, "segments[0] must be"),
+    ([(0, 1, 1.5)], TypeError, "segments[0] must be"),
+    ([(0,)], TypeError, "segments[0] must be"),
+    ([(0, 1, 2, 3)], TypeError, "segments[0] must be"),
+    ([5], TypeError, "segments[0] must be"),
+]
+
+
+@pytest.mark.parametrize(("segments", "error_type", "wanted"), BAD)
+def test_segment_errors(segments, error_type, wanted):
+    with pytest.raises(error_type, match=r"^Window: ") as caught:
+        Window(segments, device="cpu")
+    assert wanted in str(caught.value)
+    window = Window([(3, 300)], device="cpu")
+    before = copies(window)
+    with pytest.raises(error_type, match=r"^Window: "):
+        window.update(segments)
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(window), strict=True))
+    check_tables(window, [Segment(3, 300)])
+
+
+def test_capacity_errors():
+    for capacity in (0, -1, 2):
+        with pytest.raises(ValueError, match=f"Window: segments must fit capacity={capacity} tiles of 128 rows, got 3"):
+            Window([(0, 300)], device="cpu", capacity=capacity)
+    with pytest.raises(TypeError, match=r"Window: capacity must be an integer or None, got 3\.0"):
+        Window([(0, 300)], device="cpu", capacity=3.0)
+
+
+def test_repr():
+    assert repr(Window([(0, 300)], device="cpu", capacity=5)) == "Window(1 segments, 300 tokens, capacity=5 tiles)"
