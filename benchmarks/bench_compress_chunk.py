@@ -98,8 +98,6 @@ def selection_error(
     out_k, out_v, index = result[0], result[1], result[2].long()
     frame_tokens = case.frame_tokens
     keep = kept_each(frame_tokens, case.keep_ratio)
-    if index.shape != (frame_tokens + (case.frames - 1) * keep,):
-        return math.inf
     anchor, chosen = index[:frame_tokens], index[frame_tokens:]
     in_range = bool(((chosen >= frame_tokens) & (chosen < case.tokens)).all())
     ascending = bool((chosen.diff() > 0).all())

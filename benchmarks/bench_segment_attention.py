@@ -118,7 +118,7 @@ def turned_keys(k: torch.Tensor, rope: Rope3D, shift: int) -> torch.Tensor:
     """Keys [rows, head_dim], in their wide dtype, moved by `shift` latent frames: the temporal pairs turn."""
     pairs = rope.pairs[0]
     angles = shift * rope.theta ** (-torch.arange(pairs, dtype=torch.float64, device=k.device) / pairs)
-    turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex64 if k.dtype == torch.float32 else None)
+    turn = torch.polar(torch.ones_like(angles), angles).to(k.dtype.to_complex())
     temporal = torch.view_as_complex(k[:, : 2 * pairs].unflatten(1, (pairs, 2)).contiguous())
     return torch.cat([torch.view_as_real(temporal * turn).flatten(1), k[:, 2 * pairs :]], dim=1)
 
