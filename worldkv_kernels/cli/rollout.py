@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 import torch
 
-from ..memory.config import MODES, ORDERS
+from ..memory.config import MODES, ORDERS, MemoryConfig
 from ..memory.poses import mean_pose, rotation_angles
 from ..memory.retrieval import FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.world_memory import WorldMemory
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bank-chunks", type=_integer(1), help="that the bank holds (default: enough for the rollout)")
     add("--dtype", help=f"{', '.join(_DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="such as cpu or cuda:0 (default: the first GPU, else the CPU)")
+    add("--threads", type=_integer(1), default=1,
+        help="of the CPU; the tiny model's tensors are too small to share well (default: %(default)s)")  # fmt: skip
     add("--backend", help="of the ops: reference, triton (default: the automatic choice)")
     add("--seed", type=_integer(0), default=0, help="of weights and noise (default: %(default)s)")
     add("--json", metavar="PATH", help="also write everything measured, chunk by chunk; - for stdout")
@@ -73,6 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Roll out in each mode, print the comparison, and write what was asked for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        return _run(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: argparse.Namespace) -> int:
     device = report.parse_device(args.device)
     modes = _modes(args.modes)
     _one_of("--model", args.model, _MODELS)
@@ -168,13 +180,14 @@ def _chunk_count(args: argparse.Namespace, latent_frames: int, config: TinyConfi
     return chunks
 
 
-def _memory_config(args: argparse.Namespace, config: TinyConfig, mode: str, chunks: int) -> Any:
+def _memory_config(args: argparse.Namespace, config: TinyConfig, mode: str, chunks: int) -> MemoryConfig:
     enough = chunks if mode == "full" else max(chunks, args.retrieved_chunks)
+    policy = _policy(args)
     try:
         return config.memory(
             mode=mode, sink_frames=args.sink_frames, recent_frames=args.recent_frames,
             retrieved_chunks=args.retrieved_chunks, keep_ratio=args.keep_ratio, pooled=not args.per_frame,
-            retrieval=_policy(args), rebase_time=args.rebase_time, order=args.order, bank=args.bank,
+            retrieval=policy, rebase_time=args.rebase_time, order=args.order, bank=args.bank,
             bank_chunks=(args.bank_chunks if mode == "worldkv" else None) or enough,
         )  # fmt: skip
     except ValueError as error:  # the fields have the arguments' names
@@ -191,7 +204,7 @@ def _policy(args: argparse.Namespace) -> RetrievalPolicy:
             raise ValueError(f"--depth-range must go with --retrieval fov, got --retrieval {name}")
         return PoseRetrieval(diversity=args.diversity)
     near, far = args.depth_range or (1.0, 50.0)
-    if not 0 < near < far:
+    if not 0 < near < far < math.inf:
         raise ValueError(f"--depth-range must be 0 < NEAR < FAR, got {near:g} {far:g}")
     return FovRetrieval(depth_range=(near, far), diversity=args.diversity)
 
@@ -327,8 +340,8 @@ def _retrieval_at_work(revisits: Sequence[Revisit]) -> str:
     for revisit in revisits[:_SHOWN_REVISITS]:
         retrieved = ", ".join(map(str, revisit.retrieved))
         lines.append(
-            f"  chunk {revisit.chunk} gets back {retrieved}: chunk {revisit.nearest}, "
-            f"{revisit.chunk - revisit.nearest} chunks ago, was {revisit.degrees:.1f} degrees and "
+            f"  chunk {revisit.chunk} got back {retrieved}; the nearest, chunk {revisit.nearest} from "
+            f"{revisit.chunk - revisit.nearest} chunks before, is {revisit.degrees:.1f} degrees and "
             f"{revisit.distance:.3g} units away"
         )
     return "\n".join(lines)

@@ -34,7 +34,7 @@ class TinyConfig:
     num_heads: int = 2
     head_dim: int = 64
     ffn_dim: int = 384
-    grid: tuple[int, int] = (6, 10)
+    grid: tuple[int, int] = (5, 9)
     chunk_frames: int = 3
     latent_channels: int = 16
     text_tokens: int = 16

@@ -1,0 +1,295 @@
+"""worldkv rollout: what it prints and writes, and every argument that it refuses."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldkv_kernels.cli import main
+from worldkv_kernels.cli.rollout import find_revisits
+from worldkv_kernels.memory.config import MODES
+from worldkv_kernels.trajectory import load
+
+AWAY_AND_BACK = "right*54,left*53"  # 108 video frames, 27 latent frames, 9 chunks
+SMALL = ["rollout", "--trajectory", AWAY_AND_BACK, "--layers", "1", "--device", "cpu"]
+REAL = Path(__file__).parents[2] / "shared/data/trajectories/jungle_flight"
+
+
+def rows_of(out):
+    """The table as {mode: {column: text}}."""
+    lines = out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("mode "))
+    columns = re.split(r"\s{2,}", lines[start].strip())
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line:
+            break
+        mode, *cells = re.split(r"\s{2,}", line.strip())
+        rows[mode] = dict(zip(columns[1:], cells, strict=True))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rolled(tmp_path_factory):
+    """One run in all modes: its JSON, its picture, and what it printed."""
+    folder = tmp_path_factory.mktemp("rollout")
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+        files = ["--json", str(folder / "all.json"), "--picture", str(folder / "all.svg")]
+        assert main([*SMALL, "--retrieved-chunks", "2", *files]) == 0
+    return json.loads((folder / "all.json").read_text()), (folder / "all.svg").read_text(), "\n".join(lines)
+
+
+def test_it_says_what_it_does_first(rolled):
+    first, second = rolled[2].splitlines()[:2]
+    assert first == f"trajectory {AWAY_AND_BACK}: 108 video frames, 27 latent frames, 9 chunks of 3"
+    assert second.startswith("model tiny: random weights, 1 layers, 2 heads x 64, 5 x 9 tokens a frame; float32 on cpu")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--trajectory", "right*27"], "not made: 1 latent frame at the end, too few for a chunk"),
+        (["--trajectory", "right*30"], "not made: 2 latent frames at the end, too few for a chunk"),
+        (["--chunks", "2"], "not made: 21 latent frames at the end, left out by --chunks"),
+        (["--stride", "10", "--modes", "full"], "11 latent frames, 3 chunks of 3"),
+    ],
+)
+def test_what_is_left_over_is_said(arguments, said, capsys):
+    assert main([*SMALL, "--modes", "sliding", *arguments]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_table(rolled):
+    result, _, out = rolled
+    rows = rows_of(out)
+    assert list(rows) == ["full", "worldkv", "sliding", "sink_recent"]
+    assert list(rows["full"]) == [
+        "frames/s", "latents/s", "KV kept", "tokens/query", "last chunk", "retrieved", "error vs full"
+    ]  # fmt: skip
+    assert [row["last chunk"] for row in rows.values()] == ["1215", str(4 * 135 + 2 * 69), "405", "540"]
+    assert rows["full"]["tokens/query"] == "675"  # 135 * (1 + ... + 9) / 9
+    assert [row["retrieved"] for row in rows.values()] == ["0", str(1 + 4 * 2), "0", "0"]
+    errors = {mode: float(row["error vs full"]) for mode, row in rows.items()}
+    assert errors["full"] == 0 < errors["worldkv"] < errors["sink_recent"] < errors["sliding"]
+    for mode, row in rows.items():
+        measured = result["modes"][mode]
+        seconds = sum(chunk["seconds"] for chunk in measured["chunks"])
+        assert float(row["frames/s"]) == pytest.approx(9 * 12 / seconds, rel=0.01, abs=0.1)
+        assert float(row["latents/s"]) == pytest.approx(9 * 3 / seconds, rel=0.01, abs=0.1)
+    kept = {mode: result["modes"][mode]["kept_bytes"] for mode in rows}
+    a_token = 2 * 128 * 4  # K and V of one layer in fp32
+    assert kept == {
+        "full": 9 * 135 * a_token, "worldkv": (3 * 135 + 6 * 69) * a_token,
+        "sliding": 2 * 135 * a_token, "sink_recent": 3 * 135 * a_token,
+    }  # fmt: skip
+
+
+def test_json(rolled):
+    result, _, _ = rolled
+    assert list(result) == ["command", "machine", "trajectory", "model", "memory", "modes", "revisits"]
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["trajectory"] == {
+        "name": AWAY_AND_BACK, "frames": 108, "stride": 4, "latent_frames": 27, "chunks": 9
+    }  # fmt: skip
+    assert (result["model"]["name"], result["model"]["num_layers"], result["model"]["dtype"]) == ("tiny", 1, "float32")
+    assert result["memory"]["retrieved_chunks"] == 2
+    for mode in MODES:
+        measured = result["modes"][mode]
+        assert [chunk["chunk"] for chunk in measured["chunks"]] == list(range(9))
+        for chunk in measured["chunks"]:
+            assert set(chunk) == {"chunk", "retrieved", "num_tokens", "seconds", "error"}
+            whole = {"full": 9, "sliding": 3}.get(mode, 4)  # so long the window holds all there is
+            assert chunk["seconds"] > 0 and (chunk["error"] == 0) == (chunk["chunk"] < whole)
+        assert measured["tokens_attended"] == sum(chunk["num_tokens"] for chunk in measured["chunks"])
+        mean = sum(chunk["error"] for chunk in measured["chunks"]) / 9
+        assert measured["relative_error"] == pytest.approx(mean)
+        assert measured["bank_capacity"] == (9 if mode == "worldkv" else 0)  # not what half the machine would hold
+    assert [chunk["retrieved"] for chunk in result["modes"]["worldkv"]["chunks"]] == (
+        [[], [], [], [], [1], [1, 2], [2, 3], [1, 2], [1, 2]]
+    )
+
+
+def test_retrieval_at_work(rolled):
+    result, _, out = rolled
+    lines = out[out.index("retrieval at work") :].splitlines()[1:6]
+    assert lines[0] == (
+        "  chunk 8 got back 1, 2; the nearest, chunk 1 from 7 chunks before, is 8.0 degrees and 0 units away"
+    )
+    chunks = [int(line.split()[1]) for line in lines]
+    assert chunks == [revisit["chunk"] for revisit in result["revisits"]][:5] == [8, 7, 6, 4, 5]
+
+
+def test_revisits_name_the_nearest_pose_and_start_with_the_oldest():
+    poses = load("forward*8,right*90,left*90,back*3").poses  # the view of frame 8 comes again at 188
+    records = [
+        {"chunk": 80, "retrieved": []},
+        {"chunk": 94, "retrieved": [70, 20, 4]},
+        {"chunk": 95, "retrieved": [90, 2]},
+        {"chunk": 60, "retrieved": [59]},
+    ]
+    revisits = find_revisits(records, poses, 2)
+    assert [(revisit.chunk, revisit.nearest) for revisit in revisits] == [(95, 2), (94, 4), (60, 59)]
+    assert revisits[1].degrees == pytest.approx(0.5)  # frames 188, 189 at 0 degrees; frames 8, 9 at 0 and 1
+    assert revisits[1].distance == pytest.approx(0.05)  # at 0.8, 0.7 units; at 0.8, 0.8
+    assert revisits[2].degrees == pytest.approx(2) and revisits[2].retrieved == (59,)
+
+
+def test_picture(rolled):
+    result, svg, _ = rolled
+    root = ElementTree.fromstring(svg)
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in root.iter(f"{name}text")]
+    assert {"chunk being made", "chunk attended", "0", "8"} < set(texts)
+    assert f"What each chunk attends to: {AWAY_AND_BACK}" in texts
+    frame = next(rect for rect in root.iter(f"{name}rect") if rect.get("fill") == "none")
+    left, top, side = (float(frame.get(key)) for key in ("x", "y", "width"))
+    marks = {"sink": set(), "recent": set(), "current": set(), "retrieved": set()}
+    legend = 0
+    for rect in root.iter(f"{name}rect"):
+        if rect.get("class"):
+            x, y, width, height = (float(rect.get(key)) for key in ("x", "y", "width", "height"))
+            if y < top:
+                legend += 1
+                continue
+            column = (x + width / 2 - left) / (side / 9)
+            row = (top + side - y - height / 2) / (side / 9)  # upwards
+            assert column % 1 == pytest.approx(0.5, abs=0.01) and row % 1 == pytest.approx(0.5, abs=0.01)
+            marks[rect.get("class")].add((int(column), int(row)))
+    chunks = result["modes"]["worldkv"]["chunks"]
+    assert legend == 3
+    assert marks["retrieved"] == {(chunk["chunk"], past) for chunk in chunks for past in chunk["retrieved"]}
+    assert marks["sink"] == {(chunk, 0) for chunk in range(1, 9)}
+    assert marks["current"] == {(chunk, chunk) for chunk in range(9)}
+    assert marks["recent"] == {(chunk, past) for chunk in range(9) for past in (chunk - 2, chunk - 1) if past > 0}
+
+
+def test_picture_of_a_name_with_markup(tmp_path):
+    folder = tmp_path / "a<b & c"
+    folder.mkdir()
+    np.save(folder / "poses.npy", load("right*8").poses)
+    np.save(folder / "intrinsics.npy", np.array((500.0, 500.0, 416.0, 240.0)))
+    picture = tmp_path / "picture.svg"
+    assert main([*SMALL, "--trajectory", str(folder), "--modes", "worldkv", "--picture", str(picture)]) == 0
+    assert "a<b & c" in "".join(ElementTree.parse(picture).getroot().itertext())
+
+
+def test_json_on_stdout_stands_alone(capsys):
+    assert main([*SMALL, "--chunks", "2", "--modes", "sliding, sliding", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)["modes"]) == ["sliding"]
+    assert "frames/s" in err and "sliding: 2/2 chunks" in err
+
+
+def test_without_full_there_is_no_error(capsys):
+    assert main([*SMALL, "--chunks", "2", "--modes", "sliding,worldkv"]) == 0
+    out = capsys.readouterr().out
+    assert {mode: row["error vs full"] for mode, row in rows_of(out).items()} == {"sliding": "-", "worldkv": "-"}
+    assert "retrieval at work" not in out  # nothing is banked yet
+
+
+def of_worldkv(tmp_path, *arguments):
+    path = tmp_path / "result.json"
+    assert main([*SMALL, "--modes", "full,worldkv", "--json", str(path), *arguments]) == 0
+    return json.loads(path.read_text())["modes"]["worldkv"]
+
+
+def test_each_option_reaches_the_memory(tmp_path):
+    plain = of_worldkv(tmp_path, "--retrieved-chunks", "2")
+    errors = [chunk["error"] for chunk in plain["chunks"]]
+
+    host = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--bank", "host")
+    assert [chunk["error"] for chunk in host["chunks"]] == errors
+    assert host["host_bytes"] > 0 == plain["host_bytes"] and host["device_bytes"] < plain["device_bytes"]
+
+    for changed in (["--per-frame"], ["--rebase-time"], ["--seed", "5"], ["--dtype", "bfloat16"]):
+        other = of_worldkv(tmp_path, "--retrieved-chunks", "2", *changed)
+        assert [chunk["error"] for chunk in other["chunks"]] != errors, changed
+        assert [chunk["retrieved"] for chunk in other["chunks"]] == [chunk["retrieved"] for chunk in plain["chunks"]]
+
+    whole = of_worldkv(tmp_path, "--keep-ratio", "1", "--retrieved-chunks", "9")
+    assert max(chunk["error"] for chunk in whole["chunks"]) < 1e-5
+    wide = of_worldkv(tmp_path, "--sink-frames", "0", "--recent-frames", "12", "--retrieved-chunks", "0")
+    assert wide["tokens_last"] == 5 * 135 and wide["chunks_retrieved"] == 0
+    small = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--bank-chunks", "3")
+    assert (small["bank_capacity"], small["chunks_banked"], small["chunks_dropped"]) == (3, 3, 3)
+    nearest = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--order", "nearest_first")
+    assert nearest["chunks"][5]["retrieved"] == [2, 1]
+    corner = ["--trajectory", "right*27,forward*27,left*53", "--retrieved-chunks", "2"]
+    assert of_worldkv(tmp_path, *corner)["chunks"][8]["retrieved"] == [4, 5]
+    assert of_worldkv(tmp_path, *corner, "--diversity", "1")["chunks"][8]["retrieved"] == [1, 5]
+    fov = of_worldkv(tmp_path, "--retrieved-chunks", "1", "--retrieval", "fov", "--depth-range", "0.5", "9")
+    assert fov["chunks"][8]["retrieved"] == [1]
+
+
+def test_the_callers_threads_are_left_alone(capsys):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert main([*SMALL, "--chunks", "1", "--modes", "full"]) == 0
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--trajectory", "jump*3"], "trajectory: a move must be one of right, .*, got 'jump'"),
+        (["--trajectory", "nowhere"], "trajectory: must be an existing folder, or moves .*, got 'nowhere'"),
+        (["--trajectory", "right*7"], "--trajectory must have at least 9 video frames .*, got 2 latent frames"),
+        (["--trajectory", "right*4200"], "--chunks must be at most 341, .*, got 350"),
+        (["--model", "large"], "--model must be one of tiny, got 'large'"),
+        (["--modes", "full,fast"], "--modes must be one of worldkv, full, sliding, sink_recent, got 'fast'"),
+        (["--modes", ""], "--modes must be one of .*, got ''"),
+        (["--retrieval", "sound"], "--retrieval must be one of pose, fov, got 'sound'"),
+        (["--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval pose"),
+        (["--retrieval", "fov", "--depth-range", "9", "1"], "--depth-range must be 0 < NEAR < FAR, got 9 1"),
+        (["--retrieval", "fov", "--depth-range", "1", "inf"], "--depth-range must be 0 < NEAR < FAR, got 1 inf"),
+        (["--diversity", "2"], "--diversity must be from 0 to 1, got 2"),
+        (["--diversity", "x"], "argument --diversity: must be a number, got 'x'"),
+        (["--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, got 0"),
+        (["--sink-frames", "4"], "--sink-frames must be a multiple of chunk_frames=3, got 4"),
+        (["--recent-frames", "2"], "--recent-frames must be a multiple of chunk_frames=3, got 2"),
+        (["--retrieved-chunks", "-1"], "argument --retrieved-chunks: must be an integer of at least 0, got '-1'"),
+        (["--bank-chunks", "5"], "--bank-chunks must be None or at least 6, got 5"),
+        (["--bank", "cloud"], "--bank must be 'device' or 'host', got 'cloud'"),
+        (["--order", "random"], "--order must be one of time, nearest_last, nearest_first, got 'random'"),
+        (["--chunks", "0"], "argument --chunks: must be an integer of at least 1, got '0'"),
+        (["--layers", "two"], "argument --layers: must be an integer of at least 1, got 'two'"),
+        (["--stride", "1.5"], "argument --stride: must be an integer of at least 1, got '1.5'"),
+        (["--seed", "-1"], "argument --seed: must be an integer of at least 0, got '-1'"),
+        (["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        (["--device", "abacus"], "--device must be a device of this machine, got 'abacus'"),
+        (["--modes", "full", "--picture", "x.svg"], "--picture must go with --modes that include worldkv, got 'full'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    try:
+        status = main([*SMALL, *arguments])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == ""
+    assert re.fullmatch(f"worldkv rollout: {message}.*\n", err), err
+
+
+def test_an_unknown_backend_is_refused(capsys):
+    assert main([*SMALL, "--backend", "abacus"]) == 2
+    assert "backend must be None or one of" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real trajectory at {REAL}")
+def test_a_real_flight(tmp_path):
+    """Every sixteenth of its frames: on its way it comes back to where it was long before."""
+    path = tmp_path / "result.json"
+    options = ["--trajectory", str(REAL), "--stride", "16", "--modes", "worldkv", "--json", str(path)]
+    assert main([*SMALL, *options]) == 0
+    result = json.loads(path.read_text())
+    assert result["trajectory"] == {
+        "name": "jungle_flight", "frames": 961, "stride": 16, "latent_frames": 61, "chunks": 20
+    }  # fmt: skip
+    assert any(revisit["chunk"] - revisit["nearest"] >= 8 for revisit in result["revisits"])
