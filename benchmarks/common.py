@@ -231,8 +231,14 @@ def clocks(device: torch.device) -> dict[str, Any] | None:
     line = _output("nvidia-smi", *which, f"--query-gpu={query}", "--format=csv,noheader,nounits")
     if not line:
         return None
-    values = [value.strip() for value in line.splitlines()[0].split(",")]
-    return dict(zip(("sm_mhz", "memory_mhz", "power_w", "temperature_c", "driver"), values, strict=False))
+    *numbers, driver = (value.strip() for value in line.splitlines()[0].split(","))
+    read: dict[str, Any] = {"driver": driver}
+    for name, number in zip(("sm_mhz", "memory_mhz", "power_w", "temperature_c"), numbers, strict=True):
+        try:
+            read[name] = float(number)
+        except ValueError:  # "[N/A]" where the card does not tell
+            read[name] = None
+    return read
 
 
 def environment(device: torch.device) -> dict[str, Any]:
