@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
         say("\n" + _retrieval_at_work(revisits))
     report.write_json(args.json, {
         "command": "rollout",
-        "machine": report.machine(device),
+        "machine": {**report.machine(device), "threads": args.threads},
         "trajectory": {"name": trajectory.name, "frames": len(trajectory.poses), "stride": args.stride,
                        "latent_frames": len(latent_poses(trajectory, args.stride)[0]), "chunks": chunks},
         "model": {"name": args.model, **asdict(config), "dtype": str(dtype).removeprefix("torch."), "seed": args.seed},
