@@ -21,7 +21,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
 from worldkv_kernels.kernels import compress_chunk, norm_rope_append, segment_attention
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

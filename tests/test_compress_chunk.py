@@ -31,7 +31,7 @@ def brute_force(similarities, keep, pooled, anchor):
         if f != anchor
     ]
     if pooled:
-        groups = [sum(groups, [])]
+        groups = [[one for group in groups for one in group]]
     budget = keep * (frames - 1) // max(1, len(groups))
     kept = sorted(token for group in groups for _, token in sorted(group)[:budget])
     return whole + kept

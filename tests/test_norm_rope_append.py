@@ -142,7 +142,7 @@ def zeros(*shape, dtype=torch.float32):
         ({"rope": Rope3D(128)}, ValueError, "rope must be for head_dim 64, got Rope3D(128"),
         ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
         ({"out": zeros(30, 128)}, ValueError, "out must be [30, 2, 64], got [30, 128]"),
-        ({"first_row": torch.zeros(1, dtype=torch.int64, device=DEVICE)}, TypeError, "start_frame must be a tensor [1]"),
+        ({"first_row": zeros(1, dtype=torch.int64)}, TypeError, "start_frame must be a tensor [1], got 0"),
         ({"backend": "nope"}, ValueError, "backend must be None or one of"),
     ],
 )

@@ -15,14 +15,14 @@ import torch
 from .. import __version__
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left and the others to the right."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns of text, the first `left` ones flush left and the others right."""
     cells = [list(columns), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = []
-    for first, *rest in cells:
-        others = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *others]))
+    for row in cells:
+        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(padded).rstrip())
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from . import proven
 
 Run = Callable[..., None]
+Kind = tuple  # what selects a compiled variant: the dtype first, then sizes and flags
 
 
 def triton_unavailable(device: torch.device) -> str | None:
@@ -37,10 +39,15 @@ def triton_unavailable(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: how to load it, and why it may be unavailable on a device."""
+    """One implementation: how to load it, why it cannot run on a device, and why not on a kind of problem."""
 
     load: Callable[[], Run]
     unavailable: Callable[[torch.device], str | None] = lambda device: None
+    unsupported: Callable[[Kind], str | None] = lambda kind: None
+
+    def why_not(self, device: torch.device, kind: Kind | None) -> str | None:
+        """The reason that it cannot run, or None."""
+        return self.unavailable(device) or (self.unsupported(kind) if kind is not None else None)
 
 
 @dataclass
@@ -48,16 +55,18 @@ class OpBackends:
     """The implementations of one op, best first, and what is known of them in this process.
 
     `small_case(device, kind)` returns a call: given an implementation, it runs it on fresh small inputs of
-    that kind (dtype, head_dim and so on) and returns its outputs as one flat float32 tensor.
+    that kind and returns its outputs as one flat float32 tensor. `kinds` are typical ones, for
+    `worldkv doctor`.
     """
 
     op: str
     backends: dict[str, Backend]
-    small_case: Callable[[torch.device, Hashable], Callable[[Run], torch.Tensor]]
-    tolerance: Callable[[Hashable], float]
+    small_case: Callable[[torch.device, Kind], Callable[[Run], torch.Tensor]]
+    tolerance: Callable[[Kind], float]
+    kinds: tuple[Kind, ...]
     loaded: dict[str, Run] = field(default_factory=dict)
-    checked: dict[tuple[str, str, Hashable], str | None] = field(default_factory=dict)
-    chosen: dict[tuple[str, torch.device, Hashable], Run] = field(default_factory=dict)
+    checked: dict[tuple[str, str, Kind], str | None] = field(default_factory=dict)
+    chosen: dict[tuple[str, torch.device, Kind], Run] = field(default_factory=dict)
 
     def run(self, name: str) -> Run:
         """The implementation called `name`, loaded on first use."""
@@ -65,7 +74,7 @@ class OpBackends:
             self.loaded[name] = self.backends[name].load()
         return self.loaded[name]
 
-    def choose(self, requested: str, device: torch.device, kind: Hashable) -> Run:
+    def choose(self, requested: str, device: torch.device, kind: Kind) -> Run:
         """The implementation to run: `requested`, or with "auto" the first that is available and agrees."""
         key = (requested, device, kind)
         run = self.chosen.get(key)
@@ -75,15 +84,15 @@ class OpBackends:
                 self.chosen[key] = run
         return run
 
-    def _name(self, requested: str, device: torch.device, kind: Hashable) -> str:
+    def _name(self, requested: str, device: torch.device, kind: Kind) -> str:
         if requested == "auto":
             return next(name for name in self.backends if self.passed_over(name, device, kind) is None)
         if requested not in self.backends:
             names = ", ".join(repr(name) for name in self.backends)
             raise ValueError(f"{self.op}: backend must be None or one of {names}, got {requested!r}")
-        reason = self.backends[requested].unavailable(device)
+        reason = self.backends[requested].why_not(device, kind)
         if reason:
-            raise ValueError(f"{self.op}: backend must be available on {device}, got {requested!r}: {reason}")
+            raise ValueError(f"{self.op}: backend must be able to run this on {device}, got {requested!r}: {reason}")
         return requested
 
     def forget(self) -> None:
@@ -91,9 +100,9 @@ class OpBackends:
         self.checked.clear()
         self.chosen.clear()
 
-    def passed_over(self, name: str, device: torch.device, kind: Hashable = None) -> str | None:
+    def passed_over(self, name: str, device: torch.device, kind: Kind = None) -> str | None:
         """Why `auto` does not take `name` on `device`; None when it may. With a `kind`, checks it on first use."""
-        reason = self.backends[name].unavailable(device)
+        reason = self.backends[name].why_not(device, kind)
         if reason or name == "reference":
             return reason
         if device.type == "cpu":
@@ -113,16 +122,24 @@ class OpBackends:
                 )
         return self.checked[key]
 
-    def disagreement(self, name: str, device: torch.device, kind: Hashable) -> str | None:
+    def disagreement(self, name: str, device: torch.device, kind: Kind) -> str | None:
         """Compare an implementation with the reference on a small case; the reason when they disagree."""
         try:
-            case = self.small_case(device, kind)
-            want, got = case(self.run("reference")), case(self.run(name))
+            with on_current_device(device):
+                case = self.small_case(device, kind)
+                want, got = case(self.run("reference")), case(self.run(name))
         except Exception as error:  # a compiler or launch that fails must not take the program down
             return f"it failed on a small case: {type(error).__name__}: {error}"
         error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
         limit = self.tolerance(kind)
         return None if error <= limit else f"it differs from the reference by {error:.2e}, more than {limit:.0e}"
+
+
+def on_current_device(device: torch.device) -> AbstractContextManager:
+    """Makes `device` current while a kernel is launched: Triton launches on the current GPU, whatever the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def dtype_tolerance(dtype: torch.dtype) -> float:

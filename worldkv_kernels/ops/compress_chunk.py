@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..reference.compress_chunk import compress_chunk as reference
-from .backends import Backend, OpBackends, register, triton_unavailable
+from .backends import Backend, OpBackends, on_current_device, register, triton_unavailable
 from .checks import HEAD_DIMS, bad_value, check_tensor
 
 _OP = "compress_chunk"
@@ -115,7 +115,8 @@ def _run(
             if other != name and max(spans[name][0], span[0]) < min(spans[name][1], span[1]):
                 raise ValueError(f"{_OP}: {name} must not overlap {other}, got bytes {spans[name]} and {span}")
     run = BACKENDS.choose(backend, k.device, (k.dtype, k.shape[2], pooled, keep * frames >= k.shape[0]))
-    run(k, v, out_k, out_v, index, frames=frames, keep=keep, pooled=pooled, anchor=anchor)
+    with on_current_device(k.device):
+        run(k, v, out_k, out_v, index, frames=frames, keep=keep, pooled=pooled, anchor=anchor)
 
 
 def _load_triton() -> Callable[..., None]:
@@ -153,6 +154,12 @@ BACKENDS = OpBackends(
     },
     small_case=_small_case,
     tolerance=lambda kind: 0.0,
+    kinds=tuple(
+        (dtype, head_dim, pooled, whole)
+        for dtype in (torch.bfloat16, torch.float16)
+        for head_dim in HEAD_DIMS
+        for pooled, whole in ((True, False), (False, False), (True, True))
+    ),
 )
 
 register(

@@ -9,7 +9,8 @@ import torch
 
 from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
-from .backends import Backend, OpBackends, dtype_tolerance, register, triton_unavailable
+from . import cuda
+from .backends import Backend, OpBackends, dtype_tolerance, on_current_device, register, triton_unavailable
 from .checks import HEAD_DIMS, bad_value, check_tensor, debug
 
 _OP = "norm_rope_append"
@@ -118,14 +119,18 @@ def _run(
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     eps: float, round_before_rope: bool, backend: str,
 ) -> None:  # fmt: skip
-    kind = (q.dtype, *k_pool.shape[1:], q_weight is not None, k_weight is not None, table is not None)
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (q, k, v, k_pool, v_pool, q_out))
+    aligned = aligned and all(w is None or w.data_ptr() % 16 == 0 for w in (q_weight, k_weight))
+    kind = (q.dtype, *k_pool.shape[1:], q_weight is not None, k_weight is not None, table is not None, aligned)
     run = BACKENDS.choose(backend, q.device, kind)
-    run(
-        q, k, v, k_pool, v_pool, q_out, table,
-        first_row if device_first_row is None else device_first_row,
-        start_frame if device_start_frame is None else device_start_frame,
-        grid=grid, pairs=pairs, q_weight=q_weight, k_weight=k_weight, eps=eps, round_before_rope=round_before_rope,
-    )  # fmt: skip
+    with on_current_device(q.device):
+        run(
+            q, k, v, k_pool, v_pool, q_out, table,
+            first_row if device_first_row is None else device_first_row,
+            start_frame if device_start_frame is None else device_start_frame,
+            grid=grid, pairs=pairs, q_weight=q_weight, k_weight=k_weight, eps=eps,
+            round_before_rope=round_before_rope,
+        )  # fmt: skip
 
 
 def _load_triton() -> Callable[..., None]:
@@ -136,7 +141,7 @@ def _load_triton() -> Callable[..., None]:
 
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
     """Two frames of 3 x 5 tokens, into the middle of a NaN pool."""
-    dtype, heads, head_dim, has_q_weight, has_k_weight, has_rope = kind
+    dtype, heads, head_dim, has_q_weight, has_k_weight, has_rope, _ = kind
     generator = torch.Generator().manual_seed(0)
     columns = heads * head_dim
     q, k, v = (torch.randn(30, columns, generator=generator).to(device, dtype) for _ in range(3))
@@ -160,11 +165,18 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
 BACKENDS = OpBackends(
     op=_OP,
     backends={
+        "cuda": Backend(lambda: cuda.norm_rope_append, cuda.unavailable, cuda.append_unsupported),
         "triton": Backend(_load_triton, triton_unavailable),
         "reference": Backend(lambda: reference),
     },
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
+    kinds=tuple(
+        (dtype, heads, head_dim, norm, norm, True, True)
+        for dtype in (torch.bfloat16, torch.float16)
+        for heads, head_dim in ((12, 128), (40, 128), (16, 64), (64, 128))
+        for norm in (True, False)
+    ),
 )
 
 register(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..memory.window import Segment, Window
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
-from .backends import Backend, OpBackends, dtype_tolerance, register, triton_unavailable
+from .backends import Backend, OpBackends, dtype_tolerance, on_current_device, register, triton_unavailable
 from .checks import HEAD_DIMS, bad_type, bad_value, check_tensor
 
 _OP = "segment_attention"
@@ -96,7 +97,14 @@ def _run(
 ) -> None:  # fmt: skip
     kind = (q.dtype, q.shape[2], has_shift, lse is not None, mass is not None)
     run = BACKENDS.choose(backend, q.device, kind)
-    run(q, k_pool, v_pool, tiles, ranges, counts, turns, out, lse, mass, scale=scale, has_shift=has_shift)
+    with on_current_device(q.device):
+        run(q, k_pool, v_pool, tiles, ranges, counts, turns, out, lse, mass, scale=scale, has_shift=has_shift)
+
+
+def _triton_unsupported(kind: tuple) -> str | None:
+    if kind[0] == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        return "triton's interpreter multiplies bf16 matrices as integers"
+    return None
 
 
 def _load_triton() -> Callable[..., None]:
@@ -131,11 +139,18 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
 BACKENDS = OpBackends(
     op=_OP,
     backends={
-        "triton": Backend(_load_triton, triton_unavailable),
+        "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
         "reference": Backend(lambda: reference),
     },
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
+    kinds=tuple(
+        (dtype, head_dim, has_shift, with_extras, with_extras)
+        for dtype in (torch.bfloat16, torch.float16)
+        for head_dim in HEAD_DIMS
+        for has_shift in (False, True)
+        for with_extras in (False, True)
+    ),
 )
 
 register(

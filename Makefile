@@ -1,0 +1,27 @@
+# make demo: install, recall a photograph, run a small rollout.   make test: install, run the tests.
+# Uses the active virtual environment, or makes .venv.
+
+PYTHON ?= python3
+# Installed only where no torch is. The release that the suite was last run with.
+TORCH ?= torch==2.13.0
+
+VENV := $(or $(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+
+.PHONY: demo test install-demo install-test
+
+demo: install-demo
+	$(BIN)/worldkv recall
+	@echo
+	$(BIN)/worldkv rollout --picture rollout.svg
+
+test: install-test
+	$(BIN)/python -m pytest
+
+install-demo install-test: install-%: $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null || (echo "installing $(TORCH)" && $(BIN)/pip install --quiet $(TORCH))
+	@echo "installing worldkv_kernels"
+	@$(BIN)/pip install --quiet --editable ".[$*]"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,153 @@
+"""The choice of a backend: availability, the first-use check, the fallback, and what doctor says."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from worldkv_kernels.cli import main
+from worldkv_kernels.ops import cuda, proven
+from worldkv_kernels.ops.backends import Backend, OpBackends, on_current_device
+from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND
+
+GPU = torch.device("cuda:0")
+KIND = (torch.float32,)
+
+
+@pytest.fixture
+def op(monkeypatch, tmp_path):
+    """An op with three implementations that write 1, as seen from a GPU that need not be there."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    proven._lists.cache_clear()
+
+    def writes(value):
+        return lambda out: out.fill_(value)
+
+    def small_case(device, kind):
+        def call(run):
+            out = torch.full((4,), float("nan"))
+            run(out)
+            return out
+
+        return call
+
+    runs = {name: writes(1.0) for name in ("cuda", "triton", "reference")}
+    backends = {name: Backend(lambda name=name: runs[name]) for name in runs}
+    made = OpBackends("some_op", backends, small_case, lambda kind: 1e-6, (KIND,))
+    made.runs, made.writes = runs, writes
+    yield made
+    proven._lists.cache_clear()
+
+
+def test_an_unproven_cuda_kernel_is_not_taken_and_a_proven_one_is(op):
+    assert op.choose("auto", GPU, KIND) is op.runs["triton"]
+    assert "no run has proven it on sm_90" in op.passed_over("cuda", GPU, KIND)
+    path = proven.record("some_op", GPU)
+    assert json.loads(path.read_text()) == {"cuda": {"some_op": ["sm_90"]}}
+    op.forget()
+    assert op.choose("auto", GPU, KIND) is op.runs["cuda"]
+
+
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_wrong_kernel_is_passed_over_with_one_warning(op, wrong):
+    op.runs["triton"] = op.writes(wrong)
+    with pytest.warns(UserWarning, match="worldkv some_op: the triton kernel is not used on cuda:0: it differs"):
+        assert op.choose("auto", GPU, KIND) is op.runs["reference"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert op.choose("auto", GPU, KIND) is op.runs["reference"]
+    assert "it differs from the reference" in op.passed_over("triton", GPU, KIND)
+
+
+def test_a_kernel_that_does_not_compile_is_passed_over(op):
+    def broken(out):
+        raise RuntimeError("no such instruction")
+
+    op.runs["triton"] = broken
+    with pytest.warns(UserWarning, match="failed on a small case: RuntimeError: no such instruction"):
+        assert op.choose("auto", GPU, KIND) is op.runs["reference"]
+
+
+def test_the_check_can_be_switched_off_and_does_not_run_in_a_capture(op, monkeypatch):
+    op.runs["triton"] = op.writes(2.0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert op.choose("auto", GPU, KIND) is op.runs["triton"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("WORLDKV_SELF_CHECK", "0")
+    assert op.choose("auto", GPU, KIND) is op.runs["triton"]
+    op.forget()
+    monkeypatch.delenv("WORLDKV_SELF_CHECK")
+    with pytest.warns(UserWarning, match="is not used"):
+        assert op.choose("auto", GPU, KIND) is op.runs["reference"]
+
+
+def test_what_a_backend_cannot_run_is_an_error_when_asked_for_and_skipped_by_auto(op):
+    op.backends["triton"] = Backend(lambda: op.runs["triton"], unsupported=lambda kind: "it takes fp16 alone")
+    with pytest.raises(ValueError, match="some_op: backend must be able to run this on cuda:0, got 'triton': it takes"):
+        op.choose("triton", GPU, KIND)
+    assert op.choose("auto", GPU, KIND) is op.runs["reference"]
+
+
+def test_a_damaged_list_of_proofs_is_an_error(op):
+    proven.user_list().parent.mkdir(parents=True)
+    proven.user_list().write_text("[]")
+    with pytest.raises(ValueError, match=r"proven.json must hold"):
+        op.passed_over("cuda", GPU, KIND)
+
+
+def test_the_gpu_of_the_tensors_is_made_current(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or on_current_device(GPU))
+    with on_current_device(torch.device("cuda:1")):
+        pass
+    with on_current_device(GPU), on_current_device(torch.device("cpu")):
+        pass
+    assert entered == [torch.device("cuda:1")]
+
+
+def test_the_extension_says_what_it_lacks(monkeypatch):
+    assert cuda.unavailable(torch.device("cpu")) == "it needs a GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    monkeypatch.setattr(cuda, "architectures", lambda: [])
+    assert "not built" in cuda.unavailable(GPU)
+    monkeypatch.setattr(cuda, "architectures", lambda: ["80", "90a"])
+    assert cuda.unavailable(GPU) is None  # sm_80 code runs on 8.9
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    assert cuda.unavailable(GPU) == "the extension is built for 80, 90a, not 100"
+    assert "bfloat16 and float16" in cuda.append_unsupported((torch.float32, 2, 64, True, True, True, True))
+    assert "16 bytes" in cuda.append_unsupported((torch.float16, 2, 64, True, True, True, False))
+
+
+def test_doctor_names_every_backend_and_why(tmp_path, capsys):
+    path = tmp_path / "doctor.json"
+    assert main(["doctor", "--device", str(DEVICE), "--json", str(path)]) == 0
+    findings = json.loads(path.read_text())
+    assert {(f["op"], f["backend"]) for f in findings["backends"]} >= {
+        (op, backend)
+        for op in ("segment_attention", "norm_rope_append", "compress_chunk")
+        for backend in ("triton", "reference")
+    }
+    for name in ("segment_attention", "norm_rope_append", "compress_chunk"):
+        assert sum(f["auto"] for f in findings["backends"] if f["op"] == name) == 1
+    assert all(f["why"] for f in findings["backends"])
+    assert "serves" in capsys.readouterr().out
+
+
+def test_doctor_fails_when_a_backend_disagrees(monkeypatch, capsys):
+    monkeypatch.setattr(APPEND, "kinds", APPEND.kinds[:1])
+    monkeypatch.setattr(APPEND, "disagreement", lambda name, device, kind: "it differs from the reference by 1")
+    monkeypatch.setattr("worldkv_kernels.cli.doctor.OPS", (APPEND,))
+    assert main(["doctor", "--device", str(DEVICE), "--check"]) == 1
+    assert "it differs from the reference by 1" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_status_2(capsys):
+    assert main(["doctor", "--device", "abacus"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("worldkv doctor: --device must be a device of this machine, got 'abacus'")

@@ -1,0 +1,80 @@
+"""Launchers of the CUDA extension's kernels; the extension is optional, and built where nvcc was found."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+
+def architectures() -> list[str]:
+    """What the extension was compiled for, such as ["80", "90a"]; empty without the extension."""
+    try:
+        return importlib.import_module("worldkv_kernels._cuda").architectures.split(",")
+    except ImportError:
+        return []
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the extension's kernels cannot run on `device`; None when they can."""
+    if device.type != "cuda":
+        return "it needs a GPU"
+    built = architectures()
+    if not built:
+        return "the extension is not built (install where nvcc is, or see WORLDKV_CUDA in setup.py)"
+    major, minor = torch.cuda.get_device_capability(device)
+    # Machine code serves its own architecture, and without a letter also later minor revisions of it.
+    exact = any(arch.rstrip("a") == f"{major}{minor}" for arch in built)
+    older = any(arch.isdigit() and int(arch) // 10 == major and int(arch) % 10 <= minor for arch in built)
+    return None if exact or older else f"the extension is built for {', '.join(built)}, not {major}{minor}"
+
+
+def append_unsupported(kind: tuple) -> str | None:
+    """Why csrc/append does not take a kind of norm_rope_append, (dtype, ..., aligned); None when it does."""
+    if kind[0] not in _DTYPES:
+        return f"it takes bfloat16 and float16, not {kind[0]}"
+    return None if kind[-1] else "it takes rows that start on multiples of 16 bytes"
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def norm_rope_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    q_out: torch.Tensor,
+    table: torch.Tensor | None,
+    first_row: int | torch.Tensor,
+    start_frame: int | torch.Tensor,
+    *,
+    grid: tuple[int, int, int],
+    pairs: tuple[int, int, int],
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    round_before_rope: bool,
+) -> None:
+    """Launch csrc/append on the current stream. Takes what `append_unsupported` lets through."""
+    on_device = isinstance(first_row, torch.Tensor)
+    importlib.import_module("worldkv_kernels._cuda").norm_rope_append(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), q_out=q_out.data_ptr(),
+        k_pool=k_pool.data_ptr(), v_pool=v_pool.data_ptr(),
+        q_weight=_address(q_weight), k_weight=_address(k_weight), table=_address(table),
+        device_first_row=_address(first_row) if on_device else 0,
+        device_start_frame=_address(start_frame) if on_device else 0,
+        first_row=0 if on_device else first_row, start_frame=0 if on_device else start_frame,
+        stride_q_token=q.stride(0), stride_k_token=k.stride(0), stride_v_token=v.stride(0),
+        stride_q_out_token=q_out.stride(0), stride_k_pool_row=k_pool.stride(0), stride_v_pool_row=v_pool.stride(0),
+        tokens=q.shape[0], heads=k_pool.shape[1], head_dim=k_pool.shape[2],
+        grid_height=grid[1], grid_width=grid[2], pairs_time=pairs[0], pairs_height=pairs[1],
+        eps=eps, round_before_rope=round_before_rope,
+        q_weight_is_float=q_weight is not None and q_weight.dtype == torch.float32,
+        k_weight_is_float=k_weight is not None and k_weight.dtype == torch.float32,
+        dtype=_DTYPES[q.dtype], stream=torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
