@@ -21,7 +21,7 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
 
 HEAD_DIM = 64
 # fp32 against float64: rounding of 6e-8 in the norm, the rotary table, the turned query and 64-term products, on
-# logits of a few units, which the softmax passes on. The largest seen over these rollouts is 1.0e-6.
+# logits of a few units, which the softmax passes on. The largest seen over these rollouts is 8e-7.
 TOLERANCE = 5e-6
 # Similarities are computed in fp32 (error some 1e-7); keys are drawn so that the cut is wider than this.
 SIMILARITY_GAP = 1e-5
@@ -443,7 +443,7 @@ def test_poisoned_storage_is_never_read(config, seed, num_chunks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_fp32(dtype):
-    """With nothing pruned, so that rounding moves no token; two roundings of 2^-9 (2^-12) on each of q, k, v, out."""
+    """With nothing pruned, so that rounding moves no token. Measured: 2.6e-3 in bf16, 3.5e-4 in fp16."""
     config = tiny(keep_ratio=1.0, rebase_time=True)
     memory, exact = WorldMemory(config, dtype=dtype, backend="reference"), make(config)
     rollout = Rollout(config, 3, 10)
@@ -453,7 +453,7 @@ def test_half_precision_follows_fp32(dtype):
         rollout.passes[chunk] = [[[x.float() for x in layer] for layer in rollout.passes[chunk][0]]]
         for a, b in zip(got, rollout.chunk(exact, chunk), strict=True):
             assert a.dtype == dtype
-            assert error(a, b.double()) <= (2e-2 if dtype == torch.bfloat16 else 3e-3)
+            assert error(a, b.double()) <= (6e-3 if dtype == torch.bfloat16 else 8e-4)
 
 
 def test_equal_similarities_keep_the_earlier_token():
@@ -591,7 +591,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
                 for layer, x in enumerate(layers):
                     assert memory.attend(layer, *x, out=out) is out
             memory.end_chunk()
-        assert chunk < 12 or not seen.ops, seen.ops  # the sink, two recent and two retrieved chunks are there by then
+        assert chunk == 0 or not seen.ops, seen.ops  # the first may make the rope's table
     now = [memory._q, memory._index, memory._position, memory._pool.k, memory._pool.v]
     now += [memory.window.tiles, memory.window.ranges, memory.window.counts, memory.window.turns]
     now += [x for layer in range(2) for x in memory.pools(layer)]
