@@ -97,10 +97,11 @@ def gather_kernel(
             kept = 1
         else:
             row = frame_tokens
-            for first in range(0, candidate, BLOCK_TOKENS):
-                other = first + tl.arange(0, BLOCK_TOKENS)
-                row += tl.sum(tl.load(kept_ptr + other, mask=other < candidate, other=0), 0)
             kept = tl.load(kept_ptr + candidate)
+            before = candidate * kept  # nothing to count for a token that is not kept
+            for first in range(0, before, BLOCK_TOKENS):
+                other = first + tl.arange(0, BLOCK_TOKENS)
+                row += tl.sum(tl.load(kept_ptr + other, mask=other < before, other=0), 0)
     if kept != 0:
         tl.store(index_ptr + row, token)
         source = token.to(tl.int64)

@@ -47,7 +47,7 @@ def _turned_query(q_ptrs, turns_ptr, segment, mask_q, BLOCK_Q: tl.constexpr, HEA
 @triton.jit
 def _attend_tile(
     q, row_max, row_sum, segment_sum, acc,
-    k_ptr, v_ptr, tiles_ptr, step,
+    k_ptr, v_ptr, tiles_ptr, step, last_step, tile_row,
     stride_k_row, stride_v_row, softmax_scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PER_SEGMENT_SUM: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr,
@@ -55,7 +55,9 @@ def _attend_tile(
     STEPS: tl.constexpr = TILE // BLOCK_K
     tile = step // STEPS
     offset = (step % STEPS) * BLOCK_K
-    first_row = tl.load(tiles_ptr + tile * 2).to(tl.int64) + offset
+    first_row = tile_row.to(tl.int64) + offset
+    # Carried to the next step: K and V can be fetched ahead only if their address is known ahead.
+    next_tile_row = tl.load(tiles_ptr + tl.minimum(step + 1, last_step) // STEPS * 2)
     cols = tl.arange(0, BLOCK_K)
     dims = tl.arange(0, HEAD_DIM)
     k_ptrs = k_ptr + first_row * stride_k_row + cols[None, :] * stride_k_row + dims[:, None]
@@ -80,7 +82,7 @@ def _attend_tile(
         segment_sum = segment_sum * rescale + tile_sum
     acc = acc * rescale[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return new_max, row_sum, segment_sum, acc
+    return new_max, row_sum, segment_sum, acc, next_tile_row
 
 
 @triton.jit
@@ -127,21 +129,25 @@ def segment_attention_kernel(
         if HAS_SHIFT:
             q = _turned_query(q_ptrs, turns_ptr, r - 1, mask_q, BLOCK_Q, HEAD_DIM)
         segment_sum = tl.zeros([BLOCK_Q], tl.float32)
+        tile_row = tl.load(tiles_ptr + full_lo * 2, mask=full_lo < full_hi, other=0)
         for step in range(full_lo * STEPS, full_hi * STEPS):
-            row_max, row_sum, segment_sum, acc = _attend_tile(
-                q, row_max, row_sum, segment_sum, acc, k_ptr, v_ptr, tiles_ptr, step,
+            row_max, row_sum, segment_sum, acc, tile_row = _attend_tile(
+                q, row_max, row_sum, segment_sum, acc, k_ptr, v_ptr, tiles_ptr, step, full_hi * STEPS - 1, tile_row,
                 stride_k_row, stride_v_row, softmax_scale_log2,
                 HEAD_DIM, BLOCK_K, False, RETURN_MASS, PRECISION, TILE,
             )  # fmt: skip
+        tile_row = tl.load(tiles_ptr + tail_lo * 2, mask=tail_lo < tail_hi, other=0)
         for step in range(tail_lo * STEPS, tail_hi * STEPS):
-            row_max, row_sum, segment_sum, acc = _attend_tile(
-                q, row_max, row_sum, segment_sum, acc, k_ptr, v_ptr, tiles_ptr, step,
+            row_max, row_sum, segment_sum, acc, tile_row = _attend_tile(
+                q, row_max, row_sum, segment_sum, acc, k_ptr, v_ptr, tiles_ptr, step, tail_hi * STEPS - 1, tile_row,
                 stride_k_row, stride_v_row, softmax_scale_log2,
                 HEAD_DIM, BLOCK_K, True, RETURN_MASS, PRECISION, TILE,
             )  # fmt: skip
         if RETURN_MASS:
             segment_row = segment_lse_ptr + (head * max_segments + r - 1).to(tl.int64) * q_len
-            tl.store(segment_row + rows, row_max + tl.math.log2(segment_sum), mask=rows < q_len)
+            # A replayed graph may meet more segments than it was captured with: those have no row.
+            mask_row = (rows < q_len) & (r - 1 < max_segments)
+            tl.store(segment_row + rows, row_max + tl.math.log2(segment_sum), mask=mask_row)
 
     # Normalise and store.
     out = acc / row_sum[:, None]
@@ -154,13 +160,12 @@ def segment_attention_kernel(
     if RETURN_MASS:
         # The same threads wrote these rows; the barrier makes that true of every layout.
         tl.debug_barrier()
-        for r in range(first_range, last_range):
-            segment_row = segment_lse_ptr + (head * max_segments + r - 1).to(tl.int64) * q_len
-            share = tl.math.exp2(tl.load(segment_row + rows, mask=rows < q_len, other=float("-inf")) - lse)
-            share = tl.where(rows < q_len, share, 0.0)
-            num_blocks = tl.num_programs(0)
-            mass_row = mass_ptr + (head * max_segments + r - 1).to(tl.int64) * num_blocks
-            tl.store(mass_row + block, tl.sum(share, 0))
+        for segment in range(0, max_segments):
+            segment_row = segment_lse_ptr + (head * max_segments + segment).to(tl.int64) * q_len
+            mask_row = (rows < q_len) & (segment < last_range - 1)
+            share = tl.math.exp2(tl.load(segment_row + rows, mask=mask_row, other=float("-inf")) - lse)
+            mass_row = mass_ptr + (head * max_segments + segment).to(tl.int64) * tl.num_programs(0)
+            tl.store(mass_row + block, tl.sum(tl.where(mask_row, share, 0.0), 0))
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:
@@ -176,19 +181,26 @@ class AttentionConfig:
     num_stages: int
 
 
-def attention_config(capability: tuple[int, int], dtype: torch.dtype) -> AttentionConfig:
-    """The launch configuration: the largest tiles with which the plain path spills nothing, by compiling.
+def attention_config(
+    capability: tuple[int, int], dtype: torch.dtype, has_shift: bool, has_mass: bool
+) -> AttentionConfig:
+    """The launch configuration: the largest tiles and deepest pipeline that fit without spills, by compiling.
 
-    No GPU has measured it yet.
+    Turning Q beside a [128, 128] accumulator takes registers that only smaller key tiles leave; what still spills
+    is in tests/test_compile.py. No GPU has measured any of these yet.
     """
-    major = capability[0]
     if dtype == torch.float32:  # full precision has no matrix unit: FMA, small tiles
         return AttentionConfig(block_q=32, block_k=32, num_warps=8, num_stages=1)
-    if major == 9:
-        return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=2)
-    if major == 10:
-        return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=3)
-    return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=2)
+    if capability[0] == 9:  # 224 of 227 KiB shared, or 160 where Q is turned
+        if has_shift:
+            return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
+        return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=3)
+    if capability[0] == 10:
+        if has_shift or has_mass:
+            return AttentionConfig(block_q=128, block_k=32, num_warps=8, num_stages=4)
+        return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
+    # 96 KiB shared also fits the 99 KiB of the consumer chips of compute capability 8 and 12.
+    return AttentionConfig(block_q=128, block_k=32 if has_shift else 64, num_warps=8, num_stages=3)
 
 
 def segment_attention(
@@ -206,9 +218,13 @@ def segment_attention(
     scale: float,
     has_shift: bool,
 ) -> None:
-    """Launch the kernel. Shapes as in the module's docstring; `mass` is [heads, num_segments]."""
+    """Launch the kernel. Shapes as in the module's docstring; `mass` is [heads, num_segments].
+
+    Whether Q is turned and how many segments have a mass is fixed here, also for the replays of a captured graph:
+    a replay with more segments leaves out the mass of the later ones, and with fewer gives those zero.
+    """
     q_len, heads, head_dim = q.shape
-    config = attention_config(device_capability(q.device), q.dtype)
+    config = attention_config(device_capability(q.device), q.dtype, has_shift, mass is not None)
     num_blocks = triton.cdiv(q_len, config.block_q)
     segment_lse = block_mass = None
     max_segments = 0

@@ -48,11 +48,17 @@ def brute_force(q, k, v, segments, scale=None):
     return out, scores.logsumexp(-1), torch.stack([part.sum(-1).mean(-1) for part in parts], dim=1)
 
 
+def make_window(segments, head_dim):
+    """With a rope only where a segment is shifted: with one, attention takes the path that turns queries."""
+    shifted = any(s.time_shift for s in segments)
+    return Window(segments, device=DEVICE, rope=ROPES[head_dim] if shifted else None)
+
+
 def check(backend, q_len, heads, head_dim, segments, dtype=torch.float32, limit=2e-6, seed=0, scale=None, **flags):
     rows = max(s.first_row + s.num_rows for s in segments) + 70
     k, v, generator = make_pool(rows, heads, head_dim, segments, dtype, seed)
     q = torch.randn(q_len, heads, head_dim, generator=generator).to(DEVICE, dtype)
-    window = Window(segments, device=DEVICE, rope=ROPES[head_dim])
+    window = make_window(segments, head_dim)
     got = segment_attention(q, k, v, window, backend=backend, scale=scale, **flags)
     got = got if isinstance(got, tuple) else (got,)
     out, lse, mass = brute_force(q, k, v, segments, scale)
@@ -107,8 +113,7 @@ def test_half_precision_within_twice_the_error_of_sdpa(backend, dtype, shift):
     segments = [Segment(128, 300, shift), Segment(10, 77)]
     k, v, generator = make_pool(500, 2, 64, segments, dtype)
     q = torch.randn(70, 2, 64, generator=generator).to(DEVICE, dtype)
-    window = Window(segments, device=DEVICE, rope=ROPES[64])
-    got = segment_attention(q, k, v, window, backend=backend)
+    got = segment_attention(q, k, v, make_window(segments, 64), backend=backend)
     want = brute_force(q, k, v, segments)[0]
     pieces = [slice(s.first_row, s.first_row + s.num_rows) for s in segments]
     keys = torch.cat([rotated(k[p].cpu(), s.time_shift, 64).to(dtype) for p, s in zip(pieces, segments, strict=True)])
@@ -131,9 +136,7 @@ def test_same_bits_wherever_the_segments_lie_and_every_time(backend, shift):
         for first, content in zip(starts, contents, strict=True):
             pool[:, first : first + content.shape[1]] = content
         k, v = pool.to(DEVICE)
-        window = Window(
-            [Segment(s, n, shift) for s, n in zip(starts, lengths, strict=True)], device=DEVICE, rope=ROPES[64]
-        )
+        window = make_window([Segment(s, n, shift) for s, n in zip(starts, lengths, strict=True)], 64)
         repeats = 20 if DEVICE.type == "cuda" else 2
         for _ in range(repeats):
             outputs = segment_attention(q, k, v, window, backend=backend, return_lse=True, return_mass=True)
@@ -201,20 +204,42 @@ def test_update_in_place_is_what_the_next_call_reads(backend):
     assert addresses == [t.data_ptr() for t in (window.tiles, window.ranges, window.counts, window.turns)]
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKEND_NAMES if name != "reference"])
+@pytest.mark.parametrize("captured", [1, 5])
+def test_mass_of_a_replay_with_other_segments_stays_inside(backend, captured):
+    """What a captured graph does when the window changed: mass sized for `captured` segments, three in the tables."""
+    segments = [Segment(0, 150), Segment(200, 100), Segment(130, 9)]
+    k, v, generator = make_pool(400, 2, 64, segments, torch.float32)
+    q = torch.randn(9, 2, 64, generator=generator).to(DEVICE)
+    window = make_window(segments, 64)
+    out = torch.empty_like(q)
+    room = torch.full((4, captured), 7.0, device=DEVICE)
+    tables = (window.tiles, window.ranges, window.counts, window.turns)
+    torch.ops.worldkv.segment_attention(q, k, v, *tables, out, None, room[1:3], 0.125, False, backend)
+    want, _, want_mass = brute_force(q, k, v, segments)
+    assert relative_error(out, want) <= 2e-6
+    shared = min(captured, 3)
+    assert relative_error(room[1:3, :shared], want_mass[:, :shared]) <= 2e-6
+    assert (room[1:3, shared:] == 0).all() and (room[0] == 7).all() and (room[3] == 7).all()
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: 400,000 rows and a graph replay")
 def test_long_window_and_graph_replay_on_a_gpu():
     segments = [Segment(0, 400_000)]
     k, v, generator = make_pool(400_100, 2, 128, segments, torch.bfloat16)
     q = torch.randn(200, 2, 128, generator=generator).to(DEVICE, torch.bfloat16)
-    window = Window(segments, device=DEVICE, rope=ROPES[128])
-    out = segment_attention(q, k, v, window)
-    assert relative_error(out, brute_force(q, k, v, segments)[0]) <= 2e-2
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        segment_attention(q, k, v, window, out=out)
-    window.update([Segment(1000, 300), Segment(77, 3)])
-    graph.replay()
-    assert relative_error(out, brute_force(q, k, v, window.segments)[0]) <= 2e-2
+    for rope in (None, ROPES[128]):
+        window = Window(segments, device=DEVICE, rope=rope)
+        out, mass = segment_attention(q, k, v, window, return_mass=True)
+        assert relative_error(out, brute_force(q, k, v, segments)[0]) <= 2e-2
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, mass = segment_attention(q, k, v, window, return_mass=True)
+        window.update([Segment(1000, 300, 5 if rope else 0), Segment(77, 3), Segment(0, 1)])
+        graph.replay()
+        want, _, want_mass = brute_force(q, k, v, window.segments)
+        assert relative_error(out, want) <= 2e-2
+        assert mass.shape[1] == 1 and relative_error(mass, want_mass[:, :1]) <= 2e-2
 
 
 GOOD = {"q": (8, 2, 64), "k_pool": (256, 2, 64), "v_pool": (256, 2, 64)}

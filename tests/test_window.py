@@ -34,7 +34,7 @@ def check_tables(window: Window, segments: list[Segment]) -> None:
     assert num_tiles == window.num_tiles == sum((segment.num_rows + 127) // 128 for segment in segments)
     assert window.segments == tuple(segments)
     assert window.last_row == max(segment.first_row + segment.num_rows for segment in segments) - 1
-    assert window.has_shift == any(segment.time_shift for segment in segments)
+    assert window.has_shift == (window.rope is not None)
     tiles, ranges = window.tiles.tolist(), window.ranges.tolist()
     num_full = sum(segment.num_rows // 128 for segment in segments)
     assert ranges[0] == [0, num_full, num_full, num_tiles]

@@ -33,8 +33,9 @@ class Window:
 
     `update` rewrites the tables in place, so a captured CUDA graph sees the new window. Segments may be
     of any length from one row, in any order, and may overlap: a row that two segments name counts twice.
-    `capacity` is in tiles of 128 rows and defaults to what the first segments need. `rope` is wanted as
-    soon as a segment has a time shift.
+    `capacity` is in tiles of 128 rows and defaults to what the first segments need. Only with a `rope` may
+    segments have time shifts; attention then takes the path that turns queries, whatever the shifts, so
+    that a captured graph serves every later window.
 
     Raises ValueError when there is no segment, a segment is empty or starts below row 0, the capacity
     is too small, or a time shift comes without a rope; TypeError when a number is not an integer.
@@ -56,6 +57,7 @@ class Window:
         self._tiles_needed(checked)
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.rope = rope
+        self.has_shift = rope is not None
         turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
         on_gpu = self.device.type == "cuda"
         self._device_tables = {
@@ -120,13 +122,12 @@ class Window:
             if count:
                 self._device_tables[name][:count].copy_(self._host_tables[name][:count], non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.device))
         self.segments = segments
         self.num_segments = len(segments)
         self.num_tokens = num_tokens
         self.num_tiles = needed
         self.last_row = int((first + rows).max()) - 1
-        self.has_shift = any(s.time_shift for s in segments)
 
     def __repr__(self) -> str:
         return f"Window({self.num_segments} segments, {self.num_tokens} tokens, capacity={self.capacity} tiles)"

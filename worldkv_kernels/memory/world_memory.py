@@ -88,7 +88,9 @@ class WorldMemory:
         in_window = config.sink_chunks + (ring if config.mode == "full" else config.recent_chunks + 1)
         in_window += config.unattended_chunks
         capacity = in_window * tiles_of(whole) + config.retrieved_chunks * tiles_of(config.banked_tokens)
-        self._window = Window([Segment(0, 1)], device=self.device, rope=self._rope, capacity=capacity)
+        self._window = Window(
+            [Segment(0, 1)], device=self.device, rope=self._rope if config.rebase_time else None, capacity=capacity
+        )
         self._position = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._q = torch.empty((whole, config.num_heads, config.head_dim), dtype=dtype, device=self.device)
         self._index = torch.empty(config.banked_tokens, dtype=torch.int32, device=self.device)

@@ -49,7 +49,8 @@ def segment_attention(
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: the
     same segments in the same order give the same bits wherever their rows lie. Does not synchronise, except
-    for the reference on a GPU. Works in a CUDA graph; `window.update` then changes what a replay reads.
+    for the reference on a GPU. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass
+    keeps the number of segments that it was captured with (later ones are left out, missing ones get zero).
 
     Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on a window that reaches past
     the pool, on a scale that is not positive and finite, and on a backend that is unknown or unavailable.
@@ -68,7 +69,7 @@ def segment_attention(
         raise bad_value(_OP, "window", f"on {q.device}", window.device)
     if window.last_row >= k_pool.shape[0]:
         raise bad_value(_OP, "window", f"within the pool's {k_pool.shape[0]} rows", f"last row {window.last_row}")
-    if window.has_shift and window.rope is not None and window.rope.head_dim != head_dim:
+    if window.rope is not None and window.rope.head_dim != head_dim:
         raise bad_value(_OP, "window.rope", f"for head_dim {head_dim}", window.rope)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
