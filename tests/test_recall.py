@@ -1,6 +1,8 @@
 """The main job: what recall promises, on three photographs, and its picture and figures."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,16 @@ from worldkv_kernels.recall import MODES, Scene, pan_and_return, recall, revisit
 skimage = pytest.importorskip("skimage", reason="scikit-image, which brings the photographs, is not installed")
 Image = pytest.importorskip("PIL.Image")
 
+README = Path(__file__).parents[1] / "README.md"
+
 
 def test_the_command_on_the_default_photograph(tmp_path, capsys):
     """The README's figures: within 0.5 and 1.5 dB of full KV, and 5 above the sliding window, at a third."""
     picture, figures = tmp_path / "recall.png", tmp_path / "recall.json"
     assert main(["recall", "--picture", str(picture), "--json", str(figures)]) == 0
-    check_order(json.loads(figures.read_text()))
+    measured = json.loads(figures.read_text())
+    check_order(measured)
+    check_readme(measured)
     output = capsys.readouterr().out
     assert all(mode.name in output for mode in MODES) and "PSNR dB" in output
     with Image.open(picture) as image:
@@ -30,6 +36,17 @@ def test_the_same_order_on_two_more_photographs(tmp_path, photo):
     picture = tmp_path / "recall.png"
     assert main(["recall", "--photo", photo, "--picture", str(picture), "--json", str(figures)]) == 0
     check_order(json.loads(figures.read_text()))
+
+
+def check_readme(figures):
+    """The table in the README is what was measured, to the last digit shown or its neighbour."""
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d,]+) \| ([\d.]+) MiB \|$", README.read_text(), flags=re.MULTILINE)
+    assert len(rows) == len(figures["modes"])
+    for (name, psnr, tokens, kept), mode in zip(rows, figures["modes"], strict=True):
+        assert name.replace(",", "").replace(" at", "") == mode["name"]
+        assert abs(float(psnr) - mode["psnr_db"]) < 0.15
+        assert float(tokens.replace(",", "")) == mode["tokens_attended"]
+        assert abs(float(kept) * 2**20 - mode["kept_bytes"]) < 0.06 * 2**20
 
 
 def check_order(figures):

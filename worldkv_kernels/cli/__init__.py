@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from typing import NoReturn
 
 from .. import __version__
 
@@ -15,9 +16,16 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one line, without the usage of every argument before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Bad input is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="worldkv", description="World memory for video world models.")
+    parser = _Parser(prog="worldkv", description="World memory for video world models.")
     parser.add_argument("--version", action="version", version=f"worldkv_kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv

@@ -41,8 +41,6 @@ class Revisit(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `worldkv rollout`; their defaults are MemoryConfig's where it has them."""
-    # argparse would print all of its usage before the one line that helps.
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # type: ignore[method-assign]
     add = parser.add_argument
     add("--trajectory", default="right*60,left*60", metavar="FOLDER|MOVES",
         help="a folder with poses.npy and intrinsics.npy, or moves such as right*90,left*90,forward*10 "
