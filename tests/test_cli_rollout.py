@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import relative_error
 
+from worldkv_kernels import WorldMemory
 from worldkv_kernels.cli import main
 from worldkv_kernels.cli.rollout import find_revisits
 from worldkv_kernels.memory.config import MODES
-from worldkv_kernels.trajectory import load
+from worldkv_kernels.models.rollout import rollout
+from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.trajectory import latent_poses, load
 
 AWAY_AND_BACK = "right*54,left*53"  # 108 video frames, 27 latent frames, 9 chunks
 SMALL = ["rollout", "--trajectory", AWAY_AND_BACK, "--layers", "1", "--device", "cpu"]
@@ -193,27 +197,31 @@ def test_without_full_there_is_no_error(capsys):
     assert "retrieval at work" not in out  # nothing is banked yet
 
 
-def of_worldkv(tmp_path, *arguments):
+def of_worldkv(tmp_path, *arguments, modes="worldkv"):
     path = tmp_path / "result.json"
-    assert main([*SMALL, "--modes", "full,worldkv", "--json", str(path), *arguments]) == 0
+    assert main([*SMALL, "--modes", modes, "--json", str(path), *arguments]) == 0
     return json.loads(path.read_text())["modes"]["worldkv"]
 
 
-def test_each_option_reaches_the_memory(tmp_path):
-    plain = of_worldkv(tmp_path, "--retrieved-chunks", "2")
+def test_each_option_changes_the_latents(tmp_path):
+    seven = ["--chunks", "7", "--retrieved-chunks", "2"]  # the last has a gap in time for --rebase-time to close
+    plain = of_worldkv(tmp_path, *seven, modes="full,worldkv")
     errors = [chunk["error"] for chunk in plain["chunks"]]
 
-    host = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--bank", "host")
+    host = of_worldkv(tmp_path, *seven, "--bank", "host", modes="full,worldkv")
     assert [chunk["error"] for chunk in host["chunks"]] == errors
     assert host["host_bytes"] > 0 == plain["host_bytes"] and host["device_bytes"] < plain["device_bytes"]
 
-    for changed in (["--per-frame"], ["--rebase-time"], ["--seed", "5"], ["--dtype", "bfloat16"]):
-        other = of_worldkv(tmp_path, "--retrieved-chunks", "2", *changed)
+    for changed in (["--per-frame"], ["--rebase-time"], ["--dtype", "bfloat16"]):
+        other = of_worldkv(tmp_path, *seven, *changed, modes="full,worldkv")
         assert [chunk["error"] for chunk in other["chunks"]] != errors, changed
         assert [chunk["retrieved"] for chunk in other["chunks"]] == [chunk["retrieved"] for chunk in plain["chunks"]]
 
-    whole = of_worldkv(tmp_path, "--keep-ratio", "1", "--retrieved-chunks", "9")
-    assert max(chunk["error"] for chunk in whole["chunks"]) < 1e-5
+    whole = of_worldkv(tmp_path, *seven, "--keep-ratio", "1", modes="full,worldkv")
+    assert max(chunk["error"] for chunk in whole["chunks"]) < 1e-5 < max(errors)
+
+
+def test_each_option_reaches_the_memory(tmp_path):
     wide = of_worldkv(tmp_path, "--sink-frames", "0", "--recent-frames", "12", "--retrieved-chunks", "0")
     assert wide["tokens_last"] == 5 * 135 and wide["chunks_retrieved"] == 0
     small = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--bank-chunks", "3")
@@ -223,8 +231,22 @@ def test_each_option_reaches_the_memory(tmp_path):
     corner = ["--trajectory", "right*27,forward*27,left*53", "--retrieved-chunks", "2"]
     assert of_worldkv(tmp_path, *corner)["chunks"][8]["retrieved"] == [4, 5]
     assert of_worldkv(tmp_path, *corner, "--diversity", "1")["chunks"][8]["retrieved"] == [1, 5]
-    fov = of_worldkv(tmp_path, "--retrieved-chunks", "1", "--retrieval", "fov", "--depth-range", "0.5", "9")
-    assert fov["chunks"][8]["retrieved"] == [1]
+    chosen = {}
+    for policy in ("pose", "fov --depth-range 1 50", "fov --depth-range 0.5 9"):
+        turn = ["--trajectory", "forward*40,left*40,back*27", "--retrieved-chunks", "1", "--retrieval", *policy.split()]
+        chosen[policy] = [chunk["retrieved"] for chunk in of_worldkv(tmp_path, *turn)["chunks"][6:]]
+    assert list(chosen.values()) == [[[3], [4], [5]], [[2], [4], [5]], [[2], [2], [1]]]
+
+
+def test_the_seed_is_that_of_weights_and_noise(tmp_path):
+    measured = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--seed", "5", modes="full,worldkv")
+    model = TinyWorldModel(TinyConfig(num_layers=1), seed=5)
+    latents = {}
+    for mode in ("full", "worldkv"):
+        memory = WorldMemory(model.config.memory(mode=mode, retrieved_chunks=2, bank_chunks=9), dtype=torch.float32)
+        latents[mode] = [chunk.latents for chunk in rollout(model, memory, *latent_poses(load(AWAY_AND_BACK)), seed=5)]
+    errors = [relative_error(got, want) for got, want in zip(latents["worldkv"], latents["full"], strict=True)]
+    assert errors == pytest.approx([chunk["error"] for chunk in measured["chunks"]], rel=1e-3)
 
 
 def test_the_callers_threads_are_left_alone(capsys):
