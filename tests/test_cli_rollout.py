@@ -217,7 +217,7 @@ def test_each_option_changes_the_latents(tmp_path):
         assert [chunk["error"] for chunk in other["chunks"]] != errors, changed
         assert [chunk["retrieved"] for chunk in other["chunks"]] == [chunk["retrieved"] for chunk in plain["chunks"]]
 
-    whole = of_worldkv(tmp_path, *seven, "--keep-ratio", "1", modes="full,worldkv")
+    whole = of_worldkv(tmp_path, *seven, "--retrieved-chunks", "9", "--keep-ratio", "1", modes="full,worldkv")
     assert max(chunk["error"] for chunk in whole["chunks"]) < 1e-5 < max(errors)
 
 
