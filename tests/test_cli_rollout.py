@@ -263,7 +263,7 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--trajectory", "jump*3"], "trajectory: a move must be one of right, .*, got 'jump'"),
         (["--trajectory", "nowhere"], "trajectory: must be an existing folder, or moves .*, got 'nowhere'"),
         (["--trajectory", "right*7"], "--trajectory must have at least 9 video frames .*, got 2 latent frames"),
-        (["--trajectory", "right*4200"], "--chunks must be at most 341, .*, got 350"),
+        (["--trajectory", "right*4200", "--modes", "sliding"], "--chunks must be at most 341, .*, got 350"),
         (["--model", "large"], "--model must be one of tiny, got 'large'"),
         (["--modes", "full,fast"], "--modes must be one of worldkv, full, sliding, sink_recent, got 'fast'"),
         (["--modes", ""], "--modes must be one of .*, got ''"),
