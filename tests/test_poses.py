@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import as_quaternion, quaternion_angle, rotation_mean
 
-from worldkv_kernels.memory.poses import as_intrinsics, as_poses, geodesic_mean, mean_pose, rotation_angles
+from worldkv_kernels.memory.poses import _exp, _log, as_intrinsics, as_poses, geodesic_mean, mean_pose, rotation_angles
 
 fuzz = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31)
@@ -81,6 +81,33 @@ def test_geodesic_mean_of_two_views_nearly_opposite(gap):
             assert np.abs(mean - base @ turn(axis, (math.pi - gap) / 2)).max() < 1e-9
 
 
+@pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("axis", [[1, 0, 0], [0, -1, 0], [-1, 2, 2], [3, -1, -2]])
+def test_geodesic_mean_with_one_view_nearly_opposite(axis, gap):
+    """Two views here and one pi - gap away: a third of the way, which needs the angle and axis of a half turn."""
+    for base in (np.eye(3), turn([3, -1, 1], 2.0)):
+        mean = geodesic_mean(np.stack([base, base, base @ turn(axis, math.pi - gap)]))
+        assert is_rotation(mean)
+        assert np.abs(mean - base @ turn(axis, (math.pi - gap) / 3)).max() < 1e-7
+
+
+@pytest.mark.parametrize("axis", [[1, 0, 0], [0, -1, 0], [-1, 2, 2], [3, -1, -2]])
+def test_geodesic_mean_with_one_view_opposite(axis):
+    """At pi exactly the way round is open, not its length: a third of it either way."""
+    base = turn([3, -1, 1], 2.0)
+    rotations = np.stack([base, base, base @ turn(axis, math.pi)])
+    angles = rotation_angles(geodesic_mean(rotations)[None], rotations)[0]
+    assert np.abs(angles - np.array([1, 1, 2]) * math.pi / 3).max() < 1e-7
+
+
+def test_geodesic_mean_where_the_mean_matrix_is_a_reflection():
+    """Half turns about three axes: the mean of the matrices is -1/3, which projects to no rotation by itself."""
+    rotations = np.stack([turn(axis, math.pi) for axis in np.eye(3)])
+    mean = geodesic_mean(rotations)
+    assert is_rotation(mean)
+    assert sum_of_squares(mean, rotations) <= 2 * math.pi**2 + 1e-9  # what any one of the three reaches
+
+
 @pytest.mark.parametrize("axis", [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [-1, 2, 2]])
 def test_geodesic_mean_of_opposite_views_is_a_rotation_between(axis):
     """There are two answers at pi exactly; either is a quarter turn from both."""
@@ -88,6 +115,14 @@ def test_geodesic_mean_of_opposite_views_is_a_rotation_between(axis):
     mean = geodesic_mean(rotations)
     assert is_rotation(mean)
     assert np.abs(rotation_angles(mean[None], rotations) - math.pi / 2).max() < 1e-6
+
+
+@pytest.mark.parametrize("angle", [0, 1e-12, 1e-7, 1e-5, 1, 3, *(math.pi - gap for gap in (1e-3, 1e-5, 1e-9, 0))])
+@pytest.mark.parametrize("axis", [[1, 0, 0], [0, -1, 0], [-1, 2, 2], [3, -1, -2]])
+def test_log_and_exp_undo_each_other(axis, angle):
+    rotation = turn(axis, angle)
+    assert np.abs(_exp(_log(rotation)) - rotation).max() < 1e-7
+    assert np.linalg.norm(_log(rotation)) == pytest.approx(angle, abs=1e-7)
 
 
 def test_geodesic_mean_of_one_is_itself_at_any_angle():

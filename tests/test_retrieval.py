@@ -204,6 +204,17 @@ def test_drop_of_fov_is_by_pose():
     assert policy.drop(candidates) == 1
 
 
+def test_drop_of_fov_prefers_one_viewpoint_to_one_view():
+    """0 and 1 face each other across all that both see; 2 and 3 stand side by side and see half of each other."""
+    policy = FovRetrieval(depth_range=(1.0, 10.0))
+    poses = (standing(0), standing(180, (0, 0, 11.0)), standing(70, (50, 0, 0)), standing(100, (50, 0, 0)))
+    candidates = [(chunk, policy.describe(x, CAMERA)) for chunk, x in enumerate(poses)]
+    views = [view for _, view in candidates]
+    distances = policy.distances(views, views, views[-1])
+    assert distances[0, 1] < distances[2, 3] < 1
+    assert policy.drop(candidates) == 2
+
+
 # --- fields of view ---
 
 CAMERA = np.tile([300.0, 300.0, 200.0, 150.0], (3, 1))  # 400 x 300 pixels: 67 degrees wide, 53 high

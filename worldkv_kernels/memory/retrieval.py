@@ -138,6 +138,8 @@ class FovRetrieval(NearestPolicy):
 
     `depth_range` (near, far) is in the poses' units. `image_size` (height, width) in pixels defaults to
     twice the principal point.
+
+    A full bank goes by pose: of two views that show the same from two sides, both stay.
     """
 
     needs_intrinsics = True
