@@ -125,7 +125,8 @@ def append_launches():
         x = torch.empty(4680, heads * head_dim, dtype=dtype, device="meta")
         pool = torch.empty(9999, heads, head_dim, dtype=dtype, device="meta")
         table = torch.empty(1024, head_dim // 2, 2, device="meta") if rope else None
-        position = torch.empty(1, dtype=torch.int64, device="meta")
+        # Both ways of saying where: on the device, as WorldMemory does, and as numbers.
+        position = torch.empty(1, dtype=torch.int64, device="meta") if weight else 4736
         scale = x[0] if weight else None
         yield (
             f"{str(dtype)[6:]} {heads}x{head_dim}{' norm' * weight}{' rope' * rope}",

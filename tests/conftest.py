@@ -9,6 +9,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+# Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine.
+torch.set_num_threads(1)
+
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 

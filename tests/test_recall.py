@@ -1,6 +1,7 @@
 """The main job: what recall promises, on three photographs, and its picture and figures."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from worldkv_kernels.recall import MODES, Scene, pan_and_return, recall, revisit
 
 skimage = pytest.importorskip("skimage", reason="scikit-image, which brings the photographs, is not installed")
 Image = pytest.importorskip("PIL.Image")
+
+
+
+@pytest.fixture(autouse=True, scope="module")
+def all_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
 
 README = Path(__file__).parents[1] / "README.md"
 

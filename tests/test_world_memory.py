@@ -802,7 +802,7 @@ def test_too_few_or_too_many_tokens():
     memory = make(tiny())
     memory.begin_chunk(bad_poses("none"))
     x = torch.zeros(11, HEAD_DIM)
-    raises(ValueError, ["norm_rope_append: grid must be", "11 tokens", "got (2, 2, 3)"], memory.attend, 0, x, x, x)
+    raises(ValueError, ["attend: q must have the chunk's 12 tokens", "got 11"], memory.attend, 0, x, x, x)
 
 
 def test_poses_are_checked_in_every_mode_and_needed_in_one():
@@ -873,3 +873,49 @@ def test_unknown_backend():
     memory.begin_chunk(bad_poses("none"))
     x = torch.zeros(12, HEAD_DIM)
     raises(ValueError, ["norm_rope_append: backend must be", "metal"], memory.attend, 0, x, x, x)
+
+
+def test_a_policy_that_drops_what_is_not_there():
+    """An error that names the choice; the chunk stays begun and nothing has changed, so it may be tried again."""
+
+    class Wrong(PoseRetrieval):
+        def drop(self, candidates):
+            return 77 if self.wrong else candidates[0][0]
+
+    policy = Wrong()
+    config = tiny(retrieval=policy, sink_frames=0, recent_frames=0, retrieved_chunks=1, bank_chunks=1)
+    memory, rollout = make(config), Rollout(config, 0, 2)
+    rollout.chunk(memory, 0)
+    memory.begin_chunk(rollout.poses[1])
+    memory.attend(0, *rollout.passes[1][0][0])
+    before, policy.wrong = state(memory, 1), True
+    for _ in range(2):
+        raises(ValueError, ["end_chunk: the retrieval policy must drop one of [0, 1]", "got 77"], memory.end_chunk)
+        assert state(memory, 1) == before
+    policy.wrong = False
+    memory.end_chunk()
+    assert (memory.location(0), memory.location(1)) == ("dropped", "bank")
+
+
+def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing():
+    config = tiny(num_layers=2)
+    eager, compiled, rollout = make(config), make(config), Rollout(config, 3, 8)
+
+    def layers(memory, x, weight):
+        for layer in range(2):
+            x = x + memory.attend(layer, x * 2, x, x, weight, weight).flatten(1)
+        return x
+
+    torch._dynamo.reset()
+    traced = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    weight = torch.ones(HEAD_DIM)
+    graphs = []
+    for chunk in range(8):
+        for memory in (eager, compiled):
+            memory.begin_chunk(rollout.poses[chunk])
+        x = rollout.passes[chunk][0][0][0]
+        assert torch.equal(layers(eager, x, weight), traced(compiled, x, weight))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        for memory in (eager, compiled):
+            memory.end_chunk()
+    assert graphs[2] == graphs[-1]

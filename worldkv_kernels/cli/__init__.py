@@ -7,6 +7,8 @@ import importlib
 import sys
 from typing import NoReturn
 
+import torch
+
 from .. import __version__
 
 COMMANDS = {
@@ -38,6 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"worldkv {args.command}: {error}", file=sys.stderr)
         return 2

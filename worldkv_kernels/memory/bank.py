@@ -69,16 +69,19 @@ class Bank:
 
         Call `stored` when the rows are written.
         """
-        self.descriptions[chunk] = description
         if not self._free:
-            given_up = self._policy.drop(list(self.descriptions.items()))
-            del self.descriptions[given_up]
+            given_up = self._policy.drop([*self.descriptions.items(), (chunk, description)])
+            if given_up != chunk and given_up not in self._place:
+                known = [*self._place, chunk]
+                raise ValueError(f"end_chunk: the retrieval policy must drop one of {known}, got {given_up!r}")
             self.dropped.append(given_up)
             if given_up == chunk:
                 return None
+            del self.descriptions[given_up]
             self._free.append(self._place.pop(given_up))
             if given_up in self._cached:
                 self._free_slots.append(self._cached.pop(given_up))
+        self.descriptions[chunk] = description
         self._place[chunk] = self._free.pop()
         return self._slots[-1] if self._arena is not None else self._slots[self._place[chunk]]
 

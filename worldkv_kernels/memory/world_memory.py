@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .poses import as_intrinsics, as_poses
 from .retrieval import make_policy
 from .window import Segment, Window, tiles_of
 
-_POSITIONS_WITHOUT_ROPE = 1024
+_CHUNKS_WITHOUT_ROPE = 340  # that a bank of unstated size holds at most; as many as 1024 positions number
 
 
 class ChunkPlan(NamedTuple):
@@ -58,8 +59,7 @@ class WorldMemory:
         self._backend = backend
         self._rope = config.make_rope()
         self._policy = make_policy(config.retrieval)
-        positions = self._rope.max_position if self._rope else _POSITIONS_WITHOUT_ROPE
-        self._max_chunks = positions // config.chunk_frames
+        self._max_chunks = self._rope.max_position // config.chunk_frames if self._rope else sys.maxsize
 
         sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
         whole = config.chunk_tokens
@@ -186,6 +186,9 @@ class WorldMemory:
             raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"attend: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
+        tokens = self.config.chunk_tokens
+        if isinstance(q, torch.Tensor) and q.dim() == 2 and len(q) != tokens:
+            raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {len(q)}")
         pool, config = self._pool, self.config
         turned = norm_rope_append(
             q, k, v, pool.k[layer], pool.v[layer], self._position[:1],
@@ -201,7 +204,8 @@ class WorldMemory:
     def end_chunk(self) -> None:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
 
-        Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale.
+        Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
+        ValueError when a policy object gives up a chunk that is not in a full bank; the chunk is then still begun.
         """
         if self._plan is None:
             raise RuntimeError("end_chunk: a chunk must be begun (begin_chunk), got end_chunk outside one")
@@ -209,10 +213,6 @@ class WorldMemory:
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
-        self._tokens_attended += self._plan.num_tokens
-        self._retrieved_total += len(self._plan.retrieved)
-        self._plan = None
-        self._next_chunk = chunk + 1
         if self._bank is not None:
             self._descriptions[chunk] = self._current_description
             if config.bank_sink and chunk < config.sink_chunks:
@@ -223,6 +223,10 @@ class WorldMemory:
                 self._store(leaving)
             else:
                 self._left_window += 1
+        self._tokens_attended += self._plan.num_tokens
+        self._retrieved_total += len(self._plan.retrieved)
+        self._plan = None
+        self._next_chunk = chunk + 1
 
     def abort_chunk(self) -> None:
         """Drop the current chunk: the memory is as before its begin_chunk. Does nothing when none is begun."""
@@ -332,7 +336,8 @@ class WorldMemory:
     def _store(self, chunk: int) -> None:
         """Prune a whole chunk, layer by layer, from its slot into the bank's."""
         config = self.config
-        row = self._bank.row_to_fill(chunk, self._descriptions.pop(chunk))
+        row = self._bank.row_to_fill(chunk, self._descriptions[chunk])
+        del self._descriptions[chunk]
         if row is None:
             return
         source = slice(self._slot(chunk), self._slot(chunk) + config.chunk_tokens)
@@ -361,7 +366,7 @@ class WorldMemory:
                 f"WorldMemory: bank_chunks must be at least {least} at {size / 2**20:.0f} MiB each, "
                 f"got {fits} that fit half of the {free / 2**30:.1f} GiB that are free {where}"
             )
-        return min(fits, self._max_chunks)
+        return min(fits, self._max_chunks if self._rope else _CHUNKS_WITHOUT_ROPE)
 
     def _check_room(self, pool_bytes: int, arena_bytes: int) -> None:
         wanted = {self.device.type: pool_bytes}
