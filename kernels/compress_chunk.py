@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "frame_tokens"])
 def anchor_mean_kernel(
     k_ptr, mean_ptr, first_token, frame_tokens, columns, stride_k_row,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -31,7 +31,7 @@ def anchor_mean_kernel(
     tl.store(mean_ptr + column, tl.sum(total, 0) / frame_tokens, mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates", "frame_tokens", "anchor"])
 def similarity_kernel(
     k_ptr, mean_ptr, similarity_ptr, candidates, frame_tokens, anchor, columns, stride_k_row,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -57,7 +57,7 @@ def similarity_kernel(
     tl.store(similarity_ptr + candidate, similarity, mask=candidate < candidates)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_size", "group_kept"])
 def select_kernel(
     similarity_ptr, kept_ptr, group_size, group_kept, BLOCK_TOKENS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def select_kernel(
     tl.store(kept_ptr + group + index, (before < group_kept).to(tl.int32), mask=index < group_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frame_tokens", "anchor"])
 def gather_kernel(
     k_ptr, v_ptr, kept_ptr, out_k_ptr, out_v_ptr, index_ptr, frame_tokens, anchor, columns,
     stride_k_row, stride_v_row, stride_out_k_row, stride_out_v_row,

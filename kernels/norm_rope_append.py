@@ -62,7 +62,7 @@ def _store_row(
         tl.store(out_ptr + offsets, y.to(DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "start_frame", "eps"])
+@triton.jit(do_not_specialize=["first_row", "start_frame", "grid_height", "grid_width", "eps"])
 def norm_rope_append_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, table_ptr, q_out_ptr, k_pool_ptr, v_pool_ptr,
     first_row, start_frame, grid_height, grid_width, eps,

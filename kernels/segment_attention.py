@@ -85,7 +85,7 @@ def _attend_tile(
     return new_max, row_sum, segment_sum, acc, next_tile_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "max_segments"])  # one compilation for every number of either
 def segment_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, segment_lse_ptr, mass_ptr,
     tiles_ptr, ranges_ptr, counts_ptr, turns_ptr,

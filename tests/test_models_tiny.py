@@ -271,6 +271,7 @@ def test_weights_depend_on_the_seed_alone():
         assert torch.equal(weight.to(half[name].dtype), half[name]), name  # cast once, from fp32
 
 
+@torch.no_grad()
 def test_what_stays_fp32():
     model = make_model(dtype=torch.bfloat16)
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}

@@ -291,6 +291,15 @@ def test_bad_arguments_are_named(change, error, message):
     assert message in str(caught.value)
 
 
+def test_inputs_that_want_a_gradient_are_refused_and_taken_without_one():
+    q = torch.zeros(8, 2, 64, device=DEVICE, requires_grad=True)
+    pool, window = torch.zeros(256, 2, 64, device=DEVICE), Window([Segment(0, 9)], device=DEVICE)
+    with pytest.raises(ValueError, match="segment_attention: q must be without requires_grad, since nothing flows"):
+        segment_attention(q, pool, pool, window)
+    with torch.no_grad():
+        assert segment_attention(q, pool, pool, window).shape == q.shape
+
+
 def test_an_empty_window_cannot_be_made():
     with pytest.raises(ValueError, match="Window: segments must hold at least one segment, got none"):
         Window([], device=DEVICE)

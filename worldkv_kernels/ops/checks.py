@@ -42,7 +42,8 @@ def check_tensor(
 ) -> None:
     """Check rank and sizes (a word stands for any size), dtype, device, and that the last `inner` dims are dense.
 
-    With `like`, dtype and device must be those of that tensor, unless `dtypes` names others.
+    With `like`, dtype and device must be those of that tensor, unless `dtypes` names others. A tensor that would want a
+    gradient is refused: the ops are for inference, and it would silently get none.
     """
     if not isinstance(tensor, torch.Tensor):
         raise bad_type(op, argument, f"a tensor [{', '.join(map(str, shape))}]", tensor)
@@ -54,6 +55,9 @@ def check_tensor(
         dtypes = (like.dtype,)
     if tensor.dtype not in dtypes:
         raise bad_type(op, argument, " or ".join(str(d) for d in dtypes), tensor)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        wanted = "without requires_grad, since nothing flows back; use torch.no_grad()"
+        raise ValueError(f"{op}: {argument} must be {wanted}, got requires_grad=True")
     if like is not None and tensor.device != like.device:
         raise bad_value(op, argument, f"on {like.device}", tensor)
     dense = 1
