@@ -919,3 +919,22 @@ def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing()
         for memory in (eager, compiled):
             memory.end_chunk()
     assert graphs[2] == graphs[-1]
+
+
+@pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("used_in", [torch.no_grad, torch.inference_mode])
+def test_no_grad_and_inference_mode_mix(made_in, used_in):
+    config = tiny()
+    rollout, calm = Rollout(config, 1, 6), make(config)
+    weight = torch.nn.Parameter(torch.ones(HEAD_DIM))
+    with made_in():
+        memory = make(config)
+    for chunk in range(6):
+        q, k, v = rollout.passes[chunk][0][0][:3]
+        with used_in():
+            memory.begin_chunk(rollout.poses[chunk])
+            got = memory.attend(0, q, k, v, weight, weight)
+            memory.end_chunk()
+        calm.begin_chunk(rollout.poses[chunk])
+        assert torch.equal(got, calm.attend(0, q, k, v, weight.detach(), weight.detach()))
+        calm.end_chunk()

@@ -41,6 +41,7 @@ class Window:
     is too small, or a time shift comes without a rope; TypeError when a number is not an integer.
     """
 
+    @torch.inference_mode(False)  # tables made in inference mode could not be rewritten outside of it
     def __init__(
         self,
         segments: Iterable[Segment | tuple[int, ...]],

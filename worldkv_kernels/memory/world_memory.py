@@ -43,6 +43,7 @@ class WorldMemory:
     Raises ValueError when the storage does not fit the memory that is free, with the numbers.
     """
 
+    @torch.inference_mode(False)  # storage made in inference mode could not be written outside of it
     def __init__(
         self,
         config: MemoryConfig,
@@ -179,8 +180,8 @@ class WorldMemory:
             q_weight, k_weight: of the QK-norm, [heads * head_dim]; None for no norm.
             out: where to write; with it, a call allocates nothing.
 
-        Returns [tokens, heads, head_dim]. Raises RuntimeError when no chunk is begun, ValueError or TypeError as
-        norm_rope_append does.
+        Returns [tokens, heads, head_dim]. For inference: call it under torch.no_grad() or torch.inference_mode().
+        Raises RuntimeError when no chunk is begun, ValueError or TypeError as norm_rope_append does.
         """
         if self._plan is None:
             raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")

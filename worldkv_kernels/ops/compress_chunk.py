@@ -63,12 +63,13 @@ def compress_chunk(
         anchor: which frame is kept whole, from 0.
         out_k, out_v: where to write, [kept, heads, head_dim] like k, not overlapping k or v; out_index
             int32 [kept], contiguous. Allocated when None.
-        backend: "reference", "triton" or None for the automatic choice.
+        backend: "reference", "triton", or None for the automatic choice.
 
     Returns CompressedChunk(k, v, index): the anchor frame first, then the kept tokens in ascending order.
     Similarities in fp32, sums in a fixed order: the same input gives the same bits. Makes no copy of the chunk
-    and does not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on
-    frames that do not divide the tokens, on a ratio or an anchor out of range, and on overlapping outputs.
+    and does not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an
+    input that wants a gradient, on frames that do not divide the tokens, on a ratio or an anchor out of range,
+    on overlapping outputs, and on a backend that is unknown or unavailable.
     """
     check_tensor(_OP, "k", k, ("tokens", "heads", "head_dim"), inner=2)
     tokens, heads, head_dim = k.shape

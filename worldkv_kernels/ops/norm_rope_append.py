@@ -55,11 +55,12 @@ def norm_rope_append(
         round_before_rope: round to the input's dtype after the norm, and after the weight where it has
             that dtype, as Wan's qk-norm does; otherwise everything is fp32 up to the last rounding.
         out: where q goes, [tokens, heads, head_dim], contiguous; allocated when None.
-        backend: "reference", "triton" or None for the automatic choice.
+        backend: "reference", "triton", "cuda", or None for the automatic choice.
 
     Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32 from a float64 table. Deterministic, does
-    not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on rows outside
-    the pool, on frames past the rope's max_position, and on a backend that is unknown or unavailable.
+    not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that
+    wants a gradient, on rows outside the pool, on frames past the rope's max_position, and on a backend that is
+    unknown or unavailable.
     """
     if not isinstance(k_pool, torch.Tensor) or k_pool.dim() != 3:
         raise bad_value(_OP, "k_pool", "a tensor [rows, heads, head_dim]", k_pool)

@@ -45,15 +45,16 @@ def segment_attention(
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q; allocated when None.
-        backend: "reference", "triton" or None for the automatic choice.
+        backend: "reference", "triton", or None for the automatic choice.
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: the
     same segments in the same order give the same bits wherever their rows lie. Does not synchronise, except
     for the reference on a GPU. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass
     keeps the number of segments that it was captured with (later ones are left out, missing ones get zero).
 
-    Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on a window that reaches past
-    the pool, on a scale that is not positive and finite, and on a backend that is unknown or unavailable.
+    Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that wants a gradient, on a
+    window that reaches past the pool, on a scale that is not positive and finite, and on a backend that is unknown
+    or unavailable.
     """
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
