@@ -21,15 +21,6 @@ SMALL = dict(num_layers=1, num_heads=1, grid=(2, 2), head_dim=64)
 NEAR_TIE = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def yaw_pose(degrees: float, position=(0.0, 0.0, 0.0)) -> np.ndarray:
     a = math.radians(degrees)
     pose = np.eye(4)

@@ -31,7 +31,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_command_on_the_default_photograph(tmp_path, capsys):
     """The README's figures: within 0.5 and 1.5 dB of full KV, and 5 above the sliding window, at a third."""
     picture, figures = tmp_path / "recall.png", tmp_path / "recall.json"
-    assert main(["recall", "--picture", str(picture), "--json", str(figures)]) == 0
+    assert main(["recall", "--dtype", "float32", "--picture", str(picture), "--json", str(figures)]) == 0
     measured = json.loads(figures.read_text())
     check_order(measured)
     check_readme(measured)

@@ -1,6 +1,7 @@
 """World memory for autoregressive video diffusion: attention over a paged KV pool, pruning and retrieval."""
 
 from .memory.config import MemoryConfig
+from .memory.retrieval import FovRetrieval, PoseRetrieval, RetrievalPolicy
 from .memory.window import Segment, Window
 from .memory.world_memory import ChunkPlan, WorldMemory
 from .ops import CompressedChunk, compress_chunk, norm_rope_append, segment_attention
@@ -11,7 +12,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ChunkPlan",
     "CompressedChunk",
+    "FovRetrieval",
     "MemoryConfig",
+    "PoseRetrieval",
+    "RetrievalPolicy",
     "Rope3D",
     "Segment",
     "Window",
