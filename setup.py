@@ -62,6 +62,7 @@ class BuildCuda(build_ext):
 setup(
     packages=[
         "worldkv_kernels",
+        "worldkv_kernels.benchmarks",
         "worldkv_kernels.cli",
         "worldkv_kernels.kernels",
         "worldkv_kernels.memory",
@@ -69,7 +70,11 @@ setup(
         "worldkv_kernels.ops",
         "worldkv_kernels.reference",
     ],
-    package_dir={"worldkv_kernels": "worldkv_kernels", "worldkv_kernels.kernels": "kernels"},
+    package_dir={
+        "worldkv_kernels": "worldkv_kernels",
+        "worldkv_kernels.benchmarks": "benchmarks",
+        "worldkv_kernels.kernels": "kernels",
+    },
     package_data={"worldkv_kernels": ["py.typed"], "worldkv_kernels.ops": ["proven.json"]},
     ext_modules=[Extension("worldkv_kernels._cuda", SOURCES)],
     cmdclass={"build_ext": BuildCuda},

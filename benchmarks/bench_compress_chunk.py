@@ -152,7 +152,7 @@ def prepare(case: CompressCase, device: torch.device) -> Problem:
         Variant(name, lambda name=name: our_run(name), check, 0.0, num_bytes) for name in ours("compress_chunk", device)
     ]
     variants.append(Variant("published, eager", lambda: published, check, 0.0, num_bytes, rival=True))
-    return Problem(str(case), variants, sets=sets)
+    return Problem(str(case), variants, sets=sets, shape={"heads": case.heads, "tokens": case.tokens})
 
 
 def run(

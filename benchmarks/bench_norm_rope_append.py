@@ -178,7 +178,7 @@ def prepare(case: AppendCase, device: torch.device) -> Problem:
         for name in ours("norm_rope_append", device)
     ]
     variants += [Variant(name, make, check, limit, num_bytes, rival=True) for name, make in rivals.items()]
-    return Problem(str(case), variants, sets=sets)
+    return Problem(str(case), variants, sets=sets, shape={"heads": case.heads, "tokens": case.tokens})
 
 
 def run(

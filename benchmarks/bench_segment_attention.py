@@ -1,8 +1,8 @@
-"""segment_attention over a window scattered in its pool, against PyTorch's dense attention kernels.
+"""segment_attention over a window scattered in its pool, against PyTorch's attention kernels and other libraries'.
 
-The rivals are best cases: they read a window that already lies gathered in one piece; the ones named "gather"
-also pay for gathering it, as a cache that is concatenated anew for each call does. None of them rebases time,
-nor returns the softmax weight of each segment.
+The dense rivals are best cases: they read a window that already lies gathered in one piece; the ones named "gather"
+also pay for gathering it, as a cache that is concatenated anew for each call does. Two read the pool where it is. None
+of them rebases time, nor returns the softmax weight of each segment.
 
     python benchmarks/bench_segment_attention.py [--small] [--json FILE] [--device DEVICE]
 """
@@ -10,12 +10,13 @@ nor returns the softmax weight of each segment.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from attention_rivals import RIVALS
 from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, ours, parse_device, relative_error, run_cases, worst
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -67,6 +68,7 @@ CASES = [
 ]
 SMALL_CASES = [
     AttentionCase(heads=2, q_len=150, chunk=150, sink=1, pruned=3, recent=1, dtype=torch.float32),
+    AttentionCase(heads=2, q_len=150, chunk=150, sink=1, pruned=9, recent=1, dtype=torch.float32),
     AttentionCase(heads=1, q_len=33, chunk=33, sink=0, pruned=0, recent=0),
 ]
 
@@ -207,7 +209,14 @@ def prepare(case: AttentionCase, device: torch.device) -> Problem:
         pieces = (q, k_pool[index], v_pool[index])
         return [x.transpose(0, 1).contiguous().unsqueeze(0) for x in pieces]
 
-    def rival(name: str, kernel: SDPBackend, gather: bool) -> Variant:
+    def rival(name: str, make: Callable[[], Run], limit: float) -> Variant:
+        def check(run: Run) -> float:
+            return relative_error(run(0), exact(False)[0])
+
+        count = attention_bytes(case.q_len, case.heads, case.head_dim, unique_rows(plain), case.dtype.itemsize)
+        return Variant(name, make, check, limit, count, flops, rival=True)
+
+    def sdpa(name: str, kernel: SDPBackend, gather: bool) -> Variant:
         def make() -> Run:
             if not gather:
                 q_dense, k_dense, v_dense = gathered()
@@ -215,18 +224,15 @@ def prepare(case: AttentionCase, device: torch.device) -> Problem:
             def run(i: int) -> torch.Tensor:
                 with sdpa_kernel(kernel):
                     if not gather:
-                        return scaled_dot_product_attention(q_dense, k_dense, v_dense)
-                    k, v = (x.index_select(0, index).transpose(0, 1).unsqueeze(0) for x in (k_pool, v_pool))
-                    return scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v)
+                        result = scaled_dot_product_attention(q_dense, k_dense, v_dense)
+                    else:
+                        k, v = (x.index_select(0, index).transpose(0, 1).unsqueeze(0) for x in (k_pool, v_pool))
+                        result = scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v)
+                return result.squeeze(0).transpose(0, 1)
 
             return run
 
-        def check(run: Run) -> float:
-            return relative_error(run(0).squeeze(0).transpose(0, 1), exact(False)[0])
-
-        count = attention_bytes(case.q_len, case.heads, case.head_dim, unique_rows(plain), case.dtype.itemsize)
-        label = f"{name}, gather" if gather else name
-        return Variant(label, make, check, limit, count, flops, rival=True)
+        return rival(f"{name}, gather" if gather else name, make, limit)
 
     limit = ERROR_LIMITS[case.dtype]
     flops = attention_flops(case.q_len, case.heads, case.head_dim, sum(lengths))
@@ -234,8 +240,13 @@ def prepare(case: AttentionCase, device: torch.device) -> Problem:
     if device.type == "cpu":
         kernels["sdpa math"] = SDPBackend.MATH
     variants = [our_variant(b, extra) for b in ours("segment_attention", device) for extra in ("", *EXTRAS)]
-    variants += [rival(name, kernel, gather) for gather in (False, True) for name, kernel in kernels.items()]
-    return Problem(str(case), variants, flush=True)
+    variants += [sdpa(name, kernel, gather) for gather in (False, True) for name, kernel in kernels.items()]
+    variants += [
+        rival(name, lambda make=make: make(q, k_pool, v_pool, index), widened or limit)
+        for name, (make, widened) in RIVALS.items()
+    ]
+    shape = {"heads": case.heads, "queries": case.q_len, "tokens": case.num_tokens}
+    return Problem(str(case), variants, flush=True, shape=shape)
 
 
 EXTRAS = ("rebase", "mass", "lse")

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -211,10 +211,16 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
+def in_checkout() -> bool:
+    """Whether this file lies in the repository, and not in an installed package, where ROOT is the package."""
+    return (ROOT / "worldkv_kernels").is_dir()
+
+
 def source_hash() -> str:
     """Twelve hex digits over the files that a figure depends on; names the code where there is no git."""
     digest = hashlib.sha256()
-    for folder in ("benchmarks", "csrc", "kernels", "worldkv_kernels"):
+    folders = ("benchmarks", "csrc", "kernels", "worldkv_kernels") if in_checkout() else (".",)
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp"} and path.is_file():
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -242,13 +248,14 @@ def clocks(device: torch.device) -> dict[str, Any] | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to place a figure. `commit` and `dirty` come from git, or from WORLDKV_COMMIT where there
-    is no repository (dirty is then null); `source` is `source_hash`."""
+    """What a reader needs to place a figure. `commit` and `dirty` come from git, or from WORLDKV_COMMIT where this is
+    no checkout of the repository (dirty is then null); `source` is `source_hash`."""
     try:
         triton_version = importlib.import_module("triton").__version__
     except ImportError:
         triton_version = None
-    commit = _output("git", "rev-parse", "HEAD")
+    # An installed package may lie inside a repository of someone else's.
+    commit = _output("git", "rev-parse", "HEAD") if in_checkout() else None
     changed = _output("git", "status", "--porcelain", "--untracked-files=no") if commit else None
     on_gpu = device.type == "cuda"
     return {
@@ -288,12 +295,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case made ready: its name, its variants, and how to time them."""
+    """A case made ready: its name, its variants, and how to time them. `shape` is for plots: `tokens`, the length that
+    cases differ in, and what else distinguishes them, such as `heads`."""
 
     case: str
     variants: list[Variant]
     sets: int = 1
     flush: bool = False
+    shape: dict[str, int] = field(default_factory=dict)
 
 
 def _first_line(error: BaseException) -> str:
@@ -305,13 +314,14 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
     """Check every variant, time those that are right, and return one figure each, in the variants' order.
 
     `status` is "timed"; "wrong" (error above the limit, or NaN), "skipped" (a rival that cannot run) and "failed"
-    (ours that cannot) carry a `reason` and no time. `rival` is the fastest rival that was timed and `times_rival`
-    its time over the variant's: above 1 is faster than the rival.
+    (ours that cannot) carry a `reason` and no time. `rival` is the fastest rival that was timed, without those that are
+    allowed a larger error than others, and `times_rival` its time over the variant's: above 1 is faster than the rival.
     """
     figures, runs = [], {}
     for variant in problem.variants:
         figure: dict[str, Any] = {"case": problem.case, "variant": variant.name, "is_rival": variant.rival}
         figure.update(
+            shape=problem.shape,
             status="timed", reason=None, error=None, error_limit=variant.limit,
             us=None, us_20=None, us_80=None, host_us=None, rounds=None,
             bytes=variant.num_bytes, flops=variant.flops, gb_s=None, tflop_s=None,
@@ -331,7 +341,8 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             continue
         runs[variant.name] = run
     timings = time_variants(runs, device, sets=problem.sets, flush=problem.flush, seconds=seconds) if runs else {}
-    rivals = [v.name for v in problem.variants if v.rival and v.name in timings]
+    strictest = min((v.limit for v in problem.variants), default=0.0)
+    rivals = [v.name for v in problem.variants if v.rival and v.name in timings and v.limit <= strictest]
     best = min(rivals, key=lambda name: timings[name].median, default=None)
     for figure in figures:
         timing = timings.get(figure["variant"])
@@ -426,6 +437,14 @@ def parse_device(name: str | None) -> torch.device:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {_first_line(error)}") from error
 
 
+def device_for(name: str | None, *, small: bool) -> torch.device:
+    """`parse_device`; raises ValueError where the full cases are asked of a CPU, too."""
+    device = parse_device(name)
+    if device.type == "cpu" and not small:
+        raise ValueError("the full cases need a GPU; --small runs on a CPU")
+    return device
+
+
 def _measure_case(
     case: Any, prepare: Callable[[Any, torch.device], Problem], device: torch.device, ceilings: Ceilings, seconds: float
 ) -> list[dict[str, Any]]:
@@ -473,7 +492,7 @@ def run_cases(
         ceilings = measure_ceilings(device, small=small)
     record = environment(device)
     figures = []
-    for case in cases:
+    for number, case in enumerate(cases, 1):
         start = time.perf_counter()
         before = clocks(device)
         with one_thread():
@@ -486,7 +505,8 @@ def run_cases(
             line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
             append_json_line(json_path, line)
             figures.append(line)
-        print(f"{bench}: {measured[0]['case']}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        took = f"{time.perf_counter() - start:.1f} s"
+        print(f"{bench} {number}/{len(cases)}: {measured[0]['case']}: {took}", file=sys.stderr, flush=True)
     print(describe_ceilings(ceilings), file=sys.stderr, flush=True)
     return figures
 
@@ -510,9 +530,7 @@ def bench_main(
     parser.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up")
     args = parser.parse_args(argv)
     try:
-        device = parse_device(args.device)
-        if device.type == "cpu" and not args.small:
-            raise ValueError("the full cases need a GPU; --small runs on a CPU")
+        device = device_for(args.device, small=args.small)
     except ValueError as error:
         print(f"{bench}: {error}", file=sys.stderr)
         return 2

@@ -91,7 +91,8 @@ stage() { # stage NAME LIMIT COMMAND...
     return "$status"
 }
 
-# The package as it would be installed, put together from links: kernels/ is imported as worldkv_kernels.kernels.
+# The package as it would be installed, put together from links: kernels/ is imported as worldkv_kernels.kernels, and
+# benchmarks/ as worldkv_kernels.benchmarks.
 link_package() {
     local entry
     mkdir -p "$scratch/path/worldkv_kernels" || return 1
@@ -99,6 +100,7 @@ link_package() {
         ln -s "$entry" "$scratch/path/worldkv_kernels/" || return 1
     done
     ln -sfn "$root/kernels" "$scratch/path/worldkv_kernels/kernels" || return 1
+    ln -sfn "$root/benchmarks" "$scratch/path/worldkv_kernels/benchmarks" || return 1
     export PYTHONPATH="$scratch/path${PYTHONPATH:+:$PYTHONPATH}"
 }
 

@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk"]
 KEYS = {
-    "bench", "case", "variant", "is_rival", "status", "reason", "error", "error_limit", "us", "us_20", "us_80",
+    "bench", "case", "variant", "shape", "is_rival", "status", "reason", "error", "error_limit", "us", "us_20", "us_80",
     "host_us", "rounds", "bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival", "times_rival", "base",
     "over_base", "ceilings", "environment",
 }  # fmt: skip
@@ -34,7 +34,7 @@ def load(monkeypatch):
     """Import a file of benchmarks/ as the scripts do, which are no package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ["common", "sanitize", *(f"bench_{bench}" for bench in BENCHES)]:
+    for name in ["common", "plots", "sanitize", "attention_rivals", *(f"bench_{bench}" for bench in BENCHES)]:
         sys.modules.pop(name, None)
 
 
@@ -270,7 +270,8 @@ def test_a_case_that_cannot_be_made_ready_fails_alone(common, tmp_path):
 @pytest.mark.parametrize("bench", BENCHES)
 def test_small_runs_give_json_lines_with_the_documented_keys(load, tmp_path, bench, capsys):
     path = tmp_path / "results.jsonl"
-    status = load(f"bench_{bench}").main(["--small", "--device", "cpu", "--seconds", "0.01", "--json", str(path)])
+    module = load(f"bench_{bench}")
+    status = module.main(["--small", "--device", "cpu", "--seconds", "0.01", "--json", str(path)])
     assert status == 0
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
@@ -281,7 +282,8 @@ def test_small_runs_give_json_lines_with_the_documented_keys(load, tmp_path, ben
         assert line["status"] in {"timed", "skipped"}
         assert (line["us"] is None) == (line["status"] == "skipped") == (line["reason"] is not None)
     ours = [line for line in lines if not line["is_rival"]]
-    assert len({line["case"] for line in ours}) == 2
+    assert {line["case"] for line in ours} == {str(case) for case in module.SMALL_CASES}
+    assert all({"heads", "tokens"} <= set(line["shape"]) for line in lines)
     assert all(line["status"] == "timed" and line["times_rival"] > 0 for line in ours)
     # Another way of doing the same agrees, so the check is not empty.
     assert any(line["is_rival"] and line["status"] == "timed" for line in lines)
@@ -302,10 +304,106 @@ def test_an_attention_rival_with_wrong_numbers_is_not_timed(load, monkeypatch):
 
     monkeypatch.setattr(bench, "scaled_dot_product_attention", one_key_short)
     figures = bench.run(small=True, device=CPU, seconds=0.01)
-    rivals = [f for f in figures if f["is_rival"]]
+    rivals = [f for f in figures if f["is_rival"] and f["variant"].startswith("sdpa")]
     assert {f["status"] for f in rivals if "cudnn" not in f["variant"]} == {"wrong"}
     assert len(calls) == len(rivals)  # the check alone
     assert all(f["status"] == "timed" and f["rival"] is None for f in figures if not f["is_rival"])
+
+
+@pytest.fixture
+def window():
+    """q, pools with NaN outside the window, the window's rows out of order, and what attention over them gives."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(70, 2, 64, generator=generator)
+    pools = [torch.full((400, 2, 64), math.nan) for _ in range(2)]
+    index = torch.cat([torch.arange(256, 300), torch.arange(5, 6), torch.arange(128, 256)])
+    for pool in pools:
+        pool[index] = torch.randn(len(index), 2, 64, generator=generator)
+    k, v = (pool[index].transpose(0, 1) for pool in pools)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1).double(), k.double(), v.double())
+    return q, *pools, index, exact.transpose(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_flex_mask_admits_the_window_and_nothing_else(load, window):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k_pool, v_pool, index, exact = window
+    inputs, mask = load("attention_rivals").flex_inputs(q, k_pool, v_pool, index)
+    with torch.no_grad():
+        out = flex_attention(*inputs, block_mask=mask)
+    assert load("common").relative_error(out.squeeze(0).transpose(0, 1), exact) < 1e-5
+    # Of four tiles of 128 rows the last is never visited.
+    assert mask.to_dense().flatten().tolist() == [1, 1, 1, 0]
+
+
+def dense(q, k, v, causal):
+    assert not causal
+    assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class PagedPrefill:
+    """FlashInfer's wrapper as documented, on one request."""
+
+    def __init__(self, workspace, layout):
+        assert (workspace.dtype, layout) == (torch.uint8, "NHD")
+
+    def plan(self, qo_indptr, indptr, indices, last_page_len, qo_heads, kv_heads, head_dim, page_size, **options):
+        assert {x.dtype for x in (qo_indptr, indptr, indices, last_page_len)} == {torch.int32}
+        assert (qo_indptr.tolist(), indptr.tolist(), last_page_len.tolist()) == ([0, 70], [0, len(indices)], [1])
+        assert (qo_heads, kv_heads, head_dim, page_size) == (2, 2, 64, 1)
+        assert options == {"causal": False, "q_data_type": torch.float32}
+        self.indices = indices.long()
+
+    def run(self, q, pools):
+        k, v = (pool[self.indices].flatten(0, 1).transpose(0, 1) for pool in pools)  # pages of [1, heads, head_dim]
+        return dense(q.transpose(0, 1).contiguous(), k.contiguous(), v.contiguous(), False).transpose(0, 1)
+
+
+def by_heads(q, k, v, causal):
+    """As flash-attn wants it, [1, length, heads, head_dim]."""
+    return dense(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), causal).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "module, rival, function",
+    [
+        ("flash_attn", "flash_attn2", {"flash_attn_func": by_heads}),
+        ("sageattention", "sage", {"sageattn": lambda q, k, v, is_causal: dense(q, k, v, is_causal)}),
+        ("flashinfer", "flashinfer_paged", {"BatchPrefillWithPagedKVCacheWrapper": PagedPrefill}),
+    ],
+)
+def test_other_libraries_get_the_layout_that_they_document(load, monkeypatch, window, module, rival, function):
+    *inputs, exact = window
+    rivals = load("attention_rivals")
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**function))
+    with pytest.raises(RuntimeError, match="is timed on a GPU only"):
+        getattr(rivals, rival)(*inputs)
+    monkeypatch.setattr(rivals, "need_gpu", lambda q, name: None)
+    assert load("common").relative_error(getattr(rivals, rival)(*inputs)(0), exact) < 1e-5
+
+
+def test_a_rival_that_may_err_more_is_timed_but_no_yardstick(common, monkeypatch):
+    clock = Clock(common, monkeypatch)
+    rough = common.Variant("8 bits", lambda: clock.takes(0.001), lambda run: 0.02, 0.05, 1000, 4000, rival=True)
+    variants = [variant(common, "ours", clock.takes(0.004)), variant(common, "fp16", clock.takes(0.008), rival=True)]
+    problem = common.Problem("case", [*variants, rough])
+    figures = common.measure(problem, CPU, common.Ceilings(copy=1e6, matmul=2e6), seconds=0.0)
+    assert {f["rival"] for f in figures} == {"fp16"}
+    assert [f["times_rival"] for f in figures] == [pytest.approx(x) for x in (2.0, 1.0, 8.0)]
+
+
+def test_an_installed_package_names_no_commit_of_a_repository_around_it(common, monkeypatch, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "x.py").write_text("1")
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "_output", lambda *command: "someone else's")
+    monkeypatch.delenv("WORLDKV_COMMIT", raising=False)
+    before = common.environment(CPU)
+    assert (before["commit"], before["dirty"]) == (None, None)
+    (tmp_path / "kernels" / "x.py").write_text("2")
+    assert common.environment(CPU)["source"] != before["source"]
 
 
 def test_an_append_that_writes_beside_its_rows_is_not_timed(load, monkeypatch):
@@ -397,8 +495,14 @@ def test_clocks_are_numbers_where_the_card_tells_them(common, monkeypatch):
 
 
 def test_the_library_does_not_import_the_benchmarks():
-    for path in (BENCHMARKS.parent / "worldkv_kernels").rglob("*.py"):
-        assert "benchmarks" not in path.read_text(), path
+    library = BENCHMARKS.parent / "worldkv_kernels"
+    for path in library.rglob("*.py"):
+        assert path == library / "cli" / "bench.py" or "benchmarks" not in path.read_text(), path
+    # Not even the command does, until a bench is run.
+    program = "import sys, worldkv_kernels.cli.bench; print('|'.join(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"common", "plots", "matplotlib", "worldkv_kernels.benchmarks"}.isdisjoint(done.stdout.strip().split("|"))
+    assert "worldkv_kernels.cli.bench" in done.stdout
 
 
 def test_device_script_runs_dry(tmp_path):

@@ -1,0 +1,274 @@
+"""worldkv bench: what it prints, writes and draws, two files side by side, and every argument that it refuses."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from worldkv_kernels.cli import main
+from worldkv_kernels.cli.bench import BENCHES, script
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--small", "--device", "cpu", "--seconds", "0.02"]
+OPS = {"segment_attention", "norm_rope_append", "compress_chunk"}
+RIVALS = {"sdpa", "flex attention", "flash-attn 2", "flashinfer", "sage attention", "eager", "compiled", "published"}
+PLOTS = [f"{op}_{what}.{kind}" for op in sorted(OPS) for what in ("latency", "share") for kind in ("png", "svg")]
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory):
+    """One run of everything: its folder, its lines and what it printed."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("bench")
+    files = ["--json", str(folder / "new" / "out.jsonl"), "--plot", str(folder / "new" / "plots")]
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        assert main(["bench", "all", *QUICK, *files]) == 0
+    lines = [json.loads(line) for line in (folder / "new" / "out.jsonl").read_text().splitlines()]
+    return folder / "new", lines, "\n".join(printed)
+
+
+def test_all_prints_a_table_of_each_op(benched):
+    _, lines, printed = benched
+    assert [i for i in BENCHES if re.search(rf"^{i}\ncase +variant +us ", printed, re.M)] == list(BENCHES)
+    for line in lines:
+        assert re.search(rf"^{re.escape(line['case'])} +{re.escape(line['variant'])}\b", printed, re.M)
+    assert "bench 2/3: append\n" in printed
+    assert re.search(r"^segment_attention 3/3: .*: \d+\.\d s$", printed, re.M)
+
+
+def test_every_rival_is_timed_or_skipped_with_a_reason(benched):
+    _, lines, printed = benched
+    assert {line["bench"] for line in lines} == OPS
+    rivals = [line for line in lines if line["is_rival"]]
+    assert {name for name in RIVALS for line in rivals if line["variant"].startswith(name)} == RIVALS
+    for line in lines:
+        assert (line["status"], line["us"] is None) in {("timed", False), ("skipped", True)}
+        assert line["status"] == "timed" or f"skipped: {line['variant']}: {line['reason']} (" in printed
+
+
+def test_pictures_show_each_timed_variant(benched):
+    folder, lines, _ = benched
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == PLOTS
+    for name in PLOTS:
+        if name.endswith("png"):
+            assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG\r\n")
+            continue
+        words = " ".join(ElementTree.parse(folder / "plots" / name).getroot().itertext())
+        of_op = [line for line in lines if name.startswith(line["bench"]) and line["status"] == "timed"]
+        for line in of_op:
+            assert (f"{line['variant']}{' (rival)' if line['is_rival'] else ''}" in words) == (line["base"] is None)
+        assert ("latency, us" if "latency" in name else "share of the measured ceiling, %") in words
+        if "attention" in name:  # context lengths along the axis, a panel for each shape
+            assert all(word in words for word in ("675", "1,125", "2 heads, 150 queries", "1 heads, 33 queries"))
+        else:
+            assert all(line["case"] in words for line in of_op)
+
+
+def test_plots_from_a_file_of_lines(benched, tmp_path, capsys):
+    folder, _, _ = benched
+    plots = script("plots")
+    assert plots.main([str(folder / "out.jsonl"), str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == PLOTS
+    assert plots.main([str(folder / "absent.jsonl"), str(tmp_path)]) == 2
+    assert "absent.jsonl" in capsys.readouterr().err
+
+
+def test_json_to_stdout_is_nothing_but_lines(capsys):
+    assert main(["bench", "compress", *QUICK, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert {json.loads(line)["bench"] for line in printed.out.splitlines()} == {"compress_chunk"}
+    assert "x rival" in printed.err
+
+
+def test_ours_being_wrong_is_exit_status_1(monkeypatch, capsys):
+    bench = script("bench_norm_rope_append")
+    right = bench.norm_rope_append
+    monkeypatch.setattr(bench, "norm_rope_append", lambda *args, **options: 1.1 * right(*args, **options))
+    assert main(["bench", "append", *QUICK]) == 1
+    assert re.search(r"^wrong: reference: relative error 1\.\d+e-01", capsys.readouterr().out, re.M)
+
+
+# Two files side by side.
+
+
+def row(printed, variant):
+    """Cells of a compare table from the variant on."""
+    line = next(line for line in printed.splitlines() if f"  {variant}  " in line)
+    return line[line.index(f"  {variant}  ") :].split()
+
+
+def test_compare_shows_a_planted_slow_down(tmp_path, monkeypatch, capsys):
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    bench = script("bench_norm_rope_append")
+    monkeypatch.setattr(bench, "SMALL_CASES", bench.SMALL_CASES[:1])
+    assert main(["bench", "append", *QUICK, "--json", a]) == 0
+    right = bench.norm_rope_append
+
+    def slow(*args, **options):
+        time.sleep(0.05)
+        return right(*args, **options)
+
+    monkeypatch.setattr(bench, "norm_rope_append", slow)
+    assert main(["bench", "append", *QUICK, "--json", b]) == 0
+    capsys.readouterr()
+    assert main(["bench", "compare", a, b]) == 0
+    _, us_a, us_b, ratio, mark = row(capsys.readouterr().out, "reference")
+    assert float(us_b) - float(us_a) > 30_000
+    assert float(ratio) == pytest.approx(float(us_b) / float(us_a), rel=0.01)
+    assert mark == "slower"
+
+
+def figure(variant, low, median, high, *, status="timed", reason=None, device="H200", bench="op"):
+    times = dict(zip(("us_20", "us", "us_80"), (low, median, high), strict=True))
+    where = {"device": device, "commit": "0123456789abcdef"}
+    return {
+        "bench": bench, "case": "a case", "variant": variant, "status": status, "reason": reason, **times,
+        "environment": where,
+    }  # fmt: skip
+
+
+def write(path, *figures):
+    path.write_text("".join(json.dumps(f) + "\n" for f in figures))
+    return str(path)
+
+
+def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, capsys):
+    skipped = {"status": "skipped", "reason": "no GPU"}
+    a = write(
+        tmp_path / "a.jsonl",
+        {"bench": "ceilings", "ceilings": {}},
+        figure("again", 1, 1, 1), figure("again", 9, 10, 11), figure("slower", 9, 10, 11), figure("faster", 9, 10, 11),
+        figure("touching", 9, 10, 11), figure("went", 9, 10, 11), figure("stopped", 9, 10, 11),
+        figure("never", None, None, None, **skipped),
+    )  # fmt: skip
+    b = write(
+        tmp_path / "b.jsonl",
+        figure("again", 9, 10, 11), figure("slower", 12, 15, 16), figure("faster", 7, 8, 8.9),
+        figure("touching", 11, 12, 13), figure("stopped", None, None, None, status="wrong", reason="error 0.1"),
+        figure("never", None, None, None, **skipped), figure("came", 1, 2, 3),
+    )  # fmt: skip
+    assert main(["bench", "compare", a, b]) == 0
+    printed = capsys.readouterr().out
+    assert f"A: {a}, commit 0123456789ab\nB: {b}, commit 0123456789ab\nH200\n" in printed
+    assert row(printed, "again") == ["again", "10.0", "10.0", "1.00"]
+    assert row(printed, "slower") == ["slower", "10.0", "15.0", "1.50", "slower"]
+    assert row(printed, "faster") == ["faster", "10.0", "8.0", "0.80", "faster"]
+    assert row(printed, "touching") == ["touching", "10.0", "12.0", "1.20"]
+    assert printed.splitlines()[-4:] == [
+        "timed in A only: op, a case, went: no such line in the other",
+        "timed in A only: op, a case, stopped: wrong in the other: error 0.1",
+        "timed in B only: op, a case, came: no such line in the other",
+        "timed in neither: 1",
+    ]
+
+
+def test_compare_refuses_other_devices_unless_told(tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", figure("x", 1, 2, 3))
+    b = write(tmp_path / "b.jsonl", figure("x", 1, 2, 3, device="H100"))
+    assert main(["bench", "compare", a, b]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "worldkv bench: the figures come from different devices: H100, H200; --any compares them\n"
+    assert main(["bench", "compare", a, b, "--any"]) == 0
+    assert "H100, H200\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "b.jsonl holds no figures"),
+        ('{"bench": "ceilings"}\n', "b.jsonl holds no figures"),
+        ("\nnonsense\n", "b.jsonl, line 2: not a figure that --json wrote"),
+        ("[1, 2]\n", "b.jsonl, line 1: not a figure that --json wrote"),
+        ('{"bench": "op", "case": "c", "variant": "v"}\n', "b.jsonl, line 1: not a figure that --json wrote"),
+        (json.dumps(figure("x", 1, None, 3)), "b.jsonl, line 1: not a figure that --json wrote"),
+        (json.dumps(figure("x", 1, 0, 3)), "b.jsonl, line 1: not a figure that --json wrote"),
+    ],
+)
+def test_compare_refuses_what_is_no_result_file(tmp_path, capsys, text, said):
+    a = write(tmp_path / "a.jsonl", figure("x", 1, 2, 3))
+    (tmp_path / "b.jsonl").write_text(text)
+    assert main(["bench", "compare", a, str(tmp_path / "b.jsonl")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert said in printed.err
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "BENCH"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["append", "--device", "cpu"], "the full cases need a GPU; --small runs on a CPU"),
+        (["append", "--small", "--device", "nowhere"], "--device must be a device of this machine, got 'nowhere'"),
+        (["append", *QUICK, "--seconds", "0"], "--seconds must be above 0, got 0.0"),
+        (["append", *QUICK, "--seconds", "nan"], "--seconds must be above 0, got nan"),
+        (["append", *QUICK, "--seconds", "long"], "invalid float value: 'long'"),
+        (["append", *QUICK, "--json", "."], "directory"),
+        (["append", *QUICK, "--plot", "a-file"], "a-file"),
+        (["compare", "absent.jsonl", "a-file"], "absent.jsonl"),
+        (["compare", "a-file"], "required: B"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("")
+    try:
+        status = main(["bench", *arguments])
+    except SystemExit as left:
+        status = left.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert said in printed.err
+
+
+def test_without_matplotlib_the_extra_is_named_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    files = ["--json", str(tmp_path / "out.jsonl"), "--plot", str(tmp_path / "plots")]
+    assert main(["bench", "append", *QUICK, *files]) == 2
+    assert capsys.readouterr().err == "worldkv bench: plots need matplotlib: pip install 'worldkv-kernels[bench]'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# Installed elsewhere.
+
+
+def test_it_runs_from_an_installed_package(tmp_path):
+    installed = tmp_path / "site" / "worldkv_kernels"
+    for source, target in (("worldkv_kernels", "."), ("kernels", "kernels"), ("benchmarks", "benchmarks")):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
+        shutil.copytree(ROOT / source, installed / target, ignore=ignored, dirs_exist_ok=True)
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "worldkv_kernels.cli", "bench", "compress", *QUICK, "--json", "out.jsonl"],
+        cwd=tmp_path / "here", env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "WORLDKV_COMMIT": "abc"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "here" / "out.jsonl").read_text().splitlines()]
+    assert {line["status"] for line in lines} == {"timed"}
+    assert {line["environment"]["commit"] for line in lines} == {"abc"}
+
+
+def test_another_module_called_common_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "other.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import other
+
+    monkeypatch.setitem(sys.modules, "common", other)
+    assert main(["bench", "append", *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"worldkv bench: the benchmarks need the module name 'common', which {other.__file__}")
