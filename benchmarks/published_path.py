@@ -80,14 +80,15 @@ class PublishedMemory:
         self._bank_device = torch.device("cpu") if config.bank == "host" else self.device
         self._grid = torch.tensor([frames, *config.grid], device=self.device)
         self._rotations = _rotations(config.head_dim, self.device)
+        shape = (self._cache_tokens, config.num_heads, config.head_dim)
+        self._caches = [_Cache(shape, self.device, dtype) for _ in range(config.num_layers)]
         self.reset()
 
     def reset(self) -> None:
         """Forget the rollout and start again at chunk 0."""
-        config = self.config
-        shape = (self._cache_tokens, config.num_heads, config.head_dim)
-        self._caches = [_Cache(shape, self.device, self.dtype) for _ in range(config.num_layers)]
-        self._bank: list[list[BankedChunk]] = [[] for _ in range(config.num_layers)]  # layer, chunk
+        for cache in self._caches:
+            cache.clear()
+        self._bank: list[list[BankedChunk]] = [[] for _ in self._caches]  # layer, chunk
         self._means: list[tuple[torch.Tensor, torch.Tensor]] = []  # per chunk: translation [3], matrix [3, 3]
         self._plan: PublishedPlan | None = None
         self._current_mean: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -208,6 +209,7 @@ class PublishedMemory:
         self._tokens_attended += self._plan.num_tokens
         self._chunks_retrieved += len(self._plan.retrieved)
         self._plan = None
+        self._window = []  # so that a host bank's copies make room for the next
 
     def abort_chunk(self) -> None:
         """Drop the current chunk: a next one is made as if this had never been begun. Does nothing outside one.
@@ -301,6 +303,10 @@ class _Cache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         # Tokens written since the start, and rows in use: on the device, and read back wherever they are needed.
         self.global_end, self.local_end = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+
+    def clear(self) -> None:
+        self.global_end.zero_()
+        self.local_end.zero_()
 
     def write(self, k: torch.Tensor, v: torch.Tensor, start: int, sink: int) -> int:
         """Put a chunk's rows in, at its own place if it has one from a pass before; returns the end of its rows."""

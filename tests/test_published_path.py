@@ -24,16 +24,9 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NUM_CHUNKS, FRAMES = 40, 3
 TINY = TinyConfig(num_layers=2, num_heads=1, grid=(3, 4), ffn_dim=96, text_tokens=5, text_dim=24, frequency_dim=16)
 CHUNK_TOKENS = FRAMES * 12
-# fp32 is rounded at 6e-8. Both memories round in another order, and 40 chunks made from one another add that up.
+# fp32 is rounded at 6e-8, and each memory rounds in an order of its own; 2e-7 was seen. Another choice of chunks,
+# tokens or times moves the latents by 8e-4 or more.
 FLOAT32_LIMIT = 1e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -45,14 +38,14 @@ def published_path(monkeypatch):
 
 
 def turn_and_return(num_chunks: int = NUM_CHUNKS) -> np.ndarray:
-    """Camera-to-world of 3 frames a chunk: 3 degrees of yaw each, out and back, on a way that never repeats."""
+    """Camera-to-world of 3 frames a chunk: 3 degrees of yaw each, out and back, a little aside so that nothing ties."""
     last = num_chunks * FRAMES - 1
     poses = np.tile(np.eye(4), (last + 1, 1, 1))
     for frame, pose in enumerate(poses):
         out = min(frame, last - frame)
         yaw = math.radians(3.0 * out)
         pose[:3, :3] = [[math.cos(yaw), 0, math.sin(yaw)], [0, 1, 0], [-math.sin(yaw), 0, math.cos(yaw)]]
-        pose[:3, 3] = (0.031 * frame**1.1, 0.2 * math.sin(0.7 * frame), 0.05 * out)
+        pose[:3, 3] = (0.004 * frame, 0.05 * math.sin(0.7 * frame), 0.05 * out)
     return poses
 
 
@@ -136,8 +129,8 @@ def test_float32_rollouts_agree(published_path, pooled, rope_correction, bank):
 @pytest.mark.parametrize(("pooled", "rope_correction"), [(True, False), (False, True)])
 def test_bfloat16_rollouts_agree_within_rounding(published_path, pooled, rope_correction):
     """Against fp32 on the same (rounded) weights ours is at most twice as far as theirs, and the two are no further
-    from each other than two such errors. Rounding alone separates them: keys or queries are turned, and sums
-    are split, in another order. Which tokens are kept depends on rounded keys, so it is compared on the same ones."""
+    from each other than that. Rounding alone separates them: RoPE in fp32 or fp64 before it rounds, a turn of the
+    queries or of the keys, sums split otherwise. Which tokens are kept hangs on rounded keys: compared on the same."""
     config = official(pooled=pooled, rope_correction=rope_correction)
     model = TinyWorldModel(TINY, dtype=torch.bfloat16)
     exact = TinyWorldModel(TINY, dtype=torch.float32)
@@ -149,9 +142,23 @@ def test_bfloat16_rollouts_agree_within_rounding(published_path, pooled, rope_co
     _, want = made_by(published_path.PublishedMemory(config, "cpu", torch.float32), model=exact)
     check_same_choices(our_plans, their_plans, NUM_CHUNKS)
     error = relative_error(theirs, want)
-    assert 1e-4 < error < 0.1
+    assert 1e-4 < error < 1e-2  # bf16 is rounded at 4e-3, the latents hold fp32 noise beside what is rounded
     assert relative_error(ours, want) <= 2 * error
     assert relative_error(ours, theirs) <= 2 * error
+
+
+@pytest.mark.parametrize("rope_correction", [False, True])
+def test_bfloat16_outputs_agree_within_rounding(published_path, rope_correction):
+    """The same q, k and v for both, nothing pruned: what a rollout's own noise hides, attention's outputs show."""
+    config, poses = official(rope_correction=rope_correction, keep_ratio=1.0), turn_and_return(14)
+    make = published_path.PublishedMemory
+    ours, theirs = world_memory(config, torch.bfloat16), make(config, "cpu", torch.bfloat16)
+    exact = make(config, "cpu", torch.float32)
+    for chunk in range(14):
+        outputs = [play_chunk(memory, chunk, poses) for memory in (exact, ours, theirs)]
+        error = relative_error(outputs[2], outputs[0])
+        assert 1e-3 < error < 2e-2
+        assert relative_error(outputs[1], outputs[0]) <= 2 * error
 
 
 @pytest.mark.parametrize(
@@ -207,16 +214,18 @@ def test_where_the_bank_is_changes_nothing(published_path):
     assert torch.equal(results["host"][1], results["device"][1])
 
 
-def inputs(seed: int) -> list[torch.Tensor]:
+def inputs(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """q, k and v of a chunk: the same numbers, which bf16 can hold, in any dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(CHUNK_TOKENS, TINY.dim, generator=generator) for _ in range(3)]
+    return [torch.randn(CHUNK_TOKENS, TINY.dim, generator=generator).bfloat16().to(dtype) for _ in range(3)]
 
 
 def play_chunk(memory, chunk: int, poses: np.ndarray) -> torch.Tensor:
     """Two passes over the layers; the outputs of the second."""
     memory.begin_chunk(poses[FRAMES * chunk : FRAMES * chunk + FRAMES])
     for step in range(2):
-        outputs = [memory.attend(layer, *inputs(9 * chunk + 2 * layer + step)) for layer in range(TINY.num_layers)]
+        given = [inputs(9 * chunk + 2 * layer + step, memory.dtype) for layer in range(TINY.num_layers)]
+        outputs = [memory.attend(layer, *qkv) for layer, qkv in enumerate(given)]
     memory.end_chunk()
     return torch.stack(outputs)
 
@@ -274,7 +283,7 @@ def test_the_slow_work_of_attend_is_there(published_path, rope_correction):
     in a chunk's first pass the cache is rolled too."""
     config, poses = official(rope_correction=rope_correction), turn_and_return(14)
     memory = published_path.PublishedMemory(config, "cpu", torch.bfloat16)
-    bf16 = [x.bfloat16() for x in inputs(0)]
+    bf16 = inputs(0, torch.bfloat16)
     for chunk in range(14):
         plan = memory.begin_chunk(poses[FRAMES * chunk : FRAMES * chunk + FRAMES])
         works = []
@@ -287,9 +296,8 @@ def test_the_slow_work_of_attend_is_there(published_path, rope_correction):
     assert len(plan.retrieved) == 6
     corrected = 6 if rope_correction else 0
     for first_pass, work in works:
-        table = ((CHUNK_TOKENS, TINY.head_dim // 2), torch.complex128)
-        tables = [(shape, dtype) for shape, dtype in work.concatenated if dtype == torch.complex128]
-        assert [math.prod(shape) for shape, _ in tables] == 2 * [math.prod(table[0])]
+        tables = [math.prod(shape) for shape, dtype in work.concatenated if dtype == torch.complex128]
+        assert tables == 2 * [CHUNK_TOKENS * TINY.head_dim // 2]
         window = ((plan.num_tokens, TINY.num_heads, TINY.head_dim), torch.bfloat16)
         assert work.concatenated.count(window) == 2
         assert work.complex128["mul"] == 2 + corrected
@@ -308,7 +316,7 @@ def test_the_slow_work_of_a_chunk_is_there(published_path):
         with Work() as begin:
             memory.begin_chunk(poses[FRAMES * chunk : FRAMES * chunk + FRAMES])
         for layer in range(TINY.num_layers):
-            memory.attend(layer, *(x.bfloat16() for x in inputs(layer)))
+            memory.attend(layer, *inputs(layer, torch.bfloat16))
         with Work() as end:
             memory.end_chunk()
     assert begin.copied_to[torch.bfloat16] == 6 * 2 * TINY.num_layers  # K and V of each chunk and layer
