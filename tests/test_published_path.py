@@ -38,12 +38,15 @@ def published_path(monkeypatch):
 
 
 def turn_and_return(num_chunks: int = NUM_CHUNKS) -> np.ndarray:
-    """Camera-to-world of 3 frames a chunk: 3 degrees of yaw each, out and back, a little aside so that nothing ties."""
+    """Camera-to-world of 3 frames a chunk: a turn with a wobble, out and back, the way back a little aside.
+
+    Distance and angle order the chunks differently, and no two of a chunk's nearest seven are closer than 8e-5.
+    """
     last = num_chunks * FRAMES - 1
     poses = np.tile(np.eye(4), (last + 1, 1, 1))
     for frame, pose in enumerate(poses):
         out = min(frame, last - frame)
-        yaw = math.radians(3.0 * out)
+        yaw = math.radians(3.0 * out + 30 * math.sin(0.4 * frame))
         pose[:3, :3] = [[math.cos(yaw), 0, math.sin(yaw)], [0, 1, 0], [-math.sin(yaw), 0, math.cos(yaw)]]
         pose[:3, 3] = (0.004 * frame, 0.05 * math.sin(0.7 * frame), 0.05 * out)
     return poses
