@@ -140,20 +140,20 @@ def compress_chunk(
         kept = torch.empty(candidates, dtype=torch.int32, device=k.device)
         anchor_mean_kernel[(triton.cdiv(columns, 32),)](
             k, mean, anchor * frame_tokens, frame_tokens, columns, k.stride(0),
-            BLOCK_ROWS=256, BLOCK_COLUMNS=32, num_warps=4,
+            BLOCK_ROWS=256, BLOCK_COLUMNS=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         similarity_kernel[(triton.cdiv(candidates, 4),)](
             k, mean, similarity, candidates, frame_tokens, anchor, columns, k.stride(0),
-            BLOCK_TOKENS=4, BLOCK_COLUMNS=1024, num_warps=4,
+            BLOCK_TOKENS=4, BLOCK_COLUMNS=1024, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         groups = 1 if pooled else frames - 1
         group_size = candidates // groups
         select_kernel[(triton.cdiv(group_size, 32), groups)](
             similarity, kept, group_size, keep * (frames - 1) // groups,
-            BLOCK_TOKENS=32, BLOCK_OTHERS=256, num_warps=4,
+            BLOCK_TOKENS=32, BLOCK_OTHERS=256, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     gather_kernel[(tokens,)](
         k, v, kept, out_k, out_v, index, frame_tokens, anchor, columns,
         k.stride(0), v.stride(0), out_k.stride(0), out_v.stride(0),
-        ALL_KEPT=all_kept, BLOCK_TOKENS=1024, BLOCK_COLUMNS=1024, num_warps=4,
+        ALL_KEPT=all_kept, BLOCK_TOKENS=1024, BLOCK_COLUMNS=1024, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -136,5 +136,5 @@ def norm_rope_append(
         PAIRS_TIME=pairs[0], PAIRS_HEIGHT=pairs[1],
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None,
         HAS_ROPE=table is not None, ROUND=round_before_rope,
-        DEVICE_POSITION=isinstance(first_row, torch.Tensor), num_warps=4,
+        DEVICE_POSITION=isinstance(first_row, torch.Tensor), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -60,8 +60,9 @@ def _attend_tile(
     next_tile_row = tl.load(tiles_ptr + tl.minimum(step + 1, last_step) // STEPS * 2)
     cols = tl.arange(0, BLOCK_K)
     dims = tl.arange(0, HEAD_DIM)
-    k_ptrs = k_ptr + first_row * stride_k_row + cols[None, :] * stride_k_row + dims[:, None]
-    v_ptrs = v_ptr + first_row * stride_v_row + cols[:, None] * stride_v_row + dims[None, :]
+    # A 64-bit base and 32-bit offsets within the tile, which stay in registers over the loop.
+    k_ptrs = (k_ptr + first_row * stride_k_row) + (cols[None, :] * stride_k_row + dims[:, None])
+    v_ptrs = (v_ptr + first_row * stride_v_row) + (cols[:, None] * stride_v_row + dims[None, :])
     if MASKED:
         valid = tl.load(tiles_ptr + tile * 2 + 1) - offset
         k = tl.load(k_ptrs, mask=cols[None, :] < valid, other=0.0)  # [HEAD_DIM, BLOCK_K]
@@ -145,12 +146,11 @@ def segment_attention_kernel(
             )  # fmt: skip
         if RETURN_MASS:
             segment_row = segment_lse_ptr + (head * max_segments + r - 1).to(tl.int64) * q_len
-            # A replayed graph may meet more segments than it was captured with: those have no row.
-            mask_row = (rows < q_len) & (r - 1 < max_segments)
-            tl.store(segment_row + rows, row_max + tl.math.log2(segment_sum), mask=mask_row)
+            if r - 1 < max_segments:  # a replayed graph may meet more segments than it was captured with
+                tl.store(segment_row + rows, row_max + tl.math.log2(segment_sum), mask=rows < q_len)
 
     # Normalise and store.
-    out = acc / row_sum[:, None]
+    out = acc * (1.0 / row_sum)[:, None]
     out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
     tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
     lse = row_max + tl.math.log2(row_sum)
@@ -160,12 +160,14 @@ def segment_attention_kernel(
     if RETURN_MASS:
         # The same threads wrote these rows; the barrier makes that true of every layout.
         tl.debug_barrier()
-        for segment in range(0, max_segments):
+        mass_rows = mass_ptr + head.to(tl.int64) * max_segments * tl.num_programs(0) + block
+        with_mass = tl.minimum(last_range - first_range, max_segments)
+        for segment in range(0, with_mass):
             segment_row = segment_lse_ptr + (head * max_segments + segment).to(tl.int64) * q_len
-            mask_row = (rows < q_len) & (segment < last_range - 1)
-            share = tl.math.exp2(tl.load(segment_row + rows, mask=mask_row, other=float("-inf")) - lse)
-            mass_row = mass_ptr + (head * max_segments + segment).to(tl.int64) * tl.num_programs(0)
-            tl.store(mass_row + block, tl.sum(tl.where(mask_row, share, 0.0), 0))
+            share = tl.math.exp2(tl.load(segment_row + rows, mask=rows < q_len, other=float("-inf")) - lse)
+            tl.store(mass_rows + segment * tl.num_programs(0), tl.sum(tl.where(rows < q_len, share, 0.0), 0))
+        for segment in range(with_mass, max_segments):
+            tl.store(mass_rows + segment * tl.num_programs(0), 0.0)
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:
@@ -241,7 +243,7 @@ def segment_attention(
         HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
         HAS_SHIFT=has_shift, RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if mass is not None:
         torch.sum(block_mass, dim=2, out=mass)

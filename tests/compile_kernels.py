@@ -87,12 +87,27 @@ def resources(binary):
     return {
         "registers": int(usage[1]),
         "stack_bytes": int(usage[2]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "spills": len(SPILL.findall(sass)),
+        "spills_in_matrix_loops": spills_in_matrix_loops(sass.splitlines()),
         "shared_bytes": binary.metadata.shared,
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
         "mma": len(re.findall(r"\bHMMA\b", sass)),
         "tcgen05": len(re.findall(r"\bUTCHMMA\b", sass)),
     }
+
+
+SPILL = re.compile(r"\b(?:STL|LDL)\b")
+MATRIX = re.compile(r"\b(?:HGMMA|HMMA|UTCHMMA)\b")
+
+
+def spills_in_matrix_loops(lines):
+    """Spill instructions in the innermost loops that issue matrix instructions: what a kernel pays for each tile."""
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_\w+):", line))}
+    branches = [(i, re.search(r"BRA.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines)]
+    loops = [(labels[m[1]], i) for i, m in branches if m and labels.get(m[1], i) < i]
+    loops = [(lo, hi) for lo, hi in loops if any(MATRIX.search(line) for line in lines[lo:hi])]
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
+    return sum(len(SPILL.findall("\n".join(lines[lo:hi]))) for lo, hi in inner)
 
 
 def attention_launches():
