@@ -395,14 +395,14 @@ def test_a_rival_that_may_err_more_is_timed_but_no_yardstick(common, monkeypatch
 
 
 def test_an_installed_package_names_no_commit_of_a_repository_around_it(common, monkeypatch, tmp_path):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "x.py").write_text("1")
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "x.py").write_text("1")
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setattr(common, "_output", lambda *command: "someone else's")
     monkeypatch.delenv("WORLDKV_COMMIT", raising=False)
     before = common.environment(CPU)
     assert (before["commit"], before["dirty"]) == (None, None)
-    (tmp_path / "kernels" / "x.py").write_text("2")
+    (tmp_path / "ops" / "x.py").write_text("2")
     assert common.environment(CPU)["source"] != before["source"]
 
 

@@ -52,6 +52,7 @@ def test_every_rival_is_timed_or_skipped_with_a_reason(benched):
     assert {name for name in RIVALS for line in rivals if line["variant"].startswith(name)} == RIVALS
     for line in lines:
         assert (line["status"], line["us"] is None) in {("timed", False), ("skipped", True)}
+        assert line["status"] == "timed" or (line["reason"] and line["is_rival"])
         assert line["status"] == "timed" or f"skipped: {line['variant']}: {line['reason']} (" in printed
 
 
@@ -147,13 +148,15 @@ def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, 
         tmp_path / "a.jsonl",
         {"bench": "ceilings", "ceilings": {}},
         figure("again", 1, 1, 1), figure("again", 9, 10, 11), figure("slower", 9, 10, 11), figure("faster", 9, 10, 11),
-        figure("touching", 9, 10, 11), figure("went", 9, 10, 11), figure("stopped", 9, 10, 11),
+        figure("touching", 9, 10, 11), figure("below", 9, 10, 11), figure("went", 9, 10, 11),
+        figure("stopped", 9, 10, 11),
         figure("never", None, None, None, **skipped),
     )  # fmt: skip
     b = write(
         tmp_path / "b.jsonl",
         figure("again", 9, 10, 11), figure("slower", 12, 15, 16), figure("faster", 7, 8, 8.9),
-        figure("touching", 11, 12, 13), figure("stopped", None, None, None, status="wrong", reason="error 0.1"),
+        figure("touching", 11, 12, 13), figure("below", 7, 8, 9),
+        figure("stopped", None, None, None, status="wrong", reason="error 0.1"),
         figure("never", None, None, None, **skipped), figure("came", 1, 2, 3),
     )  # fmt: skip
     assert main(["bench", "compare", a, b]) == 0
@@ -163,6 +166,7 @@ def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, 
     assert row(printed, "slower") == ["slower", "10.0", "15.0", "1.50", "slower"]
     assert row(printed, "faster") == ["faster", "10.0", "8.0", "0.80", "faster"]
     assert row(printed, "touching") == ["touching", "10.0", "12.0", "1.20"]
+    assert row(printed, "below") == ["below", "10.0", "8.0", "0.80"]
     assert printed.splitlines()[-4:] == [
         "timed in A only: op, a case, went: no such line in the other",
         "timed in A only: op, a case, stopped: wrong in the other: error 0.1",
