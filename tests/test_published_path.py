@@ -173,6 +173,7 @@ def test_bfloat16_outputs_agree_within_rounding(published_path, rope_correction)
         dict(sink_frames=0, retrieved_frames=6, rope_correction=True),
         dict(sink_frames=6, keep_ratio=1.0),
         dict(keep_ratio=0.01),
+        dict(keep_ratio=0.3, pooled=False),  # 3.6 of 12 tokens: rounded up
         dict(clip_frames=24),
     ],
 )
