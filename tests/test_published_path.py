@@ -159,9 +159,9 @@ def test_bfloat16_outputs_agree_within_rounding(published_path, rope_correction)
     exact = make(config, "cpu", torch.float32)
     for chunk in range(14):
         outputs = [play_chunk(memory, chunk, poses) for memory in (exact, ours, theirs)]
-        error = relative_error(outputs[2], outputs[0])
-        assert 1e-3 < error < 2e-2
-        assert relative_error(outputs[1], outputs[0]) <= 2 * error
+        our_error, their_error = (relative_error(out, outputs[0]) for out in outputs[1:])
+        assert 1e-3 < their_error < 2e-2
+        assert 0.5 * their_error <= our_error <= 2 * their_error  # nor has the rival an error of its own
 
 
 @pytest.mark.parametrize(
@@ -282,15 +282,17 @@ class Work(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rope_correction", [False, True])
-def test_the_slow_work_of_attend_is_there(published_path, rope_correction):
+def test_the_slow_work_of_attend_is_there(published_path, rope_correction, monkeypatch):
     """In every pass: two tables, each applied in complex128, six clones of keys, two concatenations, host reads;
     in a chunk's first pass the cache is rolled too."""
     config, poses = official(rope_correction=rope_correction), turn_and_return(14)
     memory = published_path.PublishedMemory(config, "cpu", torch.bfloat16)
-    bf16 = inputs(0, torch.bfloat16)
+    bf16, lists, tolist = inputs(0, torch.bfloat16), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: lists.append(x) or tolist(x))  # no op is dispatched for it
     for chunk in range(14):
         plan = memory.begin_chunk(poses[FRAMES * chunk : FRAMES * chunk + FRAMES])
         works = []
+        lists.clear()
         for _ in range(3):
             for layer in range(TINY.num_layers):
                 with Work() as work:
@@ -298,6 +300,7 @@ def test_the_slow_work_of_attend_is_there(published_path, rope_correction):
                 works.append((len(works) < TINY.num_layers, work))
         memory.end_chunk()
     assert len(plan.retrieved) == 6
+    assert len(lists) == 2 * len(works)  # the grid, for q and for k
     corrected = 6 if rope_correction else 0
     for first_pass, work in works:
         tables = [math.prod(shape) for shape, dtype in work.concatenated if dtype == torch.complex128]
@@ -308,7 +311,7 @@ def test_the_slow_work_of_attend_is_there(published_path, rope_correction):
         assert work.complex128["polar"] == corrected
         assert work.copied_to[torch.float64] == 2 + corrected  # of q, k and each retrieved chunk's keys
         assert work.ops["clone"] - (2 if first_pass else 0) == 6
-        assert work.ops["_local_scalar_dense"] == (7 if first_pass else 4)  # and the grid, twice, as a list
+        assert work.ops["_local_scalar_dense"] == (7 if first_pass else 4)  # and the grid, above
         assert work.ops["_scaled_dot_product_flash_attention_for_cpu"] == 1
 
 
