@@ -192,7 +192,7 @@ def attention_config(
     is in tests/test_compile.py. No GPU has measured any of these yet.
     """
     if dtype == torch.float32:  # full precision has no matrix unit: FMA, small tiles
-        return AttentionConfig(block_q=32, block_k=32, num_warps=8, num_stages=1)
+        return AttentionConfig(block_q=32, block_k=16 if capability[0] == 10 else 32, num_warps=8, num_stages=1)
     if capability[0] == 9:  # 224 of 227 KiB shared, or 160 where Q is turned
         if has_shift:
             return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
