@@ -111,6 +111,15 @@ def test_equal_scores_keep_the_earlier_token(backend, pooled):
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_a_whole_chunk_is_kept_anchor_first(backend):
+    k = torch.randn(3 * 5, 2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    got = compress_chunk(k, k + 1, frames=3, keep_ratio=1.0, anchor=1, backend=backend)
+    order = [*range(5, 10), *range(5), *range(10, 15)]
+    assert got.index.tolist() == order
+    assert torch.equal(got.k, k[order]) and torch.equal(got.v, k[order] + 1)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_nan_and_zero_keys(backend):
     """A NaN counts as most similar, so it goes first; a zero key has similarity zero. Nothing is lost or doubled."""
     k = torch.randn(3 * 20, 1, 64, generator=torch.Generator().manual_seed(0))

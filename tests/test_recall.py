@@ -89,6 +89,11 @@ def test_views_and_values_are_what_they_say():
     )
 
 
+    # What lies behind the camera resembles nothing before it.
+    behind = (scene.keys(0.0) * scene.keys(180.0)).view(240, 3, 64).sum(dim=2)
+    assert behind.abs().max() < 0.7
+
+
 def test_pan_comes_back_and_revisits_are_old():
     yaws = pan_and_return(90, 4.0, start=0.0)
     assert yaws.max() == 176 and yaws[0] == yaws[-1] == 0 and len(yaws) == 90
