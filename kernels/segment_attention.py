@@ -184,7 +184,7 @@ class AttentionConfig:
 
 
 def attention_config(
-    capability: tuple[int, int], dtype: torch.dtype, has_shift: bool, has_mass: bool
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, has_shift: bool, has_mass: bool
 ) -> AttentionConfig:
     """The launch configuration: the largest tiles and deepest pipeline that fit without spills, by compiling.
 
@@ -198,7 +198,7 @@ def attention_config(
             return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
         return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=3)
     if capability[0] == 10:
-        if has_shift or has_mass:
+        if head_dim == 128 and (has_shift or has_mass):
             return AttentionConfig(block_q=128, block_k=32, num_warps=8, num_stages=4)
         return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
     # 96 KiB shared also fits the 99 KiB of the consumer chips of compute capability 8 and 12.
@@ -226,7 +226,7 @@ def segment_attention(
     a replay with more segments leaves out the mass of the later ones, and with fewer gives those zero.
     """
     q_len, heads, head_dim = q.shape
-    config = attention_config(device_capability(q.device), q.dtype, has_shift, mass is not None)
+    config = attention_config(device_capability(q.device), q.dtype, head_dim, has_shift, mass is not None)
     num_blocks = triton.cdiv(q_len, config.block_q)
     segment_lse = block_mass = None
     max_segments = 0
