@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 
 from worldkv_kernels import WorldMemory
-from worldkv_kernels.models.rollout import SIGMAS, noise, rollout
+from worldkv_kernels.models.rollout import SIGMAS, Actions, Controls, noise, rollout, stream
 from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel, pluecker_map
 from worldkv_kernels.trajectory import latent_poses, load
 
@@ -278,8 +278,8 @@ def test_what_stays_fp32():
     assert {name for name in kept if not name.startswith(("time_", "head."))} == {
         f"blocks.{i}.{name}" for i in range(2) for name in ("modulation", "norm3.weight", "norm3.bias")
     }
-    of_rollout = model.prepare_rollout(POSES[0], (1.0, 0.0))
-    of_chunk = model.prepare_chunk(of_rollout, POSES[:3], INTRINSICS[:3])
+    of_rollout = model.prepare_rollout(None, POSES[0], (1.0, 0.0))
+    of_chunk = model.prepare_chunk(of_rollout, 0, Controls(POSES[:3], INTRINSICS[:3]))
     memory = make_memory(model)
     memory.begin_chunk()
     assert of_rollout.modulation.dtype == of_chunk.camera[0][0].dtype == torch.float32
@@ -327,14 +327,16 @@ class Known:
         self.config = TinyConfig(num_layers=1, num_heads=1, grid=(1, 2))
         self.dtype, self.fail_at, self.seen = torch.float32, fail_at, []
 
-    def prepare_rollout(self, first_pose, noise_levels):
+    sigmas = SIGMAS
+
+    def prepare_rollout(self, conditions, first_pose, noise_levels):
         assert not torch.is_grad_enabled()
-        self.levels, self.first_pose = noise_levels, first_pose
+        self.conditions, self.levels, self.first_pose = conditions, noise_levels, first_pose
         return "rollout"
 
-    def prepare_chunk(self, of_rollout, poses, intrinsics):
+    def prepare_chunk(self, of_rollout, start_frame, controls):
         assert of_rollout == "rollout" and not torch.is_grad_enabled()
-        self.chunk_inputs = (poses, intrinsics)
+        self.start_frame, self.controls = start_frame, controls
         return "chunk"
 
     def denoise(self, latents, step, of_chunk, memory):
@@ -353,7 +355,8 @@ def test_the_passes_of_a_chunk():
     assert model.levels == (1.0, 0.979, 0.947, 0.825, 0.0) == (*SIGMAS, 0.0)
     assert [step for step, _ in model.seen] == [0, 1, 2, 3, 4] * 2
     assert np.array_equal(model.first_pose, POSES[0])
-    assert all(np.array_equal(a, b[3:6]) for a, b in zip(model.chunk_inputs, (POSES, INTRINSICS), strict=True))
+    assert model.start_frame == 3 and model.conditions is None and model.controls.actions is None
+    assert all(np.array_equal(a, b[3:6]) for a, b in zip(model.controls[:2], (POSES, INTRINSICS), strict=True))
     for chunk in range(2):
         for step, sigma in enumerate((1.0, 0.979, 0.947, 0.825, 0.0)):
             want = (1 - sigma) * model.target
@@ -368,6 +371,45 @@ def test_other_sigmas():
     model = Known()
     list(rollout(model, make_memory(model), POSES[:3], INTRINSICS[0], sigmas=[1, 0.5]))
     assert model.levels == (1, 0.5, 0.0) and [step for step, _ in model.seen] == [0, 1, 2]
+
+
+def test_the_models_own_sigmas_are_the_default():
+    model = Known()
+    model.sigmas = (1.0, 0.7)
+    list(rollout(model, make_memory(model), POSES[:3], INTRINSICS[0]))
+    assert model.levels == (1.0, 0.7, 0.0)
+
+
+def test_actions_grow_with_the_video_and_conditions_are_handed_on():
+    model = Known()
+    actions = Actions(np.arange(44.0).reshape(22, 2), np.arange(66.0).reshape(22, 3))
+    lengths = []
+    for _ in rollout(model, make_memory(model), POSES[:6], actions=actions, conditions="a prompt"):
+        lengths.append(len(model.controls.actions.mouse))
+        assert np.array_equal(model.controls.actions.mouse, actions.mouse[: lengths[-1]])
+        assert np.array_equal(model.controls.actions.keyboard, actions.keyboard[: lengths[-1]])
+        assert model.controls.intrinsics is None
+    assert lengths == [9, 21]  # one row for frame 0, four for each frame after it
+    assert model.conditions == "a prompt"
+    with pytest.raises(ValueError, match="rollout: actions must have a row for 33 video frames, got 22 of mouse"):
+        rollout(model, make_memory(model), POSES[:9], actions=actions)
+
+
+def test_a_stream_asks_for_controls_when_they_are_due():
+    model, asked = Known(), []
+
+    def controls():
+        for first in (0, 3):
+            asked.append(first)
+            yield Controls(POSES[first : first + 3], INTRINSICS[first : first + 3])
+
+    chunks = stream(model, make_memory(model), controls(), seed=5)
+    assert not asked
+    streamed = [next(chunks)]
+    assert asked == [0]
+    streamed.append(next(chunks))
+    whole = rollout(Known(), make_memory(model), POSES[:6], INTRINSICS[:6], seed=5)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(streamed, whole, strict=True))
 
 
 def test_a_chunk_is_yielded_before_the_next_is_begun():

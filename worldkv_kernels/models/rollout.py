@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,8 +12,27 @@ import torch
 from ..memory.poses import as_intrinsics, as_poses
 from ..memory.world_memory import ChunkPlan, WorldMemory
 
-# Noise levels of the denoising passes: steps 0, 179, 358, 679 of a 1000-step flow schedule with shift 10.
+# Noise levels of LingBot-World-Fast: steps 0, 179, 358, 679 of a 1000-step flow schedule with shift 10.
 SIGMAS = (1.0, 0.979, 0.947, 0.825)
+
+
+class Actions(NamedTuple):
+    """What a player did, a row a video frame: latent frame f is steered by rows 4f - 3 .. 4f, frame 0 by row 0."""
+
+    mouse: np.ndarray | None  # [video frames, 2]
+    keyboard: np.ndarray | None  # [video frames, keys]
+
+    def until(self, video_frames: int) -> Actions:
+        """The first `video_frames` rows."""
+        return Actions(*(rows if rows is None else rows[:video_frames] for rows in self))
+
+
+class Controls(NamedTuple):
+    """What steers one chunk."""
+
+    poses: np.ndarray  # camera-to-world [chunk_frames, 4, 4] of its latent frames, OpenCV coordinates
+    intrinsics: np.ndarray | None = None  # fx, fy, cx, cy in pixels, [chunk_frames, 4]
+    actions: Actions | None = None  # of the whole video up to the chunk's last frame
 
 
 class WorldModel(Protocol):
@@ -22,17 +41,20 @@ class WorldModel(Protocol):
     chunk_frames: int
     latent_shape: tuple[int, int, int]  # channels, height, width of a latent frame
     device: torch.device
+    sigmas: tuple[float, ...]  # noise levels of the denoising passes that it was made for
 
-    def prepare_rollout(self, first_pose: np.ndarray, noise_levels: Sequence[float]) -> Any:
-        """Compute what holds for the whole rollout, from the first frame's pose [4, 4] and the passes' sigmas."""
+    def prepare_rollout(self, conditions: Any, first_pose: np.ndarray, noise_levels: Sequence[float]) -> Any:
+        """Compute what holds for the whole rollout, from the model's own kind of conditions (a prompt, an image; None
+        for a stand-in), the first frame's pose [4, 4] and the passes' sigmas, the clean pass's 0 included."""
 
-    def prepare_chunk(self, of_rollout: Any, poses: np.ndarray, intrinsics: np.ndarray) -> Any:
-        """Compute what holds for all passes of a chunk, from poses [chunk_frames, 4, 4], intrinsics [.., 4]."""
+    def prepare_chunk(self, of_rollout: Any, start_frame: int, controls: Controls) -> Any:
+        """Compute what holds for all passes of the chunk whose first latent frame is `start_frame`."""
 
     def denoise(self, latents: torch.Tensor, step: int, of_chunk: Any, memory: WorldMemory) -> torch.Tensor:
         """The flow of fp32 latents [chunk_frames, channels, height, width] at noise_levels[step], fp32, same shape.
 
-        Calls memory.attend once for every layer.
+        Calls memory.attend once for every layer. State that the model carries from chunk to chunk is a function of the
+        last pass over each chunk, so that a chunk may be dropped and begun again.
         """
 
 
@@ -48,12 +70,54 @@ def rollout(
     model: WorldModel,
     memory: WorldMemory,
     poses: object,
-    intrinsics: object,
+    intrinsics: object = None,
     *,
+    actions: Actions | None = None,
+    conditions: Any = None,
     seed: int = 0,
-    sigmas: Sequence[float] = SIGMAS,
+    sigmas: Sequence[float] | None = None,
 ) -> Iterator[RolloutChunk]:
     """Make the chunks of a trajectory one after the other, and yield each as soon as it is in the memory.
+
+    Args:
+        poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates. n // chunk_frames chunks are
+            made; the frames left over are not.
+        intrinsics: fx, fy, cx, cy in pixels, [n, 4] or [4]; None where neither model nor retrieval needs them.
+        actions: of at least the 4 n - 3 video frames; None where the model needs none.
+
+    Everything else as of `stream`. Raises ValueError also when the poses or intrinsics are misshapen or not rigid,
+    there are too few for one chunk, or too few actions.
+    """
+    poses = as_poses("rollout", poses)
+    if intrinsics is not None:
+        intrinsics = as_intrinsics("rollout", intrinsics, len(poses))
+    frames = model.chunk_frames
+    if len(poses) < frames:
+        raise ValueError(f"rollout: poses must be of at least chunk_frames={frames} latent frames, got {len(poses)}")
+    for name, rows in (actions._asdict() if actions is not None else {}).items():
+        least = video_frames(len(poses) // frames * frames)
+        if rows is not None and len(rows) < least:
+            raise ValueError(f"rollout: actions must have a row for {least} video frames, got {len(rows)} of {name}")
+
+    def controls() -> Iterator[Controls]:
+        for first in range(0, len(poses) - frames + 1, frames):
+            rows = slice(first, first + frames)
+            done = actions.until(video_frames(rows.stop)) if actions is not None else None
+            yield Controls(poses[rows], intrinsics[rows] if intrinsics is not None else None, done)
+
+    return stream(model, memory, controls(), conditions=conditions, seed=seed, sigmas=sigmas)
+
+
+def stream(
+    model: WorldModel,
+    memory: WorldMemory,
+    controls: Iterable[Controls],
+    *,
+    conditions: Any = None,
+    seed: int = 0,
+    sigmas: Sequence[float] | None = None,
+) -> Iterator[RolloutChunk]:
+    """Make a chunk for each of `controls`, asked for when the chunk before is made, and yield it when it is done.
 
     A chunk starts as noise; each pass at sigma gives x0 = x - sigma * flow, and fresh noise takes x0 to the
     next sigma, x = (1 - sigma) * x0 + sigma * noise. The last x0 is the chunk, and one more pass at sigma 0
@@ -62,32 +126,32 @@ def rollout(
     Args:
         model: of the memory's chunk_frames, on its device.
         memory: at its start (new, or reset). Between chunks it is the caller's to look at.
-        poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates. n // chunk_frames chunks are
-            made; the frames left over are not.
-        intrinsics: fx, fy, cx, cy in pixels, [n, 4] or [4].
+        conditions: of the model's own kind; None for its stand-in.
         seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
             so that rollouts of any mode, device and dtype start from the same numbers.
-        sigmas: of the denoising passes, from 1 down, each above 0.
+        sigmas: of the denoising passes, from 1 down, each above 0; None for the model's own.
 
     An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. Synchronises once a
-    chunk, to time it. Raises ValueError at the call when the memory is not at its start, the poses or intrinsics are
-    misshapen or not rigid, there are too few for one chunk, or seed or sigmas are out of range.
+    chunk, to time it. Raises ValueError at the call when the memory is not at its start, or seed or sigmas are out
+    of range; at a chunk what begin_chunk raises.
     """
-    poses = as_poses("rollout", poses)
-    intrinsics = as_intrinsics("rollout", intrinsics, len(poses))
     frames = model.chunk_frames
     if frames != memory.config.chunk_frames:
         got = memory.config.chunk_frames
         raise ValueError(f"rollout: memory must have the model's chunk_frames={frames}, got {got}")
     if memory.stats()["chunks"]:
         raise ValueError(f"rollout: memory must be new or reset, got one of {memory.stats()['chunks']} chunks")
-    if len(poses) < frames:
-        raise ValueError(f"rollout: poses must be of at least chunk_frames={frames} latent frames, got {len(poses)}")
     if seed < 0:
         raise ValueError(f"rollout: seed must be at least 0, got {seed}")
+    sigmas = model.sigmas if sigmas is None else tuple(sigmas)
     if not sigmas or sigmas[0] != 1 or min(sigmas) <= 0 or list(sigmas) != sorted(sigmas, reverse=True):
         raise ValueError(f"rollout: sigmas must start at 1, fall, and stay above 0, got {list(sigmas)}")
-    return _chunks(model, memory, poses, intrinsics, seed, tuple(sigmas))
+    return _chunks(model, memory, controls, conditions, seed, sigmas)
+
+
+def video_frames(latent_frames: int) -> int:
+    """How many video frames so many latent frames from the start stand for: one, then four each."""
+    return 4 * latent_frames - 3
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
@@ -99,20 +163,20 @@ def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tenso
 def _chunks(
     model: WorldModel,
     memory: WorldMemory,
-    poses: np.ndarray,
-    intrinsics: np.ndarray,
+    controls: Iterable[Controls],
+    conditions: Any,
     seed: int,
     sigmas: tuple[float, ...],
 ) -> Iterator[RolloutChunk]:
-    frames = model.chunk_frames
-    with torch.no_grad():
-        of_rollout = model.prepare_rollout(poses[0], (*sigmas, 0.0))
-    for first in range(0, len(poses) - frames + 1, frames):
+    of_rollout = None
+    for number, of_one in enumerate(controls):
+        if number == 0:
+            with torch.no_grad():
+                of_rollout = model.prepare_rollout(conditions, of_one.poses[0], (*sigmas, 0.0))
         started = time.perf_counter()
-        rows = slice(first, first + frames)
-        plan = memory.begin_chunk(poses[rows], intrinsics=intrinsics[rows])
+        plan = memory.begin_chunk(of_one.poses, intrinsics=of_one.intrinsics)
         try:
-            latents = _denoised(model, memory, plan.chunk, of_rollout, poses[rows], intrinsics[rows], seed, sigmas)
+            latents = _denoised(model, memory, plan, of_rollout, of_one, seed, sigmas)
             memory.end_chunk()
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
@@ -126,21 +190,20 @@ def _chunks(
 def _denoised(
     model: WorldModel,
     memory: WorldMemory,
-    chunk: int,
+    plan: ChunkPlan,
     of_rollout: Any,
-    poses: np.ndarray,
-    intrinsics: np.ndarray,
+    controls: Controls,
     seed: int,
     sigmas: tuple[float, ...],
 ) -> torch.Tensor:
     """The passes of one chunk, the clean one included."""
-    of_chunk = model.prepare_chunk(of_rollout, poses, intrinsics)
+    of_chunk = model.prepare_chunk(of_rollout, plan.start_frame, controls)
     shape = (model.chunk_frames, *model.latent_shape)
-    x = noise(seed, chunk, 0, shape).to(model.device)
+    x = noise(seed, plan.chunk, 0, shape).to(model.device)
     for step, sigma in enumerate(sigmas):
         clean = x - sigma * model.denoise(x, step, of_chunk, memory)
         if step + 1 < len(sigmas):
             next_sigma = sigmas[step + 1]
-            x = (1 - next_sigma) * clean + next_sigma * noise(seed, chunk, step + 1, shape).to(model.device)
+            x = (1 - next_sigma) * clean + next_sigma * noise(seed, plan.chunk, step + 1, shape).to(model.device)
     model.denoise(clean, len(sigmas), of_chunk, memory)
     return clean

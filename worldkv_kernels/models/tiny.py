@@ -18,6 +18,7 @@ from torch import nn
 
 from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
+from .rollout import SIGMAS, Controls
 
 _PATCH = (1, 2, 2)  # frames, rows and columns of latents in a token
 _FP32_PARAMETERS = ("time_", "head.", "norm3", "modulation")
@@ -89,6 +90,8 @@ class TinyWorldModel(nn.Module):
     world do not matter; the image is taken to be twice as large as the principal point.
     """
 
+    sigmas = SIGMAS
+
     def __init__(
         self,
         config: TinyConfig | None = None,
@@ -122,8 +125,13 @@ class TinyWorldModel(nn.Module):
         self.prompt = self.prompt.to(self.device, dtype)
         self.dtype = dtype
 
-    def prepare_rollout(self, first_pose: np.ndarray, noise_levels: Sequence[float]) -> _OfRollout:
-        """Modulation for each noise level, and the keys and values of the prompt for each layer's cross-attention."""
+    def prepare_rollout(self, conditions: None, first_pose: np.ndarray, noise_levels: Sequence[float]) -> _OfRollout:
+        """Modulation for each noise level, and the keys and values of the prompt for each layer's cross-attention.
+
+        Raises ValueError when conditions are given: its prompt is drawn with the weights.
+        """
+        if conditions is not None:
+            raise ValueError(f"TinyWorldModel: conditions must be None, got {conditions!r}")
         time = 1000 * torch.tensor(noise_levels, dtype=torch.float64, device=self.device)
         time = self.time_embedding(_sinusoids(time, self.config.frequency_dim))  # [steps, dim]
         of_blocks = self.time_projection(time).unflatten(1, (1, 6, -1))
@@ -135,9 +143,14 @@ class TinyWorldModel(nn.Module):
             [block.cross_attn.keys_values(text) for block in self.blocks],
         )
 
-    def prepare_chunk(self, of_rollout: _OfRollout, poses: np.ndarray, intrinsics: np.ndarray) -> _OfChunk:
-        """Scale and shift that each layer's camera injection applies to the chunk's tokens."""
-        rays = pluecker_map(of_rollout.world_to_first @ poses, intrinsics, self.config.grid)
+    def prepare_chunk(self, of_rollout: _OfRollout, start_frame: int, controls: Controls) -> _OfChunk:
+        """Scale and shift that each layer's camera injection applies to the chunk's tokens.
+
+        Raises ValueError when the controls have no intrinsics.
+        """
+        if controls.intrinsics is None:
+            raise ValueError("TinyWorldModel: intrinsics must be [n, 4] or [4], got None")
+        rays = pluecker_map(of_rollout.world_to_first @ controls.poses, controls.intrinsics, self.config.grid)
         rays = torch.from_numpy(rays).flatten(0, 2).to(self.device, self.dtype)
         embedded = self.patch_embedding_wancamctrl(rays)
         hidden = self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(embedded)))
