@@ -12,6 +12,7 @@ from ..ops.checks import DTYPES
 from ..ops.compress_chunk import compress_chunk
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
+from ..ranges import ranged
 from .bank import Bank
 from .config import MemoryConfig
 from .pool import Pool
@@ -112,6 +113,7 @@ class WorldMemory:
 
     # --- a chunk ---
 
+    @ranged("begin_chunk")
     def begin_chunk(self, poses: object = None, *, intrinsics: object = None) -> ChunkPlan:
         """Choose what the next chunk attends to.
 
@@ -202,6 +204,7 @@ class WorldMemory:
             turned, pool.k[layer], pool.v[layer], self._window, scale=config.scale, out=out, backend=self._backend
         )
 
+    @ranged("end_chunk")
     def end_chunk(self) -> None:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
 
