@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from common import Run
 
+PAGE_ROWS = 128  # a tile, and what slots of the pool are rounded up to
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 
 
@@ -19,9 +20,10 @@ def need_gpu(q: torch.Tensor, name: str) -> None:
 
 
 def flex_inputs(
-    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: torch.Tensor
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: torch.Tensor, *, q_tile: int = 128
 ) -> tuple[list[torch.Tensor], torch.nn.attention.flex_attention.BlockMask]:
-    """q and the whole pools as [1, heads, length, head_dim], zeros for NaN, and a mask that admits the window's rows.
+    """q and the whole pools as [1, heads, length, head_dim], zeros for NaN, and a mask that admits the window's rows,
+    whose blocks are `q_tile` queries by 128 rows.
 
     Weights of zero do not cancel a NaN in V, and a slot's unused rows hold zeros in the library, too.
     """
@@ -30,8 +32,9 @@ def flex_inputs(
     admitted = torch.zeros(len(k_pool), dtype=torch.bool, device=q.device)
     admitted[index] = True
     mask = create_block_mask(
-        lambda batch, head, query, row: admitted[row], None, None, len(q), len(k_pool), device=q.device
-    )
+        lambda batch, head, query, row: admitted[row], None, None, len(q), len(k_pool), device=q.device,
+        BLOCK_SIZE=(q_tile, PAGE_ROWS),
+    )  # fmt: skip
     pools = (pool.nan_to_num(0.0) for pool in (k_pool, v_pool))
     return [x.transpose(0, 1).unsqueeze(0) for x in (q, *pools)], mask
 
@@ -45,6 +48,59 @@ def flex(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: tor
     torch.compiler.reset()  # every case is another shape, and torch.compile stops at the eighth
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     return lambda i: compiled(*inputs, block_mask=mask).squeeze(0).transpose(0, 1)
+
+
+def flash_attn4_lists(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: torch.Tensor) -> Run:
+    """flash-attn-4 over the pool where it lies, with lists of whole and of cut blocks made beforehand.
+
+    Through FlexAttention, which hands it the lists and compiles the mask of the cut blocks into its kernel.
+    """
+    import flash_attn.cute  # noqa: F401  FlexAttention would name a lowering, not the package, as missing
+    from torch.nn.attention.flex_attention import flex_attention
+
+    need_gpu(q, "flash-attn 4")
+    # From sm_100 on the kernel takes two tiles of queries at a time.
+    q_tile = 256 if torch.cuda.get_device_capability(q.device)[0] >= 10 else 128
+    inputs, mask = flex_inputs(q, k_pool, v_pool, index, q_tile=q_tile)
+    # No reset of the compiler here: `flex`, before this one, has done so, and its own kernel is yet to be timed.
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    options = {"BACKEND": "FLASH"}
+    return lambda i: compiled(*inputs, block_mask=mask, kernel_options=options).squeeze(0).transpose(0, 1)
+
+
+def whole_page(index: torch.Tensor) -> int:
+    """Rows of the largest page, a power of two up to 128, of which the window takes none in part."""
+    size = PAGE_ROWS
+    while size > 1:
+        if len(index) % size == 0:
+            pages = index.view(-1, size)
+            first = pages[:, :1]
+            within = torch.arange(size, device=index.device)
+            if bool((first % size == 0).all()) and torch.equal(pages, first + within):
+                break
+        size //= 2
+    return size
+
+
+def flash_attn4_paged(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: torch.Tensor) -> Run:
+    """flash-attn-4 over the pool where it lies, with a page table.
+
+    A page is read in full but at the sequence's end, so pages are as large as the segments' ends allow. The fast path
+    wants 128 rows, a tile; smaller pages are looked up row by row.
+    """
+    from flash_attn.cute import flash_attn_varlen_func
+
+    need_gpu(q, "flash-attn 4")
+    size = whole_page(index)
+    table = (index[::size] // size).int().unsqueeze(0)  # [1, pages]
+    pools = [pool.unflatten(0, (-1, size)) for pool in (k_pool, v_pool)]  # [pages, size, heads, head_dim]
+    used = torch.tensor([len(index)], dtype=torch.int32, device=q.device)
+
+    def run(i: int) -> torch.Tensor:
+        result = flash_attn_varlen_func(q.unsqueeze(0), *pools, seqused_k=used, page_table=table, causal=False)
+        return (result[0] if isinstance(result, tuple) else result).squeeze(0)  # with lse or without, by its version
+
+    return run
 
 
 def flash_attn2(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: torch.Tensor) -> Run:
@@ -89,6 +145,8 @@ def sage(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: tor
 RIVALS = {
     "flex attention, pool": (flex, None),
     "flash-attn 2": (flash_attn2, None),
+    "flash-attn 4, lists": (flash_attn4_lists, None),
+    "flash-attn 4, pages": (flash_attn4_paged, None),
     "flashinfer, page 1": (flashinfer_paged, None),
     "sage attention, 8 bits": (sage, 5e-2),
 }

@@ -4,7 +4,7 @@ The dense rivals are best cases: they read a window that already lies gathered i
 also pay for gathering it, as a cache that is concatenated anew for each call does. Two read the pool where it is. None
 of them rebases time, nor returns the softmax weight of each segment.
 
-    python benchmarks/bench_segment_attention.py [--small] [--json FILE] [--device DEVICE]
+    python benchmarks/bench_segment_attention.py [--small | --core] [--json FILE] [--device DEVICE]
 """
 
 from __future__ import annotations
@@ -28,48 +28,86 @@ TILE_ROWS = 128
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """`pruned` retrieved chunks of half a chunk each, between `sink` whole chunks and `recent` whole ones, then the
-    current chunk. `chunk` in tokens."""
+    """`sink` whole chunks, `retrieved` ones of half a chunk each or, not `pruned`, whole, `recent` whole ones, and the
+    current chunk. `chunk` in tokens, of three frames."""
 
     heads: int
     q_len: int
     chunk: int
     sink: int
-    pruned: int
+    retrieved: int
     recent: int
+    pruned: bool = True
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each segment, in window order."""
-        return [self.chunk] * self.sink + [self.chunk // 2] * self.pruned + [self.chunk] * (self.recent + 1)
+        retrieved = self.chunk // 2 if self.pruned else self.chunk
+        return [self.chunk] * self.sink + [retrieved] * self.retrieved + [self.chunk] * (self.recent + 1)
+
+    @property
+    def shifts(self) -> list[int]:
+        """Frames by which each segment is moved where time is rebased: the retrieved ones, none of them by zero."""
+        return [0] * self.sink + [3 * (7 + i) for i in range(self.retrieved)] + [0] * (self.recent + 1)
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def frames(self) -> float:
+        """The window's length in frames' worth of tokens; a pruned chunk counts as half."""
+        return 3 * self.num_tokens / self.chunk
+
+    @property
+    def kind(self) -> str:
+        return "pruned" if self.pruned else "whole"
+
     def __str__(self) -> str:
-        return f"{self.heads} heads, {self.q_len} queries, {self.num_tokens} keys"
+        tokens = f"{self.heads} heads, {self.q_len} queries, {self.num_tokens} keys"
+        return f"{tokens}, {self.frames:.3g} frames, {self.kind}"
 
 
-# What matters most comes first, since a run may be cut short. 1560 and 880 tokens a frame, chunks of three.
-CASES = [
-    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=6, recent=2),  # the default memory, 32,760
-    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, pruned=13, recent=2),  # 27,720
-    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=52, recent=2),  # 140,400, as a full cache
-    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=10, recent=2),  # 42,120
-    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, pruned=98, recent=2),  # 139,920
-    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, pruned=2, recent=2),  # 13,200
-    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, pruned=6, recent=1),  # 28,080, the published window
-    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, pruned=6, recent=1),  # 28,080
-    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, pruned=52, recent=2),  # 140,400
-    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, pruned=2, recent=0),  # 14,040
+def window_case(frames: int, frame_tokens: int, heads: int, *, pruned: bool) -> AttentionCase:
+    """A window of `frames` frames' worth of tokens, 9 or more in threes: a sink chunk, the current one, two recent ones
+    where there is room, and retrieved chunks, two pruned ones in place of one whole."""
+    chunks = frames // 3
+    recent = 2 if chunks > 4 else 0
+    retrieved = (chunks - 2 - recent) * (2 if pruned else 1)
+    return AttentionCase(heads, 3 * frame_tokens, 3 * frame_tokens, 1, retrieved, recent, pruned)
+
+
+MODELS = {"lingbot 480 x 832": (1560, 40), "matrix-game": (880, 12), "lingbot 16:9": (1508, 40)}  # frame tokens, heads
+LINGBOT, MATRIX_GAME, LINGBOT_WIDE = MODELS.values()
+WINDOWS = (21, 90, 9, 27, 15)  # frames
+
+# What matters most comes first, since a run may be cut short. The core is what benchmarks/device.sh has time for.
+CORE_CASES = [
+    window_case(21, *LINGBOT, pruned=True),  # the default memory: six pruned chunks, 32,760 keys
+    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, retrieved=13, recent=2),  # 27,720
+    window_case(90, *LINGBOT, pruned=True),  # 140,400, as a full cache
+    window_case(21, *LINGBOT, pruned=False),
+    window_case(90, *MATRIX_GAME, pruned=True),  # 79,200
+    window_case(21, *LINGBOT_WIDE, pruned=True),  # 31,668
+    window_case(9, *LINGBOT, pruned=True),  # 14,040
+    window_case(15, *MATRIX_GAME, pruned=True),  # 13,200
 ]
+CASES = list(dict.fromkeys([
+    *CORE_CASES,
+    *(window_case(n, *model, pruned=pruned) for pruned in (True, False) for n in WINDOWS for model in MODELS.values()),
+    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, retrieved=6, recent=1),  # 28,080, the published window
+    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, retrieved=6, recent=1),  # 12 heads at 1560 a frame
+    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, retrieved=52, recent=2),  # 140,400
+    AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, retrieved=2, recent=0),  # 14,040
+    AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, retrieved=98, recent=2),  # 139,920
+]))  # fmt: skip
 SMALL_CASES = [
-    AttentionCase(heads=2, q_len=150, chunk=150, sink=1, pruned=3, recent=1, dtype=torch.float32),
-    AttentionCase(heads=2, q_len=150, chunk=150, sink=1, pruned=9, recent=1, dtype=torch.float32),
-    AttentionCase(heads=1, q_len=33, chunk=33, sink=0, pruned=0, recent=0),
+    AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=3, recent=1, dtype=torch.float32),
+    AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=9, recent=1, dtype=torch.float32),
+    AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=2, recent=1, pruned=False, dtype=torch.float32),
+    AttentionCase(heads=1, q_len=33, chunk=33, sink=0, retrieved=0, recent=0),
 ]
 
 
@@ -158,9 +196,7 @@ def exact_attention(
 def prepare(case: AttentionCase, device: torch.device) -> Problem:
     """Fill a pool with NaN and the window's rows with random numbers; ours, then the rivals."""
     lengths = case.lengths
-    retrieved = range(case.sink, case.sink + case.pruned)
-    shifts = [3 * (7 + i) if i in retrieved else 0 for i in range(len(lengths))]
-    shifted, rows = scatter(lengths, shifts)
+    shifted, rows = scatter(lengths, case.shifts)
     plain = [segment._replace(time_shift=0) for segment in shifted]
     generator = torch.Generator(device=device).manual_seed(0)
     pools = torch.full((2, rows, case.heads, case.head_dim), float("nan"), dtype=case.dtype, device=device)
@@ -236,7 +272,11 @@ def prepare(case: AttentionCase, device: torch.device) -> Problem:
 
     limit = ERROR_LIMITS[case.dtype]
     flops = attention_flops(case.q_len, case.heads, case.head_dim, sum(lengths))
-    kernels = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
+    kernels = {
+        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+        "sdpa flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
     if device.type == "cpu":
         kernels["sdpa math"] = SDPBackend.MATH
     variants = [our_variant(b, extra) for b in ours("segment_attention", device) for extra in ("", *EXTRAS)]
@@ -245,7 +285,7 @@ def prepare(case: AttentionCase, device: torch.device) -> Problem:
         rival(name, lambda make=make: make(q, k_pool, v_pool, index), widened or limit)
         for name, (make, widened) in RIVALS.items()
     ]
-    shape = {"heads": case.heads, "queries": case.q_len, "tokens": case.num_tokens}
+    shape = {"heads": case.heads, "queries": case.q_len, "tokens": case.num_tokens, "keys": case.kind}
     return Problem(str(case), variants, flush=True, shape=shape)
 
 
@@ -253,16 +293,21 @@ EXTRAS = ("rebase", "mass", "lse")
 
 
 def run(
-    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+    *,
+    small: bool = False,
+    device: torch.device | None = None,
+    seconds: float = 1.0,
+    json_path: str | None = None,
+    core: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure the cases and return the figures, as `common.run_cases` does."""
-    cases = SMALL_CASES if small else CASES
+    """Measure the cases and return the figures, as `common.run_cases` does; of the full ones with `core` the first."""
+    cases = SMALL_CASES if small else CORE_CASES if core else CASES
     device = device or parse_device(None)
     return run_cases("segment_attention", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_main("segment_attention", __doc__.splitlines()[0], run, argv)
+    return bench_main("segment_attention", __doc__.splitlines()[0], run, argv, has_core=True)
 
 
 if __name__ == "__main__":

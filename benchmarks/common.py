@@ -76,15 +76,24 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_variants(
-    runs: dict[str, Run], device: torch.device, *, sets: int = 1, flush: bool = False, seconds: float = 1.0
+    runs: dict[str, Run],
+    device: torch.device,
+    *,
+    sets: int = 1,
+    flush: bool = False,
+    seconds: float = 1.0,
+    settle: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time several ways of doing the same thing in one loop, so that a drift of the clocks meets all of them.
 
     `runs[name](i)` works on input set i. One sample is a walk over all sets, divided by their number. Each round
     takes one sample of every variant; the variant that goes first changes from round to round. `flush` reads a
-    buffer of four times the L2 cache before each sample, so that inputs come from memory. On a GPU samples lie
-    between two events, and the device waits before the first until the host has queued the work, so that launches
-    hide as in a busy stream; on a CPU they are wall-clock. About `seconds` in all after warm-up, 5 to 200 rounds.
+    buffer of four times the L2 cache before each sample, so that inputs come from memory. `settle` is called before
+    each sample, outside its time, to queue a wait for what an earlier one has left running on another stream.
+
+    On a GPU samples lie between two events, and the device waits before the first until the host has queued the work,
+    so that launches hide as in a busy stream; on a CPU they are wall-clock. About `seconds` in all after warm-up, 5 to
+    200 rounds.
     """
     names = list(runs)
     on_gpu = device.type == "cuda"
@@ -109,6 +118,8 @@ def time_variants(
     host_time = {name: min(times) for name, times in host.items()}
 
     def sample(name: str) -> Callable[[], float]:
+        if settle is not None:
+            settle()
         if not on_gpu:
             start = time.perf_counter()
             walk(name)
@@ -200,10 +211,18 @@ def _copy_seconds(size: int, device: torch.device, seconds: float) -> float:
     return time_variants({"copy": lambda i: target.copy_(source)}, device, seconds=seconds)["copy"].median
 
 
-def roof(num_bytes: int, flops: int, ceilings: Ceilings) -> tuple[str, float]:
-    """Which ceiling binds, "copy" or "matmul", and the seconds below which the work cannot be done."""
-    by_copy, by_matmul = num_bytes / ceilings.copy, flops / ceilings.matmul
-    return ("copy", by_copy) if by_copy >= by_matmul else ("matmul", by_matmul)
+def roof(num_bytes: int, flops: int, ceilings: Ceilings, link_bytes: int = 0) -> tuple[str, float]:
+    """Which ceiling binds, "copy", "matmul" or "link", and the seconds below which the work cannot be done.
+
+    Where no link was measured, such as on a CPU, `link_bytes` count against the copy.
+    """
+    if ceilings.host_to_device is None:
+        num_bytes, link_bytes = max(num_bytes, link_bytes), 0
+    floors = {"copy": num_bytes / ceilings.copy, "matmul": flops / ceilings.matmul}
+    if link_bytes:
+        floors["link"] = link_bytes / ceilings.host_to_device
+    binds = max(floors, key=floors.get)
+    return binds, floors[binds]
 
 
 def _output(*command: str) -> str | None:
@@ -282,8 +301,8 @@ class Variant:
 
     `make()` builds what is needed and returns `run(i)`, which does the work on input set i; `check(run)` runs it
     on set 0 and returns the relative error. What they raise skips a rival, and fails a variant of ours. `num_bytes`
-    and `flops` count what the result needs, not what an implementation moves. `base` names the variant that this
-    one's time is compared with as `over_base`.
+    and `flops` count what the result needs, not what an implementation moves; `link_bytes` what has to come from
+    host memory. `base` names the variant that this one's time is compared with as `over_base`.
     """
 
     name: str
@@ -294,18 +313,20 @@ class Variant:
     flops: int = 0
     rival: bool = False
     base: str | None = None
+    link_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Problem:
     """A case made ready: its name, its variants, and how to time them. `shape` is for plots: `tokens`, the length that
-    cases differ in, and what else distinguishes them, such as `heads`."""
+    cases differ in, and what else distinguishes them, such as `heads`. `settle` is `time_variants`'."""
 
     case: str
     variants: list[Variant]
     sets: int = 1
     flush: bool = False
-    shape: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, int | str] = field(default_factory=dict)
+    settle: Callable[[], object] | None = None
 
 
 def _first_line(error: BaseException) -> str:
@@ -327,7 +348,7 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             shape=problem.shape,
             status="timed", reason=None, error=None, error_limit=variant.limit,
             us=None, us_20=None, us_80=None, host_us=None, rounds=None,
-            bytes=variant.num_bytes, flops=variant.flops, gb_s=None, tflop_s=None,
+            bytes=variant.num_bytes, link_bytes=variant.link_bytes, flops=variant.flops, gb_s=None, tflop_s=None,
             ceiling=None, share=None, rival=None, times_rival=None, base=variant.base, over_base=None,
         )  # fmt: skip
         figures.append(figure)
@@ -343,7 +364,8 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             figure.update(status="wrong", reason=f"relative error {error:.2e}, limit {variant.limit:.0e}")
             continue
         runs[variant.name] = run
-    timings = time_variants(runs, device, sets=problem.sets, flush=problem.flush, seconds=seconds) if runs else {}
+    options = {"sets": problem.sets, "flush": problem.flush, "settle": problem.settle}
+    timings = time_variants(runs, device, **options, seconds=seconds) if runs else {}
     if _trace_to is not None:
         for name, run in runs.items():
             with recorded(f"{problem.case}: {name}", device, keep=_trace_to):
@@ -355,7 +377,7 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
         timing = timings.get(figure["variant"])
         if timing is None:
             continue
-        ceiling, floor = roof(figure["bytes"], figure["flops"], ceilings)
+        ceiling, floor = roof(figure["bytes"], figure["flops"], ceilings, figure["link_bytes"])
         base = timings.get(figure["base"])
         figure.update(
             us=timing.median * 1e6, us_20=timing.low * 1e6, us_80=timing.high * 1e6, host_us=timing.host * 1e6,
@@ -498,8 +520,10 @@ def run_cases(
     small: bool = False,
     seconds: float = 1.0,
     json_path: str | Path | None = None,
+    host_to_device: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure every case and return the figures; each is a JSON line in `json_path` as soon as its case is done.
+    `host_to_device` measures the link, too.
 
     A case that cannot even be made ready (no memory) is one figure with status "failed". Prints progress on stderr.
     """
@@ -507,7 +531,7 @@ def run_cases(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with one_thread():
-        ceilings = measure_ceilings(device, small=small)
+        ceilings = measure_ceilings(device, small=small, host_to_device=host_to_device)
     record = environment(device)
     figures = []
     for number, case in enumerate(cases, 1):
@@ -542,17 +566,25 @@ def bench_main(
     description: str,
     run: Callable[..., list[dict[str, Any]]],
     argv: Sequence[str] | None,
+    *,
+    has_core: bool = False,
 ) -> int:
-    """Parse, run, print the table. Exit status 1 when a variant of ours is wrong or failed, 2 on bad arguments."""
+    """Parse, run, print the table. Exit status 1 when a variant of ours is wrong or failed, 2 on bad arguments.
+
+    `has_core` adds --core, for `run(core=)`.
+    """
     parser = arguments(description)
     parser.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up")
+    if has_core:
+        parser.add_argument("--core", action="store_true", help="of the full cases only those that matter most")
     args = parser.parse_args(argv)
+    options = {"core": args.core} if has_core else {}
     try:
         device = device_for(args.device, small=args.small)
     except ValueError as error:
         print(f"{bench}: {error}", file=sys.stderr)
         return 2
-    figures = run(small=args.small, device=device, seconds=args.seconds, json_path=args.json)
+    figures = run(small=args.small, device=device, seconds=args.seconds, json_path=args.json, **options)
     print(table(figures))
     return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
 

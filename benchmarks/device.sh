@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go and without a network: install, doctor, tests, memory checker, proof, ceilings
-# and the three benches.
+# and the benches.
 #
 #   benchmarks/device.sh [--dry]
 #
@@ -158,14 +158,14 @@ sanitize() {
         --target-processes application-only "$python" "$root/benchmarks/sanitize.py"
 }
 
-bench() { # bench LIMIT NAME
-    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --json "$results" "${small[@]+"${small[@]}"}"
+bench() { # bench LIMIT NAME [OPTIONS...]
+    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --json "$results" "${small[@]+"${small[@]}"}" "${@:3}"
 }
 
 main() {
     local small=()
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
-    reserve=200
+    reserve=240
     install_package
     stage environment 30 bash -c print_environment
     doctor doctor 40
@@ -180,9 +180,10 @@ main() {
     fi
     reserve=0
     stage ceilings 40 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
-    bench 200 segment_attention  # FlexAttention compiles anew for every case
+    bench 200 segment_attention --core  # FlexAttention compiles anew for every case
     bench 70 norm_rope_append
     bench 40 compress_chunk
+    bench 60 prefetch
 
     echo
     printf '%s' "$summary"

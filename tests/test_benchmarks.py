@@ -17,11 +17,11 @@ from worldkv_kernels import Segment
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
-BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk"]
+BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "prefetch"]
 KEYS = {
     "bench", "case", "variant", "shape", "is_rival", "status", "reason", "error", "error_limit", "us", "us_20", "us_80",
-    "host_us", "rounds", "bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival", "times_rival", "base",
-    "over_base", "ceilings", "environment",
+    "host_us", "rounds", "bytes", "link_bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival", "times_rival",
+    "base", "over_base", "ceilings", "environment",
 }  # fmt: skip
 ENVIRONMENT_KEYS = {
     "date", "commit", "dirty", "source", "device", "driver", "cuda", "cudnn", "torch", "triton", "python",
@@ -34,7 +34,8 @@ def load(monkeypatch):
     """Import a file of benchmarks/ as the scripts do, which are no package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ["common", "plots", "sanitize", "attention_rivals", *(f"bench_{bench}" for bench in BENCHES)]:
+    shared = ["common", "plots", "sanitize", "attention_rivals", "prefetch_rivals"]
+    for name in [*shared, *(f"bench_{bench}" for bench in BENCHES)]:
         sys.modules.pop(name, None)
 
 
@@ -95,13 +96,57 @@ def test_compress_bytes(load):
     assert bench.kept_each(1560, 0.25) * 2 + 1560 == 2340
 
 
-def test_the_windows_have_the_lengths_they_are_quoted_with(load):
-    cases = load("bench_segment_attention").CASES
-    assert [(c.heads, c.q_len, c.num_tokens) for c in cases] == [
-        (40, 4680, 32760), (12, 2640, 27720), (40, 4680, 140400), (40, 4680, 42120), (12, 2640, 139920),
-        (12, 2640, 13200), (40, 4680, 28080), (12, 4680, 28080), (12, 4680, 140400), (12, 4680, 14040),
+def test_the_core_windows_have_the_lengths_they_are_quoted_with(load):
+    bench = load("bench_segment_attention")
+    assert [(c.heads, c.q_len, c.num_tokens, c.pruned) for c in bench.CORE_CASES] == [
+        (40, 4680, 32760, True), (12, 2640, 27720, True), (40, 4680, 140400, True), (40, 4680, 32760, False),
+        (12, 2640, 79200, True), (40, 4524, 31668, True), (40, 4680, 14040, True), (12, 2640, 13200, True),
     ]  # fmt: skip
-    assert cases[0].lengths == [4680] + 6 * [2340] + 3 * [4680]
+    assert bench.CORE_CASES[0].lengths == [4680] + 6 * [2340] + 3 * [4680]
+    assert bench.CORE_CASES[3].lengths == 7 * [4680]
+    assert bench.CASES[: len(bench.CORE_CASES)] == bench.CORE_CASES
+
+
+def test_each_model_has_each_window_pruned_and_whole(load):
+    cases = load("bench_segment_attention").CASES
+    # Tokens a frame and heads; a chunk is three frames, and the window's last one makes the queries.
+    for frame_tokens, heads in ((1560, 40), (1508, 40), (880, 12)):
+        for frames, halves in ((9, 2), (15, 2), (21, 6), (27, 10), (90, 52)):
+            of_length = [c for c in cases if (c.heads, c.q_len) == (heads, 3 * frame_tokens) and c.frames == frames]
+            assert [c.num_tokens for c in of_length] == 2 * [frames * frame_tokens]
+            pruned, whole = sorted(of_length, key=lambda c: not c.pruned)
+            assert (pruned.pruned, whole.pruned) == (True, False)
+            assert pruned.lengths.count(3 * frame_tokens // 2) == halves
+            assert whole.lengths == [3 * frame_tokens] * (frames // 3)
+    names = [str(c) for c in cases]
+    assert len(set(names)) == len(names) == 36
+    assert names[0] == "40 heads, 4680 queries, 32760 keys, 21 frames, pruned"
+    assert names[3] == "40 heads, 4680 queries, 32760 keys, 21 frames, whole"
+
+
+def test_retrieved_chunks_are_moved_in_time_and_no_others(load):
+    case = load("bench_segment_attention").AttentionCase(heads=1, q_len=6, chunk=6, sink=1, retrieved=3, recent=1)
+    assert case.lengths == [6, 3, 3, 3, 6, 6]
+    assert [shift != 0 for shift in case.shifts] == [False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("core, small, count", [(False, False, 36), (True, False, 8), (True, True, 4)])
+def test_core_runs_the_first_cases_alone(load, monkeypatch, core, small, count):
+    bench = load("bench_segment_attention")
+    monkeypatch.setattr(bench, "run_cases", lambda name, cases, *args, **options: cases)
+    cases = bench.run(core=core, small=small, device=CPU)
+    assert len(cases) == count
+    assert cases == (bench.SMALL_CASES if small else bench.CASES[:count])
+
+
+def test_core_is_an_option_of_the_benches_that_have_one(load, monkeypatch, capsys):
+    bench, asked = load("bench_segment_attention"), []
+    monkeypatch.setattr(bench, "run", lambda **options: asked.append(options["core"]) or [])
+    assert bench.main(["--small", "--device", "cpu", "--core"]) == bench.main(["--small", "--device", "cpu"]) == 0
+    assert asked == [True, False]
+    with pytest.raises(SystemExit):
+        load("bench_compress_chunk").main(["--small", "--core"])
+    assert "--core" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lengths", [[7], [128, 1], [300, 128, 5, 129, 4680], [2340] * 30])
@@ -121,6 +166,13 @@ def test_the_ceiling_that_takes_longer_binds(common):
     assert common.roof(200, 1000, ceilings) == ("copy", 2.0)
     assert common.roof(200, 3000, ceilings) == ("matmul", 3.0)
     assert common.roof(200, 0, ceilings) == ("copy", 2.0)
+    linked = common.Ceilings(copy=100.0, matmul=1000.0, host_to_device=10.0)
+    assert common.roof(200, 1000, linked, link_bytes=50) == ("link", 5.0)
+    assert common.roof(200, 1000, linked, link_bytes=10) == ("copy", 2.0)
+    assert common.roof(200, 6000, linked, link_bytes=50) == ("matmul", 6.0)
+    # No link measured: what crosses it counts against the copy, once.
+    assert common.roof(200, 0, ceilings, link_bytes=200) == ("copy", 2.0)
+    assert common.roof(0, 0, ceilings, link_bytes=300) == ("copy", 3.0)
 
 
 def test_percentiles_lie_between_values_in_proportion(common):
@@ -173,6 +225,23 @@ class Clock:
             self.now += next(times)
 
         return run
+
+
+def test_what_still_runs_is_waited_for_before_each_sample_and_outside_its_time(common, monkeypatch):
+    clock = Clock(common, monkeypatch)
+    calls, right = [], clock.takes(2)
+
+    def run(i):
+        calls.append("run")
+        right(i)
+
+    def settle():
+        calls.append("settle")
+        clock.now += 100
+
+    timing = common.time_variants({"a": run}, CPU, sets=2, seconds=0.0, settle=settle)["a"]
+    assert calls == ["run", "run"] + ["settle", "run", "run"] * 5
+    assert (timing.median, timing.low, timing.high) == (2.0, 2.0, 2.0)
 
 
 def test_time_is_the_median_of_one_call(common, monkeypatch):
@@ -282,7 +351,8 @@ def test_small_runs_give_json_lines_with_the_documented_keys(load, tmp_path, ben
         assert line["status"] in {"timed", "skipped"}
         assert (line["us"] is None) == (line["status"] == "skipped") == (line["reason"] is not None)
     ours = [line for line in lines if not line["is_rival"]]
-    assert {line["case"] for line in ours} == {str(case) for case in module.SMALL_CASES}
+    on_a_cpu = [case for case in module.SMALL_CASES if not getattr(case, "beside", False)]
+    assert {line["case"] for line in ours} == {str(case) for case in on_a_cpu}
     assert all({"heads", "tokens"} <= set(line["shape"]) for line in lines)
     assert all(line["status"] == "timed" and line["times_rival"] > 0 for line in ours)
     # Another way of doing the same agrees, so the check is not empty.
@@ -305,7 +375,8 @@ def test_an_attention_rival_with_wrong_numbers_is_not_timed(load, monkeypatch):
     monkeypatch.setattr(bench, "scaled_dot_product_attention", one_key_short)
     figures = bench.run(small=True, device=CPU, seconds=0.01)
     rivals = [f for f in figures if f["is_rival"] and f["variant"].startswith("sdpa")]
-    assert {f["status"] for f in rivals if "cudnn" not in f["variant"]} == {"wrong"}
+    on_a_cpu = [f for f in rivals if not f["variant"].startswith(("sdpa cudnn", "sdpa efficient"))]
+    assert {f["status"] for f in on_a_cpu} == {"wrong"}
     assert len(calls) == len(rivals)  # the check alone
     assert all(f["status"] == "timed" and f["rival"] is None for f in figures if not f["is_rival"])
 
@@ -366,17 +437,88 @@ def by_heads(q, k, v, causal):
     return dense(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), causal).transpose(1, 2)
 
 
+def by_pages(q, k, v, *, seqused_k, page_table, causal):
+    """As flash-attn-4 reads a page table: pages of [rows, heads, head_dim], in full but at the end of the sequence."""
+    assert page_table.dtype == seqused_k.dtype == torch.int32
+    assert (q.ndim, page_table.ndim, seqused_k.shape) == (4, 2, (1,)) and page_table.is_contiguous()
+    k, v = (pool[page_table[0].long()].flatten(0, 1)[: seqused_k.item()] for pool in (k, v))
+    return by_heads(q, k.unsqueeze(0), v.unsqueeze(0), causal), None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 64, 128])
+def test_pages_are_as_large_as_the_segments_allow(load, monkeypatch, size):
+    rivals = load("attention_rivals")
+    generator = torch.Generator().manual_seed(0)
+    index = torch.cat([torch.arange(256, 256 + 2 * 128), torch.arange(0, 128 + size % 128)])
+    assert rivals.whole_page(index) == size
+    assert rivals.whole_page(index.flip(0)) == 1
+    assert rivals.whole_page(index[size:]) == size
+    assert rivals.whole_page(index + 1) == 1
+    q, pools = torch.randn(9, 2, 64, generator=generator), [torch.full((512, 2, 64), math.nan) for _ in range(2)]
+    for pool in pools:
+        pool[index] = torch.randn(len(index), 2, 64, generator=generator)
+    heads_first = [x.transpose(0, 1).double() for x in (q, pools[0][index], pools[1][index])]
+    exact = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+    pages = []
+
+    def noted(q, k, v, **options):
+        pages.append(k.shape[1])
+        return by_pages(q, k, v, **options)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_varlen_func=noted))
+    monkeypatch.setattr(rivals, "need_gpu", lambda q, name: None)
+    out = rivals.flash_attn4_paged(q, *pools, index)(0)
+    assert pages == [size]
+    assert load("common").relative_error(out, exact) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("major, q_tile", [(9, 128), (10, 256)])
+def test_flash_attn_4_gets_its_lists_through_flex_attention(load, monkeypatch, window, major, q_tile):
+    *inputs, exact = window
+    rivals, asked = load("attention_rivals"), []
+
+    def compiled(function, fullgraph, dynamic):
+        assert fullgraph and not dynamic
+
+        def run(*inputs, block_mask, kernel_options):
+            asked.append((block_mask.BLOCK_SIZE, kernel_options))
+            with torch.no_grad():
+                return function(*inputs, block_mask=block_mask)
+
+        return run
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    with pytest.raises(ImportError, match=r"flash_attn\.cute"):
+        rivals.flash_attn4_lists(*inputs)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace())
+    with pytest.raises(RuntimeError, match="is timed on a GPU only"):
+        rivals.flash_attn4_lists(*inputs)
+    monkeypatch.setattr(rivals, "need_gpu", lambda q, name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", compiled)
+        run = rivals.flash_attn4_lists(*inputs)
+    out = run(0)
+    assert asked == [((q_tile, 128), {"BACKEND": "FLASH"})]
+    assert load("common").relative_error(out, exact) < 1e-5
+
+
 @pytest.mark.parametrize(
     "module, rival, function",
     [
         ("flash_attn", "flash_attn2", {"flash_attn_func": by_heads}),
         ("sageattention", "sage", {"sageattn": lambda q, k, v, is_causal: dense(q, k, v, is_causal)}),
         ("flashinfer", "flashinfer_paged", {"BatchPrefillWithPagedKVCacheWrapper": PagedPrefill}),
+        ("flash_attn.cute", "flash_attn4_paged", {"flash_attn_varlen_func": by_pages}),
     ],
 )
 def test_other_libraries_get_the_layout_that_they_document(load, monkeypatch, window, module, rival, function):
     *inputs, exact = window
     rivals = load("attention_rivals")
+    monkeypatch.setitem(sys.modules, module.split(".")[0], SimpleNamespace())
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**function))
     with pytest.raises(RuntimeError, match="is timed on a GPU only"):
         getattr(rivals, rival)(*inputs)
@@ -546,5 +688,5 @@ def test_device_script_starts_nothing_past_its_budget(tmp_path):
     done = dry_run_with_a_stub(tmp_path, BUDGET="3")
     assert done.returncode == 1, done.stdout + done.stderr
     # environment, doctor where there is one, ceilings and the benches
-    assert done.stdout.count("FAILED: no time left of 3 s") in (5, 6)
+    assert done.stdout.count("FAILED: no time left of 3 s") in (6, 7)
     assert "(at most" not in done.stdout

@@ -18,7 +18,10 @@ from worldkv_kernels.cli.bench import BENCHES, script
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--small", "--device", "cpu", "--seconds", "0.02"]
 OPS = {"segment_attention", "norm_rope_append", "compress_chunk"}
-RIVALS = {"sdpa", "flex attention", "flash-attn 2", "flashinfer", "sage attention", "eager", "compiled", "published"}
+RIVALS = {
+    "sdpa cudnn", "sdpa flash", "sdpa efficient", "flex attention", "flash-attn 2", "flash-attn 4, lists",
+    "flash-attn 4, pages", "flashinfer", "sage attention", "eager", "compiled", "published",
+}  # fmt: skip
 PLOTS = [f"{op}_{what}.{kind}" for op in sorted(OPS) for what in ("latency", "share") for kind in ("png", "svg")]
 
 
@@ -42,7 +45,7 @@ def test_all_prints_a_table_of_each_op(benched):
     for line in lines:
         assert re.search(rf"^{re.escape(line['case'])} +{re.escape(line['variant'])}\b", printed, re.M)
     assert "bench 2/3: append\n" in printed
-    assert re.search(r"^segment_attention 3/3: .*: \d+\.\d s$", printed, re.M)
+    assert re.search(r"^segment_attention 4/4: .*: \d+\.\d s$", printed, re.M)
 
 
 def test_every_rival_is_timed_or_skipped_with_a_reason(benched):
@@ -69,7 +72,8 @@ def test_pictures_show_each_timed_variant(benched):
             assert (f"{line['variant']}{' (rival)' if line['is_rival'] else ''}" in words) == (line["base"] is None)
         assert ("latency, us" if "latency" in name else "share of the measured ceiling, %") in words
         if "attention" in name:  # context lengths along the axis, a panel for each shape
-            assert all(word in words for word in ("675", "1,125", "2 heads, 150 queries", "1 heads, 33 queries"))
+            panels = ("2 heads, 150 queries, pruned keys", "2 heads, 150 queries, whole keys")
+            assert all(word in words for word in ("675", "1,125", *panels, "1 heads, 33 queries"))
         else:
             assert all(line["case"] in words for line in of_op)
 

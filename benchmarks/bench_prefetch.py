@@ -1,0 +1,223 @@
+"""Retrieved chunks from the host bank into the pool: Bank.fetch where every chunk misses, against other ways to copy.
+
+On a GPU also what a fetch and matmuls on another stream cost each other.
+
+    python benchmarks/bench_prefetch.py [--small] [--json FILE] [--device DEVICE]
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, parse_device, run_cases, time_variants
+from prefetch_rivals import RIVALS, Rows
+
+from worldkv_kernels.memory.bank import Bank
+from worldkv_kernels.memory.pool import Pool
+from worldkv_kernels.memory.retrieval import PoseRetrieval
+
+
+@dataclass(frozen=True)
+class PrefetchCase:
+    """`chunks` banked chunks of `tokens` each that are all missing. `layers` of the model's `of_layers`, since all of
+    them would take a minute to pin. `beside`: with matmuls on another stream, in place of the rivals."""
+
+    heads: int
+    tokens: int
+    layers: int
+    of_layers: int
+    chunks: int
+    beside: bool = False
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        size = f"{self.chunks} x {self.tokens} tokens x {self.heads} x {self.head_dim}"
+        return f"{size}, {self.layers} of {self.of_layers} layers" + (", beside matmuls" if self.beside else "")
+
+
+# Chunks of three frames pruned to half: 1560 tokens a frame in 40 layers, 880 in 30. What matters most comes first.
+CASES = [
+    PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=6),
+    PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=6, beside=True),
+    PrefetchCase(heads=12, tokens=1320, layers=15, of_layers=30, chunks=6),
+    PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=1),
+    PrefetchCase(heads=12, tokens=1320, layers=15, of_layers=30, chunks=6, beside=True),
+    PrefetchCase(heads=12, tokens=1320, layers=15, of_layers=30, chunks=1),
+]
+SMALL_CASES = [
+    PrefetchCase(heads=2, tokens=70, layers=3, of_layers=3, chunks=3, head_dim=64),
+    PrefetchCase(heads=3, tokens=33, layers=2, of_layers=2, chunks=1, dtype=torch.float32),
+    PrefetchCase(heads=2, tokens=70, layers=3, of_layers=3, chunks=3, beside=True, head_dim=64),
+]
+SETS = 2  # the chunks of one set take the slots of the other, so that each fetch copies all of its own
+MATMUL_SIDE = 4096
+
+
+def prefetch_bytes(chunks: int, layers: int, tokens: int, heads: int, head_dim: int, itemsize: int) -> int:
+    """K and V of every missing chunk and layer, once: what crosses the link, and what is written on the device."""
+    return chunks * layers * 2 * tokens * heads * head_dim * itemsize
+
+
+class Banked:
+    """A host bank that holds SETS times `case.chunks` random chunks, and a pool with room for one set."""
+
+    def __init__(self, case: PrefetchCase, device: torch.device) -> None:
+        self.case = case
+        self.pool = Pool(
+            [(case.tokens, case.chunks + 1)],  # one more, through which chunks go to the host
+            num_layers=case.layers, num_heads=case.heads, head_dim=case.head_dim, device=device, dtype=case.dtype,
+        )  # fmt: skip
+        self.bank = Bank(
+            self.pool, self.pool.first_rows[0], tokens=case.tokens, places=SETS * case.chunks, on_host=True,
+            policy=PoseRetrieval(),
+        )  # fmt: skip
+        shape = (case.chunks, case.layers, 2, case.tokens, case.heads, case.head_dim)
+        self.rows = torch.empty(shape, dtype=case.dtype)  # set 0 as it has to arrive
+        generator = torch.Generator(device=device).manual_seed(0)
+        for chunk in range(SETS * case.chunks):
+            data = torch.randn(shape[1:], generator=generator, device=device).to(case.dtype)
+            first = self.bank.row_to_fill(chunk, None)
+            self.pool.k[:, first : first + case.tokens] = data[:, 0]
+            self.pool.v[:, first : first + case.tokens] = data[:, 1]
+            self.bank.stored(chunk)
+            if chunk < case.chunks:
+                self.rows[chunk] = data
+
+    def fetch(self, i: int) -> Rows:
+        """Set i into the pool; the rows where it lies."""
+        wanted = range(i * self.case.chunks, (i + 1) * self.case.chunks)
+        firsts = self.bank.fetch(list(wanted))
+        return [tuple(x[:, first : first + self.case.tokens] for x in (self.pool.k, self.pool.v)) for first in firsts]
+
+    def check_fetch(self, run: Run) -> float:
+        """0 where set 0 arrives bit for bit, each chunk by a copy, and nothing is written beside it; else inf."""
+        for i in (0, 1):  # were there room for both sets, set 0 would now be a hit
+            run(i)
+        self.pool.k.fill_(math.nan)
+        self.pool.v.fill_(math.nan)
+        before = self.bank.copies_in
+        error = copy_error(run(0), self.rows)
+        written = sum(int((~x.isnan()).sum()) for x in (self.pool.k, self.pool.v))
+        copied = self.bank.copies_in - before
+        run(1)  # set 0 comes first when time is taken
+        return error if (written, copied) == (self.rows.numel(), self.case.chunks) else math.inf
+
+
+def copy_error(got: Rows, want: torch.Tensor) -> float:
+    """0 where every row of every chunk and layer is equal bit for bit, else inf. `want` may lie in host memory."""
+    for (k, v), chunk in zip(got, want, strict=True):
+        for k_layer, v_layer, layer in zip(k, v, chunk, strict=True):
+            if not torch.equal(torch.stack([k_layer, v_layer]), layer.to(k_layer.device)):
+                return math.inf
+    return 0.0
+
+
+def prepare(case: PrefetchCase, device: torch.device) -> Problem:
+    """A filled bank; Bank.fetch and the rivals, or Bank.fetch and matmuls beside each other."""
+    banked = Banked(case, device)
+    num_bytes = prefetch_bytes(case.chunks, case.layers, case.tokens, case.heads, case.head_dim, case.dtype.itemsize)
+    shape = {"heads": case.heads, "tokens": case.tokens, "chunks": case.chunks, "layers": case.layers}
+    if case.beside:
+        return beside_matmuls(str(case), banked, num_bytes, device, shape)
+    variants = [Variant("Bank.fetch", lambda: banked.fetch, banked.check_fetch, 0.0, num_bytes, link_bytes=num_bytes)]
+    pinned_rows = cache(banked.rows.pin_memory)  # one copy for all rivals that want it, made by the first
+
+    def check(run: Run) -> float:
+        return copy_error(run(0), banked.rows)
+
+    for name, make in RIVALS.items():
+        ready = partial(make, banked.rows, pinned_rows, device)
+        variants.append(Variant(name, ready, check, 0.0, num_bytes, rival=True, link_bytes=num_bytes))
+    return Problem(str(case), variants, sets=SETS, shape=shape)
+
+
+def beside_matmuls(case: str, banked: Banked, num_bytes: int, device: torch.device, shape: dict[str, int]) -> Problem:
+    """Each of a fetch and matmuls alone, and timed while the other keeps a second stream busy.
+
+    The one beside is given about twice the time of the one timed, so that it never ends first.
+    """
+    a, b = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def matmuls(count: int) -> Run:
+        def run(i: int) -> torch.Tensor:
+            for _ in range(count):
+                torch.mm(a, b, out=product)
+            return product
+
+        return run
+
+    alone = time_variants({"fetch": banked.fetch, "matmul": matmuls(1)}, device, sets=SETS, seconds=0.1)
+    fetch_matmuls = alone["fetch"].median / alone["matmul"].median  # how many last as long as a fetch
+    few, many = math.ceil(fetch_matmuls / 2), math.ceil(2 * fetch_matmuls)
+    side = torch.cuda.Stream(device)
+
+    def with_beside(run: Run, other: Run) -> Run:
+        def both(i: int) -> Any:
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                other(i)
+            return run(i)
+
+        return both
+
+    def settle() -> None:
+        torch.cuda.current_stream(device).wait_stream(side)
+
+    def check_fetch(run: Run) -> float:
+        return banked.check_fetch(lambda i: (settle(), run(i))[1])
+
+    def check_product(run: Run) -> float:
+        # Eight rows of the product in float64: bf16 rounds to one part in 256.
+        want = a[:8].double() @ b.double()
+        return ((run(0)[:8].double() - want).norm() / want.norm()).item()
+
+    flops = 2 * MATMUL_SIDE**3 * few
+    limit = ERROR_LIMITS[product.dtype]
+    fetch, product_alone = banked.fetch, matmuls(few)
+    variants = [
+        Variant("Bank.fetch", lambda: fetch, check_fetch, 0.0, num_bytes, link_bytes=num_bytes),
+        Variant(
+            "Bank.fetch, matmuls beside", lambda: with_beside(fetch, matmuls(many)), check_fetch, 0.0, num_bytes,
+            base="Bank.fetch", link_bytes=num_bytes,
+        ),
+        Variant("matmuls", lambda: product_alone, check_product, limit, 0, flops),
+        Variant(
+            "matmuls, Bank.fetch beside", lambda: with_beside(product_alone, fetch), check_product, limit, 0, flops,
+            base="matmuls",
+        ),
+    ]  # fmt: skip
+    return Problem(case, variants, sets=SETS, shape=shape, settle=settle)
+
+
+def run(
+    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+) -> list[dict[str, Any]]:
+    """Measure the cases and return the figures, as `common.run_cases` does.
+
+    A CPU has no streams: cases with matmuls beside are left out there, which is said on stderr.
+    """
+    cases = SMALL_CASES if small else CASES
+    device = device or parse_device(None)
+    if device.type == "cpu":
+        for case in (c for c in cases if c.beside):
+            print(f"prefetch: {case}: skipped: a CPU has no second stream", file=sys.stderr)
+        cases = [c for c in cases if not c.beside]
+    return run_cases(
+        "prefetch", cases, prepare, device, small=small, seconds=seconds, json_path=json_path, host_to_device=True
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return bench_main("prefetch", __doc__.splitlines()[0], run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

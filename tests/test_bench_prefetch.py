@@ -1,0 +1,241 @@
+"""The prefetch bench counts rightly, sees what arrives wrong, and times copies, not rows that are there already."""
+
+import contextlib
+import importlib
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from worldkv_kernels.memory.bank import Bank
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("bench_prefetch")
+    for name in ("common", "prefetch_rivals", "bench_prefetch"):
+        sys.modules.pop(name, None)
+
+
+def measured(bench):
+    """Status of each variant over the small cases."""
+    figures = bench.run(small=True, device=CPU, seconds=0.01)
+    return {name: {f["status"] for f in figures if f["variant"] == name} for name in {f["variant"] for f in figures}}
+
+
+def test_bytes_are_k_and_v_once(bench):
+    # 5 tokens of 2 x 4 numbers of 2 bytes are 80 bytes of K, V as much; 3 layers, 2 chunks.
+    assert bench.prefetch_bytes(2, 3, 5, 2, 4, 2) == 2 * 3 * (80 + 80)
+    # Six pruned chunks of the 14B model: 819,200 bytes a token.
+    assert bench.prefetch_bytes(6, 40, 2340, 40, 128, 2) == 6 * 2340 * 819_200
+
+
+def test_figures_carry_what_crosses_the_link(bench):
+    # 3 chunks of 3 layers of 70 tokens of 2 x 64 numbers in bf16; a chunk of 2 layers of 33 tokens of 3 x 128 in fp32
+    counts = {"3 x": 3 * 3 * 2 * 70 * 128 * 2, "1 x": 2 * 2 * 33 * 384 * 4}
+    figures = bench.run(small=True, device=CPU, seconds=0.01)
+    assert [f["link_bytes"] for f in figures] == [counts[f["case"][:3]] for f in figures]
+    assert [f["bytes"] for f in figures] == [f["link_bytes"] for f in figures]
+
+
+def test_cases_are_the_models_chunks(bench):
+    shapes = {(c.heads, c.tokens, c.of_layers) for c in bench.CASES}
+    assert shapes == {(40, 3 * 1560 // 2, 40), (12, 3 * 880 // 2, 30)}
+    assert [c.chunks for c in bench.CASES if c.heads == 40 and not c.beside] == [6, 1]
+    assert len({str(c) for c in bench.CASES}) == len(bench.CASES)
+    # A fetch of each case has to fit in host memory twice for the bank and twice for the rivals.
+    for c in bench.CASES:
+        assert bench.prefetch_bytes(c.chunks, c.layers, c.tokens, c.heads, c.head_dim, 2) < 1.25e9
+
+
+def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
+    right, copied = Bank.fetch, []
+
+    def counted(bank, chunks):
+        before = bank.copies_in
+        rows = right(bank, chunks)
+        copied.append(bank.copies_in - before == len(chunks) == len(set(rows)))
+        return rows
+
+    monkeypatch.setattr(Bank, "fetch", counted)
+    assert measured(bench)["Bank.fetch"] == {"timed"}
+    assert len(copied) > 20 and all(copied)
+
+
+def one_row_more(bank, chunk):
+    Bank.right(bank, chunk)
+    bank._pool.v[0, bank._slots[bank._cached[chunk]] + bank._tokens] = 0.0
+
+
+def a_bit_off(bank, chunk):
+    Bank.right(bank, chunk)
+    bank._pool.k[-1, bank._slots[bank._cached[chunk]], 0, 0] *= 1.01
+
+
+def never(bank, chunk):
+    bank.copies_in += 1
+
+
+def another(bank, chunk):
+    place = bank._place[chunk]
+    bank._place[chunk] = (place + 1) % bank.capacity
+    Bank.right(bank, chunk)
+    bank._place[chunk] = place
+
+
+@pytest.mark.parametrize("fault", [one_row_more, a_bit_off, never, another])
+def test_a_fetch_with_a_fault_is_wrong(bench, monkeypatch, fault):
+    monkeypatch.setattr(Bank, "right", Bank._copy_in, raising=False)
+    monkeypatch.setattr(Bank, "_copy_in", fault)
+    assert measured(bench)["Bank.fetch"] == {"wrong"}
+    assert bench.main(["--small", "--device", "cpu", "--seconds", "0.01"]) == 1
+
+
+def test_a_fetch_of_what_is_there_already_is_wrong(bench, monkeypatch):
+    right = bench.Pool
+    monkeypatch.setattr(
+        bench, "Pool", lambda slots, **options: right([(n, 2 * count) for n, count in slots], **options)
+    )
+    assert measured(bench)["Bank.fetch"] == {"wrong"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda rows: [(v, k) for k, v in rows],
+        lambda rows: [(k, list(v)[::-1]) for k, v in rows],
+        lambda rows: [([x + (x == x.max()) for x in k], v) for k, v in rows],
+    ],
+    ids=["swapped", "another layer's v", "one number"],
+)
+def test_a_rival_with_wrong_rows_is_reported_and_not_timed(bench, monkeypatch, fault):
+    right, calls = bench.RIVALS["pageable, per layer"], []
+
+    def wrong(host, pin, device):
+        run = right(host, pin, device)
+        return lambda i: (calls.append(i), fault(run(i)))[1]
+
+    monkeypatch.setitem(bench.RIVALS, "pageable, per layer", wrong)
+    statuses = measured(bench)
+    assert statuses["Bank.fetch"] == {"timed"}
+    assert statuses["pageable, per layer"] == {"wrong"}
+    assert calls == [0, 0]  # the check alone, once a case
+
+
+@pytest.mark.parametrize("size", [1, 4096, 3 * 4096 + 5])
+def test_the_kernel_copies_all_and_nothing_past_the_end(bench, size):
+    rivals = importlib.import_module("prefetch_rivals")
+    source = torch.randn(size, dtype=torch.float32)
+    target = torch.full((size + 4096,), math.nan)
+    rivals.read_pinned(source, target[:size])
+    assert torch.equal(target[:size], source)
+    assert bool(target[size:].isnan().all())
+
+
+def test_rivals_from_pinned_memory_bring_the_rows(bench, monkeypatch):
+    rivals = importlib.import_module("prefetch_rivals")
+    host = torch.randn(2, 3, 2, 5, 2, 4)
+    pinned = [name for name in rivals.RIVALS if name.startswith("pinned")]
+    assert len(pinned) == 3
+    for name in pinned:
+        with pytest.raises(RuntimeError, match="on a GPU only"):
+            rivals.RIVALS[name](host, lambda: host, CPU)
+    monkeypatch.setattr(rivals, "need_gpu", lambda device: None)
+    for name, make in rivals.RIVALS.items():
+        got = make(host, lambda: host, CPU)(0)
+        assert bench.copy_error(got, host) == 0.0, name
+        # New memory each time or a buffer of its own, never the source itself.
+        assert all(x.data_ptr() != y.data_ptr() for x, y in zip(got[0][0], host[0, :, 0], strict=True)), name
+
+
+def test_a_cpu_says_that_it_has_no_second_stream(bench, capsys):
+    cases = {f["case"] for f in bench.run(small=True, device=CPU, seconds=0.01)}
+    beside = [str(c) for c in bench.SMALL_CASES if c.beside]
+    assert cases == {str(c) for c in bench.SMALL_CASES} - set(beside)
+    assert [f"prefetch: {c}: skipped: a CPU has no second stream" in capsys.readouterr().err for c in beside] == [True]
+
+
+# Beside matmuls, with stand-ins for streams that note what is queued where.
+
+
+class Stream:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def streams(bench, monkeypatch):
+    log = []
+    main, side = Stream("main", log), Stream("side", log)
+
+    @contextlib.contextmanager
+    def inside(stream):
+        log.append("[")
+        yield
+        log.append("]")
+
+    cuda = SimpleNamespace(Stream=lambda device: side, current_stream=lambda device: main, stream=inside)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    fetch, mm = Bank.fetch, torch.mm
+    monkeypatch.setattr(Bank, "fetch", lambda *args: (log.append("fetch"), fetch(*args))[1])
+    monkeypatch.setattr(torch, "mm", lambda *args, **out: (log.append("mm"), mm(*args, **out))[1])
+    monkeypatch.setattr(bench, "MATMUL_SIDE", 64)
+    # A fetch that takes as long as three matmuls.
+    times = {"fetch": SimpleNamespace(median=3.0), "matmul": SimpleNamespace(median=1.0)}
+    monkeypatch.setattr(bench, "time_variants", lambda *args, **options: times)
+    return log
+
+
+@pytest.fixture
+def problem(bench, streams):
+    case = next(c for c in bench.SMALL_CASES if c.beside)
+    made = bench.prepare(case, CPU)
+    streams.clear()
+    return made
+
+
+def test_the_one_beside_starts_first_and_lasts_longer(problem, streams):
+    runs = {v.name: v.make() for v in problem.variants}
+    queued = {}
+    for name, run in runs.items():
+        streams.clear()
+        run(1)
+        queued[name] = " ".join(streams)
+    assert queued == {
+        "Bank.fetch": "fetch",
+        "Bank.fetch, matmuls beside": "side waits for main [ mm mm mm mm mm mm ] fetch",
+        "matmuls": "mm mm",
+        "matmuls, Bank.fetch beside": "side waits for main [ fetch ] mm mm",
+    }
+    streams.clear()
+    problem.settle()
+    assert streams == ["main waits for side"]
+
+
+def test_what_each_costs_the_other_is_a_figure(bench, problem):
+    common = importlib.import_module("common")
+    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
+    assert [f["status"] for f in figures] == ["timed"] * 4
+    assert [f["base"] for f in figures] == [None, "Bank.fetch", None, "matmuls"]
+    assert [f["ceiling"] for f in figures] == ["link", "link", "matmul", "matmul"]
+    assert [f["flops"] for f in figures] == [0, 0, 2 * 2 * 64**3, 2 * 2 * 64**3]
+    assert all(f["over_base"] is not None for f in figures if f["base"])
+
+
+def test_beside_matmuls_a_wrong_fetch_or_product_is_seen(bench, problem, monkeypatch):
+    common = importlib.import_module("common")
+    monkeypatch.setattr(Bank, "_copy_in", never)
+    right = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: right(a, b, out=out).mul_(1.05))
+    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
+    assert [f["status"] for f in figures] == ["wrong"] * 4
