@@ -302,7 +302,8 @@ class Variant:
     `make()` builds what is needed and returns `run(i)`, which does the work on input set i; `check(run)` runs it
     on set 0 and returns the relative error. What they raise skips a rival, and fails a variant of ours. `num_bytes`
     and `flops` count what the result needs, not what an implementation moves; `link_bytes` what has to come from
-    host memory. `base` names the variant that this one's time is compared with as `over_base`.
+    host memory. `base` names the variant that this one's time is compared with as `over_base`. `yardstick`: whether a
+    rival may be the one that `times_rival` is counted against; None for if it may err no more than others.
     """
 
     name: str
@@ -313,6 +314,7 @@ class Variant:
     flops: int = 0
     rival: bool = False
     base: str | None = None
+    yardstick: bool | None = None
     link_bytes: int = 0
 
 
@@ -371,7 +373,11 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             with recorded(f"{problem.case}: {name}", device, keep=_trace_to):
                 run(0)
     strictest = min((v.limit for v in problem.variants), default=0.0)
-    rivals = [v.name for v in problem.variants if v.rival and v.name in timings and v.limit <= strictest]
+    rivals = [
+        v.name
+        for v in problem.variants
+        if v.rival and v.name in timings and (v.limit <= strictest if v.yardstick is None else v.yardstick)
+    ]
     best = min(rivals, key=lambda name: timings[name].median, default=None)
     for figure in figures:
         timing = timings.get(figure["variant"])
@@ -399,6 +405,11 @@ def tracing(path: str | Path | None) -> Iterator[None]:
         yield
     finally:
         _trace_to = before
+
+
+def trace_file() -> str | Path | None:
+    """Where `tracing` wants traces, None where nothing is traced."""
+    return _trace_to
 
 
 def ours(op: str, device: torch.device) -> list[str]:

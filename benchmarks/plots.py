@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import read_json_lines
+from plots_rollout import draw_rollouts
 
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 MARKERS = "osD^vP*X<>"
@@ -35,13 +36,14 @@ def draw(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
 
     A panel per shape with a line per variant where cases differ in context length alone, else a panel per case with
     bars. What a variant adds to its base, such as lse, is left out. A bench of which nothing was timed has no picture.
+    Rollouts have a picture of their own, see plots_rollout.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    timed = [f for f in figures if f["status"] == "timed" and f["base"] is None]
-    written = []
+    timed = [f for f in figures if f["status"] == "timed" and f["base"] is None and f["bench"] != "rollout"]
+    written = draw_rollouts([f for f in figures if f["bench"] == "rollout"], folder)
     for bench in dict.fromkeys(f["bench"] for f in timed):
         of_bench = [f for f in timed if f["bench"] == bench]
         for quantity, label in QUANTITIES.items():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from worldkv_kernels import MemoryConfig
 from worldkv_kernels.memory.poses import as_poses
 from worldkv_kernels.memory.retrieval import PublishedPoseRetrieval
+from worldkv_kernels.ranges import phase
 
 _OFFICIAL = {
     "mode": "worldkv", "order": "nearest_first", "rebase_sink": False, "unattended_chunks": 1, "bank_sink": True,
@@ -120,15 +121,16 @@ class PublishedMemory:
         on_device = torch.from_numpy(checked).to(self.device, torch.float32)
         mean = on_device[:, :3, 3].mean(dim=0), on_device[:, :3, :3].mean(dim=0)
         retrieved = self._select(mean, chunk)
-        self._window = [
-            [
-                (banked[past].k.to(self.device, copy=True), banked[past].v.to(self.device, copy=True))
-                if config.bank == "host"
-                else (banked[past].k, banked[past].v)
-                for past in retrieved
+        with phase("bank_copy_in"):
+            self._window = [
+                [
+                    (banked[past].k.to(self.device, copy=True), banked[past].v.to(self.device, copy=True))
+                    if config.bank == "host"
+                    else (banked[past].k, banked[past].v)
+                    for past in retrieved
+                ]
+                for banked in self._bank
             ]
-            for banked in self._bank
-        ]
         if retrieved:
             num_tokens = self._sink_tokens + sum(len(k) for k, _ in self._window[0]) + self._recent_tokens
         else:
@@ -166,24 +168,26 @@ class PublishedMemory:
                 raise ValueError(f"attend: {name} must be {list(wanted)} {self.dtype}, got {got}")
 
         heads = (config.num_heads, config.head_dim)
-        q = _rms_norm(q, q_weight, config.eps).unflatten(1, heads)
-        k = _rms_norm(k, k_weight, config.eps).unflatten(1, heads)
-        v = v.unflatten(1, heads)
-        frame_tokens = int((self._grid[1] * self._grid[2]).item())
-        q = self._rope(q, plan.start_frame)
-        k = self._rope(k, plan.start_frame)
+        with phase("norm_rope"):
+            q = _rms_norm(q, q_weight, config.eps).unflatten(1, heads)
+            k = _rms_norm(k, k_weight, config.eps).unflatten(1, heads)
+            v = v.unflatten(1, heads)
+            frame_tokens = int((self._grid[1] * self._grid[2]).item())
+            q = self._rope(q, plan.start_frame)
+            k = self._rope(k, plan.start_frame)
 
         cache = self._caches[layer]
-        end = cache.write(k, v, plan.start_frame * frame_tokens, self._sink_tokens)
         retrieved = self._window[layer]
-        if retrieved:
-            recent = slice(end - self._recent_tokens, end)
-            keys = [self._corrected(past_k, place) for place, (past_k, _) in enumerate(retrieved)]
-            values = [past_v for _, past_v in retrieved]
-            window_k = torch.cat([cache.k[: self._sink_tokens], *keys, cache.k[recent]])
-            window_v = torch.cat([cache.v[: self._sink_tokens], *values, cache.v[recent]])
-        else:  # without candidates the published window is all of the rolling cache
-            window_k, window_v = cache.k[:end], cache.v[:end]
+        with phase("gather"):
+            end = cache.write(k, v, plan.start_frame * frame_tokens, self._sink_tokens)
+            if retrieved:
+                recent = slice(end - self._recent_tokens, end)
+                keys = [self._corrected(past_k, place) for place, (past_k, _) in enumerate(retrieved)]
+                values = [past_v for _, past_v in retrieved]
+                window_k = torch.cat([cache.k[: self._sink_tokens], *keys, cache.k[recent]])
+                window_v = torch.cat([cache.v[: self._sink_tokens], *values, cache.v[recent]])
+            else:  # without candidates the published window is all of the rolling cache
+                window_k, window_v = cache.k[:end], cache.v[:end]
         self._layers_done.add(layer)
         of_heads = [x.transpose(0, 1)[None] for x in (q, window_k, window_v)]  # [1, heads, tokens, head_dim]
         return F.scaled_dot_product_attention(*of_heads, scale=config.scale)[0].transpose(0, 1)
@@ -201,9 +205,11 @@ class PublishedMemory:
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
         for layer, bank in enumerate(self._bank):
-            kept = published_compress(
-                *self.whole_chunk(layer), frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled
-            )
+            with phase("compress_chunk"):
+                kept = published_compress(
+                    *self.whole_chunk(layer),
+                    frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled,
+                )  # fmt: skip
             bank.append(BankedChunk(kept.k.to(self._bank_device), kept.v.to(self._bank_device), kept.index))
         self._means.append(self._current_mean)
         self._tokens_attended += self._plan.num_tokens

@@ -115,7 +115,11 @@ def kind_of(owners: Iterable[str]) -> str | None:
 
 
 def breakdown(events: Iterable[Event]) -> Breakdown:
-    """Add up one region that `recorded` traced. Raises ValueError when there is none or more than one."""
+    """Add up one region that `recorded` traced.
+
+    Raises ValueError when there is none or more than one, or when the device ran something in its time but no launch
+    of it was traced, so that nothing can be told apart.
+    """
     complete = [event for event in events if event.get("ph") == "X"]
     regions = [e for e in complete if e.get("cat") == "user_annotation" and e["name"].startswith(_REGION)]
     if len(regions) != 1:
@@ -171,6 +175,9 @@ def _of_device(region: Event, inside: list[tuple[Event, list[str]]], on_device: 
         ran.append((event["ts"], event["ts"] + event["dur"]))
     waits = [(call, names) for call, names in inside if call["name"] in _SYNCHRONISES and _WAIT not in names]
     launches = [call for call, _ in inside if "Launch" in call["name"] and "Host" not in call["name"]]
+    within = [e for e in on_device if region["ts"] <= e["ts"] <= region["ts"] + region["dur"]]
+    if within and not ran:
+        raise ValueError(f"breakdown: events must hold the launches of {len(within)} kernels and copies, got none")
     idle = region["dur"] - _covered(ran, region["ts"], region["ts"] + region["dur"])
     return Breakdown(region["dur"] * 1e-6, kinds, idle * 1e-6, len(launches), len(waits), copied)
 

@@ -107,6 +107,11 @@ def test_on_a_cpu_an_operations_own_time_counts(traces):
     assert (got.launches, got.synchronisations, got.copied) == (None, None, {})
 
 
+def test_kernels_without_a_launch_are_told(traces):
+    with pytest.raises(ValueError, match="must hold the launches of 1 kernels and copies, got none"):
+        traces.breakdown([REGION, kernel(300, 10, 3)])
+
+
 @pytest.mark.parametrize("events, count", [([], 0), ([REGION, REGION], 2)])
 def test_one_region_is_wanted(traces, events, count):
     with pytest.raises(ValueError, match=f"must hold one traced region, got {count}"):

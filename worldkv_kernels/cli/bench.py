@@ -19,6 +19,8 @@ BENCHES = {
     "attention": ("bench_segment_attention", "attention over a window scattered in its pool"),
     "append": ("bench_norm_rope_append", "norm, RoPE and the write into the pool"),
     "compress": ("bench_compress_chunk", "pruning a chunk"),
+    "chunk": ("bench_chunk", "one denoising pass of a few layers over a full window"),
+    "rollout": ("bench_rollout", "whole chunks of a model with each memory: frames per second, and where time goes"),
 }
 
 Figure = dict[str, Any]
@@ -33,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bench.add_argument("--plot", metavar="DIR", help="draw latency and share of the ceiling; needs matplotlib")
         bench.add_argument("--device", help="such as cuda:0 or cpu (default: the GPU where there is one)")
         bench.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up (default: 1)")
+        bench.add_argument("--trace", metavar="FILE", help="write a trace that Perfetto opens: one more call of each")
+        if name == "rollout":
+            bench.add_argument("--model", help="one of the models alone")
+            bench.add_argument("--layers", type=int, help="of the model (default: all of them; 2 with --small)")
+            bench.add_argument("--chunks", type=int, help="made in each mode")
+            bench.add_argument("--modes", metavar="A,B", help="of the memory, such as worldkv,published (default: all)")
     compare = choices.add_parser("compare", help="two files of --json side by side")
     compare.add_argument("a", metavar="A", help="a file that --json wrote")
     compare.add_argument("b", metavar="B", help="another; ratios are B over A")
@@ -57,19 +65,30 @@ def run(args: argparse.Namespace) -> int:
     if path is not None:  # refused now rather than after the first case
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
+    if args.trace is not None:  # written anew, a case at a time
+        Path(args.trace).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.trace).write_text('{"traceEvents": []}')
     names = list(BENCHES) if args.what == "all" else [args.what]
+    options = {}
+    if args.what == "rollout":
+        asked = {name: getattr(args, name) for name in ("small", "model", "layers", "chunks", "modes")}
+        options["cases"] = script(BENCHES["rollout"][0]).cases_from(**asked)
     figures: list[Figure] = []
     for number, name in enumerate(names, 1):
         print(f"bench {number}/{len(names)}: {name}", file=sys.stderr, flush=True)
         bench = script(BENCHES[name][0])
-        measured = bench.run(small=args.small, device=device, seconds=args.seconds, json_path=path)
+        with common.tracing(args.trace):
+            measured = bench.run(small=args.small, device=device, seconds=args.seconds, json_path=path, **options)
         if to_stdout:
             print("\n".join(json.dumps(figure, allow_nan=False) for figure in measured), flush=True)
-        print(f"{name}\n{common.table(measured)}\n", file=sys.stderr if to_stdout else sys.stdout, flush=True)
+        shown = getattr(bench, "table", common.table)(measured)
+        print(f"{name}\n{shown}\n", file=sys.stderr if to_stdout else sys.stdout, flush=True)
         figures += measured
     if plots is not None:
         for written in plots.draw(figures, args.plot):
             print(f"wrote {written}", file=sys.stderr)
+    if args.trace is not None:
+        print(f"wrote {args.trace}", file=sys.stderr)
     return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
 
 

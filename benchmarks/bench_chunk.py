@@ -1,0 +1,169 @@
+"""One denoising pass of a block stack over a full window: our memory, the same in a CUDA graph, and the published path.
+
+    python benchmarks/bench_chunk.py [--small] [--json FILE] [--device DEVICE]
+
+Random weights at the models' real dimensions and a few layers, since all layers are alike. The window holds what the
+model itself has made, sink, six retrieved chunks of half a chunk each, two recent ones and the current.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, parse_device, relative_error, run_cases, worst
+from model_cases import (
+    Memory,
+    ModelCase,
+    build,
+    controls_of,
+    describe,
+    full_window,
+    make_memory,
+    memory_config,
+    pass_bytes,
+    pass_flops,
+    shape,
+)
+from torch.nn.functional import scaled_dot_product_attention
+
+from worldkv_kernels import WorldMemory, norm_rope_append
+from worldkv_kernels.models.rollout import Controls, WorldModel, noise, stream
+
+OURS = ("worldkv", "official", "sliding_as_long")
+FILL_SIGMAS = (1.0,)  # two passes a chunk are enough to fill a window
+# The histories of two implementations differ by rounding before the pass that is compared.
+HISTORY_LIMITS = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class ChunkCase:
+    """A model of a few layers."""
+
+    of: ModelCase
+
+    def __str__(self) -> str:
+        return ", ".join([self.of.model, f"{self.of.layers} layers", *(f"{k} {v}" for k, v in self.of.sizes.items())])
+
+
+CASES: list[ChunkCase] = []
+SMALL_CASES = [ChunkCase(ModelCase("tiny", layers=2))]
+
+
+def fill(model: WorldModel, memory: Memory, controls: Sequence[Controls]) -> None:
+    """Roll out until the window is full, and begin the chunk after that."""
+    for _ in stream(model, memory, controls[:-1], sigmas=FILL_SIGMAS):
+        pass
+    memory.begin_chunk(controls[-1].poses, intrinsics=controls[-1].intrinsics)
+
+
+class CheckedMemory:
+    """A memory whose every `attend` is compared with PyTorch's attention over a gathered copy of the window."""
+
+    def __init__(self, memory: WorldMemory) -> None:
+        self.memory, self.config, self.errors = memory, memory.config, []
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: Any) -> torch.Tensor:
+        got = self.memory.attend(layer, q, k, v, *weights)
+        config, window = self.config, self.memory.window
+        scratch = torch.empty((2, len(q), config.num_heads, config.head_dim), dtype=q.dtype, device=q.device)
+        current = window.segments[-1]
+        turned = norm_rope_append(
+            q, k, v, *scratch, 0, rope=config.make_rope(), grid=(config.chunk_frames, *config.grid),
+            start_frame=self.start_frame, q_weight=weights[0], k_weight=weights[1], eps=config.eps,
+            round_before_rope=config.round_before_rope, backend="reference",
+        )  # fmt: skip
+        pools = self.memory.pools(layer)
+        for pool, exact in zip(pools, scratch, strict=True):
+            self.errors.append(relative_error(pool[current.first_row :][: current.num_rows], exact))
+        rows = torch.cat([torch.arange(s.first_row, s.first_row + s.num_rows) for s in window.segments]).to(q.device)
+        of_heads = [x.transpose(0, 1)[None] for x in (turned, *(pool[rows] for pool in pools))]
+        want = scaled_dot_product_attention(*of_heads, scale=config.scale)[0].transpose(0, 1)
+        self.errors.append(relative_error(got, want))
+        return got
+
+
+def prepare(case: ChunkCase, device: torch.device) -> Problem:
+    """A model, and a full memory for every variant, each with the same chunk begun."""
+    model = build(case.of, device)
+    config = memory_config("official", model, 0)
+    chunks = config.sink_chunks + config.recent_chunks + config.unattended_chunks + config.retrieved_chunks + 2
+    controls = controls_of(model, chunks)
+    memories = {}
+    with torch.no_grad():
+        for mode in (*OURS, "published"):
+            memories[mode] = make_memory(mode, model, chunks)
+            fill(model, memories[mode], controls)
+        of_rollout = model.prepare_rollout(None, controls[0].poses[0], (*FILL_SIGMAS, 0.0))
+        of_chunk = model.prepare_chunk(of_rollout, (chunks - 1) * model.chunk_frames, controls[-1])
+    latents = noise(0, chunks - 1, 0, (model.chunk_frames, *model.latent_shape)).to(device)
+
+    @torch.no_grad()
+    def denoise(memory: Any) -> torch.Tensor:
+        return model.denoise(latents, 0, of_chunk, memory)
+
+    def check_ours(mode: str, run: Run) -> float:
+        checked = CheckedMemory(memories[mode])
+        checked.start_frame = (chunks - 1) * model.chunk_frames
+        through = denoise(checked)
+        return worst([*checked.errors, relative_error(run(0), through)])
+
+    window = full_window(memory_config("worldkv", model, chunks))
+    counted = {"num_bytes": pass_bytes(model, window), "flops": pass_flops(model, controls[0], window)}
+    limit = ERROR_LIMITS[model.dtype]
+    variants = [
+        Variant(
+            mode, lambda mode=mode: lambda i: denoise(memories[mode]), lambda run, mode=mode: check_ours(mode, run),
+            limit, **counted,
+        )
+        for mode in OURS
+    ]  # fmt: skip
+    if device.type == "cuda":
+        variants.insert(1, Variant(
+            "worldkv, graph", lambda: captured(lambda: denoise(memories["worldkv"])),
+            lambda run: relative_error(run(0), denoise(memories["worldkv"])), limit, **counted, base="worldkv",
+        ))  # fmt: skip
+    variants.append(Variant(
+        "published path", lambda: lambda i: denoise(memories["published"]),
+        lambda run: relative_error(run(0), denoise(memories["official"])), HISTORY_LIMITS[model.dtype], **counted,
+        rival=True, yardstick=True,
+    ))  # fmt: skip
+    return Problem(f"{describe(case.of, model)}, one pass", variants, shape=shape(model, window))
+
+
+def captured(function: Any) -> Run:
+    """`function` as a CUDA graph; its result lies where it lay at capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def run(i: int) -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return run
+
+
+def run(
+    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+) -> list[dict[str, Any]]:
+    """Measure the cases and return the figures, as `common.run_cases` does."""
+    cases = SMALL_CASES if small else CASES
+    device = device or parse_device(None)
+    return run_cases("chunk", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return bench_main("chunk", __doc__.splitlines()[0], run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Whole chunks: a model with random weights, rolled out with each memory; frames per second, and where the time goes.
+
+    python benchmarks/bench_rollout.py [--small] [--model MODEL] [--layers N] [--chunks N] [--modes A,B] [--json FILE]
+
+Denoiser and memory alone: no video decoder, no text encoder.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from common import (
+    Ceilings,
+    append_json_line,
+    arguments,
+    clocks,
+    describe_ceilings,
+    device_for,
+    environment,
+    measure_ceilings,
+    one_thread,
+    percentile,
+    roof,
+    trace_file,
+)
+from model_cases import (
+    MODES,
+    RIVALS,
+    Memory,
+    ModelCase,
+    build,
+    controls_of,
+    describe,
+    full_window,
+    make_memory,
+    memory_config,
+    pass_bytes,
+    pass_flops,
+    relative_errors,
+    shape,
+    weight_bytes,
+)
+from traces import ORDER, Breakdown, breakdown, recorded
+
+from worldkv_kernels.models.rollout import RolloutChunk, WorldModel, stream
+
+VIDEO_FRAMES = 4  # of a latent frame
+# Two passes a chunk over two chunks, in which every mode attends to the same; random weights let rounding grow.
+CHECK_SIGMAS, CHECK_CHUNKS = (1.0,), 2
+ERROR_LIMITS = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class RolloutCase:
+    """A model, and how many chunks each mode makes of it; one more chunk is traced."""
+
+    of: ModelCase
+    chunks: int
+    modes: tuple[str, ...] = MODES
+
+
+CASES: list[RolloutCase] = []
+SMALL_CASES = [RolloutCase(ModelCase("tiny", layers=2), chunks=12)]
+
+
+class Rollout:
+    """What one mode's rollout gave: chunks, the traced chunk, and why it ended before all were made."""
+
+    def __init__(self) -> None:
+        self.chunks: list[RolloutChunk] = []
+        self.breakdown: Breakdown | None = None
+        self.stopped: str | None = None
+
+
+def roll_out(model: WorldModel, memory: Memory, case: RolloutCase, label: str) -> Rollout:
+    """Time `case.chunks` chunks, then trace one more. Progress every two seconds on stderr."""
+    done = Rollout()
+    made = stream(model, memory, controls_of(model, case.chunks + 1))
+    said = time.monotonic()
+    try:
+        for chunk in islice(made, case.chunks):
+            done.chunks.append(chunk._replace(latents=None))
+            if time.monotonic() - said > 2:
+                said = time.monotonic()
+                print(f"{label}: chunk {len(done.chunks)}/{case.chunks}", file=sys.stderr, flush=True)
+        with recorded(label, model.device, keep=trace_file()) as events:
+            next(made)
+    except (RuntimeError, torch.OutOfMemoryError) as error:  # a pool that is full, a device that is
+        if not done.chunks:
+            raise
+        done.stopped = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+        return done
+    try:
+        done.breakdown = breakdown(events)
+    except ValueError as error:  # the times stand without it
+        print(f"{label}: {error}", file=sys.stderr, flush=True)
+    return done
+
+
+def first_chunks(model: WorldModel, memory: Memory) -> list[torch.Tensor]:
+    """Latents of the chunks that every mode must make alike."""
+    made = [c.latents for c in stream(model, memory, controls_of(model, CHECK_CHUNKS), sigmas=CHECK_SIGMAS)]
+    memory.reset()
+    return made
+
+
+def warm_up(model: WorldModel, memory: Memory, config: Any) -> None:
+    """Compile and check kernels: as many chunks as it takes until one has been pruned and one retrieved."""
+    if model.device.type == "cuda":
+        chunks = config.sink_chunks + config.recent_chunks + config.unattended_chunks + 3
+        for _ in stream(model, memory, controls_of(model, chunks), sigmas=CHECK_SIGMAS):
+            pass
+        memory.reset()
+
+
+def measure_mode(
+    mode: str, model: WorldModel, case: RolloutCase, ceilings: Ceilings, wanted: list[torch.Tensor], flops_of: Any
+) -> dict[str, Any]:
+    """The figure of one mode. `wanted` is what the first chunks must be, `flops_of(tokens)` counts a pass."""
+    on_gpu = model.device.type == "cuda"
+    name = describe(case.of, model)
+    figure: dict[str, Any] = {
+        "case": f"{name}, {case.chunks} chunks", "variant": mode, "is_rival": mode in RIVALS,
+        "shape": shape(model, full_window(memory_config(mode, model, case.chunks))),
+        "status": "timed", "reason": None, "error": None, "error_limit": ERROR_LIMITS[model.dtype],
+        "us": None, "us_20": None, "us_80": None, "host_us": None, "rounds": None, "bytes": None, "flops": None,
+        "gb_s": None, "tflop_s": None, "ceiling": None, "share": None, "rival": None, "times_rival": None,
+        "base": None, "over_base": None,
+        "frames_per_second": None, "stopped": None, "per_chunk": [], "breakdown": None, "bytes_by_kind": {},
+    }  # fmt: skip
+    memory = None
+    try:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(model.device)
+        memory = make_memory(mode, model, case.chunks + 1)
+        figure["error"] = relative_errors(first_chunks(model, memory), wanted)
+        if not figure["error"] <= figure["error_limit"]:  # NaN is wrong
+            reason = f"relative error {figure['error']:.2e}, limit {figure['error_limit']:.0e}"
+            finite = figure["error"] if math.isfinite(figure["error"]) else None
+            figure.update(status="wrong", reason=reason, error=finite)
+            return figure
+        warm_up(model, memory, memory.config)
+        done = roll_out(model, memory, case, f"{name}: {mode}")
+    except Exception as raised:  # such as a device that is too small; the other modes may fit
+        reason = f"{type(raised).__name__}: {str(raised).splitlines()[0]}"[:300]
+        figure.update(status="skipped" if mode in RIVALS else "failed", reason=reason)
+        return figure
+
+    steady = steady_chunks(done.chunks)
+    times = [chunk.seconds for chunk in steady]
+    tokens = round(statistics.fmean(chunk.plan.num_tokens for chunk in steady))
+    passes = len(model.sigmas) + 1
+    flops, num_bytes = passes * flops_of(tokens), passes * pass_bytes(model, tokens)
+    median = statistics.median(times)
+    ceiling, floor = roof(num_bytes, flops, ceilings)
+    video = VIDEO_FRAMES * model.chunk_frames
+    stats = memory.stats()
+    figure.update(
+        us=median * 1e6, us_20=percentile(times, 0.2) * 1e6, us_80=percentile(times, 0.8) * 1e6, rounds=len(times),
+        bytes=num_bytes, flops=flops, gb_s=num_bytes / median / 1e9, tflop_s=flops / median / 1e12,
+        ceiling=ceiling, share=floor / median, frames_per_second=video / median, stopped=done.stopped,
+        per_chunk=[
+            {"chunk": c.plan.chunk, "seconds": c.seconds, "tokens": c.plan.num_tokens, "frames_per_second":
+             video / c.seconds, "retrieved": list(c.plan.retrieved)} for c in done.chunks
+        ],
+        breakdown=done.breakdown.as_record() if done.breakdown else None,
+        bytes_by_kind={
+            "weights": weight_bytes(model), "cache": stats["device_bytes"], "host": stats["host_bytes"],
+            "kept": stats.get("kept_bytes"), "peak": torch.cuda.max_memory_allocated(model.device) if on_gpu else None,
+        },
+    )  # fmt: skip
+    return figure
+
+
+def steady_chunks(chunks: Sequence[RolloutChunk]) -> Sequence[RolloutChunk]:
+    """Those that attend to as much as any: from the first of them on; in a mode that grows, the second half."""
+    most = max(chunk.plan.num_tokens for chunk in chunks)
+    first = next(i for i, chunk in enumerate(chunks) if chunk.plan.num_tokens == most)
+    return chunks[min(first, len(chunks) // 2) :]
+
+
+def measure_case(case: RolloutCase, device: torch.device, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """One figure a mode, one mode after the other: two memories of a large model do not fit one device."""
+    model = build(case.of, device)
+    controls = controls_of(model, 1)[0]
+    matmuls = pass_flops(model, controls, 0)
+    attention = pass_flops(model, controls, 1) - matmuls
+
+    # Two implementations that share no code must agree: the ops, and the published path.
+    of_published = first_chunks(model, make_memory("published", model, CHECK_CHUNKS))
+    of_ops = first_chunks(model, make_memory("full", model, CHECK_CHUNKS)) if "published" in case.modes else None
+    figures = []
+    for mode in case.modes:
+        before = clocks(device)
+        wanted = of_ops if mode == "published" else of_published
+        figure = measure_mode(mode, model, case, ceilings, wanted, lambda tokens: matmuls + attention * tokens)
+        figures.append({**figure, "clocks": (before, clocks(device))})
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    published = next((f for f in figures if f["is_rival"] and f["us"]), None)
+    if published:
+        for figure in figures:
+            if figure["us"]:
+                figure.update(rival=published["variant"], times_rival=published["us"] / figure["us"])
+    return figures
+
+
+def run(
+    *,
+    small: bool = False,
+    device: torch.device | None = None,
+    seconds: float = 1.0,
+    json_path: str | None = None,
+    cases: Sequence[RolloutCase] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure the cases and return the figures, with the keys of `common.run_cases` and some more.
+
+    `seconds` has no effect: the number of chunks says how long it takes.
+    """
+    torch.set_float32_matmul_precision("highest")
+    device = device or device_for(None, small=small)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with one_thread():
+        ceilings = measure_ceilings(device, small=small)
+    record = environment(device)
+    figures = []
+    for case in cases or (SMALL_CASES if small else CASES):
+        with one_thread():
+            measured = measure_case(case, device, ceilings)
+        for figure in measured:
+            before, after = figure.pop("clocks")
+            line = {"bench": "rollout", **figure, "ceilings": asdict(ceilings)}
+            line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
+            append_json_line(json_path, line)
+            figures.append(line)
+    print(describe_ceilings(ceilings), file=sys.stderr, flush=True)
+    return figures
+
+
+def table(figures: Sequence[dict[str, Any]]) -> str:
+    """Speed and sizes of each mode, then the traced chunk by kind of work in milliseconds, then what went wrong."""
+    speed = [("case", "mode", "frames/s", "first", "last", "tokens", "GiB cache", "GiB host", "share", "x rival")]
+    parts = [("case", "mode", "ms", *ORDER, "idle", "launches", "host syncs")]
+    reasons = []
+    for f in figures:
+        name = (f["case"], f["variant"] + (" (rival)" if f["is_rival"] else ""))
+        if f["status"] != "timed":
+            speed.append((*name, f["status"], *[""] * 7))
+            reasons.append(f"{f['status']}: {f['variant']}: {f['reason']} ({f['case']})")
+            continue
+        chunks, sizes = f["per_chunk"], f["bytes_by_kind"]
+        speed.append((
+            *name, f"{f['frames_per_second']:.2f}", f"{chunks[0]['frames_per_second']:.2f}",
+            f"{chunks[-1]['frames_per_second']:.2f}", str(chunks[-1]["tokens"]), f"{sizes['cache'] / 2**30:.2f}",
+            f"{sizes['host'] / 2**30:.2f}", f"{100 * f['share']:.0f} % {f['ceiling']}",
+            f"{f['times_rival']:.2f}" if f["times_rival"] else "-",
+        ))  # fmt: skip
+        if f["stopped"]:
+            reasons.append(f"ended after {len(chunks)} chunks: {f['variant']}: {f['stopped']} ({f['case']})")
+        if f["breakdown"]:
+            b = f["breakdown"]
+            counts = ("-" if b[name] is None else str(b[name]) for name in ("launches", "synchronisations"))
+            times = [b["wall"], *(b["kinds"][kind] for kind in ORDER), b["idle"]]
+            parts.append((*name, *(f"{1e3 * seconds:.1f}" for seconds in times), *counts))
+    return "\n".join([*_aligned(speed), "", "one late chunk, traced, in ms", *_aligned(parts), *reasons])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left, right = [f"{{:<{width}}}" for width in widths[:2]], [f"{{:>{width}}}" for width in widths[2:]]
+    lines = ["  ".join(left + right).format(*row).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
+
+
+def cases_from(
+    *, small: bool, model: str | None, layers: int | None, chunks: int | None, modes: str | None
+) -> list[RolloutCase]:
+    """The cases as asked for on a command line, None for what was left open.
+
+    Raises ValueError on an unknown model or mode, or a number below 1.
+    """
+    for option, number in (("--layers", layers), ("--chunks", chunks)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} must be at least 1, got {number}")
+    cases = SMALL_CASES if small else CASES
+    if model is not None:
+        known = {case.of.model: case for case in cases}
+        if model not in known:
+            raise ValueError(f"--model must be one of {', '.join(known)}, got {model!r}")
+        cases = [known[model]]
+    changes: dict[str, Any] = {"chunks": chunks} if chunks else {}
+    if modes is not None:
+        named = tuple(dict.fromkeys(mode.strip() for mode in modes.split(",")))
+        for mode in named:
+            if mode not in MODES:
+                raise ValueError(f"--modes must be of {', '.join(MODES)}, got {mode!r}")
+        changes["modes"] = named
+    return [replace(case, of=replace(case.of, layers=layers or case.of.layers), **changes) for case in cases]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 when a mode of ours is wrong or failed, 2 on bad arguments."""
+    parser = arguments(__doc__.splitlines()[0])
+    for option, kind in (("--model", str), ("--layers", int), ("--chunks", int), ("--modes", str)):
+        parser.add_argument(option, type=kind)
+    args = parser.parse_args(argv)
+    try:
+        device = device_for(args.device, small=args.small)
+        cases = cases_from(small=args.small, model=args.model, layers=args.layers, chunks=args.chunks, modes=args.modes)
+    except ValueError as error:
+        print(f"rollout: {error}", file=sys.stderr)
+        return 2
+    figures = run(small=args.small, device=device, json_path=args.json, cases=cases)
+    print(table(figures))
+    return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

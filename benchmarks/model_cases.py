@@ -1,0 +1,186 @@
+"""What the chunk and rollout benches run: models with random weights, what steers them, and the memories compared.
+
+What is counted of a pass, operations and bytes, is counted here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from published_path import PublishedMemory
+from torch.utils.flop_counter import FlopCounterMode
+
+from worldkv_kernels import MemoryConfig, WorldMemory
+from worldkv_kernels.memory.pool import Pool
+from worldkv_kernels.models.rollout import Actions, Controls, WorldModel, video_frames
+from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.trajectory import latent_poses, load
+
+# The memories that are compared. "published" is the rival, "official" the same window by way of the ops,
+# "sliding_as_long" a sliding window of as many tokens as "worldkv" attends to once its window is full.
+MODES = ("worldkv", "worldkv_host", "official", "full", "sliding", "sliding_as_long", "sink_recent", "published")
+RIVALS = ("published",)
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+_RETRIEVED = 6  # chunks
+_MARGIN = 8 << 30  # bytes of the device left for activations
+
+Memory = WorldMemory | PublishedMemory
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model and its depth, None for all of it; `sizes` are other fields of its config."""
+
+    model: str
+    layers: int | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+
+def _tiny(device: torch.device, dtype: torch.dtype, sizes: dict[str, Any]) -> WorldModel:
+    return TinyWorldModel(TinyConfig(**sizes), device=device, dtype=dtype)
+
+
+BUILDERS = {"tiny": _tiny}
+
+
+def build(case: ModelCase, device: torch.device) -> WorldModel:
+    """The case's model with random weights, bf16 on a GPU and fp32 on a CPU. Raises ValueError on an unknown model."""
+    if case.model not in BUILDERS:
+        raise ValueError(f"--model must be one of {', '.join(BUILDERS)}, got {case.model!r}")
+    sizes = {**case.sizes, **({"num_layers": case.layers} if case.layers else {})}
+    return BUILDERS[case.model](device, DTYPES[device.type], sizes)
+
+
+def describe(case: ModelCase, model: WorldModel) -> str:
+    """What a figure's case says of the model."""
+    config = model.config
+    tokens = config.grid[0] * config.grid[1]
+    return f"{case.model}, {config.num_layers} layers, {config.num_heads} heads, {tokens} tokens a frame"
+
+
+def shape(model: WorldModel, window_tokens: int) -> dict[str, int]:
+    config = model.config
+    queries = config.chunk_frames * config.grid[0] * config.grid[1]
+    return {"heads": config.num_heads, "layers": config.num_layers, "queries": queries, "tokens": window_tokens}
+
+
+def controls_of(model: WorldModel, chunks: int) -> list[Controls]:
+    """What steers so many chunks: the camera turns away and back over what it has seen, a degree a video frame."""
+    step = model.chunk_frames
+    half = 2 * step * chunks  # video frames
+    poses, intrinsics = latent_poses(load(f"right*{half},left*{half}"))
+    actions = None
+    keys = getattr(model.config, "keyboard_dim", 0)
+    if keys:
+        turn = np.repeat([0.1, -0.1], half)
+        actions = Actions(np.stack([0 * turn, turn], axis=1), np.zeros((2 * half, keys)))
+    return [
+        Controls(poses[at : at + step], intrinsics[at : at + step], actions and actions.until(video_frames(at + step)))
+        for at in range(0, step * chunks, step)
+    ]
+
+
+def full_window(config: MemoryConfig) -> int:
+    """Tokens attended to when as much is retrieved as can be."""
+    whole = config.sink_chunks + config.recent_chunks + 1
+    return whole * config.chunk_tokens + (config.retrieved_chunks * config.banked_tokens if config.has_bank else 0)
+
+
+def memory_config(mode: str, model: WorldModel, chunks: int) -> MemoryConfig:
+    """The memory of a mode with room for `chunks` chunks: a sink of one chunk, two recent ones, six retrieved and
+    halved. Raises ValueError on an unknown mode."""
+    config, frames = model.config, model.chunk_frames
+    room = max(_RETRIEVED, chunks)
+    if mode in ("official", "published"):
+        return MemoryConfig.official(
+            num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim, grid=config.grid,
+            chunk_frames=frames, sink_frames=frames, retrieved_frames=_RETRIEVED * frames, recent_frames=2 * frames,
+            keep_ratio=0.25, bank_chunks=room,
+        )  # fmt: skip
+    worldkv = config.memory(
+        mode="worldkv", sink_frames=frames, recent_frames=2 * frames, retrieved_chunks=_RETRIEVED, keep_ratio=0.25,
+        bank_chunks=room,
+    )  # fmt: skip
+    as_long = (full_window(worldkv) // worldkv.chunk_tokens - 1) * frames
+    changes = {
+        "worldkv": {},
+        "worldkv_host": {"bank": "host"},
+        "full": {"mode": "full"},
+        "sliding": {"mode": "sliding"},
+        "sliding_as_long": {"mode": "sliding", "recent_frames": as_long},
+        "sink_recent": {"mode": "sink_recent"},
+    }
+    if mode not in changes:
+        raise ValueError(f"--modes must be of {', '.join(MODES)}, got {mode!r}")
+    return replace(worldkv, **changes[mode])
+
+
+def make_memory(mode: str, model: WorldModel, chunks: int, *, backend: str | None = None) -> Memory:
+    """A mode's memory. On a GPU that cannot hold `chunks` chunks the bank holds those that fit and drops others, and
+    "full" ends there; the published bank has no bound."""
+    config = memory_config(mode, model, chunks)
+    if mode == "published":
+        return PublishedMemory(config, device=model.device, dtype=model.dtype)
+    if model.device.type == "cuda" and (mode == "full" or (config.has_bank and config.bank == "device")):
+        config = replace(config, bank_chunks=min(config.bank_chunks, _fitting(config, model)))
+    return WorldMemory(config, device=model.device, dtype=model.dtype, backend=backend)
+
+
+def _fitting(config: MemoryConfig, model: WorldModel) -> int:
+    """How many chunks the bank, or the pool of mode "full", can hold in the device's free memory; at least one."""
+    torch.cuda.empty_cache()
+    sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim, dtype=model.dtype)
+    whole = Pool.slot_bytes(config.chunk_tokens, **sizes)
+    free = torch.cuda.mem_get_info(model.device)[0] - _MARGIN
+    if config.mode == "full":
+        return max(1, free // whole)
+    free -= (config.sink_chunks + config.recent_chunks + config.unattended_chunks + 1) * whole
+    return max(_RETRIEVED, free // Pool.slot_bytes(config.banked_tokens, **sizes))
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **options: Any) -> int:
+    batch, heads, q_len, head_dim = q
+    return 2 * batch * heads * q_len * k[2] * (head_dim + v[3])
+
+
+# PyTorch's counter knows the attention kernels of a GPU alone.
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def pass_flops(model: WorldModel, controls: Controls, window_tokens: int) -> int:
+    """Operations of one denoising pass: its matrix products as PyTorch counts them, and attention over the window."""
+    config = model.config
+    alone = WorldMemory(
+        config.memory(mode="sliding", recent_frames=0, sink_frames=0), device=model.device, dtype=model.dtype
+    )
+    with torch.no_grad():
+        of_rollout = model.prepare_rollout(None, controls.poses[0], (1.0, 0.0))
+        of_chunk = model.prepare_chunk(of_rollout, 0, controls)
+        alone.begin_chunk(controls.poses)
+        latents = torch.zeros((model.chunk_frames, *model.latent_shape), device=model.device)
+        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+            model.denoise(latents, 0, of_chunk, alone)
+    queries = config.chunk_frames * config.grid[0] * config.grid[1]
+    attention = 4 * queries * config.num_heads * config.head_dim * window_tokens * config.num_layers
+    return counter.get_total_flops() + attention
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def pass_bytes(model: WorldModel, window_tokens: int) -> int:
+    """The weights, and K and V of the window in every layer, once. Activations are not counted."""
+    config = model.config
+    row = 2 * config.num_heads * config.head_dim * model.dtype.itemsize
+    return weight_bytes(model) + window_tokens * row * config.num_layers
+
+
+def relative_errors(made: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """||made - wanted|| / ||wanted|| over all chunks together, in float64."""
+    a, b = (torch.cat([chunk.double().flatten() for chunk in chunks]) for chunks in (made, wanted))
+    return ((a - b).norm() / b.norm()).item()
