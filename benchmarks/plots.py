@@ -15,8 +15,11 @@ from typing import Any
 from common import read_json_lines
 from plots_rollout import draw_rollouts
 
-COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
-MARKERS = "osD^vP*X<>"
+COLORS = [
+    "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
+    "#000000", "#393b79", "#843c39", "#637939", "#7b4173", "#ad8a00",
+]  # fmt: skip
+MARKERS = "osD^vP*X<"  # nine to sixteen colors: no two lines are alike
 COLUMNS = 3  # panels in a row
 QUANTITIES = {"latency": "latency, us", "share": "share of the measured ceiling, %"}
 
@@ -35,20 +38,21 @@ def draw(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
     """Write <bench>_latency and <bench>_share as .png and .svg, and return their paths.
 
     A panel per shape with a line per variant where cases differ in context length alone, else a panel per case with
-    bars. What a variant adds to its base, such as lse, is left out. A bench of which nothing was timed has no picture.
+    bars. Lines leave out what a variant adds to its base, such as lse. A bench of which nothing was timed has no
+    picture.
     Rollouts have a picture of their own, see plots_rollout.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    timed = [f for f in figures if f["status"] == "timed" and f["base"] is None and f["bench"] != "rollout"]
+    timed = [f for f in figures if f["status"] == "timed" and f["bench"] != "rollout"]
     written = draw_rollouts([f for f in figures if f["bench"] == "rollout"], folder)
     for bench in dict.fromkeys(f["bench"] for f in timed):
         of_bench = [f for f in timed if f["bench"] == bench]
         for quantity, label in QUANTITIES.items():
             canvas = Canvas(layout="constrained")
-            panels = _by_shape(of_bench)
+            panels = _by_shape([f for f in of_bench if f["base"] is None])
             with_lines = any(len({f["shape"].get("tokens") for f in panel}) > 1 for panel in panels.values())
             (_lines if with_lines else _bars)(canvas, panels if with_lines else _by_case(of_bench), quantity, label)
             device = of_bench[0]["environment"]["device"]
@@ -62,12 +66,13 @@ def draw(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
 
 
 def _by_shape(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
-    """Figures that differ in nothing but the context length together."""
+    """Figures that differ in nothing but the context length together; panels in the order of their names, so that like
+    shapes lie side by side."""
     panels: dict[str, list[Figure]] = {}
     for f in figures:
         name = ", ".join(f"{value} {key}" for key, value in f["shape"].items() if key != "tokens")
         panels.setdefault(name or f["case"], []).append(f)
-    return panels
+    return dict(sorted(panels.items()))
 
 
 def _by_case(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
@@ -142,8 +147,8 @@ def _lines(canvas: Any, panels: dict[str, list[Figure]], quantity: str, label: s
 
 
 def _apart(ticks: Sequence[int]) -> list[int]:
-    """Of ascending ticks those whose labels do not touch on a logarithmic axis: a seventh of it between two."""
-    gap = (math.log(ticks[-1]) - math.log(ticks[0])) / 7
+    """Of ascending ticks those whose labels do not touch on a logarithmic axis: a fifth of it between two."""
+    gap = (math.log(ticks[-1]) - math.log(ticks[0])) / 5
     kept = [ticks[0]]
     for tick in ticks[1:]:
         if math.log(tick) - math.log(kept[-1]) > gap:
@@ -163,11 +168,13 @@ def _bars(canvas: Any, panels: dict[str, list[Figure]], quantity: str, label: st
             names, values, xerr=errors if quantity == "latency" else None, capsize=2, ecolor="#444444",
             color=["#b0b0b0" if f["is_rival"] else COLORS[0] for f in panel],
         )  # fmt: skip
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=4, fontsize=8)
-        axes.margins(x=0.2)
+        numbers = [f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
+        axes.bar_label(bars, numbers, padding=4, fontsize=8)
+        axes.margins(x=0.25)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(label)
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("bench_prefetch")
-    for name in ("common", "prefetch_rivals", "bench_prefetch"):
+    for name in ("common", "plots", "plots_rollout", "prefetch_rivals", "bench_prefetch"):
         sys.modules.pop(name, None)
 
 
@@ -239,3 +239,14 @@ def test_beside_matmuls_a_wrong_fetch_or_product_is_seen(bench, problem, monkeyp
     monkeypatch.setattr(torch, "mm", lambda a, b, out: right(a, b, out=out).mul_(1.05))
     figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
     assert [f["status"] for f in figures] == ["wrong"] * 4
+
+
+def test_bars_show_what_each_costs_the_other(bench, problem, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    common, plots = importlib.import_module("common"), importlib.import_module("plots")
+    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
+    record = {"bench": "prefetch", "environment": {"device": "none"}}
+    written = plots.draw([{**record, **f} for f in figures], tmp_path)
+    words = next(path for path in written if path.name == "prefetch_latency.svg").read_text()
+    assert all(f">{v.name}<" in words for v in problem.variants)
+    assert len(set(plots.COLORS)) == 16 and math.gcd(len(plots.COLORS), len(plots.MARKERS)) == 1
