@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go and without a network: install, doctor, tests, memory checker, proof, ceilings
-# and the benches.
+# and the benches of the ops. With --models, in a run of its own: the benches of whole models.
 #
-#   benchmarks/device.sh [--dry]
+#   benchmarks/device.sh [--models] [--dry]
 #
+# --models  ceilings, one pass and rollouts of the models, and nothing else
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
 # OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new
 #         temporary folder
@@ -22,11 +23,14 @@ case "$python" in
 esac
 budget=${BUDGET:-530}
 dry=0
-case "${1:-}" in
-    --dry) dry=1 ;;
-    "") ;;
-    *) echo "device.sh: the only option is --dry, got $1" >&2; exit 2 ;;
-esac
+models=0
+for option in "$@"; do
+    case "$option" in
+        --dry) dry=1 ;;
+        --models) models=1 ;;
+        *) echo "device.sh: the options are --models and --dry, got $option" >&2; exit 2 ;;
+    esac
+done
 if [ "$dry" = 1 ]; then
     export CUDA_VISIBLE_DEVICES=""
     out=${OUT:-$(mktemp -d)}
@@ -162,13 +166,7 @@ bench() { # bench LIMIT NAME [OPTIONS...]
     stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --json "$results" "${small[@]+"${small[@]}"}" "${@:3}"
 }
 
-main() {
-    local small=()
-    [ "$dry" = 1 ] && small=(--small --seconds 0.1)
-    reserve=240
-    install_package
-    stage environment 30 bash -c print_environment
-    doctor doctor 40
+check() {
     if [ "$dry" = 1 ]; then
         skip tests "run pytest itself on a CPU"
         skip memcheck "needs a GPU"
@@ -178,12 +176,33 @@ main() {
         sanitize
         doctor prove 40 --prove
     fi
-    reserve=0
-    stage ceilings 40 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
+}
+
+measure_ops() {
     bench 200 segment_attention --core  # FlexAttention compiles anew for every case
     bench 70 norm_rope_append
     bench 40 compress_chunk
     bench 60 prefetch
+}
+
+measure_models() {
+    bench 90 chunk
+    small=("${small[@]:0:1}")  # a rollout makes the chunks it is told to, whatever the seconds
+    bench 220 rollout --model lingbot-world-fast --chunks 16 --modes worldkv,sliding_as_long,published
+    bench 90 rollout --model matrix-game-2 --chunks 24 --modes worldkv,sliding_as_long,full,published
+}
+
+main() {
+    local small=()
+    [ "$dry" = 1 ] && small=(--small --seconds 0.1)
+    reserve=240
+    install_package
+    stage environment 30 bash -c print_environment
+    doctor doctor 40
+    [ "$models" = 1 ] || check
+    reserve=0
+    stage ceilings 40 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
+    if [ "$models" = 1 ]; then measure_models; else measure_ops; fi
 
     echo
     printf '%s' "$summary"

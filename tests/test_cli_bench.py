@@ -17,12 +17,13 @@ from worldkv_kernels.cli.bench import BENCHES, script
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--small", "--device", "cpu", "--seconds", "0.02"]
-OPS = {"segment_attention", "norm_rope_append", "compress_chunk"}
+OPS = {"segment_attention", "norm_rope_append", "compress_chunk", "prefetch", "chunk"}
 RIVALS = {
     "sdpa cudnn", "sdpa flash", "sdpa efficient", "flex attention", "flash-attn 2", "flash-attn 4, lists",
     "flash-attn 4, pages", "flashinfer", "sage attention", "eager", "compiled", "published",
 }  # fmt: skip
 PLOTS = [f"{op}_{what}.{kind}" for op in sorted(OPS) for what in ("latency", "share") for kind in ("png", "svg")]
+PLOTS = sorted([*PLOTS, "rollout.png", "rollout.svg"])
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +42,17 @@ def benched(tmp_path_factory):
 
 def test_all_prints_a_table_of_each_op(benched):
     _, lines, printed = benched
-    assert [i for i in BENCHES if re.search(rf"^{i}\ncase +variant +us ", printed, re.M)] == list(BENCHES)
+    heads = r"\ncase +(variant +us|mode +frames/s) "
+    assert [name for name in BENCHES if re.search(rf"^{name}{heads}", printed, re.M)] == list(BENCHES)
     for line in lines:
         assert re.search(rf"^{re.escape(line['case'])} +{re.escape(line['variant'])}\b", printed, re.M)
-    assert "bench 2/3: append\n" in printed
+    assert f"bench 2/{len(BENCHES)}: append\n" in printed
     assert re.search(r"^segment_attention 4/4: .*: \d+\.\d s$", printed, re.M)
 
 
 def test_every_rival_is_timed_or_skipped_with_a_reason(benched):
     _, lines, printed = benched
-    assert {line["bench"] for line in lines} == OPS
+    assert {line["bench"] for line in lines} == OPS | {"rollout"}
     rivals = [line for line in lines if line["is_rival"]]
     assert {name for name in RIVALS for line in rivals if line["variant"].startswith(name)} == RIVALS
     for line in lines:
@@ -63,6 +65,8 @@ def test_pictures_show_each_timed_variant(benched):
     folder, lines, _ = benched
     assert sorted(path.name for path in (folder / "plots").iterdir()) == PLOTS
     for name in PLOTS:
+        if name == "rollout.svg":  # see test_bench_rollout
+            continue
         if name.endswith("png"):
             assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG\r\n")
             continue

@@ -19,6 +19,7 @@ BENCHES = {
     "attention": ("bench_segment_attention", "attention over a window scattered in its pool"),
     "append": ("bench_norm_rope_append", "norm, RoPE and the write into the pool"),
     "compress": ("bench_compress_chunk", "pruning a chunk"),
+    "prefetch": ("bench_prefetch", "retrieved chunks from host memory"),
     "chunk": ("bench_chunk", "one denoising pass of a few layers over a full window"),
     "rollout": ("bench_rollout", "whole chunks of a model with each memory: frames per second, and where time goes"),
 }
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bench.add_argument("--device", help="such as cuda:0 or cpu (default: the GPU where there is one)")
         bench.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up (default: 1)")
         bench.add_argument("--trace", metavar="FILE", help="write a trace that Perfetto opens: one more call of each")
+        if name == "attention":
+            bench.add_argument("--core", action="store_true", help="of the full cases only those that matter most")
         if name == "rollout":
             bench.add_argument("--model", help="one of the models alone")
             bench.add_argument("--layers", type=int, help="of the model (default: all of them; 2 with --small)")
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.trace).parent.mkdir(parents=True, exist_ok=True)
         Path(args.trace).write_text('{"traceEvents": []}')
     names = list(BENCHES) if args.what == "all" else [args.what]
-    options = {}
+    options = {"core": args.core} if args.what == "attention" else {}
     if args.what == "rollout":
         asked = {name: getattr(args, name) for name in ("small", "model", "layers", "chunks", "modes")}
         options["cases"] = script(BENCHES["rollout"][0]).cases_from(**asked)
