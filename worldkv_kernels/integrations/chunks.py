@@ -179,8 +179,8 @@ class Chunks:
             warmed_up = again and chunk == 0 and not _equal(timestep, self._timestep)
             if not warmed_up:
                 raise RuntimeError(
-                    f"{self._name}: all passes of a rollout must have one cache, got a second one at chunk {chunk}: one "
-                    f"memory serves one stream, so classifier-free guidance by two forwards is not supported "
+                    f"{self._name}: all passes of a rollout must have one cache, got a second one at chunk {chunk}: "
+                    f"one memory serves one stream, so classifier-free guidance by two forwards is not supported "
                     f"(after a rollout that was broken off, call restart)"
                 )
             self._begin_first(stream)
