@@ -97,6 +97,7 @@ class Chunks:
             self._inside = False
         self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
 
+    @torch.compiler.disable  # what happens once a chunk, or rests on Python state, is not for tracing
     def attend(
         self,
         layer: int,
@@ -152,6 +153,7 @@ class Chunks:
         self._timestep: object = None  # of the last pass
         self._stream: int | None = None
 
+    @torch.compiler.disable
     def _enter(self, current_start: int, timestep: object, stream: int | None) -> None:
         config = self.memory.config
         chunk, rest = divmod(int(current_start), config.chunk_tokens)
