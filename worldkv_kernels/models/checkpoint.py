@@ -100,12 +100,13 @@ def load_parameters(op: str, module: nn.Module, layout: dict[str, StoredTensor],
                     targets[name].copy_(_tensor(mapped, layout[name]))
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of a folder's config.json, none where it has no such file (some published checkpoints have not).
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The fields of the config.json in a folder or beside a file; none where there is none, as in some releases.
 
     Raises ValueError when it is not a JSON object.
     """
-    path = Path(folder) / "config.json"
+    path = Path(path)
+    path = (path if path.is_dir() else path.parent) / "config.json"
     return _read_json(path) if path.is_file() else {}
 
 
