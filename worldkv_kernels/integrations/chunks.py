@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from ..actions import as_actions, video_frames
 from ..memory.poses import as_intrinsics, as_poses
 from ..memory.retrieval import make_policy
 from ..memory.world_memory import WorldMemory
@@ -31,39 +33,38 @@ class Chunks:
     Args:
         name: of the integration, for its errors.
         memory: of the model's sizes; it belongs to this object from now on, and is reset.
-        poses: camera-to-world [n, 4, 4] of all latent frames, OpenCV coordinates, or a callable that gives the
-            [chunk_frames, 4, 4] of a chunk number, called when that chunk begins (again, if it is dropped and made
-            anew). None where the mode needs none.
-        intrinsics: fx, fy, cx, cy in pixels, [4], [n, 4], or a callable as for poses; None where retrieval needs none.
+        poses: camera-to-world [n, 4, 4] of all latent frames, OpenCV coordinates. None where the mode needs none.
+        intrinsics: fx, fy, cx, cy in pixels, [4] or [n, 4]; None where retrieval needs none.
+        actions: an Actions of all video frames, in place of poses where the memory retrieves by action.
 
-    Raises ValueError or TypeError when poses or intrinsics are missing where the memory needs them, misshapen, not
-    finite or not rigid.
+    Each of the three may also be a callable that gives what begin_chunk takes for a chunk number. It is called when
+    that chunk begins, and again if the chunk is dropped and made anew.
+
+    Raises ValueError or TypeError when what the memory needs is missing, or what is given is misshapen, not finite
+    or not rigid.
     """
 
-    def __init__(self, name: str, memory: WorldMemory, poses: object = None, intrinsics: object = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        memory: WorldMemory,
+        poses: object = None,
+        intrinsics: object = None,
+        *,
+        actions: object = None,
+    ) -> None:
         self.memory = memory
         self._name = name
         self._inside = False
-        self.restart(poses, intrinsics)
+        self.restart(poses, intrinsics, actions=actions)
 
-    def restart(self, poses: object = None, intrinsics: object = None) -> None:
-        """Forget the rollout; the one that comes has these poses. Raises as the constructor does, then changes nothing.
+    def restart(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> None:
+        """Forget the rollout; the one that comes goes along these poses or actions.
 
-        Without it, a rollout that starts again at token 0 goes along the same poses.
+        Raises as the constructor does, and then changes nothing. Without it, a rollout that starts again at token 0
+        goes along the same poses.
         """
-        config = self.memory.config
-        frames = config.chunk_frames
-        if config.has_bank:
-            if poses is None:
-                raise ValueError(f"{self._name}: poses must be [frames, 4, 4] or callable in mode 'worldkv', got None")
-            if intrinsics is None and make_policy(config.retrieval).needs_intrinsics:
-                raise ValueError(f"{self._name}: intrinsics must be [frames, 4] or [4] for this retrieval, got None")
-        if poses is not None and not callable(poses):
-            poses = as_poses(self._name, poses)
-        if intrinsics is not None and not callable(intrinsics):
-            listed = poses is not None and not callable(poses)
-            intrinsics = as_intrinsics(self._name, intrinsics, len(poses) if listed else frames)
-        self._poses, self._intrinsics = poses, intrinsics
+        self._controls = _Controls(self._name, self.memory, poses, intrinsics, actions)
         self._forget()
 
     @contextmanager
@@ -189,36 +190,69 @@ class Chunks:
             return
         if again:
             return
-        controls = self._controls(chunk)  # first: if they fail, nothing has changed
+        controls = self._controls.of(chunk)  # first: if they fail, nothing has changed
         self.finish()
         self._begin(chunk, controls, stream)
 
     def _begin_first(self, stream: int | None) -> None:
-        controls = self._controls(0)
+        controls = self._controls.of(0)
         self._forget()
         self._begin(0, controls, stream)
 
-    def _begin(self, chunk: int, controls: tuple[object, object], stream: int | None) -> None:
-        poses, intrinsics = controls
-        self.memory.begin_chunk(poses, intrinsics=intrinsics)
+    def _begin(self, chunk: int, controls: dict[str, Any], stream: int | None) -> None:
+        self.memory.begin_chunk(**controls)
         self._chunk, self._stream = chunk, stream
 
-    def _controls(self, chunk: int) -> tuple[object, object]:
-        frames = self.memory.config.chunk_frames
-        first = chunk * frames
-        poses, intrinsics = (given(chunk) if callable(given) else given for given in (self._poses, self._intrinsics))
-        if poses is not None and not callable(self._poses):
-            if len(poses) < first + frames:
-                raise ValueError(
-                    f"{self._name}: poses must be of at least {first + frames} latent frames for chunk {chunk}, "
-                    f"got {len(poses)}"
-                )
-            poses = poses[first : first + frames]
-            if intrinsics is not None and not callable(self._intrinsics):
-                intrinsics = intrinsics[first : first + frames]
-        if poses is None and self.memory.config.has_bank:
-            raise ValueError(f"{self._name}: poses({chunk}) must be [{frames}, 4, 4], got None")
-        return poses, intrinsics
+
+class _Controls:
+    """What a rollout goes along: the arguments of begin_chunk, listed for all chunks or given by callables."""
+
+    def __init__(self, name: str, memory: WorldMemory, poses: object, intrinsics: object, actions: object) -> None:
+        self._name, self._frames = name, memory.config.chunk_frames
+        by_action = memory.integrator is not None
+        if memory.config.has_bank:
+            needed = {"actions": actions} if by_action else {"poses": poses}
+            if make_policy(memory.config.retrieval).needs_intrinsics:
+                needed["intrinsics"] = intrinsics
+            for kind, given in needed.items():
+                if given is None:
+                    raise ValueError(f"{name}: {kind} must be given, or a callable, for this retrieval, got None")
+        for kind, given, taken in (("poses", poses, not by_action), ("actions", actions, by_action)):
+            if given is not None and not taken:
+                retrieval = memory.config.retrieval
+                raise ValueError(f"{name}: {kind} must be None for retrieval {retrieval!r}, got {type(given).__name__}")
+        if poses is not None and not callable(poses):
+            poses = as_poses(name, poses)
+        if intrinsics is not None and not callable(intrinsics):
+            per_chunk = poses is None or callable(poses)
+            intrinsics = as_intrinsics(name, intrinsics, self._frames if per_chunk else len(poses))
+        if actions is not None and not callable(actions):
+            actions = as_actions(name, actions, memory.integrator.layout_name)
+        self._poses, self._intrinsics, self._actions = poses, intrinsics, actions
+
+    def of(self, chunk: int) -> dict[str, Any]:
+        """The arguments of begin_chunk. Raises ValueError where the list ends before the chunk, or as a callable."""
+        first, end = chunk * self._frames, (chunk + 1) * self._frames
+        given = {}
+        for kind, source in (("poses", self._poses), ("intrinsics", self._intrinsics), ("actions", self._actions)):
+            if callable(source):
+                given[kind] = source(chunk)
+                if given[kind] is None:
+                    raise ValueError(f"{self._name}: {kind}({chunk}) must be those of chunk {chunk}, got None")
+            elif kind == "actions" and source is not None:
+                self._check_length(kind, len(source.keyboard), video_frames(end), "video", chunk)
+                given[kind] = source.of_frames(first, self._frames)
+            elif kind == "poses" and source is not None:
+                self._check_length(kind, len(source), end, "latent", chunk)
+                given[kind] = source[first:end]
+            elif source is not None:  # intrinsics, of all frames where the poses are
+                listed = self._poses is not None and not callable(self._poses)
+                given[kind] = source[first:end] if listed else source
+        return given
+
+    def _check_length(self, kind: str, got: int, wanted: int, frames: str, chunk: int) -> None:
+        if got < wanted:
+            raise ValueError(f"{self._name}: {kind} must be of {wanted} {frames} frames up to chunk {chunk}, got {got}")
 
 
 def _is_zero(timestep: object) -> bool:
