@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from traces import recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
@@ -35,6 +36,8 @@ COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
 ERROR_LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 Run = Callable[[int], object]
+
+_trace_to: str | Path | None = None  # set by `tracing`
 
 
 @dataclass(frozen=True)
@@ -341,6 +344,10 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             continue
         runs[variant.name] = run
     timings = time_variants(runs, device, sets=problem.sets, flush=problem.flush, seconds=seconds) if runs else {}
+    if _trace_to is not None:
+        for name, run in runs.items():
+            with recorded(f"{problem.case}: {name}", device, keep=_trace_to):
+                run(0)
     strictest = min((v.limit for v in problem.variants), default=0.0)
     rivals = [v.name for v in problem.variants if v.rival and v.name in timings and v.limit <= strictest]
     best = min(rivals, key=lambda name: timings[name].median, default=None)
@@ -359,6 +366,17 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             over_base=timing.median / base.median - 1 if base else None,
         )  # fmt: skip
     return figures
+
+
+@contextmanager
+def tracing(path: str | Path | None) -> Iterator[None]:
+    """While inside, one more call of whatever `measure` has timed is traced, and added to the file."""
+    global _trace_to
+    before, _trace_to = _trace_to, path
+    try:
+        yield
+    finally:
+        _trace_to = before
 
 
 def ours(op: str, device: torch.device) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..ranges import ranged
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 
@@ -87,8 +88,11 @@ class Bank:
 
     def stored(self, chunk: int) -> None:
         """The rows that `row_to_fill` gave are written: a host bank copies them out."""
-        if self._arena is None:
-            return
+        if self._arena is not None:
+            self._copy_out(chunk)
+
+    @ranged("bank_copy_out")
+    def _copy_out(self, chunk: int) -> None:
         rows = slice(self._slots[-1], self._slots[-1] + self._tokens)
         for layer, place in enumerate(self._arena[self._place[chunk]]):
             place[0].copy_(self._pool.k[layer, rows], non_blocking=True)
@@ -110,6 +114,7 @@ class Bank:
                 self._copy_in(chunk)
         return [self._slots[self._cached[chunk]] for chunk in chunks]
 
+    @ranged("bank_copy_in")
     def _copy_in(self, chunk: int) -> None:
         first = self._slots[self._cached[chunk]]
         rows = slice(first, first + self._tokens)

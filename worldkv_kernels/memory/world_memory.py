@@ -12,6 +12,7 @@ from ..ops.checks import DTYPES
 from ..ops.compress_chunk import compress_chunk
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
+from ..ranges import ranged
 from .bank import Bank
 from .config import MemoryConfig
 from .pool import Pool, free_bytes
@@ -121,6 +122,7 @@ class WorldMemory:
 
     # --- a chunk ---
 
+    @ranged("begin_chunk")
     def begin_chunk(
         self, poses: object = None, *, intrinsics: object = None, actions: tuple[object, object] | None = None
     ) -> ChunkPlan:
@@ -217,6 +219,7 @@ class WorldMemory:
             turned, pool.k[layer], pool.v[layer], self._window, scale=config.scale, out=out, backend=self._backend
         )
 
+    @ranged("end_chunk")
     def end_chunk(self) -> None:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
 

@@ -12,6 +12,7 @@ import torch
 from ..actions import ActionIntegrator, Actions, video_frames
 from ..memory.poses import as_intrinsics, as_poses
 from ..memory.world_memory import ChunkPlan, WorldMemory
+from ..ranges import phase
 
 # Noise levels of LingBot-World-Fast: steps 0, 179, 358, 679 of a 1000-step flow schedule with shift 10.
 SIGMAS = (1.0, 0.979, 0.947, 0.825)
@@ -178,7 +179,8 @@ def _chunks(
             latents = _denoised(model, memory, plan, of_rollout, of_one, seed, sigmas)
             memory.end_chunk()
             if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
+                with phase("wait"):
+                    torch.cuda.synchronize(model.device)
         except BaseException:
             memory.abort_chunk()
             raise
@@ -211,13 +213,16 @@ def _denoised(
     sigmas: tuple[float, ...],
 ) -> torch.Tensor:
     """The passes of one chunk, the clean one included."""
-    of_chunk = model.prepare_chunk(of_rollout, plan.start_frame, controls)
+    with phase("prepare_chunk"):
+        of_chunk = model.prepare_chunk(of_rollout, plan.start_frame, controls)
     shape = (model.chunk_frames, *model.latent_shape)
     x = noise(seed, plan.chunk, 0, shape).to(model.device)
     for step, sigma in enumerate(sigmas):
-        clean = x - sigma * model.denoise(x, step, of_chunk, memory)
+        with phase(f"pass_{step}"):
+            clean = x - sigma * model.denoise(x, step, of_chunk, memory)
         if step + 1 < len(sigmas):
             next_sigma = sigmas[step + 1]
             x = (1 - next_sigma) * clean + next_sigma * noise(seed, plan.chunk, step + 1, shape).to(model.device)
-    model.denoise(clean, len(sigmas), of_chunk, memory)
+    with phase("clean_pass"):
+        model.denoise(clean, len(sigmas), of_chunk, memory)
     return clean

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..ranges import ranged
 from . import proven
 
 Run = Callable[..., None]
@@ -155,5 +156,5 @@ def register(schema: str, implementation: Callable[..., None]) -> None:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
+        LIBRARY.impl(name, ranged(name)(implementation), key)
     torch.library.register_fake(f"worldkv::{name}", lambda *args: None, lib=LIBRARY)
