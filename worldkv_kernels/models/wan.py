@@ -72,8 +72,9 @@ class CrossAttention(_Projections):
 class Block(nn.Module):
     """The parts of a block, each of which takes the residual stream x [tokens, dim] fp32 and returns the next one.
 
-    `modulation` arguments are [6, dim] fp32 as `modulated_by` gives them: shift, 1 + scale and gate of the
-    self-attention, then those of the feed-forward.
+    A model may keep the stream in another dtype, then with modulation in that dtype, too. `modulation` arguments are
+    [6, dim] fp32 as `modulated_by` gives them: shift, 1 + scale and gate of the self-attention, then those of the
+    feed-forward.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
@@ -99,7 +100,7 @@ class Block(nn.Module):
 
     def cross_attend(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Cross-attention: x + cross_attn(norm3(x))."""
-        normed = modulated_norm(x, self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        normed = modulated_norm(x, self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), self.eps)
         return x + self.cross_attn(normed.to(self.dtype), keys, values)
 
     def feed_forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
