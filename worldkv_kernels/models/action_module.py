@@ -173,8 +173,9 @@ class ActionModule(nn.Module):
         q, k = _normed_and_turned(qkv[:, :, :2], frames.turns[:, None, None, None]).unbind(2)
         cache.keys.index_copy_(0, frames.rows, k)
         cache.values.index_copy_(0, frames.rows, qkv[:, :, 2])
-        past_and_present = (q, cache.keys[: frames.attended], cache.values[: frames.attended])
-        of_locations = (tensor.permute(1, 2, 0, 3) for tensor in past_and_present)  # [locations, heads, frames, head_dim]
+        keys, values = cache.keys[: frames.attended], cache.values[: frames.attended]
+        # [locations, heads, frames, head_dim]
+        of_locations = (tensor.permute(1, 2, 0, 3) for tensor in (q, keys, values))
         attended = F.scaled_dot_product_attention(*of_locations).permute(2, 0, 1, 3)
         return torch.addmm(x, attended.reshape(len(x), -1), self.proj_mouse.weight.T)
 

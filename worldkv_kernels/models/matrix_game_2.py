@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..memory.world_memory import WorldMemory
 from . import wan
 from .action_module import ROWS, ActionCache, ActionFeatures, ActionFrames, ActionModule, action_windows, frame_turns
-from .checkpoint import load_parameters, read_config, read_layout
+from .checkpoint import StoredTensor, load_parameters, read_config, read_layout
 from .matrix_game_config import MatrixGameConfig
 from .rollout import Controls
 
@@ -30,9 +29,9 @@ class MatrixGameConditions(NamedTuple):
     # Of the first frame, encoded by CLIP: [image_tokens, image_dim]. None for a stand-in: normal numbers, drawn from
     # the model's seed.
     image_tokens: torch.Tensor | None = None
-    # Mask and encoded image, [condition_channels, frames, height, width]: what the published pipeline calls cond_concat.
-    # Frames past its last one are taken to be like that. None for a stand-in: for frame 0 a mask of ones and normal
-    # numbers drawn from the seed, for all others a mask of zeros and one other such draw.
+    # Mask and encoded image, [condition_channels, frames, height, width]: the published cond_concat. Frames past its
+    # last one are taken to be like that. None for a stand-in: for frame 0 a mask of ones and normal numbers drawn from
+    # the seed, for all others a mask of zeros and one other such draw.
     image_latents: torch.Tensor | None = None
 
 
@@ -153,7 +152,8 @@ class MatrixGame2(nn.Module):
 
         Args:
             folder: the one with the .safetensors file, such as base_distilled_model, or such a file.
-            config: of the model; None for what the folder's config.json says.
+            config: of the model; None for what the folder's config.json says. The keyboard's columns, whether there is
+                a mouse, and which blocks act are then told by the checkpoint's tensors.
             config_overrides: fields of the config to change.
 
         Raises ValueError when there is neither a config nor a config.json, and as read_layout and load_parameters.
@@ -163,7 +163,7 @@ class MatrixGame2(nn.Module):
             fields = read_config(folder)
             if not fields:
                 raise ValueError(f"{_OP}: {folder} must hold config.json where no config is given, got none")
-            config = MatrixGameConfig.from_published(fields, **config_overrides)
+            config = MatrixGameConfig.from_published(_with_actions_of(layout, fields), **config_overrides)
         else:
             config = replace(config, **config_overrides)
         model = cls(config, device=device, dtype=dtype, hoist=hoist)
@@ -279,9 +279,7 @@ class MatrixGame2(nn.Module):
             return ActionFeatures(mouse, empty(*of_heads), empty(*of_heads))
 
         return _ChunkBuffers(
-            patches=empty(
-                frames * math.prod(self.config.grid), self.config.condition_channels * math.prod(wan.PATCH)
-            ),
+            patches=empty(frames * math.prod(self.config.grid), self.config.condition_channels * math.prod(wan.PATCH)),
             mouse=empty(frames, seen_rows, actions.mouse_dim) if hears_mouse else None,
             keyboard=empty(local, seen_rows, actions.keyboard_dim),
             turns=empty(frames, pairs, dtype=torch.complex64),
@@ -338,6 +336,23 @@ class MatrixGame2(nn.Module):
         else:
             frames = latents.transpose(0, 1)
         return frames.to(self.device, self.dtype)
+
+
+def _with_actions_of(layout: Mapping[str, StoredTensor], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json with the actions that a checkpoint's tensors are for."""
+    embeddings = {
+        int(name.split(".")[1]): stored.shape
+        for name, stored in layout.items()
+        if name.startswith("blocks.") and name.endswith(".action_model.keyboard_embed.0.weight")
+    }
+    if not embeddings:
+        return fields  # then loading tells what is missing
+    of_tensors = {
+        "blocks": sorted(embeddings),
+        "keyboard_dim_in": next(iter(embeddings.values()))[-1],
+        "enable_mouse": any(".action_model.mouse_mlp." in name for name in layout),
+    }
+    return {**fields, "action_config": {**(fields.get("action_config") or {}), **of_tensors}}
 
 
 def _block(config: MatrixGameConfig, layer: int) -> wan.Block:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory.config import MemoryConfig
@@ -25,8 +26,8 @@ _PUBLISHED_FIELDS = {
     "out_dim": "latent_channels", "eps": "eps",
 }  # fmt: skip
 _PUBLISHED_ACTION_FIELDS = {
-    "keyboard_dim_in": "keyboard_dim", "heads_num": "num_heads", "hidden_size": "embedding_dim",
-    "windows_size": "seen_frames", "rope_theta": "rope_theta",
+    "mouse_dim_in": "mouse_dim", "keyboard_dim_in": "keyboard_dim", "heads_num": "num_heads",
+    "hidden_size": "embedding_dim", "windows_size": "seen_frames", "rope_theta": "rope_theta",
 }  # fmt: skip
 
 
@@ -100,37 +101,41 @@ class MatrixGameConfig:
 
     @classmethod
     def from_published(cls, fields: dict[str, Any], **overrides: Any) -> MatrixGameConfig:
-        """The config that a published config.json describes; `sigmas`, which it lacks, are those of the variant.
+        """The config that a published config.json describes.
 
-        Raises ValueError when it lacks a size, or describes what the model has not.
+        `sigmas`, which it lacks, are those of the variant, and so is the window where it lacks `local_attn_size`, as
+        those beside the published weights of universal and gta_drive do. Raises ValueError when it lacks the sizes, or
+        describes what the model has not.
         """
         of_actions = fields.get("action_config") or {}
-        known = [(fields, _PUBLISHED_CONSTANTS), (of_actions, _PUBLISHED_ACTION_CONSTANTS)]
-        for name, wanted, got in [(k, v, found[k]) for found, all_of in known for k, v in all_of.items() if k in found]:
-            if got != wanted:
-                raise ValueError(f"MatrixGameConfig: config.json must have {name} {wanted}, got {got}")
-        needed = [*_PUBLISHED_FIELDS, "dim", "in_dim", "local_attn_size"]
-        needed_of_actions = [*_PUBLISHED_ACTION_FIELDS, "blocks", "enable_mouse", "keyboard_hidden_dim", "rope_dim_list"]
-        missing = [name for name in needed if name not in fields]
-        missing += [f"action_config.{name}" for name in needed_of_actions if name not in of_actions]
+        for found, constants in ((fields, _PUBLISHED_CONSTANTS), (of_actions, _PUBLISHED_ACTION_CONSTANTS)):
+            for name, wanted in constants.items():
+                if name in found and found[name] != wanted:
+                    raise ValueError(f"MatrixGameConfig: config.json must have {name} {wanted}, got {found[name]}")
+        missing = [name for name in ("num_layers", "num_heads", "dim", "ffn_dim") if name not in fields]
         if missing:
             raise ValueError(f"MatrixGameConfig: config.json must have {', '.join(missing)}, got {', '.join(fields)}")
-        found = {ours: fields[theirs] for theirs, ours in _PUBLISHED_FIELDS.items()}
-        window = fields["local_attn_size"]
-        actions = ActionConfig(
-            **{ours: of_actions[theirs] for theirs, ours in _PUBLISHED_ACTION_FIELDS.items()},
-            head_dim=of_actions["keyboard_hidden_dim"] // of_actions["heads_num"],
-            mouse_dim=of_actions["mouse_dim_in"] if of_actions["enable_mouse"] else 0,
-            rope_dim=of_actions["rope_dim_list"][0], local_frames=window,
-        )  # fmt: skip
-        config = cls(
-            **found, head_dim=fields["dim"] // fields["num_heads"],
-            condition_channels=fields["in_dim"] - fields["out_dim"],
-            actions=actions, action_layers=tuple(of_actions["blocks"]),
-            sigmas=_THREE_STEPS if actions.mouse_dim else _FOUR_STEPS,
-        )  # fmt: skip
-        past = -(-(window - config.chunk_frames) // config.chunk_frames) * config.chunk_frames
-        return replace(config, **{"recent_frames": past, **overrides})
+        sizes = {ours: of_actions[theirs] for theirs, ours in _PUBLISHED_ACTION_FIELDS.items() if theirs in of_actions}
+        if "keyboard_hidden_dim" in of_actions and "heads_num" in of_actions:
+            sizes["head_dim"] = of_actions["keyboard_hidden_dim"] // of_actions["heads_num"]
+        if "rope_dim_list" in of_actions:
+            sizes["rope_dim"] = of_actions["rope_dim_list"][0]
+        if not of_actions.get("enable_mouse", True):
+            sizes["mouse_dim"] = 0
+        of_gta = cls.gta_drive().actions
+        drives = sizes.get("keyboard_dim") == of_gta.keyboard_dim
+        default_window = of_gta.local_frames if drives else ActionConfig().local_frames
+        actions = ActionConfig(**sizes, local_frames=fields.get("local_attn_size", default_window))
+        found = {ours: fields[theirs] for theirs, ours in _PUBLISHED_FIELDS.items() if theirs in fields}
+        found["head_dim"] = fields["dim"] // fields["num_heads"]
+        if "in_dim" in fields and "out_dim" in fields:
+            found["condition_channels"] = fields["in_dim"] - fields["out_dim"]
+        if "blocks" in of_actions:
+            found["action_layers"] = tuple(of_actions["blocks"])
+        chunk_frames = overrides.get("chunk_frames", cls.chunk_frames)
+        found["recent_frames"] = math.ceil((actions.local_frames - chunk_frames) / chunk_frames) * chunk_frames
+        found["sigmas"] = _THREE_STEPS if actions.mouse_dim else _FOUR_STEPS
+        return cls(**{**found, "actions": actions, **overrides})
 
     @property
     def dim(self) -> int:
