@@ -66,7 +66,7 @@ def test_walked_away_and_back_retrieves_the_chunks_of_the_first_pass():
 
 
 @fuzz
-@given(st.integers(0, 2**31), st.sampled_from(["universal", "gta", "templerun"]), st.sampled_from([0.0, 0.6]))
+@given(st.integers(0, 2**31), st.sampled_from(["universal", "gta_drive", "templerun"]), st.sampled_from([0.0, 0.6]))
 def test_the_plans_are_those_of_pose_retrieval_on_the_integrated_poses(seed, layout, diversity):
     """Whatever is tried and dropped in between."""
     rng = np.random.default_rng(seed)
@@ -177,8 +177,8 @@ def test_what_retrieval_does_not_take():
         by_action.begin_chunk(actions=poses)
     with pytest.raises(ValueError, match="begin_chunk: actions must be None for retrieval by PoseRetrieval, got Acti"):
         by_pose.begin_chunk(poses, actions=LEFT_AND_BACK.until(9))
-    with pytest.raises(ValueError, match=r"begin_chunk: keyboard must be \[9, 2\] for layout 'gta'"):
-        make(ActionRetrieval(ActionIntegrator(layout="gta"))).begin_chunk(actions=LEFT_AND_BACK.until(9))
+    with pytest.raises(ValueError, match=r"begin_chunk: keyboard must be \[9, 2\] for layout 'gta_drive'"):
+        make(ActionRetrieval(ActionIntegrator(layout="gta_drive"))).begin_chunk(actions=LEFT_AND_BACK.until(9))
     assert by_action.begin_chunk(actions=LEFT_AND_BACK.until(9)).chunk == by_pose.begin_chunk(poses).chunk == 0
 
 

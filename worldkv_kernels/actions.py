@@ -65,7 +65,7 @@ LAYOUTS = {
         {"J": ("yaw", -MOUSE_STEP), "L": ("yaw", MOUSE_STEP)},
     )),
     # W S drive; A D steer, by the mouse.
-    "gta": Layout(True, ("forward", "back"), None, (
+    "gta_drive": Layout(True, ("forward", "back"), None, (
         {"W": ("forward", 1), "S": ("back", 1)}, {"A": ("yaw", -MOUSE_STEP), "D": ("yaw", MOUSE_STEP)},
     )),
     # W jump, S slide, Z C turn left and right, A D step to the left and right; one at a time.
@@ -108,11 +108,11 @@ class ActionScales:
             raise ValueError(f"ActionScales: pitch_limits must be -90 <= low <= 0 <= high <= 90, got {low}, {high}")
 
 
-# Guesses all: of universal see ActionScales; gta as if a car steered like a walker looks; templerun as if a turn
+# Guesses all: of universal see ActionScales; gta_drive as if a car steered like a walker looks; templerun as if a turn
 # key held for a block of 12 rows, as the published examples hold it, took a corner of 90 degrees.
 SCALES = {
     "universal": ActionScales(),
-    "gta": ActionScales(),
+    "gta_drive": ActionScales(),
     "templerun": ActionScales(run=12.35, turn=7.5),
 }
 
@@ -141,7 +141,7 @@ class ActionIntegrator:
 
     Args:
         scales: how far each action goes; None for the layout's in SCALES, which are guesses.
-        layout: one of LAYOUTS, "universal", "gta" or "templerun".
+        layout: one of LAYOUTS, "universal", "gta_drive" or "templerun".
 
     Raises ValueError on another layout.
     """
@@ -257,9 +257,9 @@ def parse_actions(text: str, layout: str = "universal") -> Actions:
     """Spell actions: `W*24,L*12,W+J*8` holds W for 24 video frames, then looks right for 12, then does both for 8.
 
     The letters are those of the layout, in either case, joined by + where they are held together, at most one of each
-    group: in "universal" W S (forward, back), A D (left, right), I K (look up, down), J L (look left, right); in "gta"
-    W S and A D (steer left, right); in "templerun" one of W S (jump, slide), Z C (turn left, right), A D (step to the
-    left, right). Q is no action. A look is MOUSE_STEP of the mouse.
+    group. In "universal": W S (forward, back), A D (left, right), I K (look up, down), J L (look left, right). In
+    "gta_drive": W S, A D (steer left, right). In "templerun" one at a time: W S (jump, slide), Z C (turn left, right),
+    A D (step to the left, right). Q is no action. A look is MOUSE_STEP of the mouse.
 
     The first row stands twice, as the published examples have it: for frame 0, then for the frames counted; so
     the counts' sum plus one is the number of rows. Mouse and keyboard are float32, as the models take them.
