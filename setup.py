@@ -64,6 +64,7 @@ setup(
         "worldkv_kernels",
         "worldkv_kernels.benchmarks",
         "worldkv_kernels.cli",
+        "worldkv_kernels.integrations",
         "worldkv_kernels.kernels",
         "worldkv_kernels.memory",
         "worldkv_kernels.models",

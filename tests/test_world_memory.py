@@ -15,7 +15,7 @@ from slow_memory import OfficialOrder, PoseOrder, SlowMemory, pruned, qk_norm, t
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import worldkv_kernels.memory.world_memory as world_memory_module
+import worldkv_kernels.memory.pool as pool_module
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory, segment_attention
 from worldkv_kernels.memory.retrieval import PoseRetrieval
 
@@ -634,8 +634,8 @@ def test_no_work_grows_with_the_past():
         ("bank_chunks", 0, "at least 2"),
         ("rope", "llama", "a Rope3D, 'wan' or None"),
         ("rope", Rope3D(128), "for head_dim 64"),
-        ("retrieval", "nearest", "'pose', 'fov' or a RetrievalPolicy"),
-        ("retrieval", None, "'pose', 'fov' or a RetrievalPolicy"),
+        ("retrieval", "nearest", "'pose', 'fov', 'action' or a RetrievalPolicy"),
+        ("retrieval", None, "'pose', 'fov', 'action' or a RetrievalPolicy"),
         ("retrieval", PoseRetrieval, "a RetrievalPolicy"),  # the class, not an object of it
     ],
 )
@@ -680,7 +680,7 @@ def test_memory_dtype_error():
 @pytest.mark.parametrize("bank", ["device", "host"])
 def test_storage_that_does_not_fit(monkeypatch, bank):
     # fp32, one layer, one head: a slot is 128 rows of 64 numbers, K and V: 64 KiB; a sink slot and three ring slots.
-    monkeypatch.setattr(world_memory_module, "_free_host_bytes", lambda: 64 * 1024 * 3)
+    monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 64 * 1024 * 3)
     with pytest.raises(ValueError, match=r"WorldMemory: bank_chunks must be at least 2 .* got 1 that fit half of the"):
         make(tiny(bank=bank))
     with pytest.raises(ValueError, match=r"WorldMemory: storage must fit the 0.0 GiB .* free on cpu, got 0.0 GiB"):
@@ -689,13 +689,13 @@ def test_storage_that_does_not_fit(monkeypatch, bank):
         make(tiny(bank=bank, bank_chunks=100000))
     with pytest.raises(ValueError, match=r"WorldMemory: storage must fit"):
         make(tiny(mode="full", bank_chunks=10))
-    monkeypatch.setattr(world_memory_module, "_free_host_bytes", lambda: 2 * 64 * 1024 * 5)
+    monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 2 * 64 * 1024 * 5)
     assert make(tiny(sink_frames=0, bank=bank)).stats()["bank_capacity"] == 5
     assert make(tiny(sink_frames=0, mode="full")).stats()["device_bytes"] == 5 * 64 * 1024
 
 
 def test_real_free_memory_is_found():
-    assert world_memory_module._free_host_bytes() > 2**20
+    assert pool_module._free_host_bytes() > 2**20
 
 
 def bad_poses(what: str) -> object:

@@ -1,7 +1,8 @@
 """World memory for autoregressive video diffusion: attention over a paged KV pool, pruning and retrieval."""
 
+from .actions import ActionIntegrator, Actions, ActionScales, parse_actions
 from .memory.config import MemoryConfig
-from .memory.retrieval import FovRetrieval, PoseRetrieval, RetrievalPolicy
+from .memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from .memory.window import Segment, Window
 from .memory.world_memory import ChunkPlan, WorldMemory
 from .ops import CompressedChunk, compress_chunk, norm_rope_append, segment_attention
@@ -10,6 +11,10 @@ from .rope import Rope3D
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActionIntegrator",
+    "ActionRetrieval",
+    "ActionScales",
+    "Actions",
     "ChunkPlan",
     "CompressedChunk",
     "FovRetrieval",
@@ -22,5 +27,6 @@ __all__ = [
     "WorldMemory",
     "compress_chunk",
     "norm_rope_append",
+    "parse_actions",
     "segment_attention",
 ]

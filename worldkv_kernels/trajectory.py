@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .memory.poses import as_intrinsics, as_poses
+from .memory.poses import as_intrinsics, as_poses, look_rotation
 
 # What one frame of each move adds: yaw and pitch in turns of `turn_degrees`, then x (right) and z (forward) in `move`.
 MOVES = {
@@ -103,17 +103,8 @@ def _from_moves(text: str, turn: float, move: float) -> Trajectory:
         for _ in range(int(count)):
             yaw, pitch = yaw + yaw_step, pitch + pitch_step
             pose = np.eye(4)
-            pose[:3, :3] = _rotation(yaw * turn, pitch * turn)
+            pose[:3, :3] = look_rotation(yaw * turn, pitch * turn)
             position = position + pose[:3, :3] @ (x * move, 0.0, z * move)
             pose[:3, 3] = position
             poses.append(pose)
     return Trajectory(np.stack(poses), np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), text)
-
-
-def _rotation(yaw: float, pitch: float) -> np.ndarray:
-    """Camera-to-world: pitch up about the camera's x, then yaw to the right about the world's y, in radians."""
-    sin, cos = math.sin(yaw), math.cos(yaw)
-    about_y = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
-    sin, cos = math.sin(pitch), math.cos(pitch)
-    about_x = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-    return about_y @ about_x

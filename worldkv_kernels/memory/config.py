@@ -36,9 +36,11 @@ class MemoryConfig:
     "sink_recent" (sink, recent and current) ignore what they do not use.
 
     `keep_ratio`, `pooled`: how a chunk is pruned when it leaves the recent frames, see compress_chunk; 1 keeps all.
-    `retrieval`: "pose", "fov" or a RetrievalPolicy object. `order` of the retrieved chunks in the window: by
-    "time", or "nearest_last", "nearest_first". `rebase_time`: turn retrieved and sink chunks in time so that
-    the window's frames follow each other without a gap up to the recent ones.
+    `retrieval`: "pose", "fov" or "action", or a RetrievalPolicy object. "action" is ActionRetrieval(), with guessed
+    scales for Matrix-Game's "universal" actions; give an object for another game or other scales.
+    `order` of the retrieved chunks in the window: by "time", or "nearest_last", "nearest_first". `rebase_time`:
+    turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
+    recent ones.
 
     `bank`: "device", or "host" for (pinned) host memory with device room for the retrieved chunks alone.
     `bank_chunks`: how many chunks the bank holds, or in mode "full" how many chunks in all; past that the policy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .window import TILE_ROWS
@@ -53,3 +55,21 @@ class Pool:
     @property
     def bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that new storage can have."""
+    if device.type != "cuda":
+        return _free_host_bytes()
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, free to use
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def _free_host_bytes() -> int:
+    """What Linux calls available: free, or held for a cache that it gives up; elsewhere what is free."""
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -18,7 +18,7 @@ def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
     """
     wanted = f"[{frames if frames is not None else 'frames'}, 4, 4]"
     try:
-        array = _as_float64(poses)
+        array = as_float64(poses)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{op}: poses must be an array {wanted}, got {type(poses).__name__}") from error
     if array.ndim != 3 or array.shape[1:] != (4, 4) or (frames is not None and len(array) != frames) or not len(array):
@@ -38,7 +38,8 @@ def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
     return array
 
 
-def _as_float64(numbers: object) -> np.ndarray:
+def as_float64(numbers: object) -> np.ndarray:
+    """An array or tensor of any dtype, as a float64 array on the host."""
     if isinstance(numbers, torch.Tensor):
         return numbers.detach().cpu().double().numpy()
     return np.asarray(numbers, dtype=np.float64)
@@ -47,7 +48,7 @@ def _as_float64(numbers: object) -> np.ndarray:
 def as_intrinsics(op: str, intrinsics: object, frames: int) -> np.ndarray:
     """Check pinhole intrinsics (fx, fy, cx, cy) in pixels and return them as float64 [frames, 4]."""
     try:
-        array = _as_float64(intrinsics)
+        array = as_float64(intrinsics)
     except (TypeError, ValueError) as error:
         wanted = f"an array [{frames}, 4] or [4]"
         raise TypeError(f"{op}: intrinsics must be {wanted}, got {type(intrinsics).__name__}") from error
@@ -59,6 +60,15 @@ def as_intrinsics(op: str, intrinsics: object, frames: int) -> np.ndarray:
         least = array.min(axis=0).tolist()
         raise ValueError(f"{op}: intrinsics must be positive fx, fy, cx, cy in pixels, got {least}")
     return array
+
+
+def look_rotation(yaw: float, pitch: float) -> np.ndarray:
+    """Camera-to-world [3, 3]: pitch up about the camera's x, then yaw to the right about the world's y, in radians."""
+    sin, cos = math.sin(yaw), math.cos(yaw)
+    about_y = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
+    sin, cos = math.sin(pitch), math.cos(pitch)
+    about_x = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    return about_y @ about_x
 
 
 def rotation_angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:

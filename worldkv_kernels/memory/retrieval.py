@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..actions import ActionIntegrator
 from .poses import mean_pose, rotation_angles
 
 # Scores within this of the best are as good as the best, so that float noise between views that are the same
@@ -117,6 +118,18 @@ class PoseRetrieval(NearestPolicy):
             self.ROTATION_NOISE,
         )
         return 0.5 * dt + 0.5 * dr
+
+
+class ActionRetrieval(PoseRetrieval):
+    """Nearest camera pose, of poses that the memory integrates from the player's actions.
+
+    `integrator` says how far each action goes, in which layout; None for ActionIntegrator(), Matrix-Game's "universal"
+    with guessed scales. It is a pattern: each WorldMemory integrates on a fresh one of its own.
+    """
+
+    def __init__(self, integrator: ActionIntegrator | None = None, *, diversity: float = 0.0) -> None:
+        super().__init__(diversity=diversity)
+        self.integrator = ActionIntegrator() if integrator is None else integrator
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -241,6 +254,8 @@ def make_policy(retrieval: str | RetrievalPolicy) -> RetrievalPolicy:
         return PoseRetrieval()
     if retrieval == "fov":
         return FovRetrieval()
+    if retrieval == "action":
+        return ActionRetrieval()
     if not isinstance(retrieval, (str, type)) and isinstance(retrieval, RetrievalPolicy):
         return retrieval
-    raise ValueError(f"MemoryConfig: retrieval must be 'pose', 'fov' or a RetrievalPolicy, got {retrieval!r}")
+    raise ValueError(f"MemoryConfig: retrieval must be 'pose', 'fov', 'action' or a RetrievalPolicy, got {retrieval!r}")

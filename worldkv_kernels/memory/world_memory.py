@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, NamedTuple
 
 import torch
 
+from ..actions import ActionIntegrator, as_actions
 from ..ops.checks import DTYPES
 from ..ops.compress_chunk import compress_chunk
 from ..ops.norm_rope_append import norm_rope_append
@@ -15,9 +15,9 @@ from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from .bank import Bank
 from .config import MemoryConfig
-from .pool import Pool
+from .pool import Pool, free_bytes
 from .poses import as_intrinsics, as_poses
-from .retrieval import make_policy
+from .retrieval import ActionRetrieval, make_policy
 from .window import Segment, Window, tiles_of
 
 _CHUNKS_WITHOUT_ROPE = 340  # that a bank of unstated size holds at most; as many as 1024 positions number
@@ -41,6 +41,9 @@ class WorldMemory:
     and the chunk's position are rewritten at fixed addresses, so a pass can be captured in a CUDA graph.
     Every past chunk is in exactly one of sink, recent and bank, unless a mode or the bank's bound drops it.
 
+    `integrator`, where retrieval is by action, stands at the end of the last chunk of history (in the baselines, which
+    retrieve nothing, at the start); it is None for other retrieval.
+
     Raises ValueError when the storage does not fit the memory that is free, with the numbers.
     """
 
@@ -61,6 +64,9 @@ class WorldMemory:
         self._backend = backend
         self._rope = config.make_rope()
         self._policy = make_policy(config.retrieval)
+        self.integrator: ActionIntegrator | None = None
+        if isinstance(self._policy, ActionRetrieval):
+            self.integrator = self._policy.integrator.fresh()
         self._max_chunks = self._rope.max_position // config.chunk_frames if self._rope else sys.maxsize
 
         sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
@@ -108,24 +114,33 @@ class WorldMemory:
         self._tokens_attended = 0
         self._retrieved_total = 0
         self._left_window = 0
+        if self.integrator is not None:
+            self.integrator.reset()
+            self._after_actions = self.integrator.state  # where the chunk begun last ends
         if self._bank is not None:
             self._bank.clear()
 
     # --- a chunk ---
 
     @ranged("begin_chunk")
-    def begin_chunk(self, poses: object = None, *, intrinsics: object = None) -> ChunkPlan:
+    def begin_chunk(
+        self, poses: object = None, *, intrinsics: object = None, actions: tuple[object, object] | None = None
+    ) -> ChunkPlan:
         """Choose what the next chunk attends to.
 
         Args:
             poses: camera-to-world [chunk_frames, 4, 4] of the chunk's latent frames, OpenCV coordinates, any unit
                 of length; an array or tensor. Needed in mode "worldkv", checked wherever given.
             intrinsics: fx, fy, cx, cy in pixels, [chunk_frames, 4] or [4]; needed by retrieval "fov".
+            actions: in place of poses where retrieval is by action: an Actions (mouse, keyboard) of this chunk's rows
+                in the integrator's layout, 4 * chunk_frames - 3 of chunk 0, then 4 * chunk_frames a chunk. The
+                memory integrates them; a chunk that is aborted or not begun leaves no trace.
 
         Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError
         when a chunk is already begun or the frames would pass the rope's positions (or, in mode "full", the
-        pool), ValueError when the poses are missing, misshapen or not rigid, or a policy object selects
-        what is not on offer; the memory is then as before.
+        pool), ValueError when the poses or actions are missing, misshapen, not rigid or not finite, or
+        are what this retrieval does not take, or a policy object selects what is not on offer; the memory is
+        then as before.
         """
         if self._plan is not None:
             raise RuntimeError(
@@ -138,7 +153,7 @@ class WorldMemory:
                 f"begin_chunk: chunk must be below {self._max_chunks} (rope positions, or bank_chunks in mode 'full'), "
                 f"got chunk {chunk}"
             )
-        description = self._described(poses, intrinsics)
+        description = self._described(self._integrated(poses, actions), intrinsics)
         start_frame = chunk * config.chunk_frames
         retrieved: list[int] = []
         if self._bank is not None:
@@ -229,6 +244,8 @@ class WorldMemory:
                 self._left_window += 1
         self._tokens_attended += self._plan.num_tokens
         self._retrieved_total += len(self._plan.retrieved)
+        if self.integrator is not None:
+            self.integrator.restore(self._after_actions)
         self._plan = None
         self._next_chunk = chunk + 1
 
@@ -292,6 +309,30 @@ class WorldMemory:
         return 2 * config.num_layers * config.num_heads * config.head_dim * self.dtype.itemsize
 
     # --- parts of the above ---
+
+    def _integrated(self, poses: object, actions: tuple[object, object] | None) -> object:
+        """The poses given, or those that the actions lead to."""
+        if self.integrator is None:
+            if actions is not None:
+                policy, got = type(self._policy).__name__, type(actions).__name__
+                raise ValueError(f"begin_chunk: actions must be None for retrieval by {policy}, got {got}")
+            return poses
+        if poses is not None:
+            got = type(poses).__name__
+            raise ValueError(f"begin_chunk: poses must be None for retrieval by ActionRetrieval, got {got}")
+        rows = 4 * self.config.chunk_frames - (0 if self._next_chunk else 3)
+        if actions is None:
+            if self._bank is not None:
+                raise ValueError(f"begin_chunk: actions must be of {rows} rows in mode 'worldkv', got None")
+            return None
+        checked = as_actions("begin_chunk", actions, self.integrator.layout_name, rows)
+        if self._bank is None:
+            return None
+        before = self.integrator.state
+        poses = self.integrator.advance(*checked)
+        self._after_actions = self.integrator.state
+        self.integrator.restore(before)  # the chunk may yet be refused or dropped
+        return poses
 
     def _described(self, poses: object, intrinsics: object) -> Any:
         frames = self.config.chunk_frames
@@ -361,7 +402,7 @@ class WorldMemory:
         tokens = config.chunk_tokens if config.mode == "full" else config.banked_tokens
         size = Pool.slot_bytes(tokens, dtype=self.dtype, **sizes)
         on_device = self.device.type == "cuda" and not (config.has_bank and config.bank == "host")
-        free = _free_bytes(self.device if on_device else torch.device("cpu"))
+        free = free_bytes(self.device if on_device else torch.device("cpu"))
         fits = int(free // 2 // size)
         least = max(1, config.retrieved_chunks) if config.has_bank else 1
         if fits < least:
@@ -376,26 +417,9 @@ class WorldMemory:
         wanted = {self.device.type: pool_bytes}
         wanted["cpu"] = wanted.get("cpu", 0) + arena_bytes
         for kind, needed in wanted.items():
-            free = _free_bytes(torch.device(kind) if kind == "cpu" else self.device)
+            free = free_bytes(torch.device(kind) if kind == "cpu" else self.device)
             if needed > free:
                 raise ValueError(
                     f"WorldMemory: storage must fit the {free / 2**30:.1f} GiB that are free on {kind}, "
                     f"got {needed / 2**30:.1f} GiB; bank_chunks, {self.config.bank_chunks}, sets most of it"
                 )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _free_host_bytes()
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, free to use
-    return torch.cuda.mem_get_info(device)[0] + held
-
-
-def _free_host_bytes() -> int:
-    """What Linux calls available: free, or held for a cache that it gives up; elsewhere what is free."""
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ..actions import ActionIntegrator, Actions, video_frames
 from ..memory.poses import as_intrinsics, as_poses
 from ..memory.world_memory import ChunkPlan, WorldMemory
 from ..ranges import phase
@@ -17,21 +18,10 @@ from ..ranges import phase
 SIGMAS = (1.0, 0.979, 0.947, 0.825)
 
 
-class Actions(NamedTuple):
-    """What a player did, a row a video frame: latent frame f is steered by rows 4f - 3 .. 4f, frame 0 by row 0."""
-
-    mouse: np.ndarray | None  # [video frames, 2]
-    keyboard: np.ndarray | None  # [video frames, keys]
-
-    def until(self, video_frames: int) -> Actions:
-        """The first `video_frames` rows."""
-        return Actions(*(rows if rows is None else rows[:video_frames] for rows in self))
-
-
 class Controls(NamedTuple):
     """What steers one chunk."""
 
-    poses: np.ndarray  # camera-to-world [chunk_frames, 4, 4] of its latent frames, OpenCV coordinates
+    poses: np.ndarray | None  # camera-to-world [chunk_frames, 4, 4] of its latent frames, OpenCV coordinates
     intrinsics: np.ndarray | None = None  # fx, fy, cx, cy in pixels, [chunk_frames, 4]
     actions: Actions | None = None  # of the whole video up to the chunk's last frame
 
@@ -70,7 +60,7 @@ class RolloutChunk(NamedTuple):
 def rollout(
     model: WorldModel,
     memory: WorldMemory,
-    poses: object,
+    poses: object = None,
     intrinsics: object = None,
     *,
     actions: Actions | None = None,
@@ -82,29 +72,39 @@ def rollout(
 
     Args:
         poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates. n // chunk_frames chunks are
-            made; the frames left over are not.
+            made; the frames left over are not. None for a memory that retrieves by action: the poses that its
+            integrator makes of the actions.
         intrinsics: fx, fy, cx, cy in pixels, [n, 4] or [4]; None where neither model nor retrieval needs them.
-        actions: of at least the 4 n - 3 video frames; None where the model needs none.
+        actions: of at least the 4 n - 3 video frames; None where neither model nor retrieval needs them.
 
     Everything else as of `stream`. Raises ValueError also when the poses or intrinsics are misshapen or not rigid,
-    there are too few for one chunk, or too few actions.
+    there are too few for one chunk, too few actions, or neither poses nor actions to integrate.
     """
-    poses = as_poses("rollout", poses)
-    if intrinsics is not None:
-        intrinsics = as_intrinsics("rollout", intrinsics, len(poses))
     frames = model.chunk_frames
-    if len(poses) < frames:
-        raise ValueError(f"rollout: poses must be of at least chunk_frames={frames} latent frames, got {len(poses)}")
+    if poses is not None:
+        poses = as_poses("rollout", poses)
+        latent_frames = len(poses)
+    elif memory.integrator is None or actions is None:
+        raise ValueError("rollout: poses must be [n, 4, 4], or None with actions that the memory goes by, got None")
+    else:
+        latent_frames = (len(actions.keyboard) + 3) // 4
+    if intrinsics is not None:
+        intrinsics = as_intrinsics("rollout", intrinsics, latent_frames)
+    if latent_frames < frames:
+        source = "actions" if poses is None else "poses"
+        raise ValueError(
+            f"rollout: {source} must be of at least chunk_frames={frames} latent frames, got {latent_frames}"
+        )
     for name, rows in (actions._asdict() if actions is not None else {}).items():
-        least = video_frames(len(poses) // frames * frames)
+        least = video_frames(latent_frames // frames * frames)
         if rows is not None and len(rows) < least:
             raise ValueError(f"rollout: actions must have a row for {least} video frames, got {len(rows)} of {name}")
 
     def controls() -> Iterator[Controls]:
-        for first in range(0, len(poses) - frames + 1, frames):
+        for first in range(0, latent_frames - frames + 1, frames):
             rows = slice(first, first + frames)
             done = actions.until(video_frames(rows.stop)) if actions is not None else None
-            yield Controls(poses[rows], intrinsics[rows] if intrinsics is not None else None, done)
+            yield Controls(*(array if array is None else array[rows] for array in (poses, intrinsics)), done)
 
     return stream(model, memory, controls(), conditions=conditions, seed=seed, sigmas=sigmas)
 
@@ -127,6 +127,8 @@ def stream(
     Args:
         model: of the memory's chunk_frames, on its device.
         memory: at its start (new, or reset). Between chunks it is the caller's to look at.
+        controls: all with poses, or all without where the memory retrieves by action: its integrator's are then the
+            model's. Such a memory is given a chunk's rows of the actions, any other the poses and intrinsics.
         conditions: of the model's own kind; None for its stand-in.
         seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
             so that rollouts of any mode, device and dtype start from the same numbers.
@@ -150,11 +152,6 @@ def stream(
     return _chunks(model, memory, controls, conditions, seed, sigmas)
 
 
-def video_frames(latent_frames: int) -> int:
-    """How many video frames so many latent frames from the start stand for: one, then four each."""
-    return 4 * latent_frames - 3
-
-
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
     """Standard normal fp32 numbers on the CPU, a function of the arguments alone."""
     (state,) = np.random.SeedSequence((seed, chunk, step)).generate_state(1, np.uint64)
@@ -170,12 +167,14 @@ def _chunks(
     sigmas: tuple[float, ...],
 ) -> Iterator[RolloutChunk]:
     of_rollout = None
+    integrator = memory.integrator.fresh() if memory.integrator is not None else None
     for number, of_one in enumerate(controls):
+        of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, integrator)
         if number == 0:
             with torch.no_grad():
                 of_rollout = model.prepare_rollout(conditions, of_one.poses[0], (*sigmas, 0.0))
         started = time.perf_counter()
-        plan = memory.begin_chunk(of_one.poses, intrinsics=of_one.intrinsics)
+        plan = memory.begin_chunk(**of_memory)
         try:
             latents = _denoised(model, memory, plan, of_rollout, of_one, seed, sigmas)
             memory.end_chunk()
@@ -186,6 +185,21 @@ def _chunks(
             memory.abort_chunk()
             raise
         yield RolloutChunk(plan, latents, time.perf_counter() - started)
+
+
+def _steered(
+    controls: Controls, start_frame: int, frames: int, integrator: ActionIntegrator | None
+) -> tuple[Controls, dict[str, Any]]:
+    """The controls with poses, and what begin_chunk is given of them."""
+    rows = controls.actions.of_frames(start_frame, frames) if controls.actions is not None else None
+    of_memory = {"actions": rows}
+    if integrator is None:
+        of_memory = {"poses": controls.poses, "intrinsics": controls.intrinsics}
+    if controls.poses is None:
+        if integrator is None or rows is None:
+            raise ValueError("rollout: controls must have poses, or actions that the memory goes by, got neither")
+        controls = controls._replace(poses=integrator.advance(*rows))
+    return controls, of_memory
 
 
 @torch.no_grad()

@@ -1,0 +1,494 @@
+"""Matrix-Game-2.0's causal denoiser, restated plainly, to test other code against.
+
+Names of classes and parameters, signatures and cache dictionaries are the published ones. The training path is left
+out, what is fixed there at 880 tokens a frame is an argument; nothing is fast or shared with worldkv_kernels.
+All computes in the dtype of the weights but for attention and rotations, in float32 or wider.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+PATCH = (1, 2, 2)
+POSITIONS = 1024
+VISUAL_DIM = 1280  # of the image encoder's tokens
+ROWS_A_FRAME = 4  # video frames, and so rows of actions, in a latent frame
+
+
+def turned(x, angles):
+    """x [..., tokens, heads, dim], its pairs (2i, 2i + 1) turned by angles [tokens, dim / 2], in float64."""
+    numbers = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    factors = torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(numbers * factors).flatten(-2).to(x.dtype)
+
+
+def attention(q, k, v):
+    """Softmax attention of [batch, tokens, heads, dim], every query to every key."""
+    weights = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) / math.sqrt(q.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", weights.softmax(dim=-1), v.float()).to(q.dtype)
+
+
+def roll_in(cache, k, v, current_end):
+    """Write the newest k and v [batch, n, heads, dim] into a cache, and return where they end in it.
+
+    What is new goes behind what is there, and the oldest makes room; what is there already is overwritten.
+    """
+    new, size = k.shape[1], cache["k"].shape[1]
+    seen, filled = cache["global_end_index"].item(), cache["local_end_index"].item()
+    evicted = 0
+    if current_end > seen and filled + new > size:
+        evicted = filled + new - size
+        for name in ("k", "v"):
+            cache[name][:, : filled - evicted] = cache[name][:, evicted:filled].clone()
+    end = filled + (current_end - seen) - evicted
+    cache["k"][:, end - new : end] = k
+    cache["v"][:, end - new : end] = v
+    cache["global_end_index"].fill_(current_end)
+    cache["local_end_index"].fill_(end)
+    return end
+
+
+class WanRMSNorm(nn.Module):
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        mean_square = x.float().square().mean(dim=-1, keepdim=True)
+        return (x.float() / (mean_square + self.eps).sqrt()).to(x.dtype) * self.weight
+
+
+class ActionRMSNorm(nn.Module):
+    """The action module's norm: it has a weight, and does not use it."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x / (x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
+
+
+class WanLayerNorm(nn.LayerNorm):
+    def __init__(self, dim, eps=1e-6, elementwise_affine=False):
+        super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine)
+
+
+class CausalWanSelfAttention(nn.Module):
+    """Attention to a rolling cache, of which the newest `max_attention_size` tokens are seen."""
+
+    def __init__(self, dim, num_heads, local_attn_size=-1, sink_size=0, qk_norm=True, eps=1e-6, frame_seqlen=880):
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.local_attn_size = local_attn_size
+        self.sink_size = sink_size
+        self.qk_norm = qk_norm
+        self.eps = eps
+        self.max_attention_size = (15 if local_attn_size == -1 else local_attn_size) * frame_seqlen
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None):
+        """x [batch, tokens, dim], grid_sizes (frames, rows, columns), freqs [positions, head_dim / 2] complex."""
+        frames, height, width = grid_sizes.tolist()
+        pairs = self.head_dim // 2
+        across = pairs // 3
+        first = current_start // (height * width)
+        time, rows, columns = freqs.angle().split([pairs - 2 * across, across, across], dim=1)
+        angles = torch.stack(
+            [
+                torch.cat([time[frame], rows[row], columns[column]])
+                for frame in range(first, first + frames)
+                for row in range(height)
+                for column in range(width)
+            ]
+        )
+        heads = (self.num_heads, self.head_dim)
+        q = turned(self.norm_q(self.q(x)).unflatten(2, heads), angles)
+        k = turned(self.norm_k(self.k(x)).unflatten(2, heads), angles)
+        v = self.v(x).unflatten(2, heads)
+        end = roll_in(kv_cache, k, v, current_start + x.shape[1])
+        seen = slice(max(0, end - self.max_attention_size), end)
+        return self.o(attention(q, kv_cache["k"][:, seen], kv_cache["v"][:, seen]).flatten(2))
+
+
+class WanI2VCrossAttention(nn.Module):
+    """Attention to the image, whose keys and values are computed in the first pass and kept."""
+
+    def __init__(self, dim, num_heads, qk_norm=True, eps=1e-6):
+        super().__init__()
+        self.heads = (num_heads, dim // num_heads)
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    def forward(self, x, context, crossattn_cache):
+        q = self.norm_q(self.q(x)).unflatten(2, self.heads)
+        if not crossattn_cache["is_init"]:
+            crossattn_cache["is_init"] = True
+            crossattn_cache["k"] = self.norm_k(self.k(context)).unflatten(2, self.heads)
+            crossattn_cache["v"] = self.v(context).unflatten(2, self.heads)
+        return self.o(attention(q, crossattn_cache["k"], crossattn_cache["v"]).flatten(2))
+
+
+class ActionModule(nn.Module):
+    """What the mouse and the keyboard add to the tokens, each place of the picture on its own."""
+
+    def __init__(
+        self,
+        mouse_dim_in=2,
+        keyboard_dim_in=6,
+        hidden_size=128,
+        img_hidden_size=1536,
+        keyboard_hidden_dim=1024,
+        mouse_hidden_dim=1024,
+        vae_time_compression_ratio=ROWS_A_FRAME,
+        windows_size=3,
+        heads_num=16,
+        patch_size=PATCH,
+        qk_norm=True,
+        qkv_bias=False,
+        rope_dim_list=(8, 28, 28),
+        rope_theta=256,
+        mouse_qk_dim_list=(8, 28, 28),
+        enable_mouse=True,
+        enable_keyboard=True,
+        local_attn_size=6,
+        blocks=(),
+    ):
+        super().__init__()
+        self.enable_mouse, self.enable_keyboard = enable_mouse, enable_keyboard
+        self.local_attn_size = local_attn_size
+        self.heads_num = heads_num
+        self.rope_theta = rope_theta
+        self.time_dims = mouse_qk_dim_list[0]  # the other axes have one position, 0, and turn nothing
+        self.rows_a_frame, self.windows_size = vae_time_compression_ratio, windows_size
+        window = vae_time_compression_ratio * windows_size  # rows
+        hidden = {"q": mouse_hidden_dim, "k": keyboard_hidden_dim}
+        if enable_mouse:
+            c = hidden["q"]
+            self.mouse_mlp = nn.Sequential(
+                nn.Linear(mouse_dim_in * window + img_hidden_size, c),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(c, c),
+                nn.LayerNorm(c),
+            )
+            self.t_qkv = nn.Linear(c, 3 * c, bias=qkv_bias)
+            self.img_attn_q_norm, self.img_attn_k_norm = (ActionRMSNorm(c // heads_num) for _ in range(2))
+            self.proj_mouse = nn.Linear(c, img_hidden_size, bias=qkv_bias)
+        if enable_keyboard:
+            c = hidden["k"]
+            self.keyboard_embed = nn.Sequential(
+                nn.Linear(keyboard_dim_in, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            )
+            self.key_attn_q_norm, self.key_attn_k_norm = (ActionRMSNorm(c // heads_num) for _ in range(2))
+            self.mouse_attn_q = nn.Linear(img_hidden_size, c, bias=qkv_bias)
+            self.keyboard_attn_kv = nn.Linear(hidden_size * window, 2 * c, bias=qkv_bias)
+            self.proj_keyboard = nn.Linear(c, img_hidden_size, bias=qkv_bias)
+
+    def windows(self, rows, start_frame, frames):
+        """What the frames see of the rows [batch, n, c] since the start of the video: [batch, frames, window * c].
+
+        Frame f sees rows 4 f - 12 .. 4 f - 1, so the newest row, 4 f, is seen from the next frame on; rows before the
+        first are like it.
+        """
+        window = self.rows_a_frame * self.windows_size
+        seen = []
+        for frame in range(start_frame, start_frame + frames):
+            first = self.rows_a_frame * frame - window
+            seen.append(torch.cat([rows[:, max(0, row)] for row in range(first, first + window)], dim=1))
+        return torch.stack(seen, dim=1)
+
+    def in_time(self, q, k, start_frame):
+        """q and k [batch, frames, heads, dim], turned by their frames; only the first dims turn."""
+        pairs = self.time_dims // 2
+        frequencies = [self.rope_theta ** (-2 * i / self.time_dims) for i in range(pairs)]
+        frequencies += [0.0] * (q.shape[-1] // 2 - pairs)
+        frames = torch.arange(start_frame, start_frame + q.shape[1], dtype=torch.float64)
+        angles = frames[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+        return turned(q, angles), turned(k, angles)
+
+    def attend(self, q, k, v, cache, end_frame):
+        end = roll_in(cache, k, v, end_frame)
+        seen = slice(max(0, end - self.local_attn_size), end)
+        return cache["k"][:, seen], cache["v"][:, seen]
+
+    def forward(
+        self,
+        x,
+        tt,
+        th,
+        tw,
+        mouse_condition=None,
+        keyboard_condition=None,
+        block_mask_mouse=None,
+        block_mask_keyboard=None,
+        is_causal=False,
+        kv_cache_mouse=None,
+        kv_cache_keyboard=None,
+        start_frame=0,
+        use_rope_keyboard=True,
+        num_frame_per_block=3,
+    ):
+        """x [batch, tt * th * tw, dim]; the conditions are [batch, rows from the start up to this block's end, c]."""
+        assert is_causal and use_rope_keyboard and tt == num_frame_per_block
+        batch, places = len(x), int(th) * int(tw)
+        frames = keyboard_condition.shape[1] // self.rows_a_frame + 1
+        assert keyboard_condition.shape[1] % self.rows_a_frame == 1 and frames == start_frame + num_frame_per_block
+
+        def by_place(tokens):  # [batch, frames * places, c] -> [batch * places, frames, c]
+            return tokens.unflatten(1, (tt, places)).transpose(1, 2).flatten(0, 1)
+
+        def by_frame(tokens):
+            return tokens.unflatten(0, (batch, places)).transpose(1, 2).flatten(1, 2)
+
+        if self.enable_mouse and mouse_condition is not None:
+            mouse = self.windows(mouse_condition, start_frame, num_frame_per_block).repeat_interleave(places, dim=0)
+            hidden = self.t_qkv(self.mouse_mlp(torch.cat([by_place(x), mouse], dim=-1)))
+            q, k, v = hidden.unflatten(2, (3, self.heads_num, -1)).unbind(dim=2)
+            q, k = self.in_time(self.img_attn_q_norm(q), self.img_attn_k_norm(k), start_frame)
+            k, v = self.attend(q, k, v, kv_cache_mouse, start_frame + num_frame_per_block)
+            x = x + self.proj_mouse(by_frame(attention(q, k, v).flatten(2)))
+
+        if self.enable_keyboard and keyboard_condition is not None:
+            keys = self.windows(self.keyboard_embed(keyboard_condition), start_frame, num_frame_per_block)
+            k, v = self.keyboard_attn_kv(keys).unflatten(2, (2, self.heads_num, -1)).unbind(dim=2)
+            q = by_place(self.mouse_attn_q(x)).unflatten(2, (self.heads_num, -1))
+            q, k = self.in_time(self.key_attn_q_norm(q), self.key_attn_k_norm(k), start_frame)
+            k, v = self.attend(q, k, v, kv_cache_keyboard, start_frame + num_frame_per_block)
+            k, v = (tensor.repeat_interleave(places, dim=0) for tensor in (k, v))
+            x = x + self.proj_keyboard(by_frame(attention(q, k, v).flatten(2)))
+        return x
+
+
+class CausalWanAttentionBlock(nn.Module):
+    def __init__(
+        self,
+        dim,
+        ffn_dim,
+        num_heads,
+        local_attn_size=-1,
+        sink_size=0,
+        qk_norm=True,
+        cross_attn_norm=True,
+        action_config=None,
+        block_idx=0,
+        eps=1e-6,
+        frame_seqlen=880,
+    ):
+        super().__init__()
+        self.action_model = None
+        if action_config and block_idx in action_config["blocks"]:
+            self.action_model = ActionModule(**action_config, local_attn_size=local_attn_size)
+        self.norm1 = WanLayerNorm(dim, eps)
+        self.self_attn = CausalWanSelfAttention(dim, num_heads, local_attn_size, sink_size, qk_norm, eps, frame_seqlen)
+        self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
+        self.cross_attn = WanI2VCrossAttention(dim, num_heads, qk_norm, eps)
+        self.norm2 = WanLayerNorm(dim, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x,
+        e,
+        seq_lens,
+        grid_sizes,
+        freqs,
+        context,
+        block_mask=None,
+        block_mask_mouse=None,
+        block_mask_keyboard=None,
+        num_frame_per_block=3,
+        use_rope_keyboard=False,
+        mouse_cond=None,
+        keyboard_cond=None,
+        kv_cache=None,
+        kv_cache_mouse=None,
+        kv_cache_keyboard=None,
+        crossattn_cache=None,
+        current_start=0,
+        cache_start=None,
+        context_lens=None,
+    ):
+        """x [batch, tokens, dim]; e [batch, noise levels, 6, dim], one level a frame or one for all."""
+        a_level = x.shape[1] // e.shape[1]  # tokens
+        e = (e + self.modulation[:, None]).repeat_interleave(a_level, dim=1).unbind(dim=2)
+        y = self.self_attn(
+            self.norm1(x) * (1 + e[1]) + e[0],
+            seq_lens,
+            grid_sizes,
+            freqs,
+            block_mask,
+            kv_cache,
+            current_start,
+            cache_start,
+        )
+        x = x + y * e[2]
+        x = x + self.cross_attn(self.norm3(x), context, crossattn_cache)
+        if self.action_model is not None:
+            x = self.action_model(
+                x,
+                *grid_sizes,
+                mouse_cond,
+                keyboard_cond,
+                block_mask_mouse,
+                block_mask_keyboard,
+                is_causal=True,
+                kv_cache_mouse=kv_cache_mouse,
+                kv_cache_keyboard=kv_cache_keyboard,
+                start_frame=current_start // int(grid_sizes[1] * grid_sizes[2]),
+                use_rope_keyboard=use_rope_keyboard,
+                num_frame_per_block=num_frame_per_block,
+            )
+        return x + self.ffn(self.norm2(x) * (1 + e[4]) + e[3]) * e[5]
+
+
+class CausalHead(nn.Module):
+    def __init__(self, dim, out_dim, eps=1e-6):
+        super().__init__()
+        self.norm = WanLayerNorm(dim, eps)
+        self.head = nn.Linear(dim, math.prod(PATCH) * out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x, e):
+        """x [batch, tokens, dim], e [batch, noise levels, dim]."""
+        e = (e[:, :, None] + self.modulation[:, None]).repeat_interleave(x.shape[1] // e.shape[1], dim=1)
+        return self.head(self.norm(x) * (1 + e[:, :, 1]) + e[:, :, 0])
+
+
+class MLPProj(nn.Module):
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(in_dim),
+            nn.Linear(in_dim, in_dim),
+            nn.GELU(),
+            nn.Linear(in_dim, out_dim),
+            nn.LayerNorm(out_dim),
+        )
+
+    def forward(self, image_embeds):
+        return self.proj(image_embeds)
+
+
+class CausalWanModel(nn.Module):
+    """The denoiser; sizes are arguments, so that small ones can be tested."""
+
+    def __init__(
+        self,
+        model_type="i2v",
+        patch_size=PATCH,
+        text_len=512,
+        in_dim=36,
+        dim=1536,
+        ffn_dim=8960,
+        freq_dim=256,
+        text_dim=4096,
+        out_dim=16,
+        num_heads=12,
+        num_layers=30,
+        local_attn_size=-1,
+        sink_size=0,
+        qk_norm=True,
+        cross_attn_norm=True,
+        action_config=None,
+        eps=1e-6,
+        inject_sample_info=False,
+        frame_seqlen=880,
+    ):
+        super().__init__()
+        self.patch_size = tuple(patch_size)
+        self.dim, self.freq_dim, self.out_dim = dim, freq_dim, out_dim
+        self.num_heads, self.num_layers = num_heads, num_layers
+        self.local_attn_size = local_attn_size
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        block = (ffn_dim, num_heads, local_attn_size, sink_size, qk_norm, cross_attn_norm, action_config)
+        self.blocks = nn.ModuleList(
+            CausalWanAttentionBlock(dim, *block, block_idx=index, eps=eps, frame_seqlen=frame_seqlen)
+            for index in range(num_layers)
+        )
+        self.head = CausalHead(dim, out_dim, eps)
+        self.img_emb = MLPProj(VISUAL_DIM, dim)
+        pairs = dim // num_heads // 2
+        across = pairs // 3
+        frequencies = [10000.0 ** (-i / n) for n in (pairs - 2 * across, across, across) for i in range(n)]
+        angles = torch.outer(torch.arange(POSITIONS).double(), torch.tensor(frequencies, dtype=torch.float64))
+        self.freqs = torch.polar(torch.ones_like(angles), angles)  # an attribute, so that casts leave it alone
+        self.block_mask = self.block_mask_mouse = self.block_mask_keyboard = None
+        self.use_rope_keyboard = True
+        self.num_frame_per_block = 1
+
+    @property
+    def dtype(self):
+        return self.patch_embedding.weight.dtype
+
+    def forward(self, *args, **kwargs):
+        assert kwargs.get("kv_cache") is not None, "the training path is left out"
+        return self._forward_inference(*args, **kwargs)
+
+    def _forward_inference(
+        self,
+        x,
+        t,
+        visual_context,
+        cond_concat,
+        mouse_cond=None,
+        keyboard_cond=None,
+        kv_cache=None,
+        kv_cache_mouse=None,
+        kv_cache_keyboard=None,
+        crossattn_cache=None,
+        current_start=0,
+        cache_start=0,
+    ):
+        """The flow of x [batch, 16, frames, height, width] at t [batch, frames], or [batch, 1] for all frames."""
+        x = self.patch_embedding(torch.cat([x, cond_concat], dim=1))
+        grid_sizes = torch.tensor(x.shape[2:])
+        x = x.flatten(2).transpose(1, 2)
+
+        half = self.freq_dim // 2
+        frequencies = torch.tensor([10000.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
+        angles = t.double()[..., None] * frequencies
+        e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
+        e0 = self.time_projection(e).unflatten(2, (6, self.dim))
+        context = self.img_emb(visual_context)
+
+        for index, block in enumerate(self.blocks):
+            x = block(
+                x,
+                e=e0,
+                seq_lens=torch.tensor([x.shape[1]] * len(x)),
+                grid_sizes=grid_sizes,
+                freqs=self.freqs,
+                context=context,
+                mouse_cond=mouse_cond,
+                context_lens=None,
+                keyboard_cond=keyboard_cond,
+                block_mask=self.block_mask,
+                block_mask_mouse=self.block_mask_mouse,
+                block_mask_keyboard=self.block_mask_keyboard,
+                use_rope_keyboard=self.use_rope_keyboard,
+                num_frame_per_block=self.num_frame_per_block,
+                kv_cache=kv_cache[index],
+                kv_cache_mouse=kv_cache_mouse[index],
+                kv_cache_keyboard=kv_cache_keyboard[index],
+                crossattn_cache=crossattn_cache[index],
+                current_start=current_start,
+                cache_start=cache_start,
+            )
+        return self.unpatchify(self.head(x, e), grid_sizes)
+
+    def unpatchify(self, tokens, grid_sizes):
+        """[batch, tokens, 2 * 2 * channels], channels fastest -> [batch, channels, frames, height, width]."""
+        frames, height, width = grid_sizes.tolist()
+        video = tokens.view(len(tokens), frames, height, width, *self.patch_size[1:], self.out_dim)
+        return video.permute(0, 6, 1, 2, 4, 3, 5).reshape(len(tokens), self.out_dim, frames, 2 * height, 2 * width)

@@ -1,0 +1,333 @@
+"""Passes of a pipeline become begin, attend and end of a memory; whatever is out of turn is an error."""
+
+import numpy as np
+import pytest
+import torch
+
+from worldkv_kernels import MemoryConfig, WorldMemory, parse_actions
+from worldkv_kernels.integrations.chunks import Chunks
+from worldkv_kernels.trajectory import latent_poses, load
+
+SIZES = dict(num_layers=2, num_heads=1, head_dim=64, grid=(2, 3), bank_chunks=20, retrieved_chunks=2)
+TOKENS = 18
+POSES, INTRINSICS = latent_poses(load("right*30,forward*32,left*30"))  # 24 latent frames, 8 chunks
+DENOISING = (1000.0, 500.0)
+
+
+def make(mode="worldkv", poses=POSES, intrinsics=None, *, actions=None, **options):
+    memory = WorldMemory(MemoryConfig(mode=mode, **{**SIZES, **options}), dtype=torch.float32)
+    return Chunks("test", memory, poses, intrinsics, actions=actions)
+
+
+def qkv(chunk, step, layer):
+    generator = torch.Generator().manual_seed(1000 * chunk + 10 * step + layer)
+    return torch.randn(3, TOKENS, 64, generator=generator)
+
+
+def run_pass(chunks, chunk, timestep, step=0, *, stream=None, layers=(0, 1), tensor=True):
+    timestep = torch.tensor([timestep]) if tensor and timestep is not None else timestep
+    with chunks.model_pass(chunk * TOKENS, timestep=timestep, stream=stream):
+        return [chunks.attend(layer, *qkv(chunk, step, layer)) for layer in layers]
+
+
+def run_chunk(chunks, chunk, **options):
+    for step, timestep in enumerate((*DENOISING, 0.0)):
+        outputs = run_pass(chunks, chunk, timestep, step, **options)
+    return outputs
+
+
+def run_direct(memory, count, poses=POSES):
+    """The same passes, with the memory called by hand."""
+    outputs, retrieved = [], []
+    for chunk in range(count):
+        plan = memory.begin_chunk(poses[3 * chunk : 3 * chunk + 3])
+        retrieved.append(plan.retrieved)
+        for step in range(3):
+            outputs = [memory.attend(layer, *qkv(chunk, step, layer)) for layer in (0, 1)]
+        memory.end_chunk()
+    return outputs, retrieved
+
+
+@pytest.mark.parametrize("mode", ["worldkv", "full", "sliding", "sink_recent"])
+def test_passes_are_what_a_caller_of_the_memory_would_do(mode):
+    chunks, direct = make(mode), make(mode).memory
+    for chunk in range(7):
+        outputs = run_chunk(chunks, chunk)
+    wanted, retrieved = run_direct(direct, 7)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+    assert chunks.stats() == direct.stats()
+    assert any(retrieved) == (mode == "worldkv")
+
+
+def test_chunks_end_with_the_next_one_or_with_stats_after_the_clean_pass():
+    chunks = make()
+    run_pass(chunks, 0, 1000.0)
+    assert chunks.stats()["chunks"] == 0  # noisy rows are no history yet
+    run_pass(chunks, 0, 0.0)
+    assert chunks.memory.stats()["chunks"] == 0
+    assert chunks.stats()["chunks"] == chunks.stats()["chunks"] == 1
+    run_pass(chunks, 1, 1000.0)
+    run_pass(chunks, 2, 1000.0)  # a pipeline without a clean pass: the last pass is what counts
+    assert chunks.memory.stats()["chunks"] == 2
+
+
+@pytest.mark.parametrize("clean", [0, 0.0, torch.tensor(0), torch.zeros(1, 5)])
+def test_the_clean_pass_is_known_by_timesteps_of_any_kind(clean):
+    chunks = make()
+    run_pass(chunks, 0, clean, tensor=False)
+    assert chunks.stats()["chunks"] == 1
+
+
+def test_a_timestep_that_is_overwritten_after_its_pass_is_not_read_later():
+    chunks, timestep = make(), torch.tensor([1000.0])
+    with chunks.model_pass(0, timestep=timestep):
+        for layer in (0, 1):
+            chunks.attend(layer, *qkv(0, 0, layer))
+    timestep.zero_()
+    assert chunks.stats()["chunks"] == 0
+
+
+def test_finish_ends_a_chunk_whose_timesteps_are_unknown():
+    chunks = make()
+    chunks.finish()  # nothing to end
+    run_pass(chunks, 0, None)
+    assert chunks.stats()["chunks"] == 0
+    chunks.finish()
+    assert chunks.stats()["chunks"] == 1
+
+
+def test_token_0_with_a_past_is_a_new_rollout():
+    chunks, fresh = make(), make()
+    for chunk in range(6):
+        run_chunk(chunks, chunk)
+    for chunk in range(6):
+        outputs, wanted = run_chunk(chunks, chunk), run_chunk(fresh, chunk)
+    assert chunks.stats() == fresh.stats() and chunks.stats()["chunks"] == 6
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_chunks_out_of_turn_are_refused_and_change_nothing(chunk, ended):
+    chunks = make()
+    for past in range(3):
+        run_chunk(chunks, past)
+    if ended:
+        chunks.stats()
+    before = chunks.memory.stats()
+    with pytest.raises(RuntimeError, match=rf"test: current_start must be 54 \(the next chunk\).*got {18 * chunk}: "):
+        run_pass(chunks, chunk, 1000.0)
+    assert chunks.memory.stats() == before
+    run_chunk(chunks, 3)
+    assert chunks.stats()["chunks"] == 4
+
+
+@pytest.mark.parametrize("start", [1, 17, 19, -18])
+def test_tokens_that_start_no_chunk_are_refused(start):
+    with pytest.raises(ValueError, match=r"test: current_start must be a multiple of the chunk's 18 tokens .*got"):
+        make().model_pass(start).__enter__()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_exception_inside_a_pass_drops_its_chunk(step):
+    chunks, unhurt = make(), make()
+    for chunk in range(6):
+        run_chunk(chunks, chunk)
+        run_chunk(unhurt, chunk)
+    before = unhurt.stats()
+    for earlier in range(step):
+        run_pass(chunks, 6, 1000.0, earlier)
+    with pytest.raises(KeyboardInterrupt), chunks.model_pass(6 * TOKENS):
+        chunks.attend(0, *torch.full((3, TOKENS, 64), float("nan")))
+        raise KeyboardInterrupt
+    assert chunks.stats() == before
+    with pytest.raises(RuntimeError, match="must be 108"):
+        run_pass(chunks, 7, 1000.0)
+    outputs, wanted = run_chunk(chunks, 6), run_chunk(unhurt, 6)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+
+
+def test_two_streams_over_the_same_chunks_are_refused():
+    chunks, caches = make(), ([], [])
+    run_pass(chunks, 0, 1000.0, stream=caches[0])
+    with pytest.raises(RuntimeError, match="one memory serves one stream, so classifier-free guidance"):
+        run_pass(chunks, 0, 1000.0, stream=caches[1])
+    run_pass(chunks, 0, 0.0, stream=caches[0])
+    with pytest.raises(RuntimeError, match="a second one at chunk 1"):
+        run_pass(chunks, 1, 1000.0, stream=caches[1])
+    assert chunks.stats()["chunks"] == 1
+    run_chunk(chunks, 1, stream=caches[0])
+    run_chunk(chunks, 0, stream=caches[1])  # a new rollout may have a new cache
+    assert chunks.stats()["chunks"] == 1
+
+
+def test_a_warm_up_pass_with_caches_of_its_own_is_forgotten():
+    chunks, warm_up, caches = make(), [], []
+    run_pass(chunks, 0, 500.0, stream=warm_up)
+    run_chunk(chunks, 0, stream=caches)
+    run_chunk(chunks, 1, stream=caches)
+    assert chunks.stats()["chunks"] == 2
+
+
+def test_a_rollout_broken_off_after_one_pass_goes_on_after_restart():
+    chunks, broken, caches = make(), [], []
+    run_pass(chunks, 0, 1000.0, stream=broken)
+    with pytest.raises(RuntimeError, match="call restart"):
+        run_pass(chunks, 0, 1000.0, stream=caches)
+    chunks.restart(POSES)
+    run_chunk(chunks, 0, stream=caches)
+    assert chunks.stats()["chunks"] == 1
+
+
+def test_restart_takes_new_poses_and_keeps_the_old_ones_when_they_are_wrong():
+    chunks, other = make(), POSES[::-1].copy()
+    for chunk in range(6):
+        run_chunk(chunks, chunk)
+    with pytest.raises(ValueError, match="poses must be rigid"):
+        chunks.restart(2 * POSES)
+    assert chunks.stats()["chunks"] == 6
+    chunks.restart(other)
+    assert chunks.stats()["chunks"] == 0
+    for chunk in range(7):
+        outputs = run_chunk(chunks, chunk)
+    wanted, _ = run_direct(make().memory, 7, other)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+
+
+def test_the_last_pass_must_attend_every_layer():
+    chunks = make()
+    run_pass(chunks, 0, 1000.0)
+    run_pass(chunks, 0, 0.0, layers=(0,))
+    for end in (chunks.stats, chunks.finish, lambda: run_pass(chunks, 1, 1000.0)):
+        with pytest.raises(
+            RuntimeError, match=r"the last pass over chunk 0 must attend every layer, got none for \[1\]"
+        ):
+            end()
+    run_pass(chunks, 0, 0.0)
+    assert chunks.stats()["chunks"] == 1
+
+
+def test_attention_belongs_inside_a_pass_and_a_pass_not_inside_another():
+    chunks = make()
+    run_pass(chunks, 0, 1000.0)
+    with pytest.raises(RuntimeError, match="self-attention must run inside the model's forward"):
+        chunks.attend(0, *qkv(0, 0, 0))
+    with chunks.model_pass(0):
+        chunks.attend(0, *qkv(0, 0, 0))
+        with pytest.raises(RuntimeError, match="one pass must be over before another"), chunks.model_pass(0):
+            pass
+        with pytest.raises(RuntimeError, match="finish must be called between passes"):
+            chunks.finish()
+        assert chunks.stats()["chunks"] == 0
+        chunks.attend(1, *qkv(0, 0, 1))
+    chunks.finish()
+
+
+def test_another_dtype_or_device_is_refused():
+    chunks = make()
+    with pytest.raises(TypeError, match=r"dtype must be that of q, torch.bfloat16, got torch.float32"):
+        run_with(chunks, qkv(0, 0, 0).bfloat16())
+    with pytest.raises(ValueError, match="must be on the memory's device cpu, got meta"):
+        run_with(chunks, qkv(0, 0, 0).to("meta"))
+
+
+def run_with(chunks, tensors):
+    with chunks.model_pass(0):
+        chunks.attend(0, *tensors)
+
+
+# --- poses, intrinsics, actions ---
+
+
+def test_poses_may_come_chunk_by_chunk():
+    asked = []
+
+    def poses(chunk):
+        asked.append(chunk)
+        return POSES[3 * chunk : 3 * chunk + 3]
+
+    chunks, listed = make(poses=poses), make()
+    for chunk in range(7):
+        outputs, wanted = run_chunk(chunks, chunk), run_chunk(listed, chunk)
+    assert asked == list(range(7))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("poses", "message"),
+    [
+        (POSES[:8], "poses must be of 9 latent frames up to chunk 2, got 8"),
+        (lambda chunk: None if chunk == 2 else POSES[:3], r"poses\(2\) must be those of chunk 2, got None"),
+        (lambda chunk: POSES[:2] if chunk == 2 else POSES[:3], r"poses must be \[3, 4, 4\], got \[2, 4, 4\]"),
+        (lambda chunk: POSES[:3] * (1 + (chunk == 2)), "poses must be rigid"),
+    ],
+)
+def test_poses_that_are_wrong_for_a_chunk_are_refused_when_it_begins(poses, message):
+    chunks = make(poses=poses)
+    for chunk in (0, 1):
+        run_chunk(chunks, chunk)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            run_pass(chunks, 2, 1000.0)
+        assert chunks.stats()["chunks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("poses", "message"),
+    [(None, "poses must be given"), (POSES[:, :3], r"\[frames, 4, 4\], got \[24, 3, 4\]"), (2 * POSES, "rigid")],
+)
+def test_poses_that_are_missing_or_wrong_are_refused_at_once(poses, message):
+    with pytest.raises(ValueError, match=f"test: .*{message}"):
+        make(poses=poses)
+
+
+def test_modes_without_retrieval_need_no_poses():
+    chunks = make("sliding", poses=None)
+    run_chunk(chunks, 0)
+    assert chunks.stats()["chunks"] == 1
+
+
+@pytest.mark.parametrize("intrinsics", [INTRINSICS, INTRINSICS[0], lambda chunk: INTRINSICS[3 * chunk : 3 * chunk + 3]])
+@pytest.mark.parametrize("listed", [True, False])
+def test_intrinsics_go_with_the_poses(intrinsics, listed):
+    poses = POSES if listed else lambda chunk: POSES[3 * chunk : 3 * chunk + 3]
+    if not listed and np.ndim(intrinsics) == 2:
+        intrinsics = INTRINSICS[:3]
+    chunks, direct = (
+        make(poses=poses, intrinsics=intrinsics, retrieval="fov"),
+        make(retrieval="fov", intrinsics=INTRINSICS),
+    )
+    for chunk in range(7):
+        outputs, wanted = run_chunk(chunks, chunk), run_chunk(direct, chunk)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+    assert chunks.stats()["chunks_retrieved"] > 0
+
+
+def test_intrinsics_that_are_missing_or_misshapen_are_refused():
+    with pytest.raises(ValueError, match="test: intrinsics must be given"):
+        make(retrieval="fov")
+    with pytest.raises(ValueError, match=r"test: intrinsics must be \[24, 4\] or \[4\], got \[3, 4\]"):
+        make(retrieval="fov", intrinsics=INTRINSICS[:3])
+
+
+def test_actions_take_the_place_of_poses():
+    actions = parse_actions("L*30,J*30,W*20")
+    listed = make(poses=None, actions=actions, retrieval="action")
+    called = make(poses=None, actions=lambda chunk: actions.of_frames(3 * chunk, 3), retrieval="action")
+    for chunk in range(6):
+        outputs, wanted = run_chunk(listed, chunk), run_chunk(called, chunk)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+    assert listed.stats() == called.stats() and listed.stats()["chunks_retrieved"] > 0
+    run_chunk(listed, 6)
+    with pytest.raises(ValueError, match="actions must be of 93 video frames up to chunk 7, got 81"):
+        run_chunk(listed, 7)
+
+
+def test_poses_and_actions_are_not_taken_for_one_another():
+    actions = parse_actions("W*20")
+    with pytest.raises(ValueError, match="poses must be None for retrieval 'action', got ndarray"):
+        make(actions=actions, retrieval="action")
+    with pytest.raises(ValueError, match="actions must be given"):
+        make(poses=None, retrieval="action")
+    with pytest.raises(ValueError, match="actions must be None for retrieval 'pose', got Actions"):
+        make(actions=actions)

@@ -1,0 +1,269 @@
+"""Chunks: the passes of a model's own pipeline, turned into the chunks of a WorldMemory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..actions import as_actions, video_frames
+from ..memory.poses import as_intrinsics, as_poses
+from ..memory.retrieval import make_policy
+from ..memory.world_memory import WorldMemory
+
+
+class Chunks:
+    """Calls begin_chunk, attend and end_chunk of a memory for a pipeline that knows nothing of it.
+
+    The pipeline makes passes over one chunk after the other, each pass at the chunk's first token. Around a pass goes
+    `with chunks.model_pass(current_start, ...)`, inside it every layer's self-attention calls `chunks.attend`. Then
+
+    - a pass at the first token of the chunk that follows ends the chunk before and begins that one;
+    - a pass at the same first token is one more over the same chunk, and overwrites its rows;
+    - a pass at token 0 when there is a past is a new rollout: the memory is reset;
+    - anything else (a chunk skipped, a jump back, tokens that start no chunk) is an error;
+    - an exception inside a pass drops its chunk: the memory is as before that chunk, which may be made again.
+
+    The last pass over a chunk is what the memory keeps of it, as it is in the caches of these pipelines. It must have
+    attended every layer. A chunk is ended by the next one's start, or by `finish` and, if its last pass was at
+    timestep 0, by `stats`: until then a further pass could come.
+
+    Args:
+        name: of the integration, for its errors.
+        memory: of the model's sizes; it belongs to this object from now on, and is reset.
+        poses: camera-to-world [n, 4, 4] of all latent frames, OpenCV coordinates. None where the mode needs none.
+        intrinsics: fx, fy, cx, cy in pixels, [4] or [n, 4]; None where retrieval needs none.
+        actions: an Actions of all video frames, in place of poses where the memory retrieves by action.
+
+    Each of the three may also be a callable that gives what begin_chunk takes for a chunk number. It is called when
+    that chunk begins, and again if the chunk is dropped and made anew.
+
+    Raises ValueError or TypeError when what the memory needs is missing, or what is given is misshapen, not finite
+    or not rigid.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        memory: WorldMemory,
+        poses: object = None,
+        intrinsics: object = None,
+        *,
+        actions: object = None,
+    ) -> None:
+        self.memory = memory
+        self._name = name
+        self._inside = False
+        self.restart(poses, intrinsics, actions=actions)
+
+    def restart(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> None:
+        """Forget the rollout; the one that comes goes along these poses or actions.
+
+        Raises as the constructor does, and then changes nothing. Without it, a rollout that starts again at token 0
+        goes along the same poses.
+        """
+        self._controls = _Controls(self._name, self.memory, poses, intrinsics, actions)
+        self._forget()
+
+    @contextmanager
+    def model_pass(self, current_start: int, *, timestep: object = None, stream: object = None) -> Iterator[None]:
+        """Around one pass of the model over one chunk.
+
+        Args:
+            current_start: the chunk's first token, counted from the start of the rollout.
+            timestep: of the pass, a number or a tensor; 0 in the clean pass. Kept, not read, so it costs no
+                synchronisation. None when it is not known.
+            stream: any object that stays the same over a rollout's passes and differs between two streams that
+                alternate over the same chunk, such as the pipeline's cache. Two forwards a step, as in
+                classifier-free guidance, have two; one memory serves one. None when it is not known.
+
+        Raises RuntimeError, with the memory as before, on a chunk out of turn, a second stream, or a pass inside a
+        pass; ValueError when the chunk's poses are missing, too few or wrong, or `current_start` starts no chunk; and
+        what begin_chunk and end_chunk raise.
+        """
+        if self._inside:
+            raise RuntimeError(f"{self._name}: one pass must be over before another starts, got a pass inside a pass")
+        self._enter(current_start, timestep, id(stream) if stream is not None else None)
+        self._attended.clear()
+        self._inside = True
+        try:
+            yield
+        except BaseException:
+            self.memory.abort_chunk()
+            self._chunk = None
+            raise
+        finally:
+            self._inside = False
+        self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
+
+    @torch.compiler.disable  # what happens once a chunk, or rests on Python state, is not for tracing
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """WorldMemory.attend, inside a pass. Raises RuntimeError outside one, else what WorldMemory.attend raises and
+        TypeError or ValueError when q is not of the memory's dtype and device."""
+        memory = self.memory
+        if not self._inside:
+            raise RuntimeError(f"{self._name}: self-attention must run inside the model's forward, got a call outside")
+        if q.dtype != memory.dtype:
+            raise TypeError(f"{self._name}: the memory's dtype must be that of q, {q.dtype}, got {memory.dtype}")
+        if q.device != memory.device:
+            raise ValueError(f"{self._name}: the model must be on the memory's device {memory.device}, got {q.device}")
+        attended = memory.attend(layer, q, k, v, q_weight, k_weight)
+        self._attended.add(layer)
+        return attended
+
+    def finish(self) -> None:
+        """End the current chunk, when no pass over a next one will. Does nothing when there is none.
+
+        Raises RuntimeError inside a pass, and when the chunk's last pass left out a layer; it is then not ended.
+        """
+        if self._inside:
+            raise RuntimeError(f"{self._name}: finish must be called between passes, got a call inside one")
+        if self._chunk is None:
+            return
+        missing = sorted(set(range(self.memory.config.num_layers)) - self._attended)
+        if missing:
+            raise RuntimeError(
+                f"{self._name}: the last pass over chunk {self._chunk} must attend every layer, got none for {missing}"
+            )
+        self.memory.end_chunk()
+        self._chunk = None
+
+    def stats(self) -> dict[str, int]:
+        """WorldMemory.stats. Ends the current chunk first if its clean pass is done, which reads the timestep back."""
+        if self._chunk is not None and not self._inside and _is_zero(self._timestep):
+            self.finish()
+        return self.memory.stats()
+
+    # --- parts of the above ---
+
+    def _forget(self) -> None:
+        self.memory.abort_chunk()
+        self.memory.reset()
+        self._chunk: int | None = None  # begun and not ended
+        self._attended: set[int] = set()  # layers, in the last pass
+        self._timestep: object = None  # of the last pass
+        self._stream: int | None = None
+
+    @torch.compiler.disable
+    def _enter(self, current_start: int, timestep: object, stream: int | None) -> None:
+        config = self.memory.config
+        chunk, rest = divmod(int(current_start), config.chunk_tokens)
+        if rest or chunk < 0:
+            raise ValueError(
+                f"{self._name}: current_start must be a multiple of the chunk's {config.chunk_tokens} tokens "
+                f"({config.chunk_frames} frames of {config.frame_tokens}), got {current_start}"
+            )
+        done = self.memory.stats()["chunks"]
+        following = done if self._chunk is None else done + 1
+        again = chunk == self._chunk
+        if chunk == 0 and not again and done:
+            self._begin_first(stream)
+            return
+        if not again and chunk != following:
+            turn = f"{following * config.chunk_tokens} (the next chunk)"
+            if self._chunk is not None:
+                turn += f", {self._chunk * config.chunk_tokens} (the current one again)"
+            raise RuntimeError(
+                f"{self._name}: current_start must be {turn} or 0 (a new rollout), got {int(current_start)}: "
+                f"the memory cannot skip chunks or go back"
+            )
+        if following and stream != self._stream:
+            # A warm-up pass has caches of its own, and a timestep of its own; guidance repeats the timestep.
+            warmed_up = again and chunk == 0 and not _equal(timestep, self._timestep)
+            if not warmed_up:
+                raise RuntimeError(
+                    f"{self._name}: all passes of a rollout must have one cache, got a second one at chunk {chunk}: "
+                    f"one memory serves one stream, so classifier-free guidance by two forwards is not supported "
+                    f"(after a rollout that was broken off, call restart)"
+                )
+            self._begin_first(stream)
+            return
+        if again:
+            return
+        controls = self._controls.of(chunk)  # first: if they fail, nothing has changed
+        self.finish()
+        self._begin(chunk, controls, stream)
+
+    def _begin_first(self, stream: int | None) -> None:
+        controls = self._controls.of(0)
+        self._forget()
+        self._begin(0, controls, stream)
+
+    def _begin(self, chunk: int, controls: dict[str, Any], stream: int | None) -> None:
+        self.memory.begin_chunk(**controls)
+        self._chunk, self._stream = chunk, stream
+
+
+class _Controls:
+    """What a rollout goes along: the arguments of begin_chunk, listed for all chunks or given by callables."""
+
+    def __init__(self, name: str, memory: WorldMemory, poses: object, intrinsics: object, actions: object) -> None:
+        self._name, self._frames = name, memory.config.chunk_frames
+        by_action = memory.integrator is not None
+        if memory.config.has_bank:
+            needed = {"actions": actions} if by_action else {"poses": poses}
+            if make_policy(memory.config.retrieval).needs_intrinsics:
+                needed["intrinsics"] = intrinsics
+            for kind, given in needed.items():
+                if given is None:
+                    raise ValueError(f"{name}: {kind} must be given, or a callable, for this retrieval, got None")
+        for kind, given, taken in (("poses", poses, not by_action), ("actions", actions, by_action)):
+            if given is not None and not taken:
+                retrieval = memory.config.retrieval
+                raise ValueError(f"{name}: {kind} must be None for retrieval {retrieval!r}, got {type(given).__name__}")
+        if poses is not None and not callable(poses):
+            poses = as_poses(name, poses)
+        if intrinsics is not None and not callable(intrinsics):
+            per_chunk = poses is None or callable(poses)
+            intrinsics = as_intrinsics(name, intrinsics, self._frames if per_chunk else len(poses))
+        if actions is not None and not callable(actions):
+            actions = as_actions(name, actions, memory.integrator.layout_name)
+        self._poses, self._intrinsics, self._actions = poses, intrinsics, actions
+
+    def of(self, chunk: int) -> dict[str, Any]:
+        """The arguments of begin_chunk. Raises ValueError where the list ends before the chunk, or as a callable."""
+        first, end = chunk * self._frames, (chunk + 1) * self._frames
+        given = {}
+        for kind, source in (("poses", self._poses), ("intrinsics", self._intrinsics), ("actions", self._actions)):
+            if callable(source):
+                given[kind] = source(chunk)
+                if given[kind] is None:
+                    raise ValueError(f"{self._name}: {kind}({chunk}) must be those of chunk {chunk}, got None")
+            elif kind == "actions" and source is not None:
+                self._check_length(kind, len(source.keyboard), video_frames(end), "video", chunk)
+                given[kind] = source.of_frames(first, self._frames)
+            elif kind == "poses" and source is not None:
+                self._check_length(kind, len(source), end, "latent", chunk)
+                given[kind] = source[first:end]
+            elif source is not None:  # intrinsics, of all frames where the poses are
+                listed = self._poses is not None and not callable(self._poses)
+                given[kind] = source[first:end] if listed else source
+        return given
+
+    def _check_length(self, kind: str, got: int, wanted: int, frames: str, chunk: int) -> None:
+        if got < wanted:
+            raise ValueError(f"{self._name}: {kind} must be of {wanted} {frames} frames up to chunk {chunk}, got {got}")
+
+
+def _is_zero(timestep: object) -> bool:
+    if isinstance(timestep, torch.Tensor):
+        return not timestep.any().item()
+    return timestep is not None and timestep == 0
+
+
+def _equal(one: object, other: object) -> bool:
+    """Whether two timesteps are the same; an unknown one may be."""
+    if one is None or other is None:
+        return True
+    one, other = (torch.as_tensor(timestep).detach().cpu().double() for timestep in (one, other))
+    return one.shape == other.shape and torch.equal(one, other)

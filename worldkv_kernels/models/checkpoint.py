@@ -1,0 +1,192 @@
+"""Published checkpoints: safetensors files, read through a memory map, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LARGEST_HEADER = 100_000_000  # bytes, of the format's own definition
+_SHOWN = 5  # names in an error
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str  # the format's name, such as BF16
+    shape: tuple[int, ...]
+    begin: int  # first byte in the file
+    end: int
+
+
+def read_layout(path: str | Path) -> dict[str, StoredTensor]:
+    """Which tensors a checkpoint holds, by name, from the headers of its files alone.
+
+    Args:
+        path: a .safetensors file, or a folder: with an index (*.safetensors.index.json) the files that it names,
+            else all its .safetensors files, taken together.
+
+    A prefix "model." that all names have is taken off. Raises ValueError when there is no such file, the index or a
+    header is not valid, a file is shorter or longer than its header says, the index names a tensor that its file
+    lacks, or two files hold a tensor of the same name.
+    """
+    path = Path(path)
+    placed: dict[str, str] = {}
+    if path.is_dir():
+        files, placed = _files_of(path)
+    elif path.is_file():
+        files = [path]
+    else:
+        raise ValueError(f"checkpoint: must be an existing folder or .safetensors file, got {path}")
+    layout: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, stored in _read_header(file).items():
+            if name in layout:
+                raise ValueError(
+                    f"checkpoint: {name} must be in one file, got it in {layout[name].file.name} and {file.name} "
+                    f"of {file.parent}"
+                )
+            layout[name] = stored
+    for name, file_name in placed.items():
+        if name not in layout or layout[name].file.name != file_name:
+            raise ValueError(f"checkpoint: {path / file_name} must hold {name} as the index says, got a file without")
+    if layout and all(name.startswith("model.") for name in layout):
+        layout = {name.removeprefix("model."): stored for name, stored in layout.items()}
+    return layout
+
+
+def load_parameters(op: str, module: nn.Module, layout: dict[str, StoredTensor], *, ignore: Sequence[str] = ()) -> None:
+    """Copy a checkpoint's tensors into a module's parameters, each into the dtype and to the device of its own.
+
+    One file is mapped at a time and one tensor copied at a time, so that host memory holds no more than one
+    tensor beside the file cache, which the system takes back when it needs to.
+
+    Args:
+        op: names the caller in errors.
+        layout: as `read_layout` gives it, with the names of the module's state dict.
+        ignore: names of stored tensors that the module has no use for.
+
+    Raises ValueError, before anything is copied, that lists the missing, the unexpected and the misshapen tensors
+    and those of a dtype that is not F64, F32, F16 or BF16.
+    """
+    targets = module.state_dict()
+    layout = {name: stored for name, stored in layout.items() if name not in ignore}
+    both = [name for name in targets if name in layout]
+    faults = {
+        "missing": [name for name in targets if name not in layout],
+        "unexpected": [name for name in layout if name not in targets],
+        "misshapen": [
+            f"{name} {list(layout[name].shape)} for {list(targets[name].shape)}"
+            for name in both
+            if layout[name].shape != tuple(targets[name].shape)
+        ],
+        "of another dtype": [f"{name} {layout[name].dtype}" for name in both if layout[name].dtype not in _DTYPES],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{len(names)} {fault}: {_abbreviated(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"{op}: checkpoint must hold the {len(targets)} tensors of its config, got {told}")
+    for file in sorted({stored.file for stored in layout.values()}):
+        mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        for name in both:
+            if layout[name].file == file:
+                with torch.no_grad():
+                    targets[name].copy_(_tensor(mapped, layout[name]))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The fields of the config.json in a folder or beside a file; none where there is none, as in some releases.
+
+    Raises ValueError when it is not a JSON object.
+    """
+    path = Path(path)
+    path = (path if path.is_dir() else path.parent) / "config.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def _tensor(mapped: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
+    """A view of the file's bytes, or a copy where they do not start on a multiple of the element size."""
+    dtype = _DTYPES[stored.dtype]
+    of_tensor = mapped[stored.begin : stored.end]
+    if stored.begin % dtype.itemsize:
+        of_tensor = of_tensor.clone()
+    return of_tensor.view(dtype).view(stored.shape)
+
+
+def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The .safetensors files of a folder, and by tensor the name of the file that an index gives."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise ValueError(f"checkpoint: {folder} must hold one index, got {', '.join(i.name for i in indices)}")
+    if indices:
+        placed = _read_json(indices[0]).get("weight_map")
+        named = isinstance(placed, dict) and all(isinstance(f, str) and Path(f).name == f for f in placed.values())
+        if not named or not placed:
+            raise ValueError(f"checkpoint: {indices[0]} must have a weight_map from tensors to files beside it")
+        files = [folder / name for name in sorted(set(placed.values()))]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ValueError(f"checkpoint: {folder} must hold what its index names, got no {_abbreviated(absent)}")
+        return files, placed
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        inside = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
+        hint = f"; its folders {', '.join(inside)} have some" if inside else ""
+        raise ValueError(f"checkpoint: {folder} must hold .safetensors files, got none{hint}")
+    return files, {}
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Of a file that is: 8 bytes of length (little endian), so much JSON, then the tensors' bytes without a gap."""
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"checkpoint: {file} must start with a safetensors header, got a file of {size} bytes")
+        text = opened.read(length)
+    start = 8 + length
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        layout = {
+            name: StoredTensor(
+                file, entry["dtype"], tuple(map(int, entry["shape"])),
+                *(start + int(offset) for offset in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+        }  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {file} must have a valid safetensors header, got {error!r}") from error
+    expected = start
+    for name, stored in sorted(layout.items(), key=lambda item: (item[1].begin, item[1].end)):
+        wanted = math.prod(stored.shape) * _DTYPES[stored.dtype].itemsize if stored.dtype in _DTYPES else None
+        if stored.begin != expected or stored.end < stored.begin or wanted not in (None, stored.end - stored.begin):
+            raise ValueError(
+                f"checkpoint: {file} must have {name} {stored.dtype} {list(stored.shape)} from byte {expected} on, "
+                f"got bytes {stored.begin} to {stored.end}"
+            )
+        expected = stored.end
+    if size != expected:
+        raise ValueError(f"checkpoint: {file} must have the {expected} bytes that its header says, got {size}")
+    return layout
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {path} must be JSON, got {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"checkpoint: {path} must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _abbreviated(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,334 @@
+"""LingBot-World-Fast, the 14B causal denoiser of WorldKV, and version 2 of it at 14B and 1.3B, on a WorldMemory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..memory.world_memory import WorldMemory
+from . import wan
+from .checkpoint import load_parameters, read_config, read_layout
+from .lingbot_camera import fold_pixels, ray_map, relative_steps
+from .lingbot_config import CONTROL_CHANNELS, LingBotConfig
+from .rollout import Controls
+
+_OP = "LingBotWorldFast"
+_PIXELS = 16  # to a token, each way
+_MASK_CHANNELS = 4  # of the image conditions: first of all, a latent frame's 4 video frames are given or not
+_KEYS = 4  # W, A, S, D
+
+
+class LingBotConditions(NamedTuple):
+    """What a rollout is made from, besides its controls."""
+
+    # Of an encoded prompt, [1 to text_tokens, text_dim]; filled up with zero rows, which are attended to as well. None
+    # for a stand-in: normal numbers, drawn from the model's seed.
+    text: torch.Tensor | None = None
+    # Mask and encoded image, [condition_channels, frames, height, width], at least a chunk's frames: what the
+    # published pipeline calls y. Frames past its last one are taken to be like that. None for a stand-in: for frame 0
+    # a mask of ones and normal numbers drawn from the seed, for all others a mask of zeros and one other such draw.
+    image: torch.Tensor | None = None
+    # What the controls' translations are divided by: `lingbot_camera.longest_step` of the poses where all are known.
+    translation_scale: float = 1.0
+
+
+class _Level(NamedTuple):
+    """What a noise level sets."""
+
+    modulation: torch.Tensor  # [num_layers, 6, dim], fp32
+    head: torch.Tensor  # [2, dim], fp32
+
+
+_KeysValues = list[tuple[torch.Tensor, torch.Tensor]]  # per layer, [1, heads, text_tokens, head_dim]
+
+
+class _OfRollout(NamedTuple):
+    """What holds for a whole rollout (with hoisting, all that follows from it), and buffers for a chunk."""
+
+    time: torch.Tensor  # of the noise levels, [steps, 1, frequency_dim]
+    text: torch.Tensor  # [text_tokens, text_dim]
+    image: torch.Tensor  # [frames, condition_channels, height, width]
+    translation_scale: float
+    last_poses: dict[int, np.ndarray | None]  # first frame of a chunk -> pose of the frame before it
+    levels: list[_Level] | None
+    keys_values: _KeysValues | None
+    camera: torch.Tensor | None  # [num_layers, 2, tokens, dim]
+    patches: torch.Tensor  # of a chunk's image conditions, [tokens, condition_channels * 4]
+
+
+class _OfChunk(NamedTuple):
+    """What holds for all passes of a chunk."""
+
+    rollout: _OfRollout
+    rays: torch.Tensor  # [tokens, control channels * 256]
+
+
+class LingBotWorldFast(nn.Module):
+    """The denoiser, a models.rollout.WorldModel, with the names of the published state dict.
+
+    Linear layers are in `dtype`, the dtype of the memory; the residual stream, the norms around it, modulation, time
+    embedding and head in fp32. What does not change within a chunk is computed once: the camera's scale and shift of
+    every layer when the chunk is prepared (in `dtype`: 3.8 GB at 14B in bf16), keys and values of the text and the
+    modulation of every noise level when the rollout is. `hoist = False` computes all of it in every pass instead,
+    with the same result to the bit. A rollout's buffers are written in place, and a pass neither synchronises nor
+    copies from the host, so it can be captured in a CUDA graph; a rollout has one chunk in the making at a time.
+
+    Made like this its parameters are uninitialised, on any device, also "meta". See `random` and `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        config: LingBotConfig | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        hoist: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        config = config or LingBotConfig()
+        self.config = config
+        self.hoist = hoist
+        self.seed = seed  # of the stand-ins for conditions
+        self.chunk_frames = config.chunk_frames
+        self.latent_shape = (config.latent_channels, wan.PATCH[1] * config.grid[0], wan.PATCH[2] * config.grid[1])
+        self.sigmas = config.sigmas
+        self.device = torch.empty(0, device=device).device
+        self.dtype = dtype
+        dim, in_channels = config.dim, config.latent_channels + config.condition_channels
+        with torch.device("meta"):
+            self.patch_embedding = nn.Conv3d(in_channels, dim, wan.PATCH, wan.PATCH)
+            self.patch_embedding_wancamctrl = nn.Linear(CONTROL_CHANNELS[config.control] * _PIXELS**2, dim)
+            self.c2ws_hidden_states_layer1, self.c2ws_hidden_states_layer2 = (nn.Linear(dim, dim) for _ in range(2))
+            self.text_embedding = wan.text_embedding(config.text_dim, dim)
+            self.time_embedding = wan.time_embedding(config.frequency_dim, dim)
+            self.time_projection = wan.time_projection(dim)
+            blocks = (_Block(dim, config.ffn_dim, config.num_heads, config.eps) for _ in range(config.num_layers))
+            self.blocks: Sequence[_Block] = nn.ModuleList(blocks)
+            self.head = wan.Head(dim, config.latent_channels, config.eps)
+        wan.allocate(self, device=self.device, dtype=dtype)
+
+    @classmethod
+    def random(
+        cls,
+        config: LingBotConfig | None = None,
+        seed: int = 0,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        hoist: bool = True,
+    ) -> LingBotWorldFast:
+        """A model of random weights, drawn on the device, at a scale that keeps the residual stream bounded."""
+        model = cls(config, device=device, dtype=dtype, hoist=hoist, seed=seed)
+        of_camera = dict.fromkeys(("cam_scale_layer", "cam_shift_layer"), model.config.num_layers**-0.5)
+        wan.draw_parameters(model, seed, {**wan.residual_gains(model.config.num_layers), **of_camera})
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        config: LingBotConfig | None = None,
+        hoist: bool = True,
+        **config_overrides: Any,
+    ) -> LingBotWorldFast:
+        """The model of a published checkpoint, see checkpoint.read_layout and load_parameters for what it may be.
+
+        Args:
+            folder: the one with the .safetensors files, or such a file.
+            config: of the model; None for what the folder's config.json says, which knows nothing of
+                `sigmas` and window: for version 2 give LingBotConfig.v2_14b() or v2_1_3b().
+            config_overrides: fields of the config to change. `control` is otherwise told by the checkpoint's shapes.
+
+        Raises ValueError when there is neither a config nor a config.json, and as read_layout and load_parameters.
+        """
+        layout = read_layout(folder)
+        if config is None:
+            fields = read_config(folder)
+            if not fields:
+                raise ValueError(f"{_OP}: {folder} must hold config.json where no config is given, got none")
+            control = layout.get("patch_embedding_wancamctrl.weight")
+            acts = control is not None and control.shape[-1] == CONTROL_CHANNELS["action"] * _PIXELS**2
+            config_overrides = {"control": "action" if acts else "camera", **config_overrides}
+            config = LingBotConfig.from_published(fields, **config_overrides)
+        else:
+            config = replace(config, **config_overrides)
+        model = cls(config, device=device, dtype=dtype, hoist=hoist)
+        load_parameters(_OP, model, layout)
+        return model
+
+    # --- models.rollout.WorldModel ---
+
+    def prepare_rollout(
+        self, conditions: LingBotConditions | None, first_pose: np.ndarray, noise_levels: Sequence[float]
+    ) -> _OfRollout:
+        """Modulation of each noise level, the text's keys and values for each layer, and the chunks' buffers.
+
+        Raises TypeError when conditions are not LingBotConditions, ValueError when their shapes are not the model's.
+        """
+        conditions = self._checked(conditions)
+        time = 1000 * torch.tensor(noise_levels, dtype=torch.float64, device=self.device)
+        time = wan.sinusoids(time, self.config.frequency_dim)[:, None]
+        text = self._text(conditions.text)
+        image = self._image(conditions.image)
+        levels = keys_values = camera = None
+        if self.hoist:
+            levels = [self._level(of_level) for of_level in time]
+            keys_values = self._keys_values(text)
+            camera = self._camera_buffer()
+        tokens = self.chunk_frames * math.prod(self.config.grid)
+        patches = image.new_empty(tokens, self.config.condition_channels * math.prod(wan.PATCH))
+        return _OfRollout(
+            time, text, image, conditions.translation_scale, {0: None}, levels, keys_values, camera, patches
+        )
+
+    def prepare_chunk(self, of_rollout: _OfRollout, start_frame: int, controls: Controls) -> _OfChunk:
+        """The rays of the chunk's frames and the scale and shift that each layer's camera injection makes of them.
+
+        Raises ValueError when the controls lack intrinsics or, for control by action, keyboard rows [n, 4], and when
+        the chunk before was not prepared: the camera's steps start there.
+        """
+        frames, config = self.chunk_frames, self.config
+        if controls.intrinsics is None:
+            raise ValueError(f"{_OP}: intrinsics must be [n, 4] or [4], got None")
+        if start_frame not in of_rollout.last_poses:
+            raise ValueError(f"{_OP}: start_frame must follow a prepared chunk, got {start_frame}")
+        steps = relative_steps(controls.poses, of_rollout.last_poses[start_frame])
+        steps[:, :3, 3] /= of_rollout.translation_scale
+        for old in [first for first in of_rollout.last_poses if first < start_frame]:
+            del of_rollout.last_poses[old]
+        of_rollout.last_poses[start_frame + frames] = controls.poses[-1]
+        size = (_PIXELS * config.grid[0], _PIXELS * config.grid[1])
+        rays = ray_map(
+            steps, controls.intrinsics, size, intrinsics_size=config.intrinsics_size,
+            keys=self._held_keys(start_frame, controls), device=self.device,
+        )  # fmt: skip
+        rays = fold_pixels(rays).to(self.dtype)
+        last = len(of_rollout.image) - 1
+        image = torch.stack([of_rollout.image[min(start_frame + frame, last)] for frame in range(frames)])
+        of_rollout.patches.copy_(wan.patchify(image))
+        if self.hoist:
+            self._camera(rays, of_rollout.camera)
+        return _OfChunk(of_rollout, rays)
+
+    def denoise(self, latents: torch.Tensor, step: int, of_chunk: _OfChunk, memory: WorldMemory) -> torch.Tensor:
+        """Flow of latents [chunk_frames, channels, height, width] at noise_levels[step]; both fp32."""
+        of_rollout = of_chunk.rollout
+        level = of_rollout.levels[step] if self.hoist else self._level(of_rollout.time[step])
+        keys_values = of_rollout.keys_values if self.hoist else self._keys_values(of_rollout.text)
+        camera = of_rollout.camera if self.hoist else self._camera(of_chunk.rays, self._camera_buffer())
+        patches = torch.cat([wan.patchify(latents).to(self.dtype), of_rollout.patches], dim=1)
+        x = wan.embed_patches(self.patch_embedding, patches)
+        for layer, block in enumerate(self.blocks):
+            x = block.attend(x, level.modulation[layer], memory, layer)
+            x = block.inject_camera(x, *camera[layer])
+            x = block.cross_attend(x, *keys_values[layer])
+            x = block.feed_forward(x, level.modulation[layer])
+        return wan.unpatchify(self.head(x, level.head), self.config.grid)
+
+    # --- parts of the above ---
+
+    def _level(self, time: torch.Tensor) -> _Level:
+        """Of time [1, frequency_dim]."""
+        embedded = self.time_embedding(time)
+        projected = self.time_projection(embedded).view(6, -1)
+        return _Level(
+            torch.stack([block.modulated_by(projected) for block in self.blocks]), self.head.modulated_by(embedded[0])
+        )
+
+    def _keys_values(self, text: torch.Tensor) -> _KeysValues:
+        context = self.text_embedding(text)
+        return [block.cross_attn.keys_values(context) for block in self.blocks]
+
+    def _camera(self, rays: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Scale and shift of every layer, written to `out` [num_layers, 2, tokens, dim]."""
+        embedded = self.patch_embedding_wancamctrl(rays)
+        camera = embedded + self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(embedded)))
+        for block, of_block in zip(self.blocks, out, strict=True):
+            block.camera_scale_shift(camera, out=of_block)
+        return out
+
+    def _camera_buffer(self) -> torch.Tensor:
+        config = self.config
+        tokens = config.chunk_frames * math.prod(config.grid)
+        return torch.empty(config.num_layers, 2, tokens, config.dim, dtype=self.dtype, device=self.device)
+
+    def _held_keys(self, start_frame: int, controls: Controls) -> np.ndarray | None:
+        """Of the chunk's latent frames, [chunk_frames, 4]; None for control by camera."""
+        if self.config.control == "camera":
+            return None
+        rows = 4 * np.arange(start_frame, start_frame + self.chunk_frames)
+        keyboard = controls.actions.keyboard if controls.actions is not None else None
+        shape = None if keyboard is None else keyboard.shape
+        if shape is None or len(shape) != 2 or shape[1] != _KEYS or shape[0] <= rows[-1]:
+            got = None if shape is None else list(shape)
+            raise ValueError(f"{_OP}: actions must have keyboard [at least {rows[-1] + 1}, {_KEYS}], got {got}")
+        return keyboard[rows]
+
+    def _checked(self, conditions: LingBotConditions | None) -> LingBotConditions:
+        if conditions is None:
+            return LingBotConditions()
+        if not isinstance(conditions, LingBotConditions):
+            raise TypeError(f"{_OP}: conditions must be LingBotConditions or None, got {conditions!r:.60}")
+        config, (text, image, scale) = self.config, conditions
+        most, wide = config.text_tokens, config.text_dim
+        if text is not None and (text.dim() != 2 or not 1 <= len(text) <= most or text.shape[1] != wide):
+            raise ValueError(f"{_OP}: text must be [1 to {most}, {wide}], got {list(text.shape)}")
+        if image is not None:
+            channels, frames, (_, *size) = config.condition_channels, config.chunk_frames, self.latent_shape
+            right = image.dim() == 4 and image.shape[0] == channels and image.shape[1] >= frames
+            if not right or list(image.shape[2:]) != size:
+                wanted = f"[{channels}, at least {frames}, {size[0]}, {size[1]}]"
+                raise ValueError(f"{_OP}: image must be {wanted}, got {list(image.shape)}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{_OP}: translation_scale must be positive and finite, got {scale}")
+        return conditions
+
+    def _text(self, text: torch.Tensor | None) -> torch.Tensor:
+        """Rows of the given text and zeros, or the stand-in: [text_tokens, text_dim]."""
+        tokens, config = self.config.text_tokens, self.config
+        if text is None:
+            text = torch.randn(tokens, config.text_dim, generator=torch.Generator().manual_seed(self.seed))
+        text = text.to(self.device, self.dtype)
+        return F.pad(text, (0, 0, 0, tokens - len(text)))
+
+    def _image(self, image: torch.Tensor | None) -> torch.Tensor:
+        """The given image conditions, or the stand-in: [frames, condition_channels, height, width]."""
+        if image is None:
+            config = self.config
+            shape = (2, config.condition_channels, *self.latent_shape[1:])
+            frames = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1))
+            frames[0, :_MASK_CHANNELS], frames[1, :_MASK_CHANNELS] = 1, 0
+        else:
+            frames = image.transpose(0, 1)
+        return frames.to(self.device, self.dtype)
+
+
+class _Block(wan.Block):
+    """A Wan block whose tokens are scaled and shifted by what the camera sees, between its two attentions."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__(dim, ffn_dim, num_heads, eps)
+        self.cam_injector_layer1, self.cam_injector_layer2 = (nn.Linear(dim, dim) for _ in range(2))
+        self.cam_scale_layer, self.cam_shift_layer = (nn.Linear(dim, dim) for _ in range(2))
+
+    def camera_scale_shift(self, camera: torch.Tensor, *, out: torch.Tensor) -> None:
+        """Scale (without the 1) and shift of the camera embedding [tokens, dim], into out [2, tokens, dim]."""
+        hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
+        for layer, into in zip((self.cam_scale_layer, self.cam_shift_layer), out, strict=True):
+            torch.addmm(layer.bias, hidden, layer.weight.T, out=into)
+
+    def inject_camera(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """(1 + scale) * x + shift in fp32, where 1 + scale would lose digits in the model's dtype."""
+        return x + torch.addcmul(shift, x, scale)
