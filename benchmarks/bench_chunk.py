@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, parse_device, relative_error, run_cases, worst
 from model_cases import (
+    SMALL_SIZES,
     Memory,
     ModelCase,
     build,
@@ -31,10 +32,10 @@ from model_cases import (
 from torch.nn.functional import scaled_dot_product_attention
 
 from worldkv_kernels import WorldMemory, norm_rope_append
-from worldkv_kernels.models.rollout import Controls, WorldModel, noise, stream
+from worldkv_kernels.models.rollout import Controls, WorldModel, noise
 
 OURS = ("worldkv", "official", "sliding_as_long")
-FILL_SIGMAS = (1.0,)  # two passes a chunk are enough to fill a window
+FILL_LEVELS = (1.0, 0.0)  # one denoising pass and the clean one are enough to fill a window
 # The histories of two implementations differ by rounding before the pass that is compared.
 HISTORY_LIMITS = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 
@@ -49,22 +50,39 @@ class ChunkCase:
         return ", ".join([self.of.model, f"{self.of.layers} layers", *(f"{k} {v}" for k, v in self.of.sizes.items())])
 
 
-CASES: list[ChunkCase] = []
-SMALL_CASES = [ChunkCase(ModelCase("tiny", layers=2))]
+CASES = [
+    ChunkCase(ModelCase("lingbot-world-fast", 4)),
+    ChunkCase(ModelCase("matrix-game-2", 4)),
+    ChunkCase(ModelCase("lingbot-world-fast", 4, {"grid": (29, 52)})),
+    ChunkCase(ModelCase("lingbot-world-v2-1.3b", 4)),
+]
+SMALL_CASES = [ChunkCase(ModelCase(model, 2, sizes)) for model, sizes in SMALL_SIZES.items()]
 
 
-def fill(model: WorldModel, memory: Memory, controls: Sequence[Controls]) -> None:
-    """Roll out until the window is full, and begin the chunk after that."""
-    for _ in stream(model, memory, controls[:-1], sigmas=FILL_SIGMAS):
-        pass
-    memory.begin_chunk(controls[-1].poses, intrinsics=controls[-1].intrinsics)
+def fill(model: WorldModel, memory: Memory, controls: Sequence[Controls]) -> Any:
+    """Make chunks until the window is full, and begin the one after; returns what the model prepares for that one."""
+    of_rollout = model.prepare_rollout(None, controls[0].poses[0], FILL_LEVELS)
+    for chunk, of_one in enumerate(controls):
+        plan = memory.begin_chunk(of_one.poses, intrinsics=of_one.intrinsics)
+        of_chunk = model.prepare_chunk(of_rollout, plan.start_frame, of_one)
+        if chunk + 1 < len(controls):
+            latents = first_noise(model, chunk)
+            clean = latents - model.denoise(latents, 0, of_chunk, memory)
+            model.denoise(clean, 1, of_chunk, memory)
+            memory.end_chunk()
+    return of_chunk
+
+
+def first_noise(model: WorldModel, chunk: int) -> torch.Tensor:
+    """What a chunk starts from."""
+    return noise(0, chunk, 0, (model.chunk_frames, *model.latent_shape)).to(model.device)
 
 
 class CheckedMemory:
     """A memory whose every `attend` is compared with PyTorch's attention over a gathered copy of the window."""
 
-    def __init__(self, memory: WorldMemory) -> None:
-        self.memory, self.config, self.errors = memory, memory.config, []
+    def __init__(self, memory: WorldMemory, *, start_frame: int) -> None:
+        self.memory, self.config, self.start_frame, self.errors = memory, memory.config, start_frame, []
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: Any) -> torch.Tensor:
         got = self.memory.attend(layer, q, k, v, *weights)
@@ -92,23 +110,20 @@ def prepare(case: ChunkCase, device: torch.device) -> Problem:
     config = memory_config("official", model, 0)
     chunks = config.sink_chunks + config.recent_chunks + config.unattended_chunks + config.retrieved_chunks + 2
     controls = controls_of(model, chunks)
-    memories = {}
+    memories, of_chunks = {}, {}
     with torch.no_grad():
         for mode in (*OURS, "published"):
             memories[mode] = make_memory(mode, model, chunks)
-            fill(model, memories[mode], controls)
-        of_rollout = model.prepare_rollout(None, controls[0].poses[0], (*FILL_SIGMAS, 0.0))
-        of_chunk = model.prepare_chunk(of_rollout, (chunks - 1) * model.chunk_frames, controls[-1])
-    latents = noise(0, chunks - 1, 0, (model.chunk_frames, *model.latent_shape)).to(device)
+            of_chunks[mode] = fill(model, memories[mode], controls)
+    latents = first_noise(model, chunks - 1)
 
     @torch.no_grad()
-    def denoise(memory: Any) -> torch.Tensor:
-        return model.denoise(latents, 0, of_chunk, memory)
+    def denoise(mode: str, through: Any = None) -> torch.Tensor:
+        return model.denoise(latents, 0, of_chunks[mode], through or memories[mode])
 
     def check_ours(mode: str, run: Run) -> float:
-        checked = CheckedMemory(memories[mode])
-        checked.start_frame = (chunks - 1) * model.chunk_frames
-        through = denoise(checked)
+        checked = CheckedMemory(memories[mode], start_frame=(chunks - 1) * model.chunk_frames)
+        through = denoise(mode, checked)
         return worst([*checked.errors, relative_error(run(0), through)])
 
     window = full_window(memory_config("worldkv", model, chunks))
@@ -116,19 +131,19 @@ def prepare(case: ChunkCase, device: torch.device) -> Problem:
     limit = ERROR_LIMITS[model.dtype]
     variants = [
         Variant(
-            mode, lambda mode=mode: lambda i: denoise(memories[mode]), lambda run, mode=mode: check_ours(mode, run),
+            mode, lambda mode=mode: lambda i: denoise(mode), lambda run, mode=mode: check_ours(mode, run),
             limit, **counted,
         )
         for mode in OURS
     ]  # fmt: skip
     if device.type == "cuda":
         variants.insert(1, Variant(
-            "worldkv, graph", lambda: captured(lambda: denoise(memories["worldkv"])),
-            lambda run: relative_error(run(0), denoise(memories["worldkv"])), limit, **counted, base="worldkv",
+            "worldkv, graph", lambda: captured(lambda: denoise("worldkv")),
+            lambda run: relative_error(run(0), denoise("worldkv")), limit, **counted, base="worldkv",
         ))  # fmt: skip
     variants.append(Variant(
-        "published path", lambda: lambda i: denoise(memories["published"]),
-        lambda run: relative_error(run(0), denoise(memories["official"])), HISTORY_LIMITS[model.dtype], **counted,
+        "published path", lambda: lambda i: denoise("published"),
+        lambda run: relative_error(run(0), denoise("official")), HISTORY_LIMITS[model.dtype], **counted,
         rival=True, yardstick=True,
     ))  # fmt: skip
     return Problem(f"{describe(case.of, model)}, one pass", variants, shape=shape(model, window))

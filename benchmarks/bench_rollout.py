@@ -35,6 +35,7 @@ from common import (
 from model_cases import (
     MODES,
     RIVALS,
+    SMALL_SIZES,
     Memory,
     ModelCase,
     build,
@@ -68,8 +69,17 @@ class RolloutCase:
     modes: tuple[str, ...] = MODES
 
 
-CASES: list[RolloutCase] = []
-SMALL_CASES = [RolloutCase(ModelCase("tiny", layers=2), chunks=12)]
+CASES = [
+    RolloutCase(ModelCase("lingbot-world-fast"), chunks=30),
+    RolloutCase(ModelCase("matrix-game-2"), chunks=60),
+    RolloutCase(ModelCase("lingbot-world-v2-1.3b"), chunks=60),
+    RolloutCase(ModelCase("tiny"), chunks=60),
+]
+SMALL_CASES = [
+    RolloutCase(ModelCase("tiny", 2), chunks=12),
+    RolloutCase(ModelCase("lingbot-world-fast", 2, SMALL_SIZES["lingbot-world-fast"]), 11, ("worldkv", "published")),
+    RolloutCase(ModelCase("matrix-game-2", 2, SMALL_SIZES["matrix-game-2"]), 11, ("worldkv", "published")),
+]
 
 
 class Rollout:

@@ -15,8 +15,13 @@ from published_path import PublishedMemory
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldkv_kernels import MemoryConfig, WorldMemory
+from worldkv_kernels.actions import MOUSE_STEP, Actions, video_frames
 from worldkv_kernels.memory.pool import Pool
-from worldkv_kernels.models.rollout import Actions, Controls, WorldModel, video_frames
+from worldkv_kernels.models.lingbot_config import LingBotConfig
+from worldkv_kernels.models.lingbot_world_fast import LingBotWorldFast
+from worldkv_kernels.models.matrix_game_2 import MatrixGame2
+from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
+from worldkv_kernels.models.rollout import Controls, WorldModel
 from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
 from worldkv_kernels.trajectory import latent_poses, load
 
@@ -40,19 +45,28 @@ class ModelCase:
     sizes: dict[str, Any] = field(default_factory=dict)
 
 
-def _tiny(device: torch.device, dtype: torch.dtype, sizes: dict[str, Any]) -> WorldModel:
-    return TinyWorldModel(TinyConfig(**sizes), device=device, dtype=dtype)
+def _matrix_game(**sizes: Any) -> MatrixGameConfig:
+    """As in the whole model, the first half of the blocks have action modules."""
+    layers = sizes.get("num_layers", MatrixGameConfig.num_layers)
+    return MatrixGameConfig(**{"action_layers": tuple(range(layers // 2)), **sizes})
 
 
-BUILDERS = {"tiny": _tiny}
+# The config and the class of each model.
+MODELS = {
+    "tiny": (TinyConfig, TinyWorldModel),
+    "lingbot-world-fast": (LingBotConfig.fast, LingBotWorldFast.random),
+    "lingbot-world-v2-1.3b": (LingBotConfig.v2_1_3b, LingBotWorldFast.random),
+    "matrix-game-2": (_matrix_game, MatrixGame2.random),
+}
 
 
 def build(case: ModelCase, device: torch.device) -> WorldModel:
     """The case's model with random weights, bf16 on a GPU and fp32 on a CPU. Raises ValueError on an unknown model."""
-    if case.model not in BUILDERS:
-        raise ValueError(f"--model must be one of {', '.join(BUILDERS)}, got {case.model!r}")
+    if case.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {case.model!r}")
     sizes = {**case.sizes, **({"num_layers": case.layers} if case.layers else {})}
-    return BUILDERS[case.model](device, DTYPES[device.type], sizes)
+    config, make = MODELS[case.model]
+    return make(config(**sizes), device=device, dtype=DTYPES[device.type])
 
 
 def describe(case: ModelCase, model: WorldModel) -> str:
@@ -74,10 +88,10 @@ def controls_of(model: WorldModel, chunks: int) -> list[Controls]:
     half = 2 * step * chunks  # video frames
     poses, intrinsics = latent_poses(load(f"right*{half},left*{half}"))
     actions = None
-    keys = getattr(model.config, "keyboard_dim", 0)
-    if keys:
-        turn = np.repeat([0.1, -0.1], half)
-        actions = Actions(np.stack([0 * turn, turn], axis=1), np.zeros((2 * half, keys)))
+    if isinstance(model.config, MatrixGameConfig):
+        turn = np.repeat([MOUSE_STEP, -MOUSE_STEP], half)
+        keyboard = np.zeros((2 * half, model.config.actions.keyboard_dim))
+        actions = Actions(np.stack([0 * turn, turn], axis=1), keyboard)
     return [
         Controls(poses[at : at + step], intrinsics[at : at + step], actions and actions.until(video_frames(at + step)))
         for at in range(0, step * chunks, step)
@@ -184,3 +198,15 @@ def relative_errors(made: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
     """||made - wanted|| / ||wanted|| over all chunks together, in float64."""
     a, b = (torch.cat([chunk.double().flatten() for chunk in chunks]) for chunks in (made, wanted))
     return ((a - b).norm() / b.norm()).item()
+
+
+# Of the small cases: two layers, 24 tokens a frame.
+SMALL_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "lingbot-world-fast": {
+        "num_heads": 2, "head_dim": 64, "ffn_dim": 256, "grid": (4, 6), "text_tokens": 8, "text_dim": 32,
+    },
+    "matrix-game-2": {
+        "num_heads": 2, "head_dim": 64, "ffn_dim": 256, "grid": (4, 6), "image_tokens": 5, "image_dim": 32,
+    },
+}  # fmt: skip

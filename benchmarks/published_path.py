@@ -64,6 +64,8 @@ class PublishedMemory:
     it is no MemoryConfig or the dtype is unsupported.
     """
 
+    integrator = None  # of actions: the published code retrieves by poses alone
+
     def __init__(
         self, config: MemoryConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> None:

@@ -82,9 +82,9 @@ def test_the_camera_goes_away_and_back(cases):
     turns = [c.poses[1, 0, 2] for c in controls]  # sine of the yaw
     assert turns.index(max(turns)) in (3, 4) and turns[0] == pytest.approx(turns[-1], abs=0.3)
     assert controls[0].actions is None
-    model.config = SimpleNamespace(keyboard_dim=4)
-    rows = [len(c.actions.mouse) for c in cases.controls_of(model, 3)]
-    assert rows == [9, 21, 33]
+    game = cases.build(cases.ModelCase("matrix-game-2", 2, cases.SMALL_SIZES["matrix-game-2"]), CPU)
+    actions = [c.actions for c in cases.controls_of(game, 3)]
+    assert [(a.mouse.shape, a.keyboard.shape) for a in actions] == [((n, 2), (n, 4)) for n in (9, 21, 33)]
 
 
 def test_an_unknown_model_is_told(cases):

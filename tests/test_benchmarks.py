@@ -454,6 +454,8 @@ def test_pages_are_as_large_as_the_segments_allow(load, monkeypatch, size):
     assert rivals.whole_page(index.flip(0)) == 1
     assert rivals.whole_page(index[size:]) == size
     assert rivals.whole_page(index + 1) == 1
+    # Two halves of different pages, though the first of them starts one.
+    assert rivals.whole_page(torch.cat([torch.arange(64), torch.arange(192, 256)])) == 64
     q, pools = torch.randn(9, 2, 64, generator=generator), [torch.full((512, 2, 64), math.nan) for _ in range(2)]
     for pool in pools:
         pool[index] = torch.randn(len(index), 2, 64, generator=generator)
