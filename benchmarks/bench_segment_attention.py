@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from worldkv_kernels import Rope3D, Segment, Window, segment_attention
 
 TILE_ROWS = 128
+EXTRAS = ("rebase", "mass", "lse")  # what is asked for on top
 
 
 @dataclass(frozen=True)
@@ -193,85 +194,101 @@ def exact_attention(
     return out, lse, mass / q_len
 
 
-def prepare(case: AttentionCase, device: torch.device) -> Problem:
-    """Fill a pool with NaN and the window's rows with random numbers; ours, then the rivals."""
-    lengths = case.lengths
-    shifted, rows = scatter(lengths, case.shifts)
-    plain = [segment._replace(time_shift=0) for segment in shifted]
-    generator = torch.Generator(device=device).manual_seed(0)
-    pools = torch.full((2, rows, case.heads, case.head_dim), float("nan"), dtype=case.dtype, device=device)
-    k_pool, v_pool = pools
-    for first, count, _ in plain:
-        for pool in (k_pool, v_pool):
-            pool[first : first + count].normal_(generator=generator)
-    q = torch.empty((case.q_len, case.heads, case.head_dim), dtype=case.dtype, device=device)
-    q.normal_(generator=generator)
-    out = torch.empty_like(q)
-    rope = Rope3D(case.head_dim)
-    windows = {False: Window(plain, device=device), True: Window(shifted, device=device, rope=rope)}
+class Inputs:
+    """A case's q, pools and windows: NaN where the window has no row, random numbers elsewhere."""
 
-    @cache
-    def exact(rebase: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return exact_attention(q, k_pool, v_pool, shifted if rebase else plain, rope)
+    def __init__(self, case: AttentionCase, device: torch.device) -> None:
+        self.case = case
+        self.shifted, rows = scatter(case.lengths, case.shifts)
+        self.plain = [segment._replace(time_shift=0) for segment in self.shifted]
+        generator = torch.Generator(device=device).manual_seed(0)
+        pools = torch.full((2, rows, case.heads, case.head_dim), float("nan"), dtype=case.dtype, device=device)
+        self.k_pool, self.v_pool = pools
+        for first, count, _ in self.plain:
+            for pool in pools:
+                pool[first : first + count].normal_(generator=generator)
+        self.q = torch.empty((case.q_len, case.heads, case.head_dim), dtype=case.dtype, device=device)
+        self.q.normal_(generator=generator)
+        self.out = torch.empty_like(self.q)
+        self.rope = Rope3D(case.head_dim)
+        self.windows = {
+            False: Window(self.plain, device=device), True: Window(self.shifted, device=device, rope=self.rope)
+        }  # fmt: skip
+        self.index = torch.cat([torch.arange(first, first + count) for first, count, _ in self.plain]).to(device)
+        self.exact = cache(self._exact)
+        self.gathered = cache(self._gathered)
 
-    def our_variant(backend: str, extra: str) -> Variant:
-        rebase, lse, mass = extra == "rebase", extra == "lse", extra == "mass"
+    def _exact(self, rebase: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return exact_attention(self.q, self.k_pool, self.v_pool, self.shifted if rebase else self.plain, self.rope)
 
-        def run(i: int) -> Any:
-            return segment_attention(
-                q, k_pool, v_pool, windows[rebase], return_lse=lse, return_mass=mass, out=out, backend=backend
-            )
-
-        def check(run: Run) -> float:
-            out.fill_(float("nan"))
-            result = run(0)
-            got = result if isinstance(result, tuple) else (result,)
-            exact_out, exact_lse, exact_mass = exact(rebase)
-            want = [exact_out, *([exact_lse] if lse else []), *([exact_mass] if mass else [])]
-            return worst(relative_error(g, w) for g, w in zip(got, want, strict=True))
-
-        count = attention_bytes(
-            case.q_len, case.heads, case.head_dim, unique_rows(plain), case.dtype.itemsize,
-            lse=lse, mass_segments=len(plain) * mass,
-        )  # fmt: skip
-        base = backend if extra else None
-        return Variant(f"{backend} {extra}".strip(), lambda: run, check, limit, count, flops, base=base)
-
-    index = torch.cat([torch.arange(first, first + count) for first, count, _ in plain]).to(device)
-
-    @cache
-    def gathered() -> list[torch.Tensor]:
+    def _gathered(self) -> list[torch.Tensor]:
         """q, K and V as [1, heads, length, head_dim], contiguous."""
-        pieces = (q, k_pool[index], v_pool[index])
+        pieces = (self.q, self.k_pool[self.index], self.v_pool[self.index])
         return [x.transpose(0, 1).contiguous().unsqueeze(0) for x in pieces]
+
+    def counts(self, *, lse: bool = False, mass: bool = False) -> dict[str, int]:
+        """What a Variant counts."""
+        case = self.case
+        return {
+            "num_bytes": attention_bytes(
+                case.q_len, case.heads, case.head_dim, unique_rows(self.plain), case.dtype.itemsize,
+                lse=lse, mass_segments=len(self.plain) * mass,
+            ),
+            "flops": attention_flops(case.q_len, case.heads, case.head_dim, case.num_tokens),
+        }  # fmt: skip
+
+
+def our_variant(inputs: Inputs, backend: str, extra: str) -> Variant:
+    """segment_attention by a backend, alone or with one of EXTRAS on top."""
+    rebase, lse, mass = extra == "rebase", extra == "lse", extra == "mass"
+
+    def run(i: int) -> Any:
+        return segment_attention(
+            inputs.q, inputs.k_pool, inputs.v_pool, inputs.windows[rebase], return_lse=lse, return_mass=mass,
+            out=inputs.out, backend=backend,
+        )  # fmt: skip
+
+    def check(run: Run) -> float:
+        inputs.out.fill_(float("nan"))
+        result = run(0)
+        got = result if isinstance(result, tuple) else (result,)
+        exact_out, exact_lse, exact_mass = inputs.exact(rebase)
+        want = [exact_out, *([exact_lse] if lse else []), *([exact_mass] if mass else [])]
+        return worst(relative_error(g, w) for g, w in zip(got, want, strict=True))
+
+    limit = ERROR_LIMITS[inputs.case.dtype]
+    counts = inputs.counts(lse=lse, mass=mass)
+    return Variant(f"{backend} {extra}".strip(), lambda: run, check, limit, **counts, base=backend if extra else None)
+
+
+def _sdpa(inputs: Inputs, kernel: SDPBackend, gather: bool) -> Run:
+    """PyTorch's attention by one kernel, on a window that lies gathered or, with `gather`, is gathered in each call."""
+    dense = None if gather else inputs.gathered()
+
+    def run(i: int) -> torch.Tensor:
+        with sdpa_kernel(kernel):
+            if dense is not None:
+                result = scaled_dot_product_attention(*dense)
+            else:
+                pools = (x.index_select(0, inputs.index) for x in (inputs.k_pool, inputs.v_pool))
+                of_heads = (x.transpose(0, 1).unsqueeze(0) for x in (inputs.q, *pools))
+                result = scaled_dot_product_attention(*of_heads)
+        return result.squeeze(0).transpose(0, 1)
+
+    return run
+
+
+def prepare(case: AttentionCase, device: torch.device) -> Problem:
+    """Ours, then the rivals."""
+    inputs = Inputs(case, device)
+    limit = ERROR_LIMITS[case.dtype]
 
     def rival(name: str, make: Callable[[], Run], limit: float) -> Variant:
         def check(run: Run) -> float:
-            return relative_error(run(0), exact(False)[0])
+            return relative_error(run(0), inputs.exact(False)[0])
 
-        count = attention_bytes(case.q_len, case.heads, case.head_dim, unique_rows(plain), case.dtype.itemsize)
-        return Variant(name, make, check, limit, count, flops, rival=True)
+        return Variant(name, make, check, limit, **inputs.counts(), rival=True)
 
-    def sdpa(name: str, kernel: SDPBackend, gather: bool) -> Variant:
-        def make() -> Run:
-            if not gather:
-                q_dense, k_dense, v_dense = gathered()
-
-            def run(i: int) -> torch.Tensor:
-                with sdpa_kernel(kernel):
-                    if not gather:
-                        result = scaled_dot_product_attention(q_dense, k_dense, v_dense)
-                    else:
-                        k, v = (x.index_select(0, index).transpose(0, 1).unsqueeze(0) for x in (k_pool, v_pool))
-                        result = scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v)
-                return result.squeeze(0).transpose(0, 1)
-
-            return run
-
-        return rival(f"{name}, gather" if gather else name, make, limit)
-
-    limit = ERROR_LIMITS[case.dtype]
-    flops = attention_flops(case.q_len, case.heads, case.head_dim, sum(lengths))
     kernels = {
         "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
         "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -279,17 +296,18 @@ def prepare(case: AttentionCase, device: torch.device) -> Problem:
     }
     if device.type == "cpu":
         kernels["sdpa math"] = SDPBackend.MATH
-    variants = [our_variant(b, extra) for b in ours("segment_attention", device) for extra in ("", *EXTRAS)]
-    variants += [sdpa(name, kernel, gather) for gather in (False, True) for name, kernel in kernels.items()]
+    variants = [our_variant(inputs, b, extra) for b in ours("segment_attention", device) for extra in ("", *EXTRAS)]
     variants += [
-        rival(name, lambda make=make: make(q, k_pool, v_pool, index), widened or limit)
+        rival(f"{name}, gather" if gather else name, partial(_sdpa, inputs, kernel, gather), limit)
+        for gather in (False, True)
+        for name, kernel in kernels.items()
+    ]
+    variants += [
+        rival(name, partial(make, inputs.q, inputs.k_pool, inputs.v_pool, inputs.index), widened or limit)
         for name, (make, widened) in RIVALS.items()
     ]
     shape = {"heads": case.heads, "queries": case.q_len, "tokens": case.num_tokens, "keys": case.kind}
     return Problem(str(case), variants, flush=True, shape=shape)
-
-
-EXTRAS = ("rebase", "mass", "lse")
 
 
 def run(
