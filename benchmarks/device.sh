@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go and without a network: install, doctor, tests, memory checker, proof, ceilings
-# and the benches of the ops. With --models, in a run of its own: the benches of whole models.
+# and the benches of the ops. Two more runs, without the tests: whole models, and the attention's configurations.
 #
-#   benchmarks/device.sh [--models] [--dry]
+#   benchmarks/device.sh [--models | --tune] [--dry]
 #
-# --models  ceilings, one pass and rollouts of the models, and nothing else
+# --models  one pass and rollouts of the models
+# --tune    which launch configuration of segment_attention is the fastest
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
 # OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new
 #         temporary folder
@@ -23,12 +24,12 @@ case "$python" in
 esac
 budget=${BUDGET:-530}
 dry=0
-models=0
+measures=ops
 for option in "$@"; do
     case "$option" in
         --dry) dry=1 ;;
-        --models) models=1 ;;
-        *) echo "device.sh: the options are --models and --dry, got $option" >&2; exit 2 ;;
+        --models | --tune) measures=${option#--} ;;
+        *) echo "device.sh: the options are --models, --tune and --dry, got $option" >&2; exit 2 ;;
     esac
 done
 if [ "$dry" = 1 ]; then
@@ -192,6 +193,11 @@ measure_models() {
     bench 90 rollout --model matrix-game-2 --chunks 24 --modes worldkv,sliding_as_long,full,published
 }
 
+measure_tune() {
+    [ "$dry" = 1 ] && export TRITON_INTERPRET=1
+    stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --json "$results" "${small[@]+"${small[@]}"}"
+}
+
 main() {
     local small=()
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
@@ -199,10 +205,10 @@ main() {
     install_package
     stage environment 30 bash -c print_environment
     doctor doctor 40
-    [ "$models" = 1 ] || check
+    [ "$measures" = ops ] && check
     reserve=0
     stage ceilings 40 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
-    if [ "$models" = 1 ]; then measure_models; else measure_ops; fi
+    "measure_$measures"
 
     echo
     printf '%s' "$summary"

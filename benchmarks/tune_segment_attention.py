@@ -1,0 +1,172 @@
+"""Which launch configuration of the Triton segment_attention is fastest, by shape and by what is asked for on top.
+
+    python benchmarks/tune_segment_attention.py [--small] [--json FILE] [--device DEVICE] [--seconds S]
+
+Every candidate is checked, then timed beside the others in one loop; the shipped one is among them. What it prints
+belongs into `attention_config` of kernels/segment_attention.py: nothing is tuned while a model runs. Candidates that
+need more shared memory than the GPU has, or do not compile, are skipped with their reason. Kernels are compiled first,
+by as many processes as there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from bench_segment_attention import CORE_CASES, AttentionCase, Inputs, our_variant
+from common import Problem, Run, Variant, arguments, device_for, run_cases, table
+from worldkv_kernels.kernels import segment_attention as kernel
+from worldkv_kernels.kernels.segment_attention import AttentionConfig
+
+# 32 rows of keys are for what keeps more in registers; 4 warps spill with 128 queries, as compiling shows.
+CANDIDATES = [
+    AttentionConfig(queries, keys, 8 if queries == 128 else 4, stages)
+    for queries, keys, stages in (
+        (128, 128, 3), (128, 128, 2), (128, 64, 4), (128, 64, 3), (128, 64, 2), (128, 32, 4),
+        (64, 128, 2), (64, 64, 4), (64, 64, 3),
+    )
+]  # fmt: skip
+SMALL_CANDIDATES = [AttentionConfig(32, 32, 4, 1), AttentionConfig(64, 32, 4, 1)]
+
+
+@dataclass(frozen=True)
+class TuneCase:
+    """A window, and what is asked for on top of the output: "" for nothing, or one of EXTRAS."""
+
+    window: AttentionCase
+    extra: str
+
+    def __str__(self) -> str:
+        return f"{self.window}{', ' * bool(self.extra)}{self.extra}"
+
+
+CASES = [TuneCase(window, extra) for window, extra in product((CORE_CASES[0], CORE_CASES[1]), ("", "rebase", "mass"))]
+SMALL_WINDOW = AttentionCase(heads=1, q_len=20, chunk=20, sink=0, retrieved=1, recent=0, dtype=torch.float32)
+SMALL_CASES = [TuneCase(SMALL_WINDOW, extra) for extra in ("", "rebase")]
+
+
+def shipped(case: TuneCase, device: torch.device) -> AttentionConfig:
+    """What the launcher takes by itself."""
+    capability = kernel.device_capability(device)
+    return kernel.attention_config(
+        capability, case.window.dtype, case.window.head_dim, case.extra == "rebase", case.extra == "mass"
+    )
+
+
+def named(config: AttentionConfig) -> str:
+    return f"{config.block_q} x {config.block_k}, {config.num_warps} warps, {config.num_stages} stages"
+
+
+def configured(variant: Variant, config: AttentionConfig, name: str) -> Variant:
+    """The variant, launched with `config` in place of what the launcher would take."""
+    choose = kernel.attention_config
+
+    def make() -> Run:
+        inner = variant.make()
+
+        def run(i: int) -> Any:
+            kernel.attention_config = lambda *args: config
+            try:
+                return inner(i)
+            finally:
+                kernel.attention_config = choose
+
+        run(0)  # a configuration that cannot be launched is told here
+        return run
+
+    return replace(variant, name=name, make=make, rival=True, base=None)
+
+
+def prepare(case: TuneCase, device: torch.device, candidates: Sequence[AttentionConfig]) -> Problem:
+    """The shipped configuration, then the others as its rivals: x rival is then what the best of them would gain."""
+    inputs = Inputs(case.window, device)
+    variant = our_variant(inputs, "triton", case.extra)
+    own = shipped(case, device)
+    variants = [replace(configured(variant, own, f"{named(own)} (shipped)"), rival=False)]
+    variants += [configured(variant, config, named(config)) for config in candidates if config != own]
+    shape = {"heads": case.window.heads, "queries": case.window.q_len, "tokens": case.window.num_tokens}
+    return Problem(str(case), variants, flush=True, shape={**shape, "extra": case.extra or "none"})
+
+
+def compile_all(device: torch.device, workers: int) -> None:
+    """Compile the cases' kernels into Triton's cache in processes of their own; what fails is told when it is run."""
+    command = [sys.executable, __file__, "--device", str(device), "--compile"]
+    running = [subprocess.Popen([*command, f"{n}/{workers}"], stderr=subprocess.DEVNULL) for n in range(workers)]
+    for process in running:
+        process.wait()
+
+
+def compile_share(device: torch.device, share: str) -> None:
+    """Launch once, on a window of a few rows, every `workers`-th of what there is to compile."""
+    number, workers = (int(part) for part in share.split("/"))
+    kinds = list(product({case.extra: case for case in CASES}.values(), CANDIDATES))
+    for case, config in kinds[number::workers]:
+        small = replace(case, window=replace(case.window, heads=1, q_len=128, chunk=128, retrieved=1))
+        variant = configured(our_variant(Inputs(small.window, device), "triton", case.extra), config, "")
+        try:
+            variant.make()
+        except Exception as error:  # such as too much shared memory; `measure` reports it
+            print(f"{named(config)}: {error}", file=sys.stderr)
+
+
+def run(
+    *, small: bool = False, device: torch.device, seconds: float = 1.0, json_path: str | None = None
+) -> list[dict[str, Any]]:
+    """Measure all candidates on all cases; figures as `common.run_cases` returns them."""
+    candidates, cases = (SMALL_CANDIDATES, SMALL_CASES) if small else (CANDIDATES, CASES)
+    if device.type == "cuda":
+        compile_all(device, os.cpu_count() or 1)
+
+    def make(case: TuneCase, device: torch.device) -> Problem:
+        return prepare(case, device, candidates)
+
+    return run_cases("tune_segment_attention", cases, make, device, small=small, seconds=seconds, json_path=json_path)
+
+
+def winners(figures: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each case: the fastest candidate, and what it gains on the shipped one."""
+    lines = []
+    for case in dict.fromkeys(f["case"] for f in figures):
+        timed = [f for f in figures if f["case"] == case and f["status"] == "timed"]
+        own = next((f for f in timed if not f["is_rival"]), None)
+        best = min(timed, key=lambda f: f["us"], default=None)
+        if best is None or own is None:
+            lines.append(f"{case}: the shipped configuration was not timed")
+        elif best is own or best["us_80"] >= own["us_20"]:
+            lines.append(f"{case}: {own['variant']} is the fastest, or none is faster beyond the spread")
+        else:
+            lines.append(f"{case}: {best['variant']} takes {100 * (1 - best['us'] / own['us']):.1f} % less")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 when the shipped configuration is wrong or failed, 2 on bad arguments."""
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        device = device_for(args.device, small=args.small)
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("on a CPU, set TRITON_INTERPRET=1: the kernel runs in Triton's interpreter")
+    except ValueError as error:
+        print(f"tune_segment_attention: {error}", file=sys.stderr)
+        return 2
+    if args.compile:
+        compile_share(device, args.compile)
+        return 0
+    figures = run(small=args.small, device=device, seconds=args.seconds, json_path=args.json)
+    print(table(figures))
+    print("\n".join(winners(figures)))
+    return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

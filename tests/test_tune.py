@@ -1,0 +1,121 @@
+"""The sweep over launch configurations: what it launches with, what it reports, what it says of the fastest."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+from worldkv_kernels.kernels import segment_attention as kernel
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("tune_segment_attention")
+    for name in ("common", "traces", "attention_rivals", "bench_segment_attention", "tune_segment_attention"):
+        sys.modules.pop(name, None)
+
+
+@interpreted
+def test_candidates_are_checked_and_timed_beside_the_shipped_one(tune, tmp_path, capsys):
+    results = tmp_path / "tune.jsonl"
+    choose = kernel.attention_config
+    assert tune.main(["--small", "--device", "cpu", "--seconds", "0.01", "--json", str(results)]) == 0
+    assert kernel.attention_config is choose
+    figures = [json.loads(line) for line in results.read_text().splitlines()]
+    by_case = {f["case"]: [g["variant"] for g in figures if g["case"] == f["case"]] for f in figures}
+    names = ["32 x 32, 8 warps, 1 stages (shipped)", "32 x 32, 4 warps, 1 stages", "64 x 32, 4 warps, 1 stages"]
+    assert list(by_case.values()) == [names, names]
+    assert all(f["status"] == "timed" and f["error"] < 1e-5 for f in figures)
+    assert [line.rsplit(": ", 1)[0] for line in capsys.readouterr().out.splitlines()[-2:]] == list(by_case)
+
+
+@interpreted
+def test_a_launch_takes_the_candidate_and_only_it(tune, monkeypatch):
+    seen = []
+    launch = kernel.segment_attention_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append(options["BLOCK_Q"]) or launch[grid](*args, **options)
+
+    monkeypatch.setattr(kernel, "segment_attention_kernel", Spy())
+    problem = tune.prepare(tune.SMALL_CASES[0], CPU, tune.SMALL_CANDIDATES)
+    for variant in problem.variants:
+        run = variant.make()
+        seen.clear()
+        run(0)
+        assert seen == [int(variant.name.split()[0])]
+
+
+@interpreted
+def test_a_candidate_that_cannot_be_launched_is_skipped_and_a_wrong_one_reported(tune, monkeypatch):
+    common = importlib.import_module("common")
+    inner = tune.our_variant
+
+    def planted(inputs, backend, extra):
+        variant = inner(inputs, backend, extra)
+
+        def make():
+            run = variant.make()
+
+            def with_faults(i):
+                queries = kernel.attention_config().block_q
+                if queries == 64:
+                    raise RuntimeError("out of resource: shared memory")
+                result = run(i)
+                return result * 1.1 if queries == 16 else result
+
+            return with_faults
+
+        return tune.replace(variant, make=make)
+
+    monkeypatch.setattr(tune, "our_variant", planted)
+    candidates = [*tune.SMALL_CANDIDATES, kernel.AttentionConfig(16, 32, 4, 1)]
+    problem = tune.prepare(tune.SMALL_CASES[0], CPU, candidates)
+    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9), seconds=0.01)
+    assert [f["status"] for f in figures] == ["timed", "timed", "skipped", "wrong"]
+    assert figures[2]["reason"] == "RuntimeError: out of resource: shared memory"
+
+
+def figure(case, variant, low, median, high, *, rival=True, status="timed"):
+    return {"case": case, "variant": variant, "us_20": low, "us": median, "us_80": high, "is_rival": rival,
+            "status": status}  # fmt: skip
+
+
+def test_what_is_said_of_the_fastest(tune):
+    figures = [
+        figure("a", "shipped", 9, 10, 11, rival=False), figure("a", "other", 7, 8, 8.5),
+        figure("a", "slow", 20, 20, 20),
+        figure("b", "shipped", 9, 10, 11, rival=False), figure("b", "other", 8.9, 9.5, 10),
+        figure("c", "shipped", None, None, None, rival=False, status="failed"), figure("c", "other", 8, 9, 10),
+    ]  # fmt: skip
+    assert tune.winners(figures) == [
+        "a: other takes 20.0 % less",
+        "b: shipped is the fastest, or none is faster beyond the spread",
+        "c: the shipped configuration was not timed",
+    ]
+
+
+def test_the_shipped_configurations_of_hopper_are_candidates(tune):
+    for case in tune.CASES:
+        own = kernel.attention_config((9, 0), torch.bfloat16, 128, case.extra == "rebase", case.extra == "mass")
+        assert own in tune.CANDIDATES
+    assert len(set(tune.CANDIDATES)) == len(tune.CANDIDATES)
+
+
+def test_a_cpu_without_the_interpreter_is_told(tune, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert tune.main(["--small", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "tune_segment_attention: on a CPU, set TRITON_INTERPRET=1: the kernel runs in Triton's interpreter\n"
+    )
