@@ -462,8 +462,8 @@ def test_forty_layers_stay_bounded(mode):
     model = make_model(config)
     streams = []
     model.head.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0]))
-    latents = latents_of(model, mode, chunks=5, sigmas=(1.0, 0.8))
-    assert len(streams) == 15
+    latents = latents_of(model, mode, chunks=5, sigmas=(1.0,))
+    assert len(streams) == 10
     assert all(0.3 < latent.std() < 3 for latent in latents)
     assert all(stream.isfinite().all() and 0.3 < stream.std() < 5 for stream in streams)
 
