@@ -309,7 +309,7 @@ def test_every_layout_has_scales_and_its_letters_name_its_columns():
         columns = {column for group in layout.groups for column, _ in group.values()}
         looks = {"pitch", "yaw"} if layout.mouse else set()
         assert columns <= set(layout.keyboard) | looks
-    with pytest.raises(ValueError, match="ActionIntegrator: layout must be one of universal, .*, got 'x'"):
+    with pytest.raises(ValueError, match=r"ActionIntegrator: layout must be one of universal, .*, got 'x'"):
         ActionIntegrator(layout="x")
 
 
