@@ -356,6 +356,10 @@ def test_stand_ins_depend_on_the_seed_alone():
     second.seed = 3
     assert same(latents_of(second, chunks=1), latents_of(first, chunks=1))
     of_rollout = first.prepare_rollout(None, POSES[0], (1.0, 0.0))
+    second.seed = 4
+    other = second.prepare_rollout(None, POSES[0], (1.0, 0.0))
+    assert relative_error(other.text, of_rollout.text) > 1
+    assert relative_error(other.image[:, 4:], of_rollout.image[:, 4:]) > 1
     assert of_rollout.text.std() > 0.5
     assert (of_rollout.image[0, :4] == 1).all() and (of_rollout.image[1, :4] == 0).all()
     assert (of_rollout.image[:, 4:].std(dim=(1, 2, 3)) > 0.5).all()
