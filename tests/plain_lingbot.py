@@ -5,6 +5,7 @@ text encoder, the video autoencoder and the choice of dtypes are left out. Nothi
 worldkv_kernels. Linear layers compute in the dtype of their weights, all else in float32.
 """
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -341,6 +342,52 @@ def patches(video):
     return video.permute(1, 2, 4, 0, 3, 5).reshape(1, -1, channels * 4)
 
 
+def camera_embedding(c2ws, intrinsics, height, width, keys=None):
+    """What the pipeline tells the model of the camera: [1, 384, frames, height / 8, width / 8], in pixels; or 448.
+
+    c2ws [frames, 4, 4] and the intrinsics [4] of a 480 x 832 image; keys [frames, 4], held down or not. Each pose is
+    taken relative to the frame before, the first to itself; the longest of these steps becomes 1. A pixel's channels
+    are the camera's position (with keys: none) and the direction of its ray, then the keys; 8 x 8 pixels are folded
+    into the channels of one.
+    """
+    steps = [torch.eye(4, dtype=torch.float64)]
+    for before, after in itertools.pairwise(c2ws):
+        steps.append(torch.linalg.inv(before.double()) @ after.double())
+    longest = max(step[:3, 3].norm().item() for step in steps)
+    fx, fy, cx, cy = (float(number) for number in intrinsics)
+    fx, cx, fy, cy = fx * width / 832, cx * width / 832, fy * height / 480, cy * height / 480
+    frames = []
+    for index, step in enumerate(steps):
+        position = step[:3, 3] / longest if longest > 0 else step[:3, 3]
+        pixels = torch.empty(height, width, 7 if keys is not None else 6, dtype=torch.float64)
+        for v in range(height):
+            for u in range(width):
+                ray = torch.tensor([(u + 0.5 - cx) / fx, (v + 0.5 - cy) / fy, 1.0], dtype=torch.float64)
+                ray = step[:3, :3] @ (ray / ray.norm())
+                pixels[v, u] = torch.cat([position, ray] if keys is None else [ray, keys[index].double()])
+        folded = pixels.view(height // 8, 8, width // 8, 8, -1).permute(4, 1, 3, 0, 2)  # channels, 8, 8, height, width
+        frames.append(folded.flatten(0, 2))
+    return torch.stack(frames, dim=1)[None].float()
+
+
+@torch.no_grad()
+def draw_weights(model, seed=0):
+    """Random weights under which attention, modulation and the camera all matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(generator=generator)
+        if name.endswith("bias"):
+            parameter.mul_(0.1)
+        elif name.endswith("modulation"):
+            parameter.mul_(0.5)
+        elif parameter.dim() == 1:
+            parameter.mul_(0.2).add_(1)
+        else:
+            parameter.div_(parameter[0].numel() ** 0.5)
+    for block in model.blocks:  # tokens alike attend to each other, as in a trained model
+        block.self_attn.k.load_state_dict(block.self_attn.q.state_dict())
+
+
 def schedule(indices=(0, 179, 358, 679), shift=10.0, steps=1000):
     """Sigma and timestep of the sampler's passes: the timesteps are cut to whole numbers, the sigmas are not."""
     sigmas = []
@@ -418,13 +465,13 @@ class WanI2VFast:
             shape = (self.model.out_dim, chunk_size, height, width)
             latent = noise(chunk, 0, shape)
             for step, (sigma, timestep) in enumerate(sampler):
-                flow = self.model(x=[latent], t=torch.tensor([timestep]), **kwargs)[0]
+                flow = self.model(x=[latent], t=torch.tensor([timestep], dtype=torch.float64), **kwargs)[0]
                 clean = latent - sigma * flow
                 if step + 1 < len(sampler):
                     next_sigma = sampler[step + 1][0]
                     latent = (1 - next_sigma) * clean + next_sigma * noise(chunk, step + 1, shape)
             clean_chunks.append(clean)
-            self.model(x=[clean], t=torch.tensor([0.0]), **kwargs)
+            self.model(x=[clean], t=torch.tensor([0.0], dtype=torch.float64), **kwargs)
             if on_chunk is not None:
                 on_chunk(chunk)
         return torch.cat(clean_chunks, dim=1)

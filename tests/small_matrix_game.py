@@ -11,16 +11,16 @@ from worldkv_kernels.models.rollout import noise
 GRID = (2, 3)
 FRAME_TOKENS = 6
 CHUNK_TOKENS = 3 * FRAME_TOKENS
-HEADS, HEAD_DIM, LAYERS = 2, 64, 3
+HEADS, HEAD_DIM, LAYERS = 2, 64, 2
 DIM = HEADS * HEAD_DIM
 VISUAL_TOKENS = 5
-KEYS = {"universal": 4, "gta": 2, "templerun": 7}
+KEYS = {"universal": 4, "gta_drive": 2, "templerun": 7}
 
 
-def published_config(variant, window=6):
+def published_config(variant, window=6, layers=LAYERS):
     """A config.json, with the published fields and small sizes."""
     action_config = {
-        "blocks": [0, 1], "enable_keyboard": True, "enable_mouse": variant != "templerun", "heads_num": 2,
+        "blocks": [0], "enable_keyboard": True, "enable_mouse": variant != "templerun", "heads_num": 2,
         "hidden_size": 16, "img_hidden_size": DIM, "keyboard_dim_in": KEYS[variant], "keyboard_hidden_dim": 128,
         "mouse_dim_in": 2, "mouse_hidden_dim": 128, "mouse_qk_dim_list": [8, 28, 28], "patch_size": [1, 2, 2],
         "qk_norm": True, "qkv_bias": False, "rope_dim_list": [8, 28, 28], "rope_theta": 256,
@@ -29,21 +29,21 @@ def published_config(variant, window=6):
     return {
         "action_config": action_config, "dim": DIM, "eps": 1e-6, "ffn_dim": 160, "freq_dim": 32, "in_dim": 36,
         "inject_sample_info": False, "local_attn_size": window, "model_type": "i2v", "num_heads": HEADS,
-        "num_layers": LAYERS, "out_dim": 16, "sink_size": 0, "text_len": 512,
+        "num_layers": layers, "out_dim": 16, "sink_size": 0, "text_len": 512,
     }  # fmt: skip
 
 
-def plain_model(variant="universal", window=6, seed=0):
+def plain_model(variant="universal", window=6, *, layers=LAYERS, frame_tokens=FRAME_TOKENS, seed=0):
     """A denoiser whose every parameter, unused norm weights and biases too, bears on what it should alone."""
-    model = CausalWanModel(**published_config(variant, window), frame_seqlen=FRAME_TOKENS)
+    model = CausalWanModel(**published_config(variant, window, layers), frame_seqlen=frame_tokens)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(0.2 * drawn + (1 if name.endswith("weight") else 0))
             else:
-                fan_in = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+                parameter.copy_(drawn / parameter[0].numel() ** 0.5)
     return model.requires_grad_(False).eval()
 
 
@@ -79,17 +79,17 @@ def conditions(mouse, keyboard, seed=2):
     return given if mouse is None else {**given, "mouse_cond": mouse.clone()}
 
 
-def pipeline(model, kind=CausalInferencePipeline, kv_cache_frames=None, **kwargs):
+def pipeline(model, kind=CausalInferencePipeline, kv_cache_frames=None, frame_tokens=FRAME_TOKENS, **kwargs):
     """A published pipeline around a model, with the variant's steps and the rollouts' noise.
 
     With kv_cache_frames, its self-attention sees so many frames, whatever the model's window.
     """
     variant_steps = [1000, 666, 333] if hasattr(model.blocks[0].action_model, "t_qkv") else [1000, 750, 500, 250]
-    args = published_args(frame_seq_length=FRAME_TOKENS, denoising_step_list=variant_steps)
+    args = published_args(frame_seq_length=frame_tokens, denoising_step_list=variant_steps)
     if kv_cache_frames is not None:
         args = SimpleNamespace(**vars(args), kv_cache_frames=kv_cache_frames)
         for block in model.blocks:
-            block.self_attn.max_attention_size = kv_cache_frames * FRAME_TOKENS
+            block.self_attn.max_attention_size = kv_cache_frames * frame_tokens
     return kind(args, WanDiffusionWrapper(model), draw=draw, **kwargs)
 
 

@@ -153,9 +153,13 @@ def test_two_streams_over_the_same_chunks_are_refused():
     with pytest.raises(RuntimeError, match="one memory serves one stream, so classifier-free guidance"):
         run_pass(chunks, 0, 1000.0, stream=caches[1])
     run_pass(chunks, 0, 0.0, stream=caches[0])
-    with pytest.raises(RuntimeError, match="a second one at chunk 1"):
-        run_pass(chunks, 1, 1000.0, stream=caches[1])
+    for timestep in (1000.0, 500.0):
+        with pytest.raises(RuntimeError, match="a second one at chunk 1"):
+            run_pass(chunks, 1, timestep, stream=caches[1])
     assert chunks.stats()["chunks"] == 1
+    run_pass(chunks, 1, 1000.0, stream=caches[0])
+    with pytest.raises(RuntimeError, match="a second one at chunk 1"):
+        run_pass(chunks, 1, 500.0, stream=caches[1])
     run_chunk(chunks, 1, stream=caches[0])
     run_chunk(chunks, 0, stream=caches[1])  # a new rollout may have a new cache
     assert chunks.stats()["chunks"] == 1
@@ -209,7 +213,7 @@ def test_the_last_pass_must_attend_every_layer():
 
 def test_attention_belongs_inside_a_pass_and_a_pass_not_inside_another():
     chunks = make()
-    run_pass(chunks, 0, 1000.0)
+    run_pass(chunks, 0, 0.0)
     with pytest.raises(RuntimeError, match="self-attention must run inside the model's forward"):
         chunks.attend(0, *qkv(0, 0, 0))
     with chunks.model_pass(0):
@@ -218,7 +222,7 @@ def test_attention_belongs_inside_a_pass_and_a_pass_not_inside_another():
             pass
         with pytest.raises(RuntimeError, match="finish must be called between passes"):
             chunks.finish()
-        assert chunks.stats()["chunks"] == 0
+        assert chunks.stats()["chunks"] == 0  # one more pass is under way
         chunks.attend(1, *qkv(0, 0, 1))
     chunks.finish()
 
@@ -270,6 +274,16 @@ def test_poses_that_are_wrong_for_a_chunk_are_refused_when_it_begins(poses, mess
         with pytest.raises(ValueError, match=message):
             run_pass(chunks, 2, 1000.0)
         assert chunks.stats()["chunks"] == 2
+
+
+def test_poses_are_asked_for_before_the_chunk_before_is_ended():
+    chunks = make(poses=lambda chunk: POSES[:3] if chunk < 2 else None)
+    run_chunk(chunks, 0)
+    run_pass(chunks, 1, 1000.0)
+    with pytest.raises(ValueError, match=r"poses\(2\)"):
+        run_pass(chunks, 2, 1000.0)
+    run_chunk(chunks, 1)  # as if nothing had happened
+    assert chunks.stats()["chunks"] == 2
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,10 @@ def test_stand_ins_depend_on_the_seed_alone():
     second.seed = 3
     assert same(latents_of(second, chunks=1), latents_of(first, chunks=1))
     of_rollout = first.prepare_rollout(None, POSES[0], (1.0, 0.0))
+    second.seed = 4
+    other = second.prepare_rollout(None, POSES[0], (1.0, 0.0))
+    assert relative_error(other.text, of_rollout.text) > 1
+    assert relative_error(other.image[:, 4:], of_rollout.image[:, 4:]) > 1
     assert of_rollout.text.std() > 0.5
     assert (of_rollout.image[0, :4] == 1).all() and (of_rollout.image[1, :4] == 0).all()
     assert (of_rollout.image[:, 4:].std(dim=(1, 2, 3)) > 0.5).all()
@@ -462,8 +466,8 @@ def test_forty_layers_stay_bounded(mode):
     model = make_model(config)
     streams = []
     model.head.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0]))
-    latents = latents_of(model, mode, chunks=5, sigmas=(1.0, 0.8))
-    assert len(streams) == 15
+    latents = latents_of(model, mode, chunks=5, sigmas=(1.0,))
+    assert len(streams) == 10
     assert all(0.3 < latent.std() < 3 for latent in latents)
     assert all(stream.isfinite().all() and 0.3 < stream.std() < 5 for stream in streams)
 

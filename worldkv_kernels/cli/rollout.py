@@ -1,4 +1,4 @@
-"""worldkv rollout: a reference model over a camera trajectory, with the memory in each of its modes."""
+"""worldkv rollout: a model over a camera trajectory or a player's actions, with the memory in each of its modes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
 
+from ..actions import ActionIntegrator
 from ..memory.config import MODES, ORDERS, MemoryConfig
 from ..memory.poses import mean_pose, rotation_angles
-from ..memory.retrieval import FovRetrieval, PoseRetrieval, RetrievalPolicy
+from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.world_memory import WorldMemory
-from ..models.rollout import RolloutChunk, rollout
-from ..models.tiny import TinyConfig, TinyWorldModel
-from ..trajectory import Trajectory, latent_poses, load
-from . import report
+from ..models.rollout import RolloutChunk, WorldModel, rollout
+from . import report, rollout_models
+from .rollout_models import STRIDE, Config, Motion
+from .rollout_picture import picture
 
-_MODELS = ("tiny",)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHOWN_REVISITS = 5
 
@@ -42,20 +41,16 @@ class Revisit(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `worldkv rollout`; their defaults are MemoryConfig's where it has them."""
     add = parser.add_argument
-    add("--trajectory", default="right*60,left*60", metavar="FOLDER|MOVES",
-        help="a folder with poses.npy and intrinsics.npy, or moves such as right*90,left*90,forward*10 "
-             "(default: %(default)s)")  # fmt: skip
-    add("--model", default="tiny", help="the model: tiny (random weights) (default: %(default)s)")
-    add("--layers", type=_integer(1), default=TinyConfig.num_layers, help="of the tiny model (default: %(default)s)")
+    rollout_models.add_arguments(parser, _integer)
     add("--modes", default=",".join(MODES), help="of the memory, joined by commas (default: %(default)s)")
-    add("--chunks", type=_integer(1), help="at most so many (default: all that the trajectory has)")
-    add("--stride", type=_integer(1), default=4, help="video frames to a latent frame (default: %(default)s)")
+    add("--chunks", type=_integer(1), help="at most so many (default: all that there are controls for)")
     add("--keep-ratio", type=_number, default=0.25, help="tokens of a pruned frame that stay (default: %(default)s)")
     add("--per-frame", action="store_true", help="prune each frame on its own, not a chunk's frames together")
     add("--retrieved-chunks", type=_integer(0), default=6, help="brought back at most (default: %(default)s)")
-    add("--sink-frames", type=_integer(0), default=3, help="latent frames kept from the start (default: %(default)s)")
-    add("--recent-frames", type=_integer(0), default=6, help="past latent frames kept whole (default: %(default)s)")
-    add("--retrieval", default="pose", help="by pose or by fov, the overlap of the views (default: %(default)s)")
+    add("--sink-frames", type=_integer(0), help="latent frames kept from the start (default: the model's own)")
+    add("--recent-frames", type=_integer(0), help="past latent frames kept whole (default: the model's own)")
+    add("--retrieval", help="by pose, by fov, the overlap of the views, or by action, the pose that a player's actions "
+        "lead to (default: action for matrix-game-2, else pose)")
     add("--depth-range", type=_number, nargs=2, metavar=("NEAR", "FAR"), help="of the views' overlap (default: 1 50)")
     add("--diversity", type=_number, default=0.0, help="0 to 1: avoid near-copies (default: %(default)s)")
     add("--rebase-time", action="store_true", help="turn retrieved and sink chunks in time next to the recent ones")
@@ -64,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bank-chunks", type=_integer(1), help="that the bank holds (default: enough for the rollout)")
     add("--dtype", help=f"{', '.join(_DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="such as cpu or cuda:0 (default: the first GPU, else the CPU)")
-    add("--threads", type=_integer(1), default=1,
-        help="of the CPU; the tiny model's tensors are too small to share well (default: %(default)s)")  # fmt: skip
+    add("--threads", type=_integer(1),
+        help="of the CPU (default: torch's own choice; 1 for the tiny model, whose tensors are too small to share)")
     add("--backend", help="of the ops: reference, triton (default: the automatic choice)")
     add("--seed", type=_integer(0), default=0, help="of weights and noise (default: %(default)s)")
     add("--json", metavar="PATH", help="also write everything measured, chunk by chunk; - for stdout")
@@ -75,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Roll out in each mode, print the comparison, and write what was asked for."""
     threads = torch.get_num_threads()
+    args.threads = args.threads or (1 if args.model == "tiny" else threads)
     torch.set_num_threads(args.threads)
     try:
         return _run(args)
@@ -85,46 +81,52 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     device = report.parse_device(args.device)
     modes = _modes(args.modes)
-    _one_of("--model", args.model, _MODELS)
     if args.picture and "worldkv" not in modes:
         raise ValueError(f"--picture must go with --modes that include worldkv, got {args.modes!r}")
     dtype = _DTYPES[_one_of("--dtype", args.dtype or ("float32" if device.type == "cpu" else "bfloat16"), _DTYPES)]
-    trajectory = load(args.trajectory)
-    poses, intrinsics = latent_poses(trajectory, args.stride)
-    config = TinyConfig(num_layers=args.layers)
-    chunks = _chunk_count(args, len(poses), config)
+    config = rollout_models.model_config(args)
+    motion = rollout_models.motion(args)
+    chunks = _chunk_count(args, motion, config)
     memories = {mode: _memory_config(args, config, mode, chunks) for mode in modes}
     say = functools.partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
-    say(_introduction(args, trajectory, len(poses), chunks, config, device, dtype))
+    say(_introduction(args, motion, chunks, config, device, dtype))
 
-    model = TinyWorldModel(config, seed=args.seed, device=device, dtype=dtype)
-    poses, intrinsics = (array[: chunks * config.chunk_frames] for array in (poses, intrinsics))
+    model, weights = rollout_models.make_model(args, config, device, dtype)
+    say(f"weights: {weights['parameters'] / 1e6:,.1f} million parameters, {report.size(weights['weight_bytes'])}, "
+        f"{weights['weights']}, in {weights['seconds_to_load']:.1f} s")  # fmt: skip
+    along = motion.until(chunks * config.chunk_frames)
     results: dict[str, dict[str, Any]] = {}
     yardstick: list[torch.Tensor] = []
     for mode in modes:
         memory = WorldMemory(memories[mode], device=device, dtype=dtype, backend=args.backend)
-        made = _made(mode, model, memory, poses, intrinsics, args.seed)
+        made = _made(mode, model, memory, along, args)
         latents = [chunk.latents.cpu() for chunk in made]
         yardstick = latents if mode == "full" else yardstick
         errors = [_relative_error(*pair) for pair in zip(latents, yardstick, strict=True)] if yardstick else None
-        results[mode] = _result(made, errors, memory, config.chunk_frames * args.stride)
+        results[mode] = _result(made, errors, memory, config.chunk_frames * (args.stride or STRIDE))
+        del memory  # the next one may need its room
         if mode == "worldkv" and args.picture:
-            Path(args.picture).write_text(picture(made, trajectory.name))
+            Path(args.picture).write_text(picture(made, motion.name))
             print(f"wrote {args.picture}", file=sys.stderr)
 
     say("\n" + _table(results, compared=bool(yardstick)))
-    revisits = find_revisits(results["worldkv"]["chunks"], poses, config.chunk_frames) if "worldkv" in results else []
+    of_worldkv = results["worldkv"]["chunks"] if "worldkv" in results else []
+    revisits = find_revisits(of_worldkv, along.poses, config.chunk_frames)
     if revisits:
         say("\n" + _retrieval_at_work(revisits))
     report.write_json(args.json, {
         "command": "rollout",
         "machine": {**report.machine(device), "threads": args.threads},
-        "trajectory": {"name": trajectory.name, "frames": len(trajectory.poses), "stride": args.stride,
-                       "latent_frames": len(latent_poses(trajectory, args.stride)[0]), "chunks": chunks},
-        "model": {"name": args.model, **asdict(config), "dtype": str(dtype).removeprefix("torch."), "seed": args.seed},
-        "memory": {name: getattr(args, name) for name in (
-            "keep_ratio", "per_frame", "retrieved_chunks", "sink_frames", "recent_frames", "retrieval", "depth_range",
-            "diversity", "rebase_time", "order", "bank", "bank_chunks", "backend")},
+        motion.kind: {"name": motion.name, "frames": motion.video_frames, "stride": args.stride or STRIDE,
+                      "latent_frames": motion.latent_frames, "chunks": chunks},
+        "model": {"name": args.model, "variant": args.variant, **asdict(config),
+                  "dtype": str(dtype).removeprefix("torch."), "seed": args.seed, **weights},
+        "memory": {
+            **{name: getattr(args, name) for name in (
+                "keep_ratio", "per_frame", "retrieved_chunks", "retrieval", "depth_range", "diversity", "rebase_time",
+                "order", "bank", "bank_chunks", "backend")},
+            **{name: getattr(memories[modes[0]], name) for name in ("sink_frames", "recent_frames")},
+        },
         "modes": results,
         "revisits": [revisit._asdict() for revisit in revisits],
     })  # fmt: skip
@@ -162,14 +164,14 @@ def _modes(text: str) -> list[str]:
     return sorted(dict.fromkeys(modes), key=lambda mode: mode != "full")
 
 
-def _chunk_count(args: argparse.Namespace, latent_frames: int, config: TinyConfig) -> int:
+def _chunk_count(args: argparse.Namespace, motion: Motion, config: Config) -> int:
     frames = config.chunk_frames
-    chunks = latent_frames // frames
+    chunks = motion.latent_frames // frames
     if chunks < 1:
-        least = (frames - 1) * args.stride + 1
+        least = (frames - 1) * (args.stride or STRIDE) + 1
         raise ValueError(
-            f"--trajectory must have at least {least} video frames for a chunk of {frames} latent frames, "
-            f"got {latent_frames} latent frames"
+            f"--{motion.kind} must have at least {least} video frames for a chunk of {frames} latent frames, "
+            f"got {motion.latent_frames} latent frames"
         )
     chunks = min(chunks, args.chunks or chunks)
     most = config.memory().make_rope().max_position // frames
@@ -178,15 +180,15 @@ def _chunk_count(args: argparse.Namespace, latent_frames: int, config: TinyConfi
     return chunks
 
 
-def _memory_config(args: argparse.Namespace, config: TinyConfig, mode: str, chunks: int) -> MemoryConfig:
+def _memory_config(args: argparse.Namespace, config: Config, mode: str, chunks: int) -> MemoryConfig:
     enough = chunks if mode == "full" else max(chunks, args.retrieved_chunks)
     policy = _policy(args)
+    given = {name: getattr(args, name) for name in ("sink_frames", "recent_frames") if getattr(args, name) is not None}
     try:
         return config.memory(
-            mode=mode, sink_frames=args.sink_frames, recent_frames=args.recent_frames,
-            retrieved_chunks=args.retrieved_chunks, keep_ratio=args.keep_ratio, pooled=not args.per_frame,
+            mode=mode, retrieved_chunks=args.retrieved_chunks, keep_ratio=args.keep_ratio, pooled=not args.per_frame,
             retrieval=policy, rebase_time=args.rebase_time, order=args.order, bank=args.bank,
-            bank_chunks=(args.bank_chunks if mode == "worldkv" else None) or enough,
+            bank_chunks=(args.bank_chunks if mode == "worldkv" else None) or enough, **given,
         )  # fmt: skip
     except ValueError as error:  # the fields have the arguments' names
         field, _, rest = str(error).removeprefix("MemoryConfig: ").partition(" ")
@@ -194,12 +196,18 @@ def _memory_config(args: argparse.Namespace, config: TinyConfig, mode: str, chun
 
 
 def _policy(args: argparse.Namespace) -> RetrievalPolicy:
-    name = _one_of("--retrieval", args.retrieval, ("pose", "fov"))
+    plays = args.model == "matrix-game-2"
+    args.retrieval = args.retrieval or ("action" if plays else "pose")
+    name = _one_of("--retrieval", args.retrieval, ("pose", "fov", "action"))
+    if name == "action" and not plays:
+        raise ValueError(f"--retrieval action must go with --model matrix-game-2, got --model {args.model}")
     if not 0 <= args.diversity <= 1:
         raise ValueError(f"--diversity must be from 0 to 1, got {args.diversity}")
-    if name == "pose":
+    if name != "fov":
         if args.depth_range:
             raise ValueError(f"--depth-range must go with --retrieval fov, got --retrieval {name}")
+        if name == "action":
+            return ActionRetrieval(ActionIntegrator(layout=args.variant), diversity=args.diversity)
         return PoseRetrieval(diversity=args.diversity)
     near, far = args.depth_range or (1.0, 50.0)
     if not 0 < near < far < math.inf:
@@ -211,23 +219,23 @@ def _policy(args: argparse.Namespace) -> RetrievalPolicy:
 
 
 def _made(
-    mode: str,
-    model: TinyWorldModel,
-    memory: WorldMemory,
-    poses: np.ndarray,
-    intrinsics: np.ndarray,
-    seed: int,
+    mode: str, model: WorldModel, memory: WorldMemory, motion: Motion, args: argparse.Namespace
 ) -> list[RolloutChunk]:
-    chunks = len(poses) // model.chunk_frames
+    chunks = motion.latent_frames // model.chunk_frames
+
+    def chunks_along(steered: Motion) -> Iterator[RolloutChunk]:
+        conditions = rollout_models.conditions(args, motion.poses)
+        return rollout(model, memory, *steered.controls, actions=steered.actions, conditions=conditions, seed=args.seed)
+
     if model.device.type == "cuda":
         # Kernels are compiled and checked on first use: not what is to be timed. Long enough to retrieve.
         warm_up = (memory.config.sink_chunks + memory.config.recent_chunks + 3) * model.chunk_frames
-        for _ in rollout(model, memory, poses[:warm_up], intrinsics[:warm_up], seed=seed):
+        for _ in chunks_along(motion.until(warm_up)):
             pass
         memory.reset()
     progress = report.Progress(mode, chunks)
     made = []
-    for chunk in rollout(model, memory, poses, intrinsics, seed=seed):
+    for chunk in chunks_along(motion):
         made.append(chunk)
         progress.step(f"chunks, {chunk.plan.num_tokens} tokens attended, {chunk.seconds:.2f} s")
     return made
@@ -289,28 +297,23 @@ def find_revisits(records: Sequence[dict[str, Any]], poses: np.ndarray, chunk_fr
 
 
 def _introduction(
-    args: argparse.Namespace,
-    trajectory: Trajectory,
-    latent_frames: int,
-    chunks: int,
-    config: TinyConfig,
-    device: torch.device,
-    dtype: torch.dtype,
+    args: argparse.Namespace, motion: Motion, chunks: int, config: Config, device: torch.device, dtype: torch.dtype
 ) -> str:
     frames = config.chunk_frames
     lines = [
-        f"trajectory {trajectory.name}: {len(trajectory.poses)} video frames, {latent_frames} latent frames, "
+        f"{motion.kind} {motion.name}: {motion.video_frames} video frames, {motion.latent_frames} latent frames, "
         f"{chunks} chunks of {frames}"
     ]
-    left = latent_frames - chunks * frames
+    left = motion.latent_frames - chunks * frames
     if left:
         reason = "left out by --chunks" if left >= frames else "too few for a chunk"
         lines.append(f"not made: {left} latent frame{'s' if left > 1 else ''} at the end, {reason}")
     rows, columns = config.grid
+    variant = f", {args.variant}" if args.variant != args.model else ""
     lines.append(
-        f"model {args.model}: random weights, {config.num_layers} layers, {config.num_heads} heads x "
-        f"{config.head_dim}, {rows} x {columns} tokens a frame; {str(dtype).removeprefix('torch.')} on "
-        f"{report.machine(device)['device']}"
+        f"model {args.model}{variant}: {args.weights or 'random'} weights, {config.num_layers} layers, "
+        f"{config.num_heads} heads x {config.head_dim}, {rows} x {columns} tokens a frame; "
+        f"{str(dtype).removeprefix('torch.')} on {report.machine(device)['device']}"
     )
     return "\n".join(lines)
 
@@ -320,8 +323,8 @@ def _table(results: dict[str, dict[str, Any]], *, compared: bool) -> str:
     rows = [
         (
             mode,
-            f"{result['frames_per_second']:.1f}",
-            f"{result['latents_per_second']:.1f}",
+            _rate(result["frames_per_second"]),
+            _rate(result["latents_per_second"]),
             report.size(result["kept_bytes"]),
             f"{result['tokens_mean']:.0f}",
             str(result["tokens_last"]),
@@ -331,6 +334,10 @@ def _table(results: dict[str, dict[str, Any]], *, compared: bool) -> str:
         for mode, result in results.items()
     ]
     return report.table(columns, rows)
+
+
+def _rate(number: float) -> str:
+    return f"{number:.1f}" if number >= 10 else f"{number:.3g}"
 
 
 def _retrieval_at_work(revisits: Sequence[Revisit]) -> str:
@@ -343,59 +350,3 @@ def _retrieval_at_work(revisits: Sequence[Revisit]) -> str:
             f"{revisit.distance:.3g} units away"
         )
     return "\n".join(lines)
-
-
-# --- the picture ---
-
-_SIDE, _LEFT, _TOP = 560, 70, 84  # of the plot, in pixels
-_COLOURS = {"sink": "#bcd4ee", "recent": "#d9d9d9", "current": "#d9d9d9", "retrieved": "#c2410c"}
-_LEGEND = {"sink": "sink", "recent": "recent and current", "retrieved": "retrieved from the bank"}
-
-
-def picture(made: Sequence[RolloutChunk], name: str) -> str:
-    """An SVG of what each chunk attended to: across the chunk being made, upwards the chunk attended."""
-    count = len(made)
-    cell = _SIDE / count
-
-    def mark(role: str, x: float, y: float, width: float, height: float) -> str:
-        box = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
-        return f'<rect class="{role}" {box} fill="{_COLOURS[role]}"/>'
-
-    def text(x: float, y: float, words: str, more: str = 'text-anchor="middle"') -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(words)}</text>'
-
-    bottom = _TOP + _SIDE
-    width, height = _LEFT + _SIDE + 30, bottom + 62
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="13" fill="#222">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        text(_LEFT, 30, f"What each chunk attends to: {name}", 'font-size="17"'),
-        '<g shape-rendering="crispEdges">',
-    ]
-    for chunk in made:
-        for role, past, _ in chunk.plan.segments:
-            inset = 0.08 * cell if role == "retrieved" else 0.0  # the others join into bands
-            x, y = _LEFT + chunk.plan.chunk * cell + inset, bottom - (past + 1) * cell + inset
-            parts.append(mark(role, x, y, cell - 2 * inset, cell - 2 * inset))
-    parts.append(f'</g><rect x="{_LEFT}" y="{_TOP}" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="#222"/>')
-    for tick in range(0, count, _tick_step(count)):
-        middle = (tick + 0.5) * cell
-        parts.append(text(_LEFT + middle, bottom + 18, str(tick)))
-        parts.append(text(_LEFT - 8, bottom - middle + 4.5, str(tick), 'text-anchor="end"'))
-    parts.append(text(_LEFT + _SIDE / 2, bottom + 44, "chunk being made"))
-    middle = _TOP + _SIDE / 2
-    parts.append(text(22, middle, "chunk attended", f'text-anchor="middle" transform="rotate(-90 22 {middle})"'))
-    x = float(_LEFT)
-    for role, words in _LEGEND.items():
-        parts += [mark(role, x, 48, 14, 14), text(x + 20, 60, words, "")]
-        x += 50 + 7.2 * len(words)
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _tick_step(count: int) -> int:
-    """1, 2 or 5 times a power of ten, so that there are at most ten ticks or so."""
-    step = 1
-    while count / step > 10:
-        step = step * 5 // 2 if str(step)[0] == "2" else step * 2
-    return step

@@ -147,7 +147,6 @@ class Chunks:
     # --- parts of the above ---
 
     def _forget(self) -> None:
-        self.memory.abort_chunk()
         self.memory.reset()
         self._chunk: int | None = None  # begun and not ended
         self._attended: set[int] = set()  # layers, in the last pass

@@ -18,10 +18,8 @@ from torch import nn
 
 from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
+from . import wan
 from .rollout import SIGMAS, Controls
-
-_PATCH = (1, 2, 2)  # frames, rows and columns of latents in a token
-_FP32_PARAMETERS = ("time_", "head.", "norm3", "modulation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,22 +103,22 @@ class TinyWorldModel(nn.Module):
         self.config = config
         dim = config.dim
         self.chunk_frames = config.chunk_frames
-        self.latent_shape = (config.latent_channels, _PATCH[1] * config.grid[0], _PATCH[2] * config.grid[1])
+        self.latent_shape = (config.latent_channels, wan.PATCH[1] * config.grid[0], wan.PATCH[2] * config.grid[1])
         self.device = torch.empty(0, device=device).device
 
-        self.patch_embedding = nn.Conv3d(config.latent_channels, dim, _PATCH, _PATCH)
+        self.patch_embedding = nn.Conv3d(config.latent_channels, dim, wan.PATCH, wan.PATCH)
         self.patch_embedding_wancamctrl = nn.Linear(6, dim)
         self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim)
         self.c2ws_hidden_states_layer2 = nn.Linear(dim, dim)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(config.frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.text_embedding = wan.text_embedding(config.text_dim, dim)
+        self.time_embedding = wan.time_embedding(config.frequency_dim, dim)
+        self.time_projection = wan.time_projection(dim)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.head = _Head(config)
         self.register_buffer("prompt", torch.empty(config.text_tokens, config.text_dim), persistent=False)
         self._draw_weights(torch.Generator().manual_seed(seed))
         for name, parameter in self.named_parameters():
-            wide = any(part in name for part in _FP32_PARAMETERS)
+            wide = any(part in name for part in wan.FP32_PARAMETERS)
             parameter.data = parameter.data.to(self.device, torch.float32 if wide else dtype)
         self.prompt = self.prompt.to(self.device, dtype)
         self.dtype = dtype
@@ -133,7 +131,7 @@ class TinyWorldModel(nn.Module):
         if conditions is not None:
             raise ValueError(f"TinyWorldModel: conditions must be None, got {conditions!r}")
         time = 1000 * torch.tensor(noise_levels, dtype=torch.float64, device=self.device)
-        time = self.time_embedding(_sinusoids(time, self.config.frequency_dim))  # [steps, dim]
+        time = self.time_embedding(wan.sinusoids(time, self.config.frequency_dim))  # [steps, dim]
         of_blocks = self.time_projection(time).unflatten(1, (1, 6, -1))
         text = self.text_embedding(self.prompt)
         return _OfRollout(
@@ -164,17 +162,12 @@ class TinyWorldModel(nn.Module):
         conditions = zip(of_rollout.modulation[step], of_chunk.camera, of_rollout.text, strict=True)
         for layer, (block, condition) in enumerate(zip(self.blocks, conditions, strict=True)):
             x = block(x, *condition, memory, layer)
-        return self._latents(self.head(x, of_rollout.head_modulation[step]))
+        return wan.unpatchify(self.head(x, of_rollout.head_modulation[step]), self.config.grid)
 
     def _tokens(self, latents: torch.Tensor) -> torch.Tensor:
         """[frames, channels, height, width] -> [tokens, dim]: frames, rows, columns in that order."""
         embedded = self.patch_embedding(latents.to(self.dtype).transpose(0, 1))  # [dim, frames, height, width]
         return embedded.flatten(1).T
-
-    def _latents(self, patches: torch.Tensor) -> torch.Tensor:
-        """[tokens, 2 * 2 * channels], channels fastest -> [frames, channels, height, width]."""
-        patches = patches.view(self.chunk_frames, *self.config.grid, *_PATCH[1:], -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(self.chunk_frames, *self.latent_shape)
 
     def _draw_weights(self, generator: torch.Generator) -> None:
         for name, parameter in [*self.named_parameters(), ("prompt", self.prompt)]:
@@ -192,33 +185,6 @@ class TinyWorldModel(nn.Module):
             block.self_attn.k.load_state_dict(block.self_attn.q.state_dict())
 
 
-class _Attention(nn.Module):
-    """Projections and QK-norm; over a prompt, also the attention."""
-
-    def __init__(self, config: TinyConfig) -> None:
-        super().__init__()
-        self._heads, self._eps = config.num_heads, config.eps
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
-
-    def of_memory(self, x: torch.Tensor, memory: WorldMemory, layer: int) -> torch.Tensor:
-        """Self-attention of the chunk over the memory's window, [tokens, dim]."""
-        attended = memory.attend(layer, self.q(x), self.k(x), self.v(x), self.norm_q.weight, self.norm_k.weight)
-        return self.o(attended.flatten(1))
-
-    def keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of text [text_tokens, dim], as [1, heads, text_tokens, head_dim]."""
-        return self._split(_rms_norm(self.k(text), self.norm_k.weight, self._eps)), self._split(self.v(text))
-
-    def over(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Cross-attention of x [tokens, dim] to what `keys_values` gave."""
-        q = self._split(_rms_norm(self.q(x), self.norm_q.weight, self._eps))
-        return self.o(F.scaled_dot_product_attention(q, keys, values)[0].transpose(0, 1).flatten(1))
-
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (self._heads, -1)).transpose(0, 1)[None]
-
-
 class _Block(nn.Module):
     """Self-attention, camera injection, cross-attention and feed-forward, in that order."""
 
@@ -226,9 +192,9 @@ class _Block(nn.Module):
         super().__init__()
         dim = config.dim
         self._eps = config.eps
-        self.self_attn = _Attention(config)
+        self.self_attn = wan.SelfAttention(dim, config.num_heads, config.eps)
         self.norm3 = nn.LayerNorm(dim, config.eps)
-        self.cross_attn = _Attention(config)
+        self.cross_attn = wan.CrossAttention(dim, config.num_heads, config.eps)
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.cam_injector_layer1, self.cam_injector_layer2 = (nn.Linear(dim, dim) for _ in range(2))
@@ -251,11 +217,11 @@ class _Block(nn.Module):
         """x [tokens, dim] fp32, modulation [6, dim] fp32 -> [tokens, dim] fp32."""
         dtype = self.ffn[0].weight.dtype
         e = modulation
-        y = self.self_attn.of_memory(self._modulated(x, e[0], e[1]).to(dtype), memory, layer)
+        y = self.self_attn(self._modulated(x, e[0], e[1]).to(dtype), memory, layer)
         x = x + y * e[2]
         scale, shift = camera
         x = scale * x + shift
-        x = x + self.cross_attn.over(self.norm3(x).to(dtype), *text)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), *text)
         y = self.ffn(self._modulated(x, e[3], e[4]).to(dtype))
         return x + y * e[5]
 
@@ -269,7 +235,7 @@ class _Head(nn.Module):
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self._eps = config.eps
-        self.head = nn.Linear(config.dim, math.prod(_PATCH) * config.latent_channels)
+        self.head = nn.Linear(config.dim, math.prod(wan.PATCH) * config.latent_channels)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
@@ -297,17 +263,3 @@ def pluecker_map(poses: np.ndarray, intrinsics: np.ndarray, grid: tuple[int, int
     positions = positions * (np.log1p(lengths) / np.maximum(lengths, 1e-12))
     moments = np.cross(positions, directions)
     return np.concatenate([moments, directions], axis=-1).astype(np.float32)
-
-
-def _sinusoids(positions: torch.Tensor, dim: int) -> torch.Tensor:
-    """Cosines, then sines, of positions [n] at dim / 2 frequencies, fp32 [n, dim]."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
-    angles = positions[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Over the last dimension in fp32, rounded to x's dtype, then times the weight."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * weight

@@ -1,0 +1,170 @@
+"""The models that worldkv rollout can run: their sizes, their weights, and what steers them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..actions import ActionIntegrator, Actions, parse_actions
+from ..models.lingbot_camera import longest_step
+from ..models.lingbot_config import LingBotConfig
+from ..models.lingbot_world_fast import LingBotConditions, LingBotWorldFast
+from ..models.matrix_game_2 import MatrixGame2
+from ..models.matrix_game_config import MatrixGameConfig
+from ..models.rollout import WorldModel
+from ..models.tiny import TinyConfig, TinyWorldModel
+from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
+
+Config = TinyConfig | LingBotConfig | MatrixGameConfig
+
+# Of each model, the variants and their sizes; the first is the default.
+MODELS = {
+    "tiny": {"tiny": TinyConfig},
+    "lingbot-world-fast": {
+        "fast": LingBotConfig.fast, "v2-14b": LingBotConfig.v2_14b, "v2-1.3b": LingBotConfig.v2_1_3b,
+    },
+    "matrix-game-2": {
+        "universal": MatrixGameConfig.universal, "gta_drive": MatrixGameConfig.gta_drive,
+        "templerun": MatrixGameConfig.templerun,
+    },
+}  # fmt: skip
+
+# Away and back again, so that there is something to retrieve.
+DEFAULT_TRAJECTORY = "right*60,left*60"
+DEFAULT_ACTIONS = {
+    "universal": "W*24,L*60,Q*8,J*60,S*24",
+    "gta_drive": "W*24,W+D*60,Q*8,S+A*60,S*24",
+    "templerun": "Q*24,Z*24,W*12,D*12,S*12,C*24,Q*24",
+}
+STRIDE = 4  # video frames to a latent frame, of all these models' autoencoders
+
+
+class Motion(NamedTuple):
+    """What steers a rollout."""
+
+    kind: str  # "trajectory" or "actions"
+    name: str
+    video_frames: int
+    poses: np.ndarray  # camera-to-world of the latent frames [n, 4, 4]
+    intrinsics: np.ndarray  # fx, fy, cx, cy in pixels, [n, 4]
+    actions: Actions | None
+
+    @property
+    def latent_frames(self) -> int:
+        return len(self.poses)
+
+    @property
+    def controls(self) -> tuple[np.ndarray, np.ndarray]:
+        """Poses and intrinsics."""
+        return self.poses, self.intrinsics
+
+    def until(self, latent_frames: int) -> Motion:
+        """The first so many latent frames."""
+        return self._replace(poses=self.poses[:latent_frames], intrinsics=self.intrinsics[:latent_frames])
+
+
+def add_arguments(parser: argparse.ArgumentParser, integer: Any) -> None:
+    """The arguments that choose a model and its motion; `integer(least)` converts one of at least `least`."""
+    add = parser.add_argument
+    add("--model", default="tiny", help=f"{', '.join(MODELS)} (default: %(default)s)")
+    of_real = [f"{name}: {', '.join(variants)}" for name, variants in MODELS.items() if name != "tiny"]
+    add("--variant", help=f"of the model; {'; '.join(of_real)} (default: the first)")
+    add("--random", action="store_true", help="random weights, drawn on the device; the tiny model has no others")
+    add("--weights", metavar="FOLDER", help="the published checkpoint, a folder with .safetensors files")
+    add("--layers", type=integer(1), help="so many instead of all; random weights alone")
+    add("--grid", type=_grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
+    add("--trajectory", metavar="FOLDER|MOVES",
+        help="for tiny and lingbot-world-fast: a folder with poses.npy and intrinsics.npy, or moves such as "
+             f"right*90,left*90,forward*10 (default: {DEFAULT_TRAJECTORY})")  # fmt: skip
+    add("--actions", metavar="KEYS",
+        help="for matrix-game-2: keys held for video frames, such as W*24,L*12,W+J*8; W S A D walk, I K J L look, Q "
+             f"nothing (gta_drive: A D steer; templerun: W S Z C A D) (default: {DEFAULT_ACTIONS['universal']})")
+    add("--stride", type=integer(1), help=f"video frames of a trajectory to a latent frame (default: {STRIDE})")
+
+
+def model_config(args: argparse.Namespace) -> Config:
+    """The sizes asked for. Raises ValueError when arguments are unknown or do not go together."""
+    if args.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {args.model!r}")
+    variants = MODELS[args.model]
+    if args.variant is None:
+        args.variant = next(iter(variants))
+    if args.variant not in variants:
+        raise ValueError(f"--variant must be one of {', '.join(variants)} for {args.model}, got {args.variant!r}")
+    if args.weights and (args.model == "tiny" or args.random):
+        why = "tiny is always random" if args.model == "tiny" else "--random was given"
+        raise ValueError(f"--weights must be left out where weights are random ({why}), got {args.weights!r}")
+    if not (args.weights or args.random or args.model == "tiny"):
+        raise ValueError(f"--model {args.model} must have --weights FOLDER or --random, got neither")
+    if args.weights and args.layers:
+        raise ValueError(f"--layers must be left out with --weights, which have their own, got {args.layers}")
+    changes: dict[str, Any] = {}
+    if args.grid:
+        changes["grid"] = args.grid
+    if args.layers:
+        changes["num_layers"] = args.layers
+        if args.model == "matrix-game-2":
+            changes["action_layers"] = tuple(range(min(args.layers, len(MatrixGameConfig.action_layers))))
+    return replace(variants[args.variant](), **changes)
+
+
+def motion(args: argparse.Namespace) -> Motion:
+    """What the model is steered by. Raises ValueError on an argument of another model, or one that is misspelled."""
+    if args.model != "matrix-game-2":
+        if args.actions:
+            raise ValueError(f"--actions must go with --model matrix-game-2, got --model {args.model}")
+        trajectory = load(args.trajectory or DEFAULT_TRAJECTORY)
+        poses, intrinsics = latent_poses(trajectory, args.stride or STRIDE)
+        return Motion("trajectory", trajectory.name, len(trajectory.poses), poses, intrinsics, None)
+    for name in ("trajectory", "stride"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} must be left out with --model matrix-game-2, which goes by --actions, "
+                             f"got {getattr(args, name)!r}")  # fmt: skip
+    text = args.actions or DEFAULT_ACTIONS[args.variant]
+    actions = parse_actions(text, args.variant)
+    rows = len(actions.keyboard)
+    whole = actions.until(1 + (rows - 1) // STRIDE * STRIDE)  # rows that end a latent frame
+    poses = ActionIntegrator(layout=args.variant).poses(whole)
+    return Motion("actions", text, rows, poses, np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), actions)
+
+
+def make_model(
+    args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[WorldModel, dict[str, Any]]:
+    """The model, and what its weights are, ready for JSON. Raises as from_pretrained does."""
+    started = time.perf_counter()
+    options = dict(device=device, dtype=dtype)
+    if args.model == "tiny":
+        model = TinyWorldModel(config, seed=args.seed, **options)
+    else:
+        made_of = LingBotWorldFast if args.model == "lingbot-world-fast" else MatrixGame2
+        if args.weights:
+            model = made_of.from_pretrained(args.weights, config=config, **options)
+        else:
+            model = made_of.random(config, args.seed, **options)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    parameters = list(model.parameters())
+    return model, {
+        "weights": args.weights or "random",
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "weight_bytes": sum(parameter.nbytes for parameter in parameters),
+        "seconds_to_load": time.perf_counter() - started,
+    }
+
+
+def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
+    """Of the rollout: stand-ins for prompt and image; and the scale that LingBot-World takes a clip's steps in."""
+    return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot-world-fast" else None
+
+
+def _grid(text: str) -> tuple[int, int]:
+    sizes = [part.strip() for part in text.split(",")]
+    if len(sizes) != 2 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"must be height,width of at least 1 token each, got {text!r}")
+    return int(sizes[0]), int(sizes[1])

@@ -1,0 +1,202 @@
+"""The memory in Matrix-Game-2.0's own code: two lines.
+
+    from worldkv_kernels.integrations import matrix_game
+    matrix_game.enable(pipeline.generator.model)
+
+and the pipeline's own `inference`, the streaming one too, runs as it is, with the memory in place of its KV cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..actions import LAYOUTS, ActionIntegrator, Actions, video_frames
+from ..memory.config import MemoryConfig
+from ..memory.retrieval import ActionRetrieval
+from ..memory.world_memory import WorldMemory
+from . import patched
+from .chunks import Chunks
+from .patched import PatchedModel
+
+_OP = "matrix_game"
+_MODEL = "Matrix-Game-2.0's CausalWanModel (a pipeline's .generator.model)"
+_CHUNK_FRAMES = 3  # of all published configurations
+
+
+def memory_config(model: nn.Module, *, grid: tuple[int, int] = (22, 40), **options: Any) -> MemoryConfig:
+    """The MemoryConfig of a model of the published class; `options` are the rest of its fields.
+
+    grid is (height, width) in tokens of one latent frame: the published 352 x 640 pixels over 16. Without options there
+    is no sink, the recent frames are the past ones of the model's own window, rounded up to chunks (3 of its 6, and 3
+    of gta_drive's 4), and retrieval is by action, in the layout of the model's keys and by the scales guessed for it.
+    A window of 6 frames is what the model was trained with: to it all that is retrieved is far, rebase_time brings it
+    nearer.
+
+    Raises TypeError when the model is not of that class, ValueError when its keys are of no layout and no retrieval is
+    given, and what MemoryConfig raises.
+    """
+    model = patched.unwrapped(model)
+    attentions = patched.attentions_of(_OP, model, _MODEL)
+    fields = {**patched.sizes_of(attentions), "chunk_frames": _CHUNK_FRAMES, "sink_frames": 0, **options}
+    if "recent_frames" not in options and model.local_attn_size > 0:
+        chunk = fields["chunk_frames"]
+        past = max(0, model.local_attn_size - chunk)
+        fields["recent_frames"] = -(-past // chunk) * chunk
+    if "retrieval" not in options:
+        fields["retrieval"] = ActionRetrieval(ActionIntegrator(layout=_layout_of(model)))
+    return MemoryConfig(**fields, grid=grid)
+
+
+def enable(
+    model: nn.Module,
+    config: MemoryConfig | None = None,
+    *,
+    actions: object = None,
+    poses: object = None,
+    intrinsics: object = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> MatrixGameMemory:
+    """Put a memory in the place of a model's KV cache. The mode is the config's: "worldkv", "full", "sliding", ...
+
+    The model's forward and that of each `blocks[i].self_attn` are replaced on this instance alone, until `disable`.
+    Self-attention then takes the model's q, k, v, o and qk-norm, and rope, cache and attention from the memory. A new
+    chunk is recognised by the forward's `current_start`; a forward at 0 with a past starts the rollout anew, with
+    the memory reset. See integrations.chunks for what else may come, and what is an error.
+
+    The window that the model was made with is fixed in its attentions (`max_attention_size`) and in the length of the
+    pipeline's `kv_cache`; both are ignored: the config's window holds. A forward replaces the k and v of `kv_cache` by
+    tensors of length 0. The caches of mouse, keyboard and image stay the model's own, the actions' windows with them.
+
+    Where retrieval is by action and `actions` is None, a chunk's rows are read from the forward that begins it, out of
+    `mouse_cond` and `keyboard_cond`, which the pipelines pass up to the chunk's end: so what a player does during a
+    rollout counts. That copies them to the host, which synchronises once a chunk.
+
+    Args:
+        model: a CausalWanModel, in eval mode, on the device where it will run. One wrapped by torch.compile is
+            unwrapped.
+        config: of the model's sizes; None for memory_config(model), by pose where poses are given.
+        actions: an Actions of all video frames, mouse [n, 2] and keyboard [n, keys], or a callable that gives the rows
+            of a chunk number; None to read them from the forwards.
+        poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates, or a callable that gives the
+            [chunk_frames, 4, 4] of a chunk number; where retrieval is by pose or field of view.
+        intrinsics: fx, fy, cx, cy in pixels, [4], [n, 4] or a callable; None where retrieval needs none.
+        dtype: of the keys and values; None for that of the q projection's weight. Under autocast, autocast's.
+        backend: of the ops, see segment_attention.
+
+    Returns a handle: `.memory`, `.stats()`, `.restart(...)`, `.finish()`, `.disable()`; a context manager that disables
+    at its end. Raises before anything is changed: TypeError when the model is not of the published class, ValueError
+    when it does not agree with the config, or what retrieval needs is missing or wrong, RuntimeError when it is enabled
+    already or something else has replaced its attention.
+    """
+    model = patched.unwrapped(model)
+    attentions = patched.attentions_of(_OP, model, _MODEL)
+    patched.check_free(_OP, model, attentions)
+    if config is None:
+        config = memory_config(model) if poses is None else memory_config(model, retrieval="pose")
+    patched.check_sizes(_OP, model, attentions, config)
+    weight = attentions[0].q.weight
+    memory = WorldMemory(config, device=weight.device, dtype=dtype or weight.dtype, backend=backend)
+    if memory.integrator is not None:
+        _check_layout(model, memory.integrator)
+    pressed = _Pressed(memory)
+    if actions is None and pressed.needed:
+        actions = pressed.of
+    return MatrixGameMemory(model, Chunks(_OP, memory, poses, intrinsics, actions=actions), pressed)
+
+
+def disable(model: nn.Module) -> None:
+    """Give the model its own attention back. Raises RuntimeError when it is not enabled.
+
+    In the middle of a rollout its own code then has no past to go on from, and fails: start a new one.
+    """
+    patched.disable(_OP, model)
+
+
+class MatrixGameMemory(PatchedModel):
+    """A model with a memory: what `enable` returns."""
+
+    def __init__(self, model: nn.Module, chunks: Chunks, pressed: _Pressed) -> None:
+        # The published forward takes anything, and hands it on to this one.
+        behind = getattr(model, "_forward_inference", model.forward)
+        super().__init__(_OP, model, inspect.signature(behind), chunks)
+        self._pressed = pressed
+
+    def restart(self, *, actions: object = None, poses: object = None, intrinsics: object = None) -> None:
+        """Forget the rollout; the next one goes along these, which are as enable's."""
+        if actions is None and self._pressed.needed:
+            actions = self._pressed.of
+        self._chunks.restart(poses, intrinsics, actions=actions)
+
+    @torch.compiler.disable
+    def _check_forward(self, given: dict[str, Any]) -> None:
+        if not given.get("kv_cache"):
+            raise RuntimeError(f"{_OP}: forward must have the pipeline's kv_cache, got none, as in training")
+        super()._check_forward(given)
+        self._pressed.conditions = given.get("mouse_cond"), given.get("keyboard_cond")
+
+
+class _Pressed:
+    """The actions of a chunk, out of the forward that begins it."""
+
+    def __init__(self, memory: WorldMemory) -> None:
+        self._frames = memory.config.chunk_frames
+        self.needed = memory.integrator is not None and memory.config.has_bank
+        self.conditions: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # [1, rows so far, c]
+        if self.needed:
+            self._has_mouse = memory.integrator.layout.mouse
+
+    def of(self, chunk: int) -> Actions:
+        """The rows of a chunk. Raises ValueError when the forward had none, or others than up to the chunk's end."""
+        first, rows = chunk * self._frames, video_frames((chunk + 1) * self._frames)
+        mouse, keyboard = self.conditions
+        needed = {"mouse_cond": mouse, "keyboard_cond": keyboard} if self._has_mouse else {"keyboard_cond": keyboard}
+        for name, given in needed.items():
+            if given is None or given.dim() != 3 or given.shape[:2] != (1, rows):
+                got = None if given is None else list(given.shape)
+                raise ValueError(
+                    f"{_OP}: forward's {name} must be [1, {rows}, c], the actions up to chunk {chunk}, got {got}; "
+                    f"give enable the actions or poses where the forward has none"
+                )
+        return Actions(mouse[0] if self._has_mouse else None, keyboard[0]).of_frames(first, self._frames)
+
+
+def _action_module(model: nn.Module) -> nn.Module | None:
+    modules = (getattr(block, "action_model", None) for block in model.blocks)
+    return next((module for module in modules if module is not None), None)
+
+
+def _layout_of(model: nn.Module) -> str:
+    """The layout whose actions the model takes."""
+    found = _taken(model)
+    for name, layout in LAYOUTS.items():
+        if found == (layout.mouse, len(layout.keyboard)):
+            return name
+    known = ", ".join(f"{name}: {len(layout.keyboard)}" for name, layout in LAYOUTS.items())
+    got = "no action module" if found is None else f"{found[1]} keys {'and a' if found[0] else 'without a'} mouse"
+    raise ValueError(
+        f"{_OP}.memory_config: model must take as many keys as a layout of actions has ({known}), got {got}; "
+        f"give a retrieval"
+    )
+
+
+def _taken(model: nn.Module) -> tuple[bool, int] | None:
+    """Whether the model takes a mouse, and how many keys."""
+    module = _action_module(model)
+    if module is None or not module.enable_keyboard:
+        return None
+    return bool(module.enable_mouse), module.keyboard_embed[0].in_features
+
+
+def _check_layout(model: nn.Module, integrator: ActionIntegrator) -> None:
+    wanted = (integrator.layout.mouse, len(integrator.layout.keyboard))
+    found = _taken(model)
+    if found is not None and found != wanted:
+        raise ValueError(
+            f"{_OP}.enable: config's retrieval must be by actions that the model takes, {found[1]} keys "
+            f"{'and a' if found[0] else 'without a'} mouse, got layout {integrator.layout_name!r}"
+        )
