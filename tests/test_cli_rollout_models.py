@@ -1,5 +1,6 @@
 """worldkv rollout with the real models: small by their variants' sizes, once at the real dimensions."""
 
+import argparse
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,8 +11,9 @@ import torch
 from safetensors_files import write, write_sharded
 from test_cli_rollout import rows_of
 
-from worldkv_kernels import ActionIntegrator, WorldMemory, parse_actions
+from worldkv_kernels import ActionIntegrator, ActionScales, WorldMemory, parse_actions
 from worldkv_kernels.cli import main, rollout_models
+from worldkv_kernels.memory import pool
 from worldkv_kernels.models.action_module import ActionConfig
 from worldkv_kernels.models.lingbot_camera import longest_step
 from worldkv_kernels.models.lingbot_config import LingBotConfig
@@ -97,7 +99,8 @@ def test_matrix_game_by_actions(small, tmp_path, capsys):
     assert "chunk 10 got back 0; the nearest, chunk 0 from 10 chunks before, is 0.0 degrees and 0 units away" in out
     assert "worldkv: 11/11 chunks, 16 tokens attended" in err  # 6 past, 4 of a pruned 6, 6 of its own
     assert result["actions"] == {
-        "name": LEFT_AND_BACK, "frames": 129, "stride": 4, "latent_frames": 33, "chunks": 11
+        "name": LEFT_AND_BACK, "frames": 129, "stride": 4, "latent_frames": 33, "chunks": 11,
+        "scales": {"yaw": 15, "pitch": 15, "walk": 12.35, "run": 0, "turn": 0, "pitch_limits": [-85, 85]},
     }  # fmt: skip
     assert result["memory"]["retrieval"] == "action" and result["memory"]["recent_frames"] == 3
     sizes = result["model"]
@@ -148,9 +151,9 @@ def test_the_other_games(small, tmp_path, variant, actions, capsys):
 
 
 @pytest.mark.parametrize("variant", ["universal", "gta_drive", "templerun"])
-def test_the_default_actions_of_a_game(variant, monkeypatch):
-    args = type("Args", (), dict(model="matrix-game-2", actions=None, trajectory=None, stride=None, variant=variant))
-    motion = rollout_models.motion(args)
+def test_the_default_actions_of_a_game(variant):
+    given = dict.fromkeys(("actions", "scales", "trajectory", "stride"))
+    motion = rollout_models.motion(argparse.Namespace(model="matrix-game-2", variant=variant, **given))
     assert motion.video_frames % 4 == 1 and motion.latent_frames >= 30
     if variant != "templerun":  # a runner does not come back
         assert motion.poses[-1] == pytest.approx(motion.poses[0], abs=13)
@@ -158,8 +161,21 @@ def test_the_default_actions_of_a_game(variant, monkeypatch):
 
 def test_rows_that_end_no_frame_are_left_over(small, tmp_path, capsys):
     result = rolled(tmp_path, *MATRIX, "--actions", "W*39", "--modes", "sliding")
-    assert result["actions"] == {"name": "W*39", "frames": 40, "stride": 4, "latent_frames": 10, "chunks": 3}
+    assert (result["actions"]["frames"], result["actions"]["latent_frames"], result["actions"]["chunks"]) == (40, 10, 3)
     assert "not made: 1 latent frame at the end, too few for a chunk" in capsys.readouterr().out
+
+
+def test_scales_of_the_actions(small, tmp_path):
+    """Walked ahead, then a look about: how far those are from each other decides what is near."""
+    options = [*MATRIX, "--actions", "W*60,L*60,S*30", "--retrieved-chunks", "2", "--modes", "worldkv"]
+    plain, wide = rolled(tmp_path, *options), rolled(tmp_path, *options, "--scales", "yaw=60, walk=1")
+    assert wide["actions"]["scales"] == {**plain["actions"]["scales"], "yaw": 60, "walk": 1}
+    assert retrieved(wide) != retrieved(plain)
+    integrator = ActionIntegrator(ActionScales(yaw=60, walk=1))
+    poses = integrator.poses(parse_actions("W*60,L*60,S*30").until(149))
+    revisit = wide["revisits"][0]
+    means = [poses[3 * chunk : 3 * chunk + 3, :3, 3].mean(axis=0) for chunk in (revisit["chunk"], revisit["nearest"])]
+    assert revisit["distance"] == pytest.approx(np.linalg.norm(means[0] - means[1]))
 
 
 # --- LingBot-World-Fast ---
@@ -231,6 +247,35 @@ def test_a_real_width_at_one_layer(tmp_path, capsys):
     assert float(row["frames/s"]) == pytest.approx(result["modes"]["worldkv"]["frames_per_second"], rel=0.01)
 
 
+def test_a_bank_that_does_not_fit_holds_fewer(small, tmp_path, monkeypatch, capsys):
+    # Two layers of one head: slots of 128 rows of 64 numbers, K and V, fp32: 128 KiB. Two ring slots, eleven banked.
+    monkeypatch.setattr(pool, "_free_host_bytes", lambda: 128 * 1024 * 12)
+    options = [*MATRIX, "--actions", LEFT_AND_BACK, "--modes", "worldkv"]
+    measured = rolled(tmp_path, *options)["modes"]["worldkv"]
+    assert (measured["bank_capacity"], measured["chunks_dropped"], measured["chunks_banked"]) == (6, 4, 6)
+    said = "bank: room for 6 chunks in half of the free memory, not for the rollout's 11; past that, chunks are dropped"
+    assert said in capsys.readouterr().out.splitlines()
+    for refused in (["--bank-chunks", "11"], ["--modes", "full", "--chunks", "11"]):
+        monkeypatch.setattr(pool, "_free_host_bytes", lambda: 128 * 1024 * 10)
+        assert main(["rollout", "--device", "cpu", *options, *refused]) == 2
+        assert "WorldMemory: storage must fit" in capsys.readouterr().err
+
+
+def test_threads(small, tmp_path):
+    options = [*MATRIX, "--chunks", "1", "--modes", "sliding"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert rolled(tmp_path, *options, "--threads", "2")["machine"]["threads"] == 2
+        path = tmp_path / "default.json"
+        for model, threads in ((MATRIX, 3), (["--model", "tiny"], 1)):
+            assert main(["rollout", "--device", "cpu", *options[3:], *model, "--json", str(path)]) == 0
+            assert json.loads(path.read_text())["machine"]["threads"] == threads
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 # --- what is refused ---
 
 
@@ -248,6 +293,10 @@ def test_a_real_width_at_one_layer(tmp_path, capsys):
         ([*MATRIX, "--trajectory", "right*9"], "--trajectory must be left out with --model matrix-game-2, .* got 'ri"),
         ([*MATRIX, "--stride", "4"], "--stride must be left out with --model matrix-game-2, which goes by --actions"),
         ([*LINGBOT, "--actions", "W*9"], "--actions must go with --model matrix-game-2, got --model lingbot-world"),
+        (["--scales", "yaw=9"], "--scales must go with --model matrix-game-2, got --model tiny"),
+        ([*MATRIX, "--scales", "yaw=9,tilt=2"], "--scales must be numbers of yaw, .*, turn, such as .* got 'tilt=2'"),
+        ([*MATRIX, "--scales", "yaw"], "--scales must be numbers of yaw, .* got 'yaw'"),
+        ([*MATRIX, "--scales", "walk=nan"], "ActionScales: walk must be finite, got nan"),
         (["--actions", "W*9"], "--actions must go with --model matrix-game-2, got --model tiny"),
         ([*MATRIX, "--actions", "W9"], "parse_actions: an action's count must be a positive integer, .* got 'W9'"),
         ([*MATRIX, "--actions", "X*9"], "parse_actions: keys of 'universal' must be of W, S, .* got 'X'"),
