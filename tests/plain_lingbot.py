@@ -2,7 +2,8 @@
 
 Names of classes and parameters, signatures, cache dictionaries and the order of passes are the published ones; the
 text encoder, the video autoencoder and the choice of dtypes are left out. Nothing is fast, nothing is shared with
-worldkv_kernels. Linear layers compute in the dtype of their weights, all else in float32.
+worldkv_kernels. Linear layers compute in the dtype of their weights, all else in float32 (for weights in half
+precision, as the published code has it, under autocast).
 """
 
 import itertools
@@ -53,8 +54,9 @@ def apply(layer, x):
 
 
 def wide(layer, x):
-    """A linear layer in float32, whatever its weights are."""
-    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+    """A linear layer in float32, whatever its weights are, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
 class WanRMSNorm(nn.Module):
@@ -73,7 +75,8 @@ class WanLayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine)
 
     def forward(self, x):
-        return super().forward(x.float()).to(x.dtype)
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class CausalWanSelfAttention(nn.Module):
@@ -419,7 +422,13 @@ class WanI2VFast:
         return self_caches, cross_caches
 
     @torch.no_grad()
-    def generate(
+    def generate(self, *arguments, **options):
+        """Clean latents [16, frames, height, width]; arguments as those of `passes`."""
+        self.dtype = self.model.blocks[0].self_attn.v.weight.dtype
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            return self.passes(*arguments, **options)
+
+    def passes(
         self,
         context,
         y,
@@ -430,10 +439,9 @@ class WanI2VFast:
         window=-1,
         sink_size=0,
         max_attention_size=None,
-        on_chunk=None,
         retrieval_kv=None,
     ):
-        """Clean latents [16, frames, height, width].
+        """Chunk by chunk: a denoising pass at each noise level, then a clean one.
 
         context [text tokens, text_dim]; y [20, frames, height, width], mask and image latents; c2ws_plucker_emb
         [1, 384 or 448, frames, height, width]; noise(chunk, step, shape); sampler: (sigma, timestep) of the denoising
@@ -447,7 +455,7 @@ class WanI2VFast:
         for block in self.model.blocks:
             block.local_attn_size = block.self_attn.local_attn_size = window
             block.self_attn.sink_size = sink_size
-        kv_cache, crossattn_cache = self.caches(kv_size, self.model.blocks[0].self_attn.v.weight.dtype)
+        kv_cache, crossattn_cache = self.caches(kv_size, self.dtype)
         clean_chunks = []
         for chunk, first in enumerate(range(0, frames, chunk_size)):
             kwargs = {
@@ -472,6 +480,4 @@ class WanI2VFast:
                     latent = (1 - next_sigma) * clean + next_sigma * noise(chunk, step + 1, shape)
             clean_chunks.append(clean)
             self.model(x=[clean], t=torch.tensor([0.0], dtype=torch.float64), **kwargs)
-            if on_chunk is not None:
-                on_chunk(chunk)
         return torch.cat(clean_chunks, dim=1)

@@ -7,7 +7,7 @@ autoencoder are left out.
 from types import SimpleNamespace
 
 import torch
-from plain_matrix_game import ROWS_A_FRAME
+from plain_matrix_game_actions import ROWS_A_FRAME
 from torch import nn
 
 

@@ -79,6 +79,12 @@ def conditions(mouse, keyboard, seed=2):
     return given if mouse is None else {**given, "mouse_cond": mouse.clone()}
 
 
+def given_of(actions, seed=2):
+    """A conditional_dict of Actions."""
+    columns = [None if rows is None else torch.as_tensor(rows)[None] for rows in actions]
+    return conditions(*columns, seed=seed)
+
+
 def pipeline(model, kind=CausalInferencePipeline, kv_cache_frames=None, frame_tokens=FRAME_TOKENS, **kwargs):
     """A published pipeline around a model, with the variant's steps and the rollouts' noise.
 

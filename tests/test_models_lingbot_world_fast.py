@@ -107,7 +107,8 @@ def test_published_configs():
         "num_frames_per_block": 3, "sliding_window_num_frames": 18, "sink_size": 9, "local_attn_size": -1,
     }  # fmt: skip
     assert LingBotConfig.from_published(diffusers) == LingBotConfig.fast()
-    assert LingBotConfig.from_published({**diffusers, "in_channels": 20}).condition_channels == 4
+    other = LingBotConfig.from_published({**diffusers, "in_channels": 20, "attention_head_dim": 64})
+    assert (other.condition_channels, other.head_dim) == (4, 64)
     with pytest.raises(ValueError, match=r"config.json must have num_heads, ffn_dim, got num_layers, eps"):
         LingBotConfig.from_published({"num_layers": 2, "eps": 1e-6})
     with pytest.raises(ValueError, match=r"config.json must have patch_size \[1, 2, 2\], got \[1, 1, 1\]"):
@@ -293,7 +294,10 @@ def test_control_by_keys():
     assert same(latents_of(model, poses=moved, actions=KEYS), latents)
 
 
-@pytest.mark.parametrize("keyboard, got", [(None, "None"), (np.zeros((9, 3)), r"\[9, 3\]"), (np.zeros(9), r"\[9\]")])
+@pytest.mark.parametrize(
+    "keyboard, got",
+    [(None, "None"), (np.zeros((8, 4)), r"\[8, 4\]"), (np.zeros((9, 3)), r"\[9, 3\]"), (np.zeros(9), r"\[9\]")],
+)
 def test_control_by_keys_without_them(keyboard, got):
     model = make_model(replace(CONFIG, control="action"))
     of_rollout = model.prepare_rollout(None, POSES[0], (1.0, 0.0))
@@ -457,7 +461,7 @@ def test_bfloat16_is_near_float32():
     half.load_state_dict(model.state_dict())
     for got, want in zip(latents_of(half), latents_of(model), strict=True):
         assert got.dtype == torch.float32
-        assert 1e-4 < relative_error(got, want) < 0.02
+        assert 1e-4 < relative_error(got, want) < 0.006  # measured: 0.0031 to 0.0035
 
 
 @pytest.mark.parametrize("mode", ["full", "sliding", "sink_recent", "worldkv"])
@@ -478,7 +482,7 @@ def test_modes_see_different_windows():
     for mode in ("sliding", "sink_recent", "worldkv"):
         latents = latents_of(model, mode, chunks=5)
         assert same(latents[:3], full[:3])
-        assert mode == "sink_recent" or not all_near(latents[4:], full[4:], 1e-4)
+        assert not all_near(latents[4:], full[4:], 1e-4)
 
 
 # --- checkpoints ---

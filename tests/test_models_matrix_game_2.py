@@ -364,6 +364,41 @@ def test_an_action_changes_nothing_before_the_frame_that_sees_it(which):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "variant, chunk, local, rows",
+    [
+        ("universal", 0, (0, 1, 2), (0, 1, 2)),
+        ("universal", 1, (0, 1, 2, 3, 4, 5), (3, 4, 5)),
+        ("universal", 4, (9, 10, 11, 12, 13, 14), (0, 1, 2)),
+        ("gta_drive", 1, (2, 3, 4, 5), (3, 0, 1)),
+        ("gta_drive", 2, (5, 6, 7, 8), (2, 3, 0)),
+        ("templerun", 2, (3, 4, 5, 6, 7, 8), (0, 1, 2)),
+    ],
+)
+def test_what_the_actions_of_a_chunk_are(variant, chunk, local, rows):
+    """`local`: the latent frames attended to; `rows`: where the chunk's go in the ring of its mouse cache."""
+    model = make_model(small(variant))
+    actions = make_actions(model.config, 15)
+    of_rollout = model.prepare_rollout(None, np.eye(4), (1.0, 0.0))
+    of_chunk = model.prepare_chunk(of_rollout, 3 * chunk, Controls(make_poses(3), None, actions))
+    buffers, frames = of_rollout.buffers, of_chunk.frames
+    assert frames.attended == len(local) and tuple(frames.rows.tolist()) == rows
+
+    def seen(of_one, frame):
+        return torch.tensor(np.array([of_one[max(row, 0)] for row in range(4 * frame - 12, 4 * frame)])).float()
+
+    for place, frame in enumerate(local):
+        angles = torch.tensor([frame * 256.0 ** (-j / 4) for j in range(4)])
+        for part, turns in ((angles.cos(), buffers.local_turns.real), (angles.sin(), buffers.local_turns.imag)):
+            torch.testing.assert_close(turns[place], part, atol=1e-5, rtol=0)
+        assert torch.equal(buffers.keyboard[place], seen(actions.keyboard, frame))
+    assert torch.equal(frames.turns, buffers.local_turns[len(local) - 3 : len(local)])
+    assert (buffers.mouse is None) == (variant == "templerun")
+    for place, frame in enumerate(local[-3:] if buffers.mouse is not None else ()):
+        assert torch.equal(buffers.mouse[place], seen(actions.mouse, frame))
+
+
+@torch.no_grad()
 def test_how_long_actions_are_heard():
     """Row 20: by frames 6, 7 and 8 through the mouse, and for as long as those are attended to through the keys."""
     model = make_model()
@@ -466,12 +501,11 @@ def test_half_precision_is_near(device, variant, dtype, limit):
 
 def test_thirty_layers_stay_bounded():
     model = make_model(small(num_layers=30, action_layers=tuple(range(15))))
-    scales = []
-    for block in model.blocks:
-        block.ffn.register_forward_hook(lambda module, inputs, output: scales.append(output.std()))
+    streams = []
+    model.head.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0].std()))
     latents = latents_of(model, chunks=2)
     assert all(torch.isfinite(of_one).all() for of_one in latents)
-    assert 0.3 < latents[-1].std() < 3 and max(scales) < 5
+    assert 0.3 < latents[-1].std() < 3 and min(streams) > 0.5 and max(streams) < 2.5
 
 
 # --- errors ---

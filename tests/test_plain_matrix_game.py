@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from plain_matrix_game import roll_in
+from plain_matrix_game_actions import roll_in
 from plain_matrix_game_pipeline import CausalInferenceStreamingPipeline
 from small_matrix_game import (
     CHUNK_TOKENS,

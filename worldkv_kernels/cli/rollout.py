@@ -6,15 +6,14 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..actions import ActionIntegrator
 from ..memory.config import MODES, ORDERS, MemoryConfig
 from ..memory.poses import mean_pose, rotation_angles
 from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
@@ -87,7 +86,8 @@ def _run(args: argparse.Namespace) -> int:
     config = rollout_models.model_config(args)
     motion = rollout_models.motion(args)
     chunks = _chunk_count(args, motion, config)
-    memories = {mode: _memory_config(args, config, mode, chunks) for mode in modes}
+    policy = _policy(args, motion)
+    memories = {mode: _memory_config(args, config, policy, mode, chunks) for mode in modes}
     say = functools.partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     say(_introduction(args, motion, chunks, config, device, dtype))
 
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {}
     yardstick: list[torch.Tensor] = []
     for mode in modes:
-        memory = WorldMemory(memories[mode], device=device, dtype=dtype, backend=args.backend)
+        memory = _memory(memories[mode], args, say, device=device, dtype=dtype, backend=args.backend)
         made = _made(mode, model, memory, along, args)
         latents = [chunk.latents.cpu() for chunk in made]
         yardstick = latents if mode == "full" else yardstick
@@ -118,7 +118,8 @@ def _run(args: argparse.Namespace) -> int:
         "command": "rollout",
         "machine": {**report.machine(device), "threads": args.threads},
         motion.kind: {"name": motion.name, "frames": motion.video_frames, "stride": args.stride or STRIDE,
-                      "latent_frames": motion.latent_frames, "chunks": chunks},
+                      "latent_frames": motion.latent_frames, "chunks": chunks,
+                      **({"scales": asdict(motion.integrator.scales)} if motion.integrator is not None else {})},
         "model": {"name": args.model, "variant": args.variant, **asdict(config),
                   "dtype": str(dtype).removeprefix("torch."), "seed": args.seed, **weights},
         "memory": {
@@ -180,9 +181,10 @@ def _chunk_count(args: argparse.Namespace, motion: Motion, config: Config) -> in
     return chunks
 
 
-def _memory_config(args: argparse.Namespace, config: Config, mode: str, chunks: int) -> MemoryConfig:
+def _memory_config(
+    args: argparse.Namespace, config: Config, policy: RetrievalPolicy, mode: str, chunks: int
+) -> MemoryConfig:
     enough = chunks if mode == "full" else max(chunks, args.retrieved_chunks)
-    policy = _policy(args)
     given = {name: getattr(args, name) for name in ("sink_frames", "recent_frames") if getattr(args, name) is not None}
     try:
         return config.memory(
@@ -195,8 +197,21 @@ def _memory_config(args: argparse.Namespace, config: Config, mode: str, chunks: 
         raise ValueError(f"--{field.replace('_', '-')} {rest}") from error
 
 
-def _policy(args: argparse.Namespace) -> RetrievalPolicy:
-    plays = args.model == "matrix-game-2"
+def _memory(config: MemoryConfig, args: argparse.Namespace, say: Callable[[str], None], **options: Any) -> WorldMemory:
+    """With a bank for the whole rollout, or for fewer chunks where that has no room and no number was asked for."""
+    try:
+        return WorldMemory(config, **options)
+    except ValueError:
+        if args.bank_chunks or not config.has_bank:
+            raise
+    memory = WorldMemory(replace(config, bank_chunks=None), **options)
+    say(f"bank: room for {memory.stats()['bank_capacity']} chunks in half of the free memory, not for the rollout's "
+        f"{config.bank_chunks}; past that, chunks are dropped")  # fmt: skip
+    return memory
+
+
+def _policy(args: argparse.Namespace, motion: Motion) -> RetrievalPolicy:
+    plays = motion.integrator is not None
     args.retrieval = args.retrieval or ("action" if plays else "pose")
     name = _one_of("--retrieval", args.retrieval, ("pose", "fov", "action"))
     if name == "action" and not plays:
@@ -207,7 +222,7 @@ def _policy(args: argparse.Namespace) -> RetrievalPolicy:
         if args.depth_range:
             raise ValueError(f"--depth-range must go with --retrieval fov, got --retrieval {name}")
         if name == "action":
-            return ActionRetrieval(ActionIntegrator(layout=args.variant), diversity=args.diversity)
+            return ActionRetrieval(motion.integrator, diversity=args.diversity)
         return PoseRetrieval(diversity=args.diversity)
     near, far = args.depth_range or (1.0, 50.0)
     if not 0 < near < far < math.inf:

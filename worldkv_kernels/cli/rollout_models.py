@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..actions import ActionIntegrator, Actions, parse_actions
+from ..actions import SCALES, ActionIntegrator, Actions, ActionScales, parse_actions
 from ..models.lingbot_camera import longest_step
 from ..models.lingbot_config import LingBotConfig
 from ..models.lingbot_world_fast import LingBotConditions, LingBotWorldFast
@@ -53,6 +53,7 @@ class Motion(NamedTuple):
     poses: np.ndarray  # camera-to-world of the latent frames [n, 4, 4]
     intrinsics: np.ndarray  # fx, fy, cx, cy in pixels, [n, 4]
     actions: Actions | None
+    integrator: ActionIntegrator | None  # that made the poses of the actions
 
     @property
     def latent_frames(self) -> int:
@@ -84,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser, integer: Any) -> None:
     add("--actions", metavar="KEYS",
         help="for matrix-game-2: keys held for video frames, such as W*24,L*12,W+J*8; W S A D walk, I K J L look, Q "
              f"nothing (gta_drive: A D steer; templerun: W S Z C A D) (default: {DEFAULT_ACTIONS['universal']})")
+    add("--scales", metavar="NAME=NUMBER,...",
+        help="how far actions go, such as yaw=10,walk=5: yaw, pitch in degrees a unit of mouse, walk, run in units a "
+             "frame, turn in degrees a frame (default: guesses; yaw=15,pitch=15,walk=12.35)")  # fmt: skip
     add("--stride", type=integer(1), help=f"video frames of a trajectory to a latent frame (default: {STRIDE})")
 
 
@@ -116,11 +120,12 @@ def model_config(args: argparse.Namespace) -> Config:
 def motion(args: argparse.Namespace) -> Motion:
     """What the model is steered by. Raises ValueError on an argument of another model, or one that is misspelled."""
     if args.model != "matrix-game-2":
-        if args.actions:
-            raise ValueError(f"--actions must go with --model matrix-game-2, got --model {args.model}")
+        for name in ("actions", "scales"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} must go with --model matrix-game-2, got --model {args.model}")
         trajectory = load(args.trajectory or DEFAULT_TRAJECTORY)
         poses, intrinsics = latent_poses(trajectory, args.stride or STRIDE)
-        return Motion("trajectory", trajectory.name, len(trajectory.poses), poses, intrinsics, None)
+        return Motion("trajectory", trajectory.name, len(trajectory.poses), poses, intrinsics, None, None)
     for name in ("trajectory", "stride"):
         if getattr(args, name):
             raise ValueError(f"--{name} must be left out with --model matrix-game-2, which goes by --actions, "
@@ -129,8 +134,9 @@ def motion(args: argparse.Namespace) -> Motion:
     actions = parse_actions(text, args.variant)
     rows = len(actions.keyboard)
     whole = actions.until(1 + (rows - 1) // STRIDE * STRIDE)  # rows that end a latent frame
-    poses = ActionIntegrator(layout=args.variant).poses(whole)
-    return Motion("actions", text, rows, poses, np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), actions)
+    integrator = ActionIntegrator(_scales(args), args.variant)
+    poses = integrator.poses(whole)
+    return Motion("actions", text, rows, poses, np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), actions, integrator)
 
 
 def make_model(
@@ -161,6 +167,20 @@ def make_model(
 def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
     """Of the rollout: stand-ins for prompt and image; and the scale that LingBot-World takes a clip's steps in."""
     return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot-world-fast" else None
+
+
+def _scales(args: argparse.Namespace) -> ActionScales:
+    names = [field.name for field in fields(ActionScales) if field.name != "pitch_limits"]
+    given = {}
+    for part in args.scales.split(",") if args.scales else ():
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        try:
+            given[name] = float(number)
+        except ValueError:
+            name = None
+        if name not in names:
+            raise ValueError(f"--scales must be numbers of {', '.join(names)}, such as yaw=10,walk=5, got {part!r}")
+    return replace(SCALES[args.variant], **given)
 
 
 def _grid(text: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..actions import LAYOUTS, ActionIntegrator, Actions, video_frames
 from ..memory.config import MemoryConfig
-from ..memory.retrieval import ActionRetrieval
+from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
 from . import patched
 from .chunks import Chunks
@@ -99,10 +99,9 @@ def enable(
     if config is None:
         config = memory_config(model) if poses is None else memory_config(model, retrieval="pose")
     patched.check_sizes(_OP, model, attentions, config)
+    _check_layout(model, config)
     weight = attentions[0].q.weight
     memory = WorldMemory(config, device=weight.device, dtype=dtype or weight.dtype, backend=backend)
-    if memory.integrator is not None:
-        _check_layout(model, memory.integrator)
     pressed = _Pressed(memory)
     if actions is None and pressed.needed:
         actions = pressed.of
@@ -192,11 +191,13 @@ def _taken(model: nn.Module) -> tuple[bool, int] | None:
     return bool(module.enable_mouse), module.keyboard_embed[0].in_features
 
 
-def _check_layout(model: nn.Module, integrator: ActionIntegrator) -> None:
-    wanted = (integrator.layout.mouse, len(integrator.layout.keyboard))
-    found = _taken(model)
-    if found is not None and found != wanted:
+def _check_layout(model: nn.Module, config: MemoryConfig) -> None:
+    policy, found = make_policy(config.retrieval), _taken(model)
+    if not isinstance(policy, ActionRetrieval) or found is None:
+        return
+    layout = policy.integrator.layout
+    if found != (layout.mouse, len(layout.keyboard)):
         raise ValueError(
             f"{_OP}.enable: config's retrieval must be by actions that the model takes, {found[1]} keys "
-            f"{'and a' if found[0] else 'without a'} mouse, got layout {integrator.layout_name!r}"
+            f"{'and a' if found[0] else 'without a'} mouse, got layout {policy.integrator.layout_name!r}"
         )

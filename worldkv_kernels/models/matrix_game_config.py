@@ -144,7 +144,7 @@ class MatrixGameConfig:
     def memory(self, **options: Any) -> MemoryConfig:
         """The MemoryConfig of this model, with `options` for the rest of its fields.
 
-        Without options that WorldKV's default: chunks past the published window, which has no sink, are banked.
+        By default chunks that leave the published window, which has no sink, are banked and retrieved.
         """
         of_model = dict(
             num_layers=self.num_layers, num_heads=self.num_heads, head_dim=self.head_dim, grid=self.grid,

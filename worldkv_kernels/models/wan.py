@@ -1,7 +1,8 @@
 """What denoisers of the Wan family share: attention, modulated norms, embeddings, patches and the head.
 
-Parameter names are those of the published state dicts. Linear layers run in the model's dtype, the residual stream, the
-norms, the modulation and the head in fp32. Tokens are [tokens, dim], frames, rows and columns in that order.
+Parameter names are those of the published state dicts. Linear layers run in the model's dtype; the residual stream, the
+norms, the modulation and the head in fp32, unless a model is published otherwise. Tokens are [tokens, dim]: frames,
+rows and columns in that order.
 """
 
 from __future__ import annotations
