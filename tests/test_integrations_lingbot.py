@@ -194,6 +194,7 @@ def test_a_compiled_model_is_patched_inside():
     handle = enable(compiled)
     assert relative_error(generate(compiled, 6), wanted) < 1e-5
     assert handle.stats()["chunks"] == 2 and graphs
+    assert relative_error(generate(model, 6), wanted) < 1e-5  # and so is the model that was compiled
     lingbot.disable(compiled)
     assert torch.equal(generate(model, 6), wanted)
 
