@@ -31,14 +31,12 @@ def rotated(x, grid, freqs, start_frame):
     pairs = x.shape[-1] // 2
     across = pairs // 3
     time, rows, columns = freqs.split([pairs - 2 * across, across, across], dim=1)
-    factors = []
-    for frame in range(start_frame, start_frame + frames):
-        for row in range(height):
-            for column in range(width):
-                factors.append(torch.cat([time[frame], rows[row], columns[column]]))
+    frame, row, column = torch.tensor(
+        [(frame, row, column) for frame in range(frames) for row in range(height) for column in range(width)]
+    ).unbind(1)
+    factors = torch.cat([time[start_frame + frame], rows[row], columns[column]], dim=1)  # [tokens, pairs]
     numbers = torch.view_as_complex(x.double().unflatten(-1, (pairs, 2)).contiguous())
-    turned = numbers * torch.stack(factors)[None, :, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return torch.view_as_real(numbers * factors[:, None]).flatten(-2).to(x.dtype)
 
 
 def attention(q, k, v):

@@ -250,7 +250,7 @@ def test_a_real_width_at_one_layer(tmp_path, capsys):
 def test_a_bank_that_does_not_fit_holds_fewer(small, tmp_path, monkeypatch, capsys):
     # Two layers of one head: slots of 128 rows of 64 numbers, K and V, fp32: 128 KiB. Two ring slots, eleven banked.
     monkeypatch.setattr(pool, "_free_host_bytes", lambda: 128 * 1024 * 12)
-    options = [*MATRIX, "--actions", LEFT_AND_BACK, "--modes", "worldkv"]
+    options = [*MATRIX, "--actions", LEFT_AND_BACK, "--modes", "worldkv", "--retrieved-chunks", "2"]
     measured = rolled(tmp_path, *options)["modes"]["worldkv"]
     assert (measured["bank_capacity"], measured["chunks_dropped"], measured["chunks_banked"]) == (6, 4, 6)
     said = "bank: room for 6 chunks in half of the free memory, not for the rollout's 11; past that, chunks are dropped"

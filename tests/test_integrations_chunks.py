@@ -106,6 +106,20 @@ def test_token_0_with_a_past_is_a_new_rollout():
     assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
 
 
+@pytest.mark.parametrize("caches", [("same", "same"), ([], [])])
+def test_token_0_after_the_clean_pass_of_chunk_0_is_a_new_rollout(caches):
+    asked = []
+
+    def poses(chunk):
+        asked.append(chunk)
+        return POSES[3 * chunk : 3 * chunk + 3]
+
+    chunks = make(poses=poses)
+    for cache in caches:  # two videos of one chunk
+        run_chunk(chunks, 0, stream=cache)
+    assert asked == [0, 0] and chunks.stats()["chunks"] == 1
+
+
 @pytest.mark.parametrize("ended", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 7])
 def test_chunks_out_of_turn_are_refused_and_change_nothing(chunk, ended):

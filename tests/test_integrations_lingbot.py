@@ -1,6 +1,9 @@
 """The memory in LingBot-World-Fast's own code: the published pipeline, restated plainly, patched and unpatched."""
 
+import re
+import textwrap
 import types
+from pathlib import Path
 
 import numpy as np
 import plain_lingbot as plain
@@ -191,8 +194,28 @@ def test_a_compiled_model_is_patched_inside():
     handle = enable(compiled)
     assert relative_error(generate(compiled, 6), wanted) < 1e-5
     assert handle.stats()["chunks"] == 2 and graphs
+    assert relative_error(generate(model, 6), wanted) < 1e-5  # and so is the model that was compiled
     lingbot.disable(compiled)
     assert torch.equal(generate(model, 6), wanted)
+
+
+def documented_lines():
+    """The two lines of the docstring, and of the README where it has them."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "lingbot" in block]
+    return [textwrap.dedent("\n".join(line for line in lingbot.__doc__.splitlines() if line[:4] == "    ")), *blocks]
+
+
+@pytest.mark.parametrize("lines", documented_lines())
+def test_the_two_lines_as_they_are_documented(lines):
+    model = make_model(dim=64, num_heads=1, num_layers=1, ffn_dim=64)
+    at_480_x_832 = TEXT, torch.randn(20, 3, 60, 104), torch.randn(1, 384, 3, 60, 104), pipeline_noise, [(1.0, 1000.0)]
+    pipe = plain.WanI2VFast(model)
+    wanted = pipe.generate(*at_480_x_832)
+    exec(lines, {"pipe": pipe, "poses": POSES})
+    assert relative_error(pipe.generate(*at_480_x_832), wanted) < 1e-5
+    assert model._worldkv.stats()["chunks"] == 1
+    lingbot.disable(model)
 
 
 # --- rollouts that start again, break off or go another way ---

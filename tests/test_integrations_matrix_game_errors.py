@@ -18,6 +18,7 @@ from small_matrix_game import (
 from worldkv_kernels.actions import ActionIntegrator, Actions, parse_actions
 from worldkv_kernels.integrations import matrix_game
 from worldkv_kernels.memory.retrieval import ActionRetrieval
+from worldkv_kernels.rope import Rope3D
 
 GLANCE = parse_actions("J*28,L*28")  # 15 latent frames
 CHUNKS = 5
@@ -62,6 +63,7 @@ def test_an_exception_inside_a_forward_drops_its_chunk_which_may_be_made_again(s
     with pytest.raises(KeyboardInterrupt):
         passes(pipe, given, 3)
     hook.remove()
+    handle.finish()  # nothing: no chunk is in the making
     assert handle.stats()["chunks"] == 3
     made += [passes(pipe, given, chunk) for chunk in (3, 4)]
     assert torch.equal(torch.cat(made, dim=2)[0].transpose(0, 1), want)
@@ -161,6 +163,7 @@ def test_what_enable_refuses_and_then_leaves_alone():
         (ValueError, "num_layers must be the model's 2, got 3", replace(config, num_layers=3), {}),
         (ValueError, "eps must be the model's 1e-06, got 0.001", replace(config, eps=1e-3), {}),
         (ValueError, "rope must be the model's", replace(config, rope=None), {}),
+        (ValueError, "rope must be the model's", replace(config, rope=Rope3D(64, theta=256.0)), {}),
         (ValueError, "actions that the model takes, 4 keys and a mouse, got layout 'templerun'",
          config_of(model, retrieval=templerun), {}),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from .. import __version__
 
 COMMANDS = {
     "recall": "a photograph seen by a panning camera, remembered and recalled through the real ops",
-    "rollout": "a reference model over a camera trajectory: speed, bytes, tokens, what was retrieved",
+    "rollout": "a model over a camera trajectory or a player's actions: speed, bytes, tokens, what was retrieved",
     "bench": "each op beside its rivals, against this machine's own ceilings; or two result files side by side",
     "doctor": "what this machine has, and which backend each op would use, and why",
 }

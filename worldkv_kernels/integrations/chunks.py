@@ -22,7 +22,7 @@ class Chunks:
 
     - a pass at the first token of the chunk that follows ends the chunk before and begins that one;
     - a pass at the same first token is one more over the same chunk, and overwrites its rows;
-    - a pass at token 0 when there is a past is a new rollout: the memory is reset;
+    - a pass at token 0 when there is a past, if only the clean pass of chunk 0, is a new rollout: the memory is reset;
     - anything else (a chunk skipped, a jump back, tokens that start no chunk) is an error;
     - an exception inside a pass drops its chunk: the memory is as before that chunk, which may be made again.
 
@@ -73,8 +73,8 @@ class Chunks:
 
         Args:
             current_start: the chunk's first token, counted from the start of the rollout.
-            timestep: of the pass, a number or a tensor; 0 in the clean pass. Kept, not read, so it costs no
-                synchronisation. None when it is not known.
+            timestep: of the pass, a number or a tensor; 0 in the clean pass. Kept, and read in the passes of chunk 0
+                alone, so that it costs no synchronisation later. None when it is not known.
             stream: any object that stays the same over a rollout's passes and differs between two streams that
                 alternate over the same chunk, such as the pipeline's cache. Two forwards a step, as in
                 classifier-free guidance, have two; one memory serves one. None when it is not known.
@@ -165,7 +165,7 @@ class Chunks:
         done = self.memory.stats()["chunks"]
         following = done if self._chunk is None else done + 1
         again = chunk == self._chunk
-        if chunk == 0 and not again and done:
+        if chunk == 0 and (_is_zero(self._timestep) if again else done):
             self._begin_first(stream)
             return
         if not again and chunk != following:
