@@ -319,7 +319,34 @@ def test_the_published_caches_are_released_and_otherwise_untouched():
         assert cache["k"].shape == cache["v"].shape == (1, 0, 2, 64)
         assert cache["k"].untyped_storage().nbytes() == 0
         assert cache["global_end_index"] == cache["local_end_index"] == 0
+        end = cache["local_end_index"].item()  # as WorldKV's copy of the pipeline reads a chunk for its own bank
+        assert cache["k"][:, end - TOKENS : end].numel() == 0
     assert all(cache["is_init"] for cache in both[1])
+
+
+def test_arguments_and_caches_of_version_2_are_taken():
+    model, both = make_model(), caches()
+    wanted = forward(model, 0)
+    handle = enable(model)
+    for block in model.blocks:  # its attention is called with more arguments
+        block.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {"frame_seqlen": 6, "seq_lens_int": TOKENS}), with_kwargs=True
+        )
+    for cache in both[0]:  # and its indices are plain numbers
+        cache["global_end_index"] = cache["local_end_index"] = 0
+    assert relative_error(forward(model, 0, both=both), wanted) < 1e-5
+    assert relative_error(forward(model, 0, 0.0, both=both), wanted) > 1e-2
+    assert handle.stats()["chunks"] == 1
+
+
+def test_inference_mode_will_do():
+    model = make_model()
+    handle = enable(model, **WORLDKV)
+    wanted, stats = generate(model), handle.stats()
+    with torch.inference_mode():
+        got = generate(model)
+    assert torch.equal(got, wanted) and handle.stats() == stats
+    assert torch.equal(generate(model), wanted)
 
 
 def test_caches_of_length_0_will_do():
