@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,14 +13,14 @@ from torch import nn
 
 from ..memory.world_memory import WorldMemory
 from . import wan
-from .checkpoint import load_parameters, read_config, read_layout
+from .checkpoint import StoredTensor
+from .denoiser import Denoiser
 from .lingbot_camera import fold_pixels, ray_map, relative_steps
 from .lingbot_config import CONTROL_CHANNELS, LingBotConfig
 from .rollout import Controls
 
 _OP = "LingBotWorldFast"
 _PIXELS = 16  # to a token, each way
-_MASK_CHANNELS = 4  # of the image conditions: first of all, a latent frame's 4 video frames are given or not
 _KEYS = 4  # W, A, S, D
 
 
@@ -71,7 +69,7 @@ class _OfChunk(NamedTuple):
     rays: torch.Tensor  # [tokens, control channels * 256]
 
 
-class LingBotWorldFast(nn.Module):
+class LingBotWorldFast(Denoiser):
     """The denoiser, a models.rollout.WorldModel, with the names of the published state dict.
 
     Linear layers are in `dtype`, the dtype of the memory; the residual stream, the norms around it, modulation, time
@@ -81,92 +79,32 @@ class LingBotWorldFast(nn.Module):
     with the same result to the bit. A rollout's buffers are written in place, and a pass neither synchronises nor
     copies from the host, so it can be captured in a CUDA graph; a rollout has one chunk in the making at a time.
 
-    Made like this its parameters are uninitialised, on any device, also "meta". See `random` and `from_pretrained`.
+    A published config.json knows nothing of `sigmas` and window: for version 2 give `from_pretrained` the config
+    LingBotConfig.v2_14b() or v2_1_3b(). Whether the camera or keys control is told by the checkpoint's shapes.
     """
 
-    def __init__(
-        self,
-        config: LingBotConfig | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
-        hoist: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        config = config or LingBotConfig()
-        self.config = config
-        self.hoist = hoist
-        self.seed = seed  # of the stand-ins for conditions
-        self.chunk_frames = config.chunk_frames
-        self.latent_shape = (config.latent_channels, wan.PATCH[1] * config.grid[0], wan.PATCH[2] * config.grid[1])
-        self.sigmas = config.sigmas
-        self.device = torch.empty(0, device=device).device
-        self.dtype = dtype
-        dim, in_channels = config.dim, config.latent_channels + config.condition_channels
-        with torch.device("meta"):
-            self.patch_embedding = nn.Conv3d(in_channels, dim, wan.PATCH, wan.PATCH)
-            self.patch_embedding_wancamctrl = nn.Linear(CONTROL_CHANNELS[config.control] * _PIXELS**2, dim)
-            self.c2ws_hidden_states_layer1, self.c2ws_hidden_states_layer2 = (nn.Linear(dim, dim) for _ in range(2))
-            self.text_embedding = wan.text_embedding(config.text_dim, dim)
-            self.time_embedding = wan.time_embedding(config.frequency_dim, dim)
-            self.time_projection = wan.time_projection(dim)
-            blocks = (_Block(dim, config.ffn_dim, config.num_heads, config.eps) for _ in range(config.num_layers))
-            self.blocks: Sequence[_Block] = nn.ModuleList(blocks)
-            self.head = wan.Head(dim, config.latent_channels, config.eps)
-        wan.allocate(self, device=self.device, dtype=dtype)
+    Config = LingBotConfig
+
+    def _blocks(self) -> Iterable[_Block]:
+        config = self.config
+        return (_Block(config.dim, config.ffn_dim, config.num_heads, config.eps) for _ in range(config.num_layers))
+
+    def _add_modules(self) -> None:
+        config, dim = self.config, self.config.dim
+        self.patch_embedding_wancamctrl = nn.Linear(CONTROL_CHANNELS[config.control] * _PIXELS**2, dim)
+        self.c2ws_hidden_states_layer1, self.c2ws_hidden_states_layer2 = (nn.Linear(dim, dim) for _ in range(2))
+        self.text_embedding = wan.text_embedding(config.text_dim, dim)
+
+    def _gains(self) -> dict[str, float]:
+        return dict.fromkeys(("cam_scale_layer", "cam_shift_layer"), self.config.num_layers**-0.5)
 
     @classmethod
-    def random(
-        cls,
-        config: LingBotConfig | None = None,
-        seed: int = 0,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        hoist: bool = True,
-    ) -> LingBotWorldFast:
-        """A model of random weights, drawn on the device, at a scale that keeps the residual stream bounded."""
-        model = cls(config, device=device, dtype=dtype, hoist=hoist, seed=seed)
-        of_camera = dict.fromkeys(("cam_scale_layer", "cam_shift_layer"), model.config.num_layers**-0.5)
-        wan.draw_parameters(model, seed, {**wan.residual_gains(model.config.num_layers), **of_camera})
-        return model
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        config: LingBotConfig | None = None,
-        hoist: bool = True,
-        **config_overrides: Any,
-    ) -> LingBotWorldFast:
-        """The model of a published checkpoint, see checkpoint.read_layout and load_parameters for what it may be.
-
-        Args:
-            folder: the one with the .safetensors files, or such a file.
-            config: of the model; None for what the folder's config.json says, which knows nothing of
-                `sigmas` and window: for version 2 give LingBotConfig.v2_14b() or v2_1_3b().
-            config_overrides: fields of the config to change. `control` is otherwise told by the checkpoint's shapes.
-
-        Raises ValueError when there is neither a config nor a config.json, and as read_layout and load_parameters.
-        """
-        layout = read_layout(folder)
-        if config is None:
-            fields = read_config(folder)
-            if not fields:
-                raise ValueError(f"{_OP}: {folder} must hold config.json where no config is given, got none")
-            control = layout.get("patch_embedding_wancamctrl.weight")
-            acts = control is not None and control.shape[-1] == CONTROL_CHANNELS["action"] * _PIXELS**2
-            config_overrides = {"control": "action" if acts else "camera", **config_overrides}
-            config = LingBotConfig.from_published(fields, **config_overrides)
-        else:
-            config = replace(config, **config_overrides)
-        model = cls(config, device=device, dtype=dtype, hoist=hoist)
-        load_parameters(_OP, model, layout)
-        return model
+    def _published_config(
+        cls, fields: dict[str, Any], layout: Mapping[str, StoredTensor], overrides: dict[str, Any]
+    ) -> LingBotConfig:
+        control = layout.get("patch_embedding_wancamctrl.weight")
+        acts = control is not None and control.shape[-1] == CONTROL_CHANNELS["action"] * _PIXELS**2
+        return LingBotConfig.from_published(fields, **{"control": "action" if acts else "camera", **overrides})
 
     # --- models.rollout.WorldModel ---
 
@@ -181,7 +119,7 @@ class LingBotWorldFast(nn.Module):
         time = 1000 * torch.tensor(noise_levels, dtype=torch.float64, device=self.device)
         time = wan.sinusoids(time, self.config.frequency_dim)[:, None]
         text = self._text(conditions.text)
-        image = self._image(conditions.image)
+        image = self._image_conditions(conditions.image)
         levels = keys_values = camera = None
         if self.hoist:
             levels = [self._level(of_level) for of_level in time]
@@ -302,17 +240,6 @@ class LingBotWorldFast(nn.Module):
             text = torch.randn(tokens, config.text_dim, generator=torch.Generator().manual_seed(self.seed))
         text = text.to(self.device, self.dtype)
         return F.pad(text, (0, 0, 0, tokens - len(text)))
-
-    def _image(self, image: torch.Tensor | None) -> torch.Tensor:
-        """The given image conditions, or the stand-in: [frames, condition_channels, height, width]."""
-        if image is None:
-            config = self.config
-            shape = (2, config.condition_channels, *self.latent_shape[1:])
-            frames = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1))
-            frames[0, :_MASK_CHANNELS], frames[1, :_MASK_CHANNELS] = 1, 0
-        else:
-            frames = image.transpose(0, 1)
-        return frames.to(self.device, self.dtype)
 
 
 class _Block(wan.Block):

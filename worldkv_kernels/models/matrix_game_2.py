@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +13,12 @@ from torch import nn
 from ..memory.world_memory import WorldMemory
 from . import wan
 from .action_module import ROWS, ActionCache, ActionFeatures, ActionFrames, ActionModule, action_windows, frame_turns
-from .checkpoint import StoredTensor, load_parameters, read_config, read_layout
+from .checkpoint import StoredTensor
+from .denoiser import Denoiser
 from .matrix_game_config import MatrixGameConfig
 from .rollout import Controls
 
 _OP = "MatrixGame2"
-_MASK_CHANNELS = 4  # of the image conditions: first of all, a latent frame's 4 video frames are given or not
 
 
 class MatrixGameConditions(NamedTuple):
@@ -76,7 +74,7 @@ class _OfChunk(NamedTuple):
     frames: ActionFrames
 
 
-class MatrixGame2(nn.Module):
+class MatrixGame2(Denoiser):
     """The denoiser, a models.rollout.WorldModel, with the names of the published state dict.
 
     All of it is in `dtype`, the dtype of the memory: as published in bfloat16, the residual stream, modulation, time
@@ -89,86 +87,27 @@ class MatrixGame2(nn.Module):
     action caches, are written in place, and a pass neither synchronises nor copies from the host, so it can be captured
     in a CUDA graph once actions.local_frames frames are made; a rollout has one chunk in the making at a time.
 
-    Made like this its parameters are uninitialised, on any device, also "meta". See `random` and `from_pretrained`.
+    `from_pretrained` takes a folder such as base_distilled_model; without a config, the keyboard's columns, whether
+    there is a mouse, and which blocks act are told by the checkpoint's tensors.
     """
 
-    def __init__(
-        self,
-        config: MatrixGameConfig | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
-        hoist: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        config = config or MatrixGameConfig()
-        self.config = config
-        self.hoist = hoist
-        self.seed = seed  # of the stand-ins for conditions
-        self.chunk_frames = config.chunk_frames
-        self.latent_shape = (config.latent_channels, wan.PATCH[1] * config.grid[0], wan.PATCH[2] * config.grid[1])
-        self.sigmas = config.sigmas
-        self.device = torch.empty(0, device=device).device
-        self.dtype = dtype
-        dim, in_channels = config.dim, config.latent_channels + config.condition_channels
-        with torch.device("meta"):
-            self.patch_embedding = nn.Conv3d(in_channels, dim, wan.PATCH, wan.PATCH)
-            self.time_embedding = wan.time_embedding(config.frequency_dim, dim)
-            self.time_projection = wan.time_projection(dim)
-            self.blocks: Sequence[wan.Block] = nn.ModuleList(_block(config, n) for n in range(config.num_layers))
-            self.head = wan.Head(dim, config.latent_channels, config.eps)
-            self.img_emb = _ImageEmbedding(config.image_dim, dim)
-        wan.allocate(self, device=self.device, dtype=dtype, fp32=())
+    Config = MatrixGameConfig
+    fp32_parameters = ()
+
+    def _blocks(self) -> Iterable[wan.Block]:
+        return (_block(self.config, layer) for layer in range(self.config.num_layers))
+
+    def _add_modules(self) -> None:
+        self.img_emb = _ImageEmbedding(self.config.image_dim, self.config.dim)
+
+    def _gains(self) -> dict[str, float]:
+        return dict.fromkeys(("proj_mouse", "proj_keyboard"), (2 * len(self.config.action_layers) or 1) ** -0.5)
 
     @classmethod
-    def random(
-        cls,
-        config: MatrixGameConfig | None = None,
-        seed: int = 0,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        hoist: bool = True,
-    ) -> MatrixGame2:
-        """A model of random weights, drawn on the device, at a scale that keeps the residual stream bounded."""
-        model = cls(config, device=device, dtype=dtype, hoist=hoist, seed=seed)
-        of_actions = dict.fromkeys(("proj_mouse", "proj_keyboard"), (2 * len(model.config.action_layers) or 1) ** -0.5)
-        wan.draw_parameters(model, seed, {**wan.residual_gains(model.config.num_layers), **of_actions})
-        return model
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        config: MatrixGameConfig | None = None,
-        hoist: bool = True,
-        **config_overrides: Any,
-    ) -> MatrixGame2:
-        """The model of a published checkpoint, see checkpoint.read_layout and load_parameters for what it may be.
-
-        Args:
-            folder: the one with the .safetensors file, such as base_distilled_model, or such a file.
-            config: of the model; None for what the folder's config.json says. The keyboard's columns, whether there is
-                a mouse, and which blocks act are then told by the checkpoint's tensors.
-            config_overrides: fields of the config to change.
-
-        Raises ValueError when there is neither a config nor a config.json, and as read_layout and load_parameters.
-        """
-        layout = read_layout(folder)
-        if config is None:
-            fields = read_config(folder)
-            if not fields:
-                raise ValueError(f"{_OP}: {folder} must hold config.json where no config is given, got none")
-            config = MatrixGameConfig.from_published(_with_actions_of(layout, fields), **config_overrides)
-        else:
-            config = replace(config, **config_overrides)
-        model = cls(config, device=device, dtype=dtype, hoist=hoist)
-        load_parameters(_OP, model, layout)
-        return model
+    def _published_config(
+        cls, fields: dict[str, Any], layout: Mapping[str, StoredTensor], overrides: dict[str, Any]
+    ) -> MatrixGameConfig:
+        return MatrixGameConfig.from_published(_with_actions_of(layout, fields), **overrides)
 
     # --- models.rollout.WorldModel ---
 
@@ -183,7 +122,7 @@ class MatrixGame2(nn.Module):
         time = 1000 * torch.tensor(noise_levels, dtype=torch.float64, device=self.device)
         time = wan.sinusoids(time, self.config.frequency_dim)[:, None].to(self.dtype)
         image_tokens = self._image_tokens(conditions.image_tokens)
-        image_latents = self._image_latents(conditions.image_latents)
+        image_latents = self._image_conditions(conditions.image_latents)
         levels = keys_values = None
         if self.hoist:
             levels = [self._level(of_level) for of_level in time]
@@ -326,16 +265,6 @@ class MatrixGame2(nn.Module):
             shape = (self.config.image_tokens, self.config.image_dim)
             tokens = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
         return tokens.to(self.device, self.dtype)
-
-    def _image_latents(self, latents: torch.Tensor | None) -> torch.Tensor:
-        """The given image conditions, or the stand-in: [frames, condition_channels, height, width]."""
-        if latents is None:
-            shape = (2, self.config.condition_channels, *self.latent_shape[1:])
-            frames = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1))
-            frames[0, :_MASK_CHANNELS], frames[1, :_MASK_CHANNELS] = 1, 0
-        else:
-            frames = latents.transpose(0, 1)
-        return frames.to(self.device, self.dtype)
 
 
 def _with_actions_of(layout: Mapping[str, StoredTensor], fields: dict[str, Any]) -> dict[str, Any]:
