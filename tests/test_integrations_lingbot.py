@@ -231,13 +231,14 @@ def test_a_second_rollout_starts_from_an_empty_memory():
 
 def test_restart_takes_other_poses():
     model, other = make_model(), np.roll(POSES, 9, axis=0)
-    handle = enable(model, **WORLDKV)
+    options = {**WORLDKV, "intrinsics": INTRINSICS, "retrieval": "fov"}
+    handle = enable(model, **options)
     first = generate(model)
-    handle.restart(other)
+    handle.restart(other, INTRINSICS)
     assert handle.stats()["chunks"] == 0
     second = generate(model)
     handle.disable()
-    enable(model, other, **WORLDKV)
+    enable(model, other, **options)
     assert torch.equal(generate(model), second)
     assert not torch.equal(first, second)
 
