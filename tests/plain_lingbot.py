@@ -448,7 +448,7 @@ class WanI2VFast:
         sampler = sampler or schedule()
         _, frames, height, width = y.shape
         frame_tokens = height * width // 4
-        kv_size = frame_tokens * (min(window, frames) if window > 0 else frames)
+        kv_size = frame_tokens * (min(window, frames) if window > -1 else frames)
         self.model.local_attn_size = window
         for block in self.model.blocks:
             block.local_attn_size = block.self_attn.local_attn_size = window
