@@ -118,7 +118,7 @@ class CausalWanSelfAttention(nn.Module):
         filled = kv_cache["local_end_index"].item()
         new = current_start + tokens - seen  # 0 when the chunk is already in the cache
         too_many = filled + new - size
-        if self.local_attn_size != -1 and new > 0 and too_many > 0:
+        if self.local_attn_size != -1 and too_many > 0:
             sink = self.sink_size * frame_tokens
             for name in ("k", "v"):
                 kept = kv_cache[name][:, sink + too_many : filled].clone()
