@@ -2,92 +2,33 @@
 
 import re
 import textwrap
-import types
 from pathlib import Path
 
 import numpy as np
-import plain_lingbot as plain
+import plain_lingbot_pipeline as pipeline
 import pytest
 import torch
 from conftest import relative_error
-from torch import nn
+from slow_memory import SlowMemory
+from small_lingbot import (
+    CHUNKS,
+    GRID,
+    INTRINSICS,
+    POSES,
+    TEXT,
+    TOKENS,
+    WORLDKV,
+    caches,
+    enable,
+    forward,
+    generate,
+    make_model,
+    pipeline_noise,
+    reference_rollout,
+)
 
-from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
+from worldkv_kernels import MemoryConfig
 from worldkv_kernels.integrations import lingbot
-from worldkv_kernels.models.lingbot_camera import longest_step
-from worldkv_kernels.models.lingbot_config import LingBotConfig
-from worldkv_kernels.models.lingbot_world_fast import LingBotConditions, LingBotWorldFast
-from worldkv_kernels.models.rollout import noise, rollout
-from worldkv_kernels.trajectory import latent_poses, load
-
-GRID, HEIGHT, WIDTH, FRAMES, CHUNKS = (2, 3), 4, 6, 24, 8
-TOKENS = 18  # of a chunk
-POSES, INTRINSICS = (rows[:FRAMES] for rows in latent_poses(load("right*30,forward*36,left*30")))
-CAMERA = plain.camera_embedding(torch.from_numpy(POSES), INTRINSICS[0], 8 * HEIGHT, 8 * WIDTH)
-TEXT = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
-IMAGE = torch.randn(20, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(2))
-SIGMAS = LingBotConfig().sigmas
-WORLDKV = dict(mode="worldkv", sink_frames=3, recent_frames=3, retrieved_chunks=2, bank_chunks=9)
-
-
-def make_model(dtype=torch.float32, **options):
-    sizes = dict(text_len=7, dim=128, ffn_dim=160, freq_dim=16, text_dim=24, num_heads=2, num_layers=2)
-    model = plain.WanModelFast(**{**sizes, **options}).eval().requires_grad_(False)
-    plain.draw_weights(model)
-    return model.to(dtype)
-
-
-def pipeline_noise(chunk, step, shape):
-    return noise(0, chunk, step, (shape[1], shape[0], *shape[2:])).transpose(0, 1)
-
-
-def generate(model, frames=FRAMES, **options):
-    """Latents [frames, channels, height, width] of the pipeline's own code."""
-    sampler = [(sigma, 1000 * sigma) for sigma in SIGMAS]
-    arguments = TEXT, IMAGE[:, :frames], CAMERA[:, :, :frames], pipeline_noise, sampler
-    return plain.WanI2VFast(model).generate(*arguments, **options).transpose(0, 1)
-
-
-def enable(model, poses=POSES, *, dtype=None, intrinsics=None, **options):
-    options = {"mode": "full", "bank_chunks": 9, **options}
-    config = lingbot.memory_config(model, grid=GRID, **options)
-    return lingbot.enable(model, config, poses=poses, intrinsics=intrinsics, dtype=dtype)
-
-
-def reference_rollout(model, config):
-    """Latents and memory of our own model with the same weights."""
-    sizes = dict(num_layers=2, num_heads=2, head_dim=64, ffn_dim=160, text_tokens=7, text_dim=24, frequency_dim=16)
-    ours = LingBotWorldFast(LingBotConfig(grid=GRID, **sizes), dtype=torch.float32)
-    ours.load_state_dict(model.state_dict())
-    memory = WorldMemory(config, dtype=torch.float32)
-    conditions = LingBotConditions(TEXT, IMAGE, longest_step(POSES))
-    chunks = list(rollout(ours, memory, POSES, INTRINSICS, conditions=conditions))
-    return torch.cat([chunk.latents for chunk in chunks]), memory
-
-
-def caches(length=FRAMES * TOKENS // 3):
-    model = types.SimpleNamespace(config=types.SimpleNamespace(dim=128, num_heads=2, num_layers=2))
-    return plain.WanI2VFast(model).caches(length, torch.float32)
-
-
-def forward(model, chunk, timestep=1000.0, *, both=None, video=None, start=None, **options):
-    """One forward of the model, as the pipeline calls it."""
-    kv_cache, crossattn_cache = both or caches()
-    frames = slice(3 * chunk, 3 * chunk + 3)
-    x = [torch.zeros(16, 3, HEIGHT, WIDTH)] if video is None else video
-    arguments = dict(
-        context=[TEXT] * len(x),
-        seq_len=4 * TOKENS,
-        y=[torch.zeros(20, *latents.shape[1:]) for latents in x],
-        dit_cond_dict={"c2ws_plucker_emb": (CAMERA[:, :, frames],)},
-        kv_cache=kv_cache,
-        crossattn_cache=crossattn_cache,
-        current_start=chunk * TOKENS if start is None else start,
-        **options,
-    )
-    with torch.no_grad():
-        return model(x=x, t=torch.tensor([timestep]), **arguments)[0]
-
 
 # --- the same latents ---
 
@@ -129,6 +70,33 @@ def test_with_retrieval_the_latents_are_those_of_the_reference_model(options):
         assert handle.stats() == memory.stats() and handle.stats()["chunks_retrieved"] > 4
     assert relative_error(got, wanted) < 1e-5
     assert relative_error(generate(model), wanted) > 1e-2  # retrieval matters here
+
+
+def test_with_retrieval_the_latents_are_those_of_a_slow_memory():
+    model = make_model()
+    config = lingbot.memory_config(model, grid=GRID, **WORLDKV)
+    with lingbot.enable(model, config, poses=POSES):
+        got = generate(model)
+    memory, chunks = SlowMemory(config), []
+
+    def attention_of(module, layer):
+        def forward(x, seq_lens, grid_sizes, freqs, kv_cache, current_start, *_, **__):
+            chunk = current_start // TOKENS
+            if chunk not in chunks:
+                if chunks:
+                    memory.end()
+                chunks.append(chunk)
+                memory.begin(POSES[3 * chunk : 3 * chunk + 3])
+            q, k, v = (projection(x)[0] for projection in (module.q, module.k, module.v))
+            out = memory.attend(layer, q, k, v, module.norm_q.weight, module.norm_k.weight)
+            return module.o(out.float().flatten(1)[None])
+
+        return forward
+
+    for layer, block in enumerate(model.blocks):
+        block.self_attn.forward = attention_of(block.self_attn, layer)
+    assert relative_error(got, generate(model)) < 1e-5
+    assert chunks == list(range(CHUNKS))
 
 
 def test_the_published_retrieval_is_that_of_the_reference_model():
@@ -210,7 +178,7 @@ def documented_lines():
 def test_the_two_lines_as_they_are_documented(lines):
     model = make_model(dim=64, num_heads=1, num_layers=1, ffn_dim=64)
     at_480_x_832 = TEXT, torch.randn(20, 3, 60, 104), torch.randn(1, 384, 3, 60, 104), pipeline_noise, [(1.0, 1000.0)]
-    pipe = plain.WanI2VFast(model)
+    pipe = pipeline.WanI2VFast(model)
     wanted = pipe.generate(*at_480_x_832)
     exec(lines, {"pipe": pipe, "poses": POSES})
     assert relative_error(pipe.generate(*at_480_x_832), wanted) < 1e-5
@@ -231,13 +199,14 @@ def test_a_second_rollout_starts_from_an_empty_memory():
 
 def test_restart_takes_other_poses():
     model, other = make_model(), np.roll(POSES, 9, axis=0)
-    handle = enable(model, **WORLDKV)
+    options = {**WORLDKV, "intrinsics": INTRINSICS, "retrieval": "fov"}
+    handle = enable(model, **options)
     first = generate(model)
-    handle.restart(other)
+    handle.restart(other, INTRINSICS)
     assert handle.stats()["chunks"] == 0
     second = generate(model)
     handle.disable()
-    enable(model, other, **WORLDKV)
+    enable(model, other, **options)
     assert torch.equal(generate(model), second)
     assert not torch.equal(first, second)
 
@@ -350,10 +319,10 @@ def test_inference_mode_will_do():
 
 
 def test_caches_of_length_0_will_do():
-    model, both = make_model(), caches(0)
-    wanted = forward(model, 0)
+    model = make_model()
+    wanted = generate(model, 9)
     enable(model)
-    assert relative_error(forward(model, 0, both=both), wanted) < 1e-5
+    assert relative_error(generate(model, 9, window=0), wanted) < 1e-5
 
 
 def test_a_retrieval_kv_is_replaced_by_the_memory_with_one_warning():
@@ -365,164 +334,3 @@ def test_a_retrieval_kv_is_replaced_by_the_memory_with_one_warning():
         got = generate(model, 9, retrieval_kv=extra)
     assert len(told) == 1
     assert relative_error(got, wanted) < 1e-5
-
-
-# --- what is refused, and changes nothing ---
-
-
-@pytest.mark.parametrize(
-    ("chunk", "options", "error", "message"),
-    [
-        (5, {}, RuntimeError, r"current_start must be 54 \(the next chunk\), 36 \(the current one again\) or 0"),
-        (1, {}, RuntimeError, r"got 18: the memory cannot skip chunks or go back"),
-        (3, {"start": 55}, ValueError, "current_start must be a multiple of the chunk's 18 tokens"),
-        (2, {"both": "other"}, RuntimeError, "classifier-free guidance by two forwards is not supported"),
-        (3, {"both": "other"}, RuntimeError, "classifier-free guidance by two forwards is not supported"),
-        (2, {"video": [torch.zeros(16, 3, HEIGHT, WIDTH)] * 2}, ValueError, "x must hold one video.* got 2"),
-        (2, {"video": [torch.zeros(16, 3, 6, 4)]}, ValueError, r"x must be of \(3, 2, 3\) frames.*got \(3, 3, 2\)"),
-        (2, {"video": [torch.zeros(16, 3, 8, 6)]}, ValueError, r"got \(3, 4, 3\)"),
-        (2, {"video": [torch.zeros(16, 1, HEIGHT, WIDTH)]}, ValueError, r"got \(1, 2, 3\)"),
-    ],
-)
-def test_forwards_that_the_memory_cannot_serve(chunk, options, error, message):
-    model, both = make_model(), caches()
-    handle = enable(model, **WORLDKV)
-    for past in range(3):
-        forward(model, past, both=both)
-    before = handle.memory.stats()
-    options = {"both": both, **options}
-    if options["both"] == "other":
-        options["both"] = caches()
-    with pytest.raises(error, match=f"lingbot: .*{message}"):
-        forward(model, chunk, **options)
-    assert handle.memory.stats() == before
-    forward(model, 2, 0.0, both=both)
-    assert handle.stats()["chunks"] == 3
-
-
-def test_guidance_by_two_forwards_is_refused_at_its_first_step():
-    model, conditional, unconditional = make_model(), caches(), caches()
-    enable(model)
-    forward(model, 0, both=conditional)
-    with pytest.raises(RuntimeError, match="classifier-free guidance"):
-        forward(model, 0, both=unconditional)
-
-
-def test_training_mode_and_gradients_are_refused():
-    model, both = make_model(), caches()
-    handle = enable(model)
-    model.train()
-    with pytest.raises(RuntimeError, match="lingbot: the model must be in eval mode"):
-        forward(model, 0, both=both)
-    model.eval()
-    model.blocks[0].self_attn.q.weight.requires_grad_(True)
-    no_grad, torch.no_grad = torch.no_grad, torch.enable_grad
-    try:
-        with pytest.raises(RuntimeError, match=r"lingbot: forward must run under torch.no_grad\(\)"):
-            forward(model, 0, both=both)
-    finally:
-        torch.no_grad = no_grad
-    forward(model, 0, both=both)
-    assert handle.stats()["chunks"] == 0
-
-
-def test_a_memory_of_another_dtype_is_refused():
-    model = make_model()
-    enable(model, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match=r"lingbot: the memory's dtype must be that of q, torch.float32, got"):
-        forward(model, 0)
-
-
-def test_poses_that_are_missing_wrong_or_too_few():
-    model = make_model()
-    for poses, message in (
-        (None, "poses must be given"),
-        (POSES[:, :3], r"poses must be \[frames, 4, 4\], got"),
-        (2 * POSES, "poses must be rigid"),
-        (np.full_like(POSES, np.nan), "poses must be finite"),
-    ):
-        with pytest.raises(ValueError, match=f"lingbot: .*{message}"):
-            enable(model, poses, **WORLDKV)
-    handle = enable(model, POSES[:8], **WORLDKV)
-    with pytest.raises(ValueError, match="lingbot: poses must be of 9 latent frames up to chunk 2, got 8"):
-        generate(model)
-    assert handle.stats()["chunks"] == 2
-
-
-def test_enabling_twice_is_refused():
-    model = make_model()
-    handle = enable(model)
-    with pytest.raises(RuntimeError, match=r"lingbot.enable: model must not be enabled"):
-        enable(model)
-    generate(model, 6)
-    assert handle.stats()["chunks"] == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_layers": 3}, "num_layers must be the model's 2, got 3"),
-        ({"num_heads": 4}, "num_heads must be the model's 2, got 4"),
-        ({"head_dim": 128}, "head_dim must be the model's 64, got 128"),
-        ({"eps": 1e-5}, "eps must be the model's 1e-06, got 1e-05"),
-        ({"rope": None}, "rope must be the model's, .* got None"),
-        ({"rope": Rope3D(64, theta=256)}, "rope must be the model's"),
-        ({"rope": Rope3D(64, max_position=512)}, "rope must be the model's"),
-    ],
-)
-def test_a_config_of_another_model_is_refused(options, message):
-    model = make_model()
-    with pytest.raises(ValueError, match=rf"lingbot.enable: config's {message}"):
-        enable(model, **options)
-    assert "forward" not in model.__dict__ and "forward" not in model.blocks[0].self_attn.__dict__
-
-
-def test_models_of_other_classes_are_refused():
-    other = make_model()
-    other.blocks[1].self_attn = nn.Identity()
-    for model, got in ((nn.Linear(2, 2), "Linear"), (plain.WanI2VFast(None), "WanI2VFast"), (other, "of Identity")):
-        with pytest.raises(TypeError, match=f"lingbot: model must be LingBot-World-Fast's WanModelFast.* got .*{got}"):
-            lingbot.memory_config(model, grid=GRID)
-
-
-def test_another_patch_of_the_attention_is_refused():
-    model = make_model()
-    model.blocks[1].self_attn.forward = print
-    with pytest.raises(RuntimeError, match=r"blocks\[1\].self_attn.forward must be the model's own, got print"):
-        enable(model)
-
-
-def sp_attn_forward_causal(self, *args, **kwargs):
-    return type(self).forward(self, *args, **kwargs)
-
-
-def sp_dit_forward_causal(self, *args, **kwargs):
-    return type(self).forward(self, *args, **kwargs)
-
-
-def put_in_sequence_parallel(model):
-    for block in model.blocks:
-        block.self_attn.forward = types.MethodType(sp_attn_forward_causal, block.self_attn)
-    model.forward = types.MethodType(sp_dit_forward_causal, model)
-
-
-def test_sequence_parallel_on_one_device_is_patched_and_restored():
-    model = make_model()
-    wanted = generate(model, 9)
-    put_in_sequence_parallel(model)
-    patched = [model.forward, *(block.self_attn.forward for block in model.blocks)]
-    with enable(model) as handle:
-        assert relative_error(generate(model, 9), wanted) < 1e-5
-        assert handle.stats()["chunks"] == 3
-    assert patched == [model.forward, *(block.self_attn.forward for block in model.blocks)]
-
-
-def test_sequence_parallel_on_more_devices_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = make_model()
-    with enable(model):  # a process with a model of its own
-        pass
-    put_in_sequence_parallel(model)
-    with pytest.raises(RuntimeError, match="sequence parallel is supported on 1 device, got 2"):
-        enable(model)

@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 import plain_lingbot as plain
+import plain_lingbot_pipeline as pipeline
 import pytest
 import torch
 from conftest import relative_error
@@ -33,19 +34,19 @@ def published(control_type="cam", seed=0):
     model = plain.WanModelFast(
         control_type, text_len=7, dim=128, ffn_dim=160, freq_dim=16, text_dim=24, num_heads=2, num_layers=2
     ).eval()
-    plain.draw_weights(model, seed)
+    pipeline.draw_weights(model, seed)
     return model
 
 
 @functools.cache
 def camera(keys=None):
     keys = None if keys is None else torch.tensor(keys)
-    return plain.camera_embedding(torch.from_numpy(POSES[:FRAMES]), INTRINSICS[0], 8 * HEIGHT, 8 * WIDTH, keys)
+    return pipeline.camera_embedding(torch.from_numpy(POSES[:FRAMES]), INTRINSICS[0], 8 * HEIGHT, 8 * WIDTH, keys)
 
 
 def published_latents(model, sigmas=CONFIG.sigmas, *, keys=None, chunk_size=3, **options):
     """[frames, channels, height, width]"""
-    video = plain.WanI2VFast(model).generate(
+    video = pipeline.WanI2VFast(model).generate(
         TEXT,
         IMAGE,
         camera(keys),
@@ -120,8 +121,8 @@ def test_noise_levels_of_version_2_agree_with_the_published_one():
 
 def test_our_noise_levels_are_near_the_published_schedule():
     for config, schedule in (
-        (LingBotConfig.fast(), plain.schedule()),
-        (LingBotConfig.v2_14b(), plain.schedule((0, 250, 500, 750), 5.0)),
+        (LingBotConfig.fast(), pipeline.schedule()),
+        (LingBotConfig.v2_14b(), pipeline.schedule((0, 250, 500, 750), 5.0)),
     ):
         for sigma, (published_sigma, timestep) in zip(config.sigmas, schedule, strict=True):
             assert abs(sigma - published_sigma) < 1e-3 and 0 <= 1000 * sigma - timestep < 2

@@ -53,9 +53,12 @@ def enable(
     the memory reset. See integrations.chunks for what else may come, and what is an error.
 
     The pipeline's `kv_cache` is not used. A forward replaces the k and v in it by tensors of length 0, so their memory
-    is free from the first forward on; a pipeline that can allocate them with length 0 saves the peak, too. Its index
-    entries stay as they are. Code that reads chunks out of that cache (WorldKV's `use_retrieval`) finds nothing in
-    it, and a `retrieval_kv` is not attended to, with a warning: the memory retrieves. The text's cache is as ever.
+    is free from the first forward on. `pipe.local_attn_size = 0` makes the published pipelines allocate them with
+    length 0 in the first place (WorldKV's copy: `generate(..., sliding_window=1)`, of one frame). The cache's index
+    entries stay as they are. Code that reads chunks out of it (WorldKV's `use_retrieval`) finds nothing there, and a
+    `retrieval_kv` is not attended to, with a warning: the memory retrieves. The text's cache is as ever.
+
+    The memory is allocated here: give the config `bank_chunks` where the rest of the pipeline needs the device's room.
 
     Args:
         model: a WanModelFast, in eval mode, on the device where it will run. One wrapped by torch.compile is unwrapped.
