@@ -28,7 +28,8 @@ __device__ __forceinline__ float block_sum(float value) {
 }
 
 template <typename T>
-__device__ __forceinline__ void load_weight(const void* g_weight, bool is_float, int column, float (&weight)[kPerVector]) {
+__device__ __forceinline__ void load_weight(const void* g_weight, bool is_float, int column,
+                                            float (&weight)[kPerVector]) {
     if (is_float) {
         const float4* g_float = reinterpret_cast<const float4*>(static_cast<const float*>(g_weight) + column);
         const float4 low = __ldg(g_float), high = __ldg(g_float + 1);

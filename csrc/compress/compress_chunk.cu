@@ -4,6 +4,7 @@
 #include "compress_chunk.h"
 
 #include "../vector.cuh"
+#include "group_select.cuh"
 #include "selection.h"
 
 #include <climits>
@@ -22,16 +23,11 @@ constexpr int kAnchorBatch = 4;  // loads in flight a thread
 
 // The other kernel. Its register cap leaves room for three blocks on a processor, whose loads in flight are
 // about 100 KB.
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerProcessor = 3;
 constexpr int kScoreTokens = 2;  // that a warp scores at once, so that the mean is read half as often
 constexpr int kScoreBatch = 4;   // loads in flight a thread and token
 constexpr int kScoreBlockTokens = kWarps * kScoreTokens;
 constexpr int kCopyBatch = 8;
-static_assert(kThreads == kBins, "a thread owns a bin of the histogram");
-
-constexpr unsigned kFullWarp = 0xffffffff;
 
 struct Plan : CompressParams {
     float* mean;     // [layers, columns]
@@ -154,118 +150,6 @@ __device__ __forceinline__ bool arrive(int* g_arrived, int count) {
     return s_is_last;
 }
 
-// Each thread holds the count of its bin of the undecided keys. Finds the bin that the walk descends into.
-__device__ __forceinline__ bool descend(RadixWalk& walk, int count) {
-    __shared__ int s_warp_counts[kWarps];
-    __shared__ int s_bin, s_before, s_count;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int up_to = count;  // of this warp's bins, up to this one
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const int lower = __shfl_up_sync(kFullWarp, up_to, offset);
-        if (lane >= offset) up_to += lower;
-    }
-    if (lane == 31) s_warp_counts[warp] = up_to;
-    __syncthreads();
-    int before = up_to - count;
-    for (int other = 0; other < warp; ++other) before += s_warp_counts[other];
-    if (walk.ends_in(before, count)) {  // in one thread
-        s_bin = threadIdx.x;
-        s_before = before;
-        s_count = count;
-    }
-    __syncthreads();
-    return walk.descend(s_bin, s_before, s_count);
-}
-
-// The keys of a group, each in one thread; several loads in flight before the first use.
-template <typename Use>
-__device__ __forceinline__ void for_each_key(const uint32_t* g_keys, int count, Use use) {
-    constexpr int kBatch = 4;
-    for (int first = threadIdx.x; first < count; first += kThreads * kBatch) {
-        uint32_t r_keys[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (first + i * kThreads < count) r_keys[i] = g_keys[first + i * kThreads];
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (first + i * kThreads < count) use(r_keys[i]);
-        }
-    }
-}
-
-// One block selects in a group: the group_kept lowest keys, of equal ones the earlier, into the index in ascending order.
-__device__ __forceinline__ void select(const Plan& p, int64_t layer, int group) {
-    __shared__ int s_histogram[kWarps][kBins];  // one a warp: keys crowd into few bins
-    __shared__ uint32_t s_and[kWarps], s_or[kWarps];
-    __shared__ int s_lower[kWarps], s_undecided[kWarps];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // Ordinary loads: the keys stay in the first-level cache from one pass to the next.
-    const uint32_t* g_keys = p.keys + layer * p.candidates + group * p.group_size;
-
-    // The bits that all keys share.
-    uint32_t all_and = ~0u, all_or = 0u;
-    for_each_key(g_keys, p.group_size, [&](uint32_t key) { all_and &= key, all_or |= key; });
-    all_and = __reduce_and_sync(kFullWarp, all_and);
-    all_or = __reduce_or_sync(kFullWarp, all_or);
-    if (lane == 0) s_and[warp] = all_and, s_or[warp] = all_or;
-#pragma unroll
-    for (int other = 0; other < kWarps; ++other) s_histogram[other][threadIdx.x] = 0;
-    __syncthreads();
-    for (int other = 0; other < kWarps; ++other) all_and &= s_and[other], all_or |= s_or[other];
-
-    RadixWalk walk(all_and, all_or, p.group_kept);
-    for (bool done = walk.bits == 0; !done;) {
-        for_each_key(g_keys, p.group_size, [&](uint32_t key) {
-            if (walk.undecided(key)) atomicAdd(&s_histogram[warp][walk.digit(key)], 1);
-        });
-        __syncthreads();
-        int count = 0;
-#pragma unroll
-        for (int other = 0; other < kWarps; ++other) {
-            count += s_histogram[other][threadIdx.x];
-            s_histogram[other][threadIdx.x] = 0;
-        }
-        done = descend(walk, count);
-    }
-
-    // Each warp lists a stretch of the group; where it starts in the list follows from the counts of those before.
-    const int stretch = (p.group_size + kThreads - 1) / kThreads * 32;
-    const int begin = warp * stretch, end = min(begin + stretch, p.group_size);
-    int lower_before = 0, undecided_before = 0;
-    for (int i = begin + lane; i < end; i += 32) {
-        lower_before += walk.lower(g_keys[i]);
-        undecided_before += walk.undecided(g_keys[i]);
-    }
-    lower_before = __reduce_add_sync(kFullWarp, lower_before);
-    undecided_before = __reduce_add_sync(kFullWarp, undecided_before);
-    if (lane == 0) s_lower[warp] = lower_before, s_undecided[warp] = undecided_before;
-    __syncthreads();
-    lower_before = undecided_before = 0;
-    for (int other = 0; other < warp; ++other) {
-        lower_before += s_lower[other];
-        undecided_before += s_undecided[other];
-    }
-    int* g_index = p.index + layer * p.kept + p.frame_tokens + group * p.group_kept;
-    const unsigned earlier_lanes = (1u << lane) - 1;
-    for (int first = begin; first < end; first += 32) {
-        const int i = first + lane;
-        const bool lower = i < end && walk.lower(g_keys[i]);
-        const bool undecided = i < end && walk.undecided(g_keys[i]);
-        const unsigned lower_lanes = __ballot_sync(kFullWarp, lower);
-        const unsigned undecided_lanes = __ballot_sync(kFullWarp, undecided);
-        const int earlier_undecided = undecided_before + __popc(undecided_lanes & earlier_lanes);
-        if (lower || (undecided && earlier_undecided < walk.wanted)) {
-            const int earlier_lower = lower_before + __popc(lower_lanes & earlier_lanes);
-            g_index[kept_position(earlier_lower, earlier_undecided, walk.wanted)] =
-                candidate_token(group * p.group_size + i, p.anchor, p.frame_tokens);
-        }
-        lower_before += __popc(lower_lanes);
-        undecided_before += __popc(undecided_lanes);
-    }
-}
-
 // The similarities of kScoreTokens candidates to the layer's mean key, by one warp.
 template <typename T>
 __device__ __forceinline__ void score(const Plan& p, int64_t layer, int first, int count) {
@@ -353,7 +237,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) select_copy_ker
         if (in_group < p.group_size) score<T>(p, layer, group * p.group_size + in_group, p.group_size - in_group);
         int* g_arrived = p.arrived + layer * p.groups + group;
         if (arrive(g_arrived, p.group_blocks)) {
-            select(p, layer, group);
+            select_in_group(p.keys + layer * p.candidates + group * p.group_size, p.group_size, p.group_kept,
+                            group * p.group_size, p.anchor, p.frame_tokens,
+                            g_index + p.frame_tokens + group * p.group_kept);
             arrive(g_arrived, p.group_blocks + 1);
         }
     } else if (item.work == Work::kCopyAnchor) {
@@ -438,7 +324,9 @@ void launch(const CompressParams& params, cudaStream_t stream) {
 }
 
 void check_rows(const char* name, const void* data, int64_t stride_layer, int64_t stride_row, int element_bytes) {
-    if (reinterpret_cast<uintptr_t>(data) % 16 || stride_layer * element_bytes % 16 || stride_row * element_bytes % 16) {
+    const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_layer * element_bytes % 16 == 0 &&
+                         stride_row * element_bytes % 16 == 0;
+    if (!aligned) {
         throw std::invalid_argument(std::string("compress_chunk: ") + name +
                                     " must have rows aligned to 16 bytes for backend 'cuda', got a layer stride of " +
                                     std::to_string(stride_layer) + " and a row stride of " +

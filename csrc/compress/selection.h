@@ -46,7 +46,9 @@ struct RadixWalk {
     // The next digit of an undecided key, below kBins.
     WORLDKV_HOST_DEVICE uint32_t digit(uint32_t key) const { return (key & ~decided_mask()) >> digit_shift(); }
     // Whether the last wanted key is in a bin of `count` keys, with `before` undecided keys in the bins below it.
-    WORLDKV_HOST_DEVICE bool ends_in(int before, int count) const { return before < wanted && wanted <= before + count; }
+    WORLDKV_HOST_DEVICE bool ends_in(int before, int count) const {
+        return before < wanted && wanted <= before + count;
+    }
     // Returns whether the walk is done; `count` as above.
     WORLDKV_HOST_DEVICE bool descend(uint32_t bin, int before, int count) {
         const int shift = digit_shift();
