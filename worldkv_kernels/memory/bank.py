@@ -84,7 +84,7 @@ class Bank:
         self._place[chunk] = self._free.pop()
         if self._cache is None:
             return self._slots[self._place[chunk]]
-        return self._cache.slot_to_fill(chunk, self._place[chunk])
+        return self._cache.slot_to_fill(chunk)
 
     def stored(self, chunk: int, layer: int | None = None) -> None:
         """The rows that `row_to_fill` gave are written, of one layer (the last one last) or all: copy them out."""

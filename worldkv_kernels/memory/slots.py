@@ -30,8 +30,11 @@ class SlotCache:
     - a load into a slot: the passes that read the slot (`release`), the copy out of it, and the copy out that
       fills the arena's place;
     - pruning into a slot: the loads into it and the copy out of it; passes are on the same stream;
-    - a copy out of a slot: that layer's pruning, and the loads from the place that it overwrites;
+    - a copy out of a slot: that layer's pruning;
     - attention to a layer: the loads of that layer's rows, no other.
+
+    A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
+    came before the pruning, and a load that nothing attended to fills a slot whose next owner waits for it.
 
     `rows` are the slots' first pool rows. Chunks are numbers; `places` say where in the arena each lies.
     """
@@ -46,7 +49,6 @@ class SlotCache:
         self._pruned = [event() for _ in range(num_layers)]
         self._loaded = [[event() for _ in range(num_layers)] for _ in rows]  # into slots
         self._saved = [event() for _ in rows]  # out of slots
-        self._read = [event() for _ in range(num_places)]  # from places
         self._written = [event() for _ in range(num_places)]  # into places
         self._in_use = True  # before the first window too: memory may come from what passes still read
         self.clear()
@@ -77,7 +79,7 @@ class SlotCache:
         self._in_use = True
         self._window = [self._cached[chunk] for chunk in chunks]
         self._in_window = frozenset(chunks)
-        self._waited: set[tuple[int, int]] = set()
+        self._waited: set[int] = set()  # layers
         self.settled = not chunks
         return [self._rows[slot] for slot in self._window]
 
@@ -94,17 +96,17 @@ class SlotCache:
         return [chunk for chunk in chunks if chunk in self._cached]
 
     def wait_layer(self, layer: int) -> None:
-        """Let the current stream wait for the window's rows of one layer, once a stream and window.
+        """Let the current stream wait for the window's rows of one layer, once a window.
 
+        Once will do for several streams: what comes later writes the rows of this pass again, and so comes after it.
         Raises RuntimeError where the stream is being captured: a graph cannot wait for copies outside of it.
         """
-        key = (layer, self._engine.compute_stream())
-        if self.settled or key in self._waited:
+        if self.settled or layer in self._waited:
             return
         self._refuse_capture("attend")
         for slot in self._window:
             self._engine.wait(self._loaded[slot][layer], COMPUTE)
-        self._waited.add(key)
+        self._waited.add(layer)
 
     def wait(self) -> None:
         """Let the current stream wait for the window's rows of all layers; `wait_layer` then does nothing."""
@@ -125,14 +127,13 @@ class SlotCache:
 
     # --- into the bank ---
 
-    def slot_to_fill(self, chunk: int, place: int) -> int:
+    def slot_to_fill(self, chunk: int) -> int:
         """A slot's first row, for the current stream to prune `chunk` into. Takes one of the window if need be."""
         slot = self._take(chunk, keep=())
         self._cached[chunk] = slot
         engine = self._engine
         engine.wait(self._loaded[slot][-1], COMPUTE)
         engine.wait(self._saved[slot], COMPUTE)
-        engine.wait(self._read[place], SAVE)
         return self._rows[slot]
 
     @ranged("bank_copy_out")
@@ -218,9 +219,6 @@ class SlotCache:
             for slot, _ in moves:
                 engine.record(self._loaded[slot][-1], LOAD)
             raise
-        finally:
-            for _, place in moves:
-                engine.record(self._read[place], LOAD)
 
     def _mark_saved(self, slot: int, place: int) -> None:
         self._engine.record(self._saved[slot], SAVE)

@@ -53,10 +53,6 @@ class CopyEngine:
             for target, source in pairs:
                 target.copy_(source)
 
-    def compute_stream(self) -> int:
-        """Tells the streams that may be current apart."""
-        return torch.cuda.current_stream(self._device).cuda_stream if self._streams else 0
-
     def capturing(self) -> bool:
         """Whether the current stream is being captured in a CUDA graph."""
         return bool(self._streams) and torch.cuda.is_current_stream_capturing()
