@@ -52,7 +52,7 @@ class Broken(Exception):
 class Play:
     """A rollout of stand-in ops over late streams; `wrong` lists what was read and was not there."""
 
-    def __init__(self, monkeypatch, seed: int, skips: tuple = (), **fields) -> None:
+    def __init__(self, monkeypatch, seed: int, skips: tuple = (), breaks: float = 0.1, **fields) -> None:
         self.streams = LateStreams(seed, queues_compute=True)
         self.random = self.streams.random
         monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: self.streams)
@@ -72,7 +72,7 @@ class Play:
         self.wrong: list[tuple] = []
         self.marks: dict[int, int] = {}  # chunk -> what its last pass wrote
         self.next_mark = 0
-        self.breaks = False
+        self.break_share, self.breaks = breaks, False
 
     def number(self, mark: int, layer: int, kind: int) -> int:
         return (mark * LAYERS + layer) * 2 + kind + 1
@@ -147,7 +147,7 @@ class Play:
             self.run_pass()
             self.maybe_prefetch(following)
             self.check_residency()
-        self.breaks = self.random.random() < 0.1
+        self.breaks = self.random.random() < self.break_share
         self.end()
         self.marks[chunk] = self.next_mark
 
@@ -214,7 +214,7 @@ WAITS = [
 def test_each_wait_is_needed(monkeypatch, wait):
     """Left out, it is seen: so the test above would see it missing."""
     for seed in range(200):
-        play = Play(monkeypatch, seed, skips=(wait,))
+        play = Play(monkeypatch, seed, skips=(wait,), breaks=0.7 if wait[0] == "break_off" else 0.1)
         wrong = play.run(40)
         if wrong:
             assert play.streams.skipped
