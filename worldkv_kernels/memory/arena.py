@@ -97,7 +97,7 @@ def node_cpus(pci_id: str, sysfs: Path = Path("/sys")) -> set[int]:
     except (OSError, ValueError):  # no such file, or node -1: unknown
         return set()
     cpus: set[int] = set()
-    for piece in listed.strip().split(","):
+    for piece in filter(None, listed.strip().split(",")):  # nothing, of a node that is memory alone
         first, _, last = piece.partition("-")
         cpus.update(range(int(first), int(last or first) + 1))
     return cpus & os.sched_getaffinity(0)

@@ -95,11 +95,11 @@ class Views:
 def continued(before: np.ndarray, now: np.ndarray) -> np.ndarray:
     """Poses [frames, 4, 4] of the chunk after `now`, at the velocity from `before` to `now`.
 
-    The velocity is constant in SE(3), in the camera's own frame: what takes the mean pose of `before` to that of
-    `now` is applied to each pose of `now` once more. Standing, straight lines, turns and circles go on exactly.
+    The velocity is constant in SE(3), in the camera's own frame: what takes the frames of `before` to those of `now`,
+    on the mean, is applied to each of `now` once more. Lines, turns, circles and helices go on exactly.
     """
-    first, second = mean_pose(before), mean_pose(now)
-    step = np.eye(4)
-    step[:3, :3] = first[:3, :3].T @ second[:3, :3]
-    step[:3, 3] = first[:3, :3].T @ (second[:3, 3] - first[:3, 3])
-    return now @ step
+    back = before[:, :3, :3].transpose(0, 2, 1)
+    steps = np.tile(np.eye(4), (len(now), 1, 1))
+    steps[:, :3, :3] = back @ now[:, :3, :3]
+    steps[:, :3, 3:] = back @ (now[:, :3, 3:] - before[:, :3, 3:])
+    return now @ mean_pose(steps)
