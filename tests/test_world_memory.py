@@ -899,8 +899,9 @@ def test_a_policy_that_drops_what_is_not_there():
     assert (memory.location(0), memory.location(1)) == ("dropped", "bank")
 
 
-def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing():
-    config = tiny(num_layers=2)
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing(bank):
+    config = tiny(num_layers=2, bank=bank, device_slots=2)
     eager, compiled, rollout = make(config), make(config), Rollout(config, 3, 8)
 
     def layers(memory, x, weight):
@@ -915,6 +916,7 @@ def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing()
     for chunk in range(8):
         for memory in (eager, compiled):
             memory.begin_chunk(rollout.poses[chunk])
+            memory.wait()
         x = rollout.passes[chunk][0][0][0]
         assert torch.equal(layers(eager, x, weight), traced(compiled, x, weight))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

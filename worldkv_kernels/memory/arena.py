@@ -61,9 +61,9 @@ def page_lock(address: int, span: int, device: torch.device) -> str | None:
 
     def register() -> None:
         try:
-            cpus = _cpus_near(device)
-            if cpus:
-                with suppress(OSError):
+            with suppress(OSError, AttributeError):  # on another node copies are slower, no more
+                cpus = _cpus_near(device)
+                if cpus:
                     os.sched_setaffinity(0, cpus)  # of this thread
             with torch.cuda.device(device):
                 code = int(torch.cuda.cudart().cudaHostRegister(address, span, 0))

@@ -95,6 +95,7 @@ class SlotCache:
         self.prefetched += len(missing)
         return [chunk for chunk in chunks if chunk in self._cached]
 
+    @torch.compiler.disable  # what it does differs from pass to pass
     def wait_layer(self, layer: int) -> None:
         """Let the current stream wait for the window's rows of one layer, once a window.
 
@@ -129,7 +130,7 @@ class SlotCache:
 
     def slot_to_fill(self, chunk: int) -> int:
         """A slot's first row, for the current stream to prune `chunk` into. Takes one of the window if need be."""
-        slot = self._take(chunk, keep=())
+        slot = self._take(keep=())
         self._cached[chunk] = slot
         engine = self._engine
         engine.wait(self._loaded[slot][-1], COMPUTE)
@@ -181,7 +182,7 @@ class SlotCache:
             self._cached[chunk] = self._cached.pop(chunk)
         return cached
 
-    def _take(self, chunk: int, keep: Collection[int]) -> int:
+    def _take(self, keep: Collection[int]) -> int:
         """A slot that is free, or that of the least recently used chunk not to be kept."""
         if self._free:
             return self._free.pop()
@@ -200,7 +201,7 @@ class SlotCache:
         engine.wait(self._released, LOAD)
         try:
             for chunk in chunks:
-                slot, place = self._take(chunk, keep), places[chunk]
+                slot, place = self._take(keep), places[chunk]
                 self._cached[chunk] = slot
                 moves.append((slot, place))
                 engine.wait(self._saved[slot], LOAD)

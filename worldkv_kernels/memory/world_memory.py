@@ -213,8 +213,9 @@ class WorldMemory:
     def wait(self) -> None:
         """Let the current stream wait for all rows of the window: `attend` then waits for none, on any stream.
 
-        For CUDA graphs: after begin_chunk, before a pass is captured and before one is replayed. Does nothing when no
-        row is on its way. Raises RuntimeError when the stream is being captured.
+        After begin_chunk: before a pass is captured in a CUDA graph or one is replayed; before the rows are read by
+        other means than `attend`; and for torch.compile to trace `attend` in one graph. Does nothing when no row
+        is on its way. Raises RuntimeError when the stream is being captured.
         """
         self._check_process("wait")
         if self._bank is not None:
@@ -311,7 +312,7 @@ class WorldMemory:
 
     @property
     def window(self) -> Window:
-        """The current window, for use with the ops themselves; rewritten by begin_chunk, never replaced."""
+        """The current window, for the ops themselves, after `wait`; rewritten by begin_chunk, never replaced."""
         return self._window
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
