@@ -149,7 +149,8 @@ run_tests() {
     # Not the tests that compile for other architectures or start the benchmarks: they need no GPU.
     stage tests 150 "$python" -m pytest -c "$root/pyproject.toml" "$root/tests" -q --maxfail=10 \
         -p no:cacheprovider "${workers[@]+"${workers[@]}"}" \
-        --ignore="$root/tests/test_compile.py" --ignore="$root/tests/test_benchmarks.py"
+        --ignore="$root/tests/test_compile.py" --ignore="$root/tests/test_compile_cuda.py" \
+        --ignore="$root/tests/test_benchmarks.py"
 }
 
 sanitize() {

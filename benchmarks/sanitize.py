@@ -71,11 +71,11 @@ def append_case(heads: int, dtype: torch.dtype, *, weights: bool, on_device: boo
     return case
 
 
-def compress_case(heads: int, *, pooled: bool, anchor: int, keep_ratio: float) -> Case:
+def compress_case(heads: int, dtype: torch.dtype, *, pooled: bool, anchor: int, keep_ratio: float) -> Case:
     """Three frames of 37 tokens."""
 
     def case(device: torch.device, backend: str) -> Outputs:
-        k, v = (random(111, heads, 64).to(device) for _ in range(2))
+        k, v = (random(111, heads, 64, dtype=dtype).to(device) for _ in range(2))
         return compress_chunk(k, v, frames=3, keep_ratio=keep_ratio, pooled=pooled, anchor=anchor, backend=backend)
 
     return case
@@ -96,9 +96,11 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
             "no weights, positions on the device": append_case(9, half, weights=False, on_device=True),
         },
         "compress_chunk": {
-            "pooled": compress_case(3, pooled=True, anchor=0, keep_ratio=0.25),
-            "per frame, anchor in the middle": compress_case(5, pooled=False, anchor=1, keep_ratio=0.3),
-            "all kept": compress_case(2, pooled=True, anchor=2, keep_ratio=1.0),
+            "pooled": compress_case(3, torch.bfloat16, pooled=True, anchor=0, keep_ratio=0.25),
+            "per frame, anchor in the middle": compress_case(5, torch.bfloat16, pooled=False, anchor=1, keep_ratio=0.3),
+            "all kept": compress_case(2, torch.bfloat16, pooled=True, anchor=2, keep_ratio=1.0),
+            "fp16": compress_case(1, torch.float16, pooled=True, anchor=0, keep_ratio=0.25),
+            "fp32": compress_case(3, torch.float32, pooled=False, anchor=2, keep_ratio=0.25),
         },
     }
 

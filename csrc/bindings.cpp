@@ -2,7 +2,11 @@
 // every release of torch and needs none to build.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "append/norm_rope_append.h"
+#include "compress/compress_chunk.h"
 
 namespace py = pybind11;
 
@@ -55,6 +59,43 @@ void norm_rope_append(
     worldkv::norm_rope_append(params, static_cast<worldkv::Dtype>(dtype), pointer<CUstream_st>(stream));
 }
 
+void compress_chunk(
+    uintptr_t k, uintptr_t v, uintptr_t out_k, uintptr_t out_v, uintptr_t index, uintptr_t workspace,
+    int64_t workspace_bytes, int64_t stride_k_layer, int64_t stride_v_layer, int64_t stride_out_k_layer,
+    int64_t stride_out_v_layer, int64_t stride_k_row, int64_t stride_v_row, int64_t stride_out_k_row,
+    int64_t stride_out_v_row, int layers, int frames, int frame_tokens, int heads, int head_dim, int keep, int anchor,
+    bool pooled, int dtype, uintptr_t stream) {
+    worldkv::CompressParams params{};
+    params.k = pointer<const void>(k);
+    params.v = pointer<const void>(v);
+    params.out_k = pointer<void>(out_k);
+    params.out_v = pointer<void>(out_v);
+    params.index = pointer<int32_t>(index);
+    params.workspace = pointer<void>(workspace);
+    params.stride_k_layer = stride_k_layer;
+    params.stride_v_layer = stride_v_layer;
+    params.stride_out_k_layer = stride_out_k_layer;
+    params.stride_out_v_layer = stride_out_v_layer;
+    params.stride_k_row = stride_k_row;
+    params.stride_v_row = stride_v_row;
+    params.stride_out_k_row = stride_out_k_row;
+    params.stride_out_v_row = stride_out_v_row;
+    params.layers = layers;
+    params.frames = frames;
+    params.frame_tokens = frame_tokens;
+    params.heads = heads;
+    params.head_dim = head_dim;
+    params.keep = keep;
+    params.anchor = anchor;
+    params.pooled = pooled;
+    const int64_t needed = worldkv::compress_workspace_bytes(params);
+    if (workspace_bytes < needed) {
+        throw std::invalid_argument("compress_chunk: workspace must be of " + std::to_string(needed) + " bytes, got " +
+                                    std::to_string(workspace_bytes));
+    }
+    worldkv::compress_chunk(params, static_cast<worldkv::Dtype>(dtype), pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -71,4 +112,12 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("grid_height"), py::arg("grid_width"),
         py::arg("pairs_time"), py::arg("pairs_height"), py::arg("eps"), py::arg("round_before_rope"),
         py::arg("q_weight_is_float"), py::arg("k_weight_is_float"), py::arg("dtype"), py::arg("stream"));
+    module.def(
+        "compress_chunk", &compress_chunk, py::kw_only(),
+        py::arg("k"), py::arg("v"), py::arg("out_k"), py::arg("out_v"), py::arg("index"), py::arg("workspace"),
+        py::arg("workspace_bytes"), py::arg("stride_k_layer"), py::arg("stride_v_layer"),
+        py::arg("stride_out_k_layer"), py::arg("stride_out_v_layer"), py::arg("stride_k_row"), py::arg("stride_v_row"),
+        py::arg("stride_out_k_row"), py::arg("stride_out_v_row"), py::arg("layers"), py::arg("frames"),
+        py::arg("frame_tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("keep"), py::arg("anchor"),
+        py::arg("pooled"), py::arg("dtype"), py::arg("stream"));
 }

@@ -1,6 +1,7 @@
 """compress_chunk against a float64 selection by plain sorting, on every backend this machine has."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldkv_kernels import compress_chunk
+from worldkv_kernels.ops import cuda
 from worldkv_kernels.ops.compress_chunk import BACKENDS
 
 BACKEND_NAMES = backends(BACKENDS)
@@ -148,14 +150,96 @@ def test_pool_rows_in_and_out_with_sentinels(backend):
     assert torch.equal(pool_k[outside], before_k[outside]) and torch.equal(pool_v[outside], before_v[outside])
 
 
-def test_triton_kernels_at_a_real_frame_size_on_a_gpu():
-    if DEVICE.type != "cuda":
-        pytest.skip("needs a GPU: 4680 x 40 x 128")
-    k = torch.randn(4680, 40, 128, device=DEVICE).bfloat16()
-    want = compress_chunk(k, k.clone(), frames=3, keep_ratio=0.25, backend="reference")
+def chunk_and_its_choice(frames, frame_tokens, heads, anchor, pooled, keep_ratio=0.25):
+    """K and V in bf16 on the device, and the tokens to keep, with a cut that fp32 cannot miss."""
+    k = separated_keys(frames * frame_tokens, heads, 128, frames, anchor, seed=frames).bfloat16()
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    similarities = float64_similarities(k, frames, anchor)
+    keep = math.ceil(keep_ratio * frame_tokens)
+    others = similarities[[f for f in range(frames) if f != anchor]]
+    ranked = (others.view(1, -1) if pooled else others).sort(dim=1).values
+    cut = keep * (frames - 1) if pooled else keep
+    assert (ranked[:, cut] - ranked[:, cut - 1]).min() > 1e-5
+    return k.to(DEVICE), v.to(DEVICE), brute_force(similarities, keep, pooled, anchor)
+
+
+KERNELS_ON_A_GPU = [name for name in BACKEND_NAMES if name != "reference" and DEVICE.type == "cuda"]
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+needs_cuda_kernel = pytest.mark.skipif(
+    "cuda" not in KERNELS_ON_A_GPU, reason="needs a GPU and the CUDA extension built for it"
+)
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", KERNELS_ON_A_GPU)
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize(
+    ("frames", "frame_tokens", "heads", "anchor"),
+    [(3, 1560, 40, 0), (4, 1560, 40, 2), (3, 880, 12, 0), (3, 1508, 64, 1)],
+)
+def test_real_frame_sizes_twenty_times_the_same(backend, pooled, frames, frame_tokens, heads, anchor):
+    k, v, want = chunk_and_its_choice(frames, frame_tokens, heads, anchor, pooled)
     for _ in range(20):
-        got = compress_chunk(k, k.clone(), frames=3, keep_ratio=0.25, backend="triton")
-        assert (got.index == want.index).float().mean() > 0.999
+        out_k, out_v = torch.full((2, len(want), heads, 128), math.nan, dtype=k.dtype, device=DEVICE)
+        got = compress_chunk(
+            k, v, frames=frames, keep_ratio=0.25, pooled=pooled, anchor=anchor, out_k=out_k, out_v=out_v,
+            backend=backend,
+        )  # fmt: skip
+        assert got.index.tolist() == want
+        assert torch.equal(out_k, k[want]) and torch.equal(out_v, v[want])
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", KERNELS_ON_A_GPU)
+def test_replays_of_a_captured_graph(backend):
+    """New keys at the same addresses: each replay starts from whatever the last one left in the workspace."""
+    k, v, want = chunk_and_its_choice(3, 200, 4, 0, pooled=False)
+    keys = torch.zeros_like(k)
+    call = partial(compress_chunk, keys, v, frames=3, keep_ratio=0.25, pooled=False, backend=backend)
+    call()  # outside the capture: loads and checks the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    for _ in range(3):
+        keys.zero_()
+        graph.replay()
+        assert got.index.tolist() == [*range(250), *range(400, 450)]  # all equal: the earliest of each frame
+        keys.copy_(k)
+        graph.replay()
+        assert got.index.tolist() == want
+
+
+@needs_cuda_kernel
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("keep", [11, 40])
+def test_all_layers_in_one_call(pooled, keep):
+    """Slots of a pool [layers, rows, heads, head_dim], against one layer at a time; nothing else is written."""
+    kept = 40 + 2 * keep
+    pools = torch.randn(2, 30, 400, 3, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    before, index = pools.clone(), torch.full((30, kept), -1, dtype=torch.int32, device=DEVICE)
+    k, v = pools[:, :, 128:248]
+    arguments = dict(frames=3, keep=keep, pooled=pooled, anchor=1)
+    cuda.compress_chunk(k, v, pools[0, :, 256 : 256 + kept], pools[1, :, 256 : 256 + kept], index, **arguments)
+    for layer in range(30):
+        out_k, out_v, out_index = torch.empty_like(k[0, :kept]), torch.empty_like(k[0, :kept]), index[0].clone()
+        cuda.compress_chunk(k[layer], v[layer], out_k, out_v, out_index, **arguments)
+        assert torch.equal(index[layer], out_index)
+        before[:, layer, 256 : 256 + kept] = torch.stack([out_k, out_v])
+    assert torch.equal(pools, before)
+
+
+@pytest.mark.parametrize(
+    ("stride", "offset", "aligned"), [(128, 0, True), (136, 8, True), (130, 0, False), (128, 1, False)]
+)
+def test_rows_that_do_not_start_on_16_bytes_are_no_work_for_the_cuda_kernel(monkeypatch, stride, offset, aligned):
+    kinds = []
+    choose = BACKENDS.choose
+    monkeypatch.setattr(BACKENDS, "choose", lambda *args: kinds.append(args[2]) or choose(*args))
+    k = torch.randn(90 * 140, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    k = k.as_strided((90, 2, 64), (stride, 64, 1), offset)
+    compress_chunk(k, k.contiguous(), frames=3, keep_ratio=0.25, backend="reference")
+    why = cuda.compress_unsupported(kinds[0])
+    assert why is None if aligned else why == "it takes rows that start on multiples of 16 bytes"
 
 
 def zeros(*shape, dtype=torch.float32):

@@ -311,6 +311,12 @@ def test_bounded_bank_drops_what_the_policy_says(config, seed, data):
         assert stats["chunks_dropped"] == sum(memory.location(past) == "dropped" for past in range(chunk + 1))
 
 
+OF_COPIES = {
+    "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
+    "prefetched", "prefetch_hits", "prefetch_misses",
+}  # fmt: skip
+
+
 @fuzz(30)
 @given(configs(mode="worldkv"), seeds)
 def test_host_bank_is_the_device_bank_bitwise(config, seed):
@@ -319,30 +325,33 @@ def test_host_bank_is_the_device_bank_bitwise(config, seed):
     for a, b in zip(rollout.run(device), rollout.run(host), strict=True):
         assert same(a, b)
     a, b = device.stats(), host.stats()
-    assert {name for name in a if a[name] != b[name]} <= {
-        "device_bytes", "host_bytes", "host_copies_in", "host_copies_saved"
-    }  # fmt: skip
-    assert b["host_copies_in"] + b["host_copies_saved"] == b["chunks_retrieved"]
+    assert {name for name in a if a[name] != b[name]} <= {"device_bytes", *OF_COPIES, "host_bytes"}
+    assert b["host_misses"] + b["host_copies_saved"] == b["chunks_retrieved"]
+    assert b["host_copies_in"] == b["host_misses"] + b["prefetched"]
     assert b["host_bytes"] > 0 == a["host_bytes"]
 
 
 def test_host_bank_keeps_the_device_small():
-    """Device room for the retrieved chunks and one to prune into, however large the bank."""
+    """Device room for the retrieved chunks and two more, or as given, however large the bank."""
     sizes = {make(tiny(bank="host", bank_chunks=places)).stats()["device_bytes"] for places in (2, 20)}
     assert len(sizes) == 1
     empty = make(tiny(bank="host", bank_chunks=20, keep_ratio=0.5)).stats()
     assert empty["host_bytes"] == 20 * 2 * (6 + 3) * HEAD_DIM * 4  # from the start, not when the first chunk comes
     assert empty["bank_capacity"] == 20
+    bytes_of = {slots: make(tiny(bank="host", device_slots=slots)).stats()["device_bytes"] for slots in (None, 2, 4, 5)}
+    slot = 2 * 128 * HEAD_DIM * 4
+    assert bytes_of[None] == bytes_of[4] == bytes_of[2] + 2 * slot == bytes_of[5] - slot
 
 
-def test_host_bank_copies_a_chunk_in_once_while_it_stays():
+def test_a_chunk_that_is_retrieved_again_costs_no_copy():
     config = tiny(bank="host", sink_frames=0, recent_frames=0, retrieved_chunks=2)
     memory, rollout = make(config), Rollout(config, 0, 6)
     rollout.poses = [rollout.poses[0]] * 6  # all alike: chunks 0 and 1 every time
     for _ in rollout.run(memory):
         pass
     stats = memory.stats()
-    assert (stats["host_copies_in"], stats["host_copies_saved"]) == (2, 1 + 2 * 4 - 2)
+    assert (stats["host_copies_in"], stats["host_copies_saved"]) == (0, 1 + 2 * 4)  # pruned into the slots they have
+    assert (stats["host_copies_out"], stats["prefetched"]) == (6, 0)
 
 
 @fuzz(40)
@@ -359,7 +368,7 @@ def test_abort_restores(config, seed, num_chunks, data):
                 shaken.attend(layer, *x)
             shaken.abort_chunk()
             after = shaken.stats()
-            kept = before.keys() - {"host_copies_in", "host_copies_saved"}  # copies made are made
+            kept = before.keys() - OF_COPIES  # copies made are made
             assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
         assert calm.begin_chunk(rollout.poses[chunk])[:3] == shaken.begin_chunk(rollout.poses[chunk])[:3]
         calm.abort_chunk()
@@ -421,8 +430,8 @@ def test_poisoned_storage_is_never_read(config, seed, num_chunks):
     for pool in (memory._pool.k, memory._pool.v):
         assert (pool[:, tail] == 0).all()
         pool[:, ~tail] = math.nan
-    if memory._bank is not None and memory._bank._arena is not None:
-        memory._bank._arena.fill_(math.nan)
+    if memory._bank is not None and memory._bank._cache is not None:
+        memory._bank._cache.arena.rows.fill_(math.nan)
     memory._q.fill_(math.nan)
     rollout = Rollout(config, seed, num_chunks)
     for poisoned, expected in zip(rollout.run(memory), rollout.run(clean), strict=True):
@@ -632,6 +641,8 @@ def test_no_work_grows_with_the_past():
         ("bank", "disk", "'device' or 'host'"),
         ("bank_chunks", 1, "at least 2"),
         ("bank_chunks", 0, "at least 2"),
+        ("device_slots", 1, "at least 2 with retrieved_chunks=2"),
+        ("device_slots", 0, "at least 2"),
         ("rope", "llama", "a Rope3D, 'wan' or None"),
         ("rope", Rope3D(128), "for head_dim 64"),
         ("retrieval", "nearest", "'pose', 'fov', 'action' or a RetrievalPolicy"),
@@ -651,7 +662,7 @@ def test_config_errors(field, value, wanted):
     "field",
     [
         "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
-        "bank_chunks",
+        "bank_chunks", "device_slots",
     ],
 )  # fmt: skip
 def test_config_counts_are_integers(field):
@@ -888,8 +899,9 @@ def test_a_policy_that_drops_what_is_not_there():
     assert (memory.location(0), memory.location(1)) == ("dropped", "bank")
 
 
-def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing():
-    config = tiny(num_layers=2)
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing(bank):
+    config = tiny(num_layers=2, bank=bank, device_slots=2)
     eager, compiled, rollout = make(config), make(config), Rollout(config, 3, 8)
 
     def layers(memory, x, weight):
@@ -904,6 +916,7 @@ def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing()
     for chunk in range(8):
         for memory in (eager, compiled):
             memory.begin_chunk(rollout.poses[chunk])
+            memory.wait()
         x = rollout.passes[chunk][0][0][0]
         assert torch.equal(layers(eager, x, weight), traced(compiled, x, weight))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -2,8 +2,7 @@
 // vectors, so that every number is read once and written once: sum of squares, norm, rotation, store.
 #include "norm_rope_append.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "../vector.cuh"
 
 #include <stdexcept>
 #include <string>
@@ -14,24 +13,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPerVector = 8;  // 16-bit numbers in 16 bytes
-
-template <typename T>
-struct alignas(16) Vector {
-    T x[kPerVector];
-};
-
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-template <typename T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
-    return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half from_float(float x) {
-    return __float2half_rn(x);
-}
 
 // The same tree of additions in every block, so the result has the same bits every time.
 __device__ __forceinline__ float block_sum(float value) {
@@ -47,7 +28,8 @@ __device__ __forceinline__ float block_sum(float value) {
 }
 
 template <typename T>
-__device__ __forceinline__ void load_weight(const void* g_weight, bool is_float, int column, float (&weight)[kPerVector]) {
+__device__ __forceinline__ void load_weight(const void* g_weight, bool is_float, int column,
+                                            float (&weight)[kPerVector]) {
     if (is_float) {
         const float4* g_float = reinterpret_cast<const float4*>(static_cast<const float*>(g_weight) + column);
         const float4 low = __ldg(g_float), high = __ldg(g_float + 1);
@@ -190,8 +172,10 @@ void norm_rope_append(const AppendParams& p, Dtype dtype, cudaStream_t stream) {
     }
     if (dtype == Dtype::kBFloat16) {
         launch<__nv_bfloat16>(p, stream);
-    } else {
+    } else if (dtype == Dtype::kFloat16) {
         launch<__half>(p, stream);
+    } else {
+        throw std::invalid_argument("norm_rope_append: q must be bfloat16 or float16 for backend 'cuda'");
     }
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) {

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace worldkv {
+#include "../dtype.h"
 
-enum class Dtype : int { kBFloat16 = 0, kFloat16 = 1 };
+namespace worldkv {
 
 // Strides are in elements. Rows are dense: heads * head_dim numbers, 16-byte aligned.
 struct AppendParams {

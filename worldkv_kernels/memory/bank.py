@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from ..ranges import ranged
 from .pool import Pool
 from .retrieval import RetrievalPolicy
+from .slots import COUNTS, SlotCache
 
 
 class Bank:
     """Which banked chunk lies where, and what is given up when there is no more room.
 
     On the device, a chunk has a slot of the pool for as long as it is banked. In host memory it has a place in
-    one arena [places, num_layers, 2, tokens, heads, head_dim], and the pool's slots are a cache: a chunk
-    that is retrieved again while it is still there costs no copy. The last pool slot then serves to
-    prune into, on the way to the host.
+    one arena [places, num_layers, 2, tokens, heads, head_dim], and the pool's slots are a cache of it, see SlotCache.
+
+    To bank a chunk: `row_to_fill`, then write its rows, then `stored`, all on the current stream. To attend to chunks:
+    `request`, `wait_layer` or `wait`, then read their rows, then `release`.
     """
 
     def __init__(
@@ -30,17 +29,10 @@ class Bank:
         on_host: bool,
         policy: RetrievalPolicy,
     ) -> None:
-        self._pool = pool
-        self._tokens = tokens
-        self._policy = policy
-        self._arena: torch.Tensor | None = None
-        if on_host:
-            num_layers, _, heads, head_dim = pool.k.shape
-            self._arena = torch.empty(
-                (places, num_layers, 2, tokens, heads, head_dim), dtype=pool.k.dtype, pin_memory=pool.k.is_cuda
-            )
         self._slots = slots
-        self._places = places
+        self._policy = policy
+        self._num_layers = len(pool.k)
+        self._cache = SlotCache(pool, slots, tokens=tokens, num_places=places) if on_host else None
         self.capacity = places
         self.clear()
 
@@ -48,12 +40,10 @@ class Bank:
         """Forget everything; keeps the storage."""
         self.descriptions: dict[int, Any] = {}  # chunk -> what the policy remembers, oldest first
         self._place: dict[int, int] = {}  # chunk -> slot number on the device, or place in the arena
-        self._free = list(range(self._places - 1, -1, -1))
-        self._cached: dict[int, int] = {}  # host bank: chunk -> slot number, least recently used first
-        self._free_slots = list(range(len(self._slots) - 2, -1, -1)) if self._arena is not None else []
+        self._free = list(range(self.capacity - 1, -1, -1))
         self.dropped: list[int] = []
-        self.copies_in = 0
-        self.hits = 0
+        if self._cache is not None:
+            self._cache.clear()
 
     def __len__(self) -> int:
         return len(self._place)
@@ -62,13 +52,24 @@ class Bank:
         return chunk in self._place
 
     @property
-    def host_bytes(self) -> int:
-        return self._arena.numel() * self._arena.element_size() if self._arena is not None else 0
+    def settled(self) -> bool:
+        """Whether attention to the window needs to wait for no copy."""
+        return self._cache is None or self._cache.settled
+
+    @property
+    def copies_in(self) -> int:
+        return self.counts()["host_copies_in"]
+
+    def counts(self) -> dict[str, int]:
+        """Of a host bank's copies, see WorldMemory.stats; zeros of a bank on the device."""
+        return self._cache.counts() if self._cache is not None else dict.fromkeys(COUNTS, 0)
+
+    # --- into the bank ---
 
     def row_to_fill(self, chunk: int, description: Any) -> int | None:
-        """Make room for a chunk and return the pool row to prune it into; None when the policy gives it up itself.
+        """Where to prune a chunk to: the first pool row; None when the full bank gives up this very chunk.
 
-        Call `stored` when the rows are written.
+        Raises ValueError when the policy gives up a chunk that is not there; the bank is then as before.
         """
         if not self._free:
             given_up = self._policy.drop([*self.descriptions.items(), (chunk, description)])
@@ -78,47 +79,67 @@ class Bank:
             self.dropped.append(given_up)
             if given_up == chunk:
                 return None
-            del self.descriptions[given_up]
-            self._free.append(self._place.pop(given_up))
-            if given_up in self._cached:
-                self._free_slots.append(self._cached.pop(given_up))
+            self._forget(given_up)
         self.descriptions[chunk] = description
         self._place[chunk] = self._free.pop()
-        return self._slots[-1] if self._arena is not None else self._slots[self._place[chunk]]
+        if self._cache is None:
+            return self._slots[self._place[chunk]]
+        return self._cache.slot_to_fill(chunk)
 
-    def stored(self, chunk: int) -> None:
-        """The rows that `row_to_fill` gave are written: a host bank copies them out."""
-        if self._arena is not None:
-            self._copy_out(chunk)
+    def stored(self, chunk: int, layer: int | None = None) -> None:
+        """The rows that `row_to_fill` gave are written, of one layer (the last one last) or all: copy them out."""
+        if self._cache is not None:
+            for done in range(self._num_layers) if layer is None else (layer,):
+                self._cache.save_layer(chunk, done, self._place[chunk])
 
-    @ranged("bank_copy_out")
-    def _copy_out(self, chunk: int) -> None:
-        rows = slice(self._slots[-1], self._slots[-1] + self._tokens)
-        for layer, place in enumerate(self._arena[self._place[chunk]]):
-            place[0].copy_(self._pool.k[layer, rows], non_blocking=True)
-            place[1].copy_(self._pool.v[layer, rows], non_blocking=True)
+    def break_off(self, chunk: int) -> None:
+        """Take back `row_to_fill`, where writing the rows failed; what it dropped stays dropped."""
+        if self._cache is not None:
+            self._cache.break_off(chunk, self._place[chunk])
+        self._forget(chunk)
+
+    def _forget(self, chunk: int) -> None:
+        del self.descriptions[chunk]
+        self._free.append(self._place.pop(chunk))
+        if self._cache is not None:
+            self._cache.drop(chunk)
+
+    # --- into the window ---
+
+    def request(self, chunks: list[int]) -> list[int]:
+        """Begin to bring in these banked chunks; returns the pool rows at which they start.
+
+        They stay where they are until `release`. Raises ValueError, before anything changes, for more
+        chunks than the device has slots.
+        """
+        if self._cache is None:
+            return [self._slots[self._place[chunk]] for chunk in chunks]
+        if len(chunks) > len(self._slots):
+            raise ValueError(f"Bank: request must be for at most {len(self._slots)} chunks, got {len(chunks)}")
+        return self._cache.request(chunks, self._place)
+
+    def prefetch(self, chunks: list[int]) -> list[int]:
+        """Begin to bring in banked chunks for a window to come; returns those that are on the device or on the way."""
+        return list(chunks) if self._cache is None else self._cache.prefetch(chunks, self._place)
+
+    def wait_layer(self, layer: int) -> None:
+        """Let the current stream wait for what `request` brings in, of one layer."""
+        if self._cache is not None:
+            self._cache.wait_layer(layer)
+
+    def wait(self) -> None:
+        """Let the current stream wait for what `request` brings in, of all layers."""
+        if self._cache is not None:
+            self._cache.wait()
+
+    def release(self) -> None:
+        """All that reads the requested rows is queued on the current stream."""
+        if self._cache is not None:
+            self._cache.release()
 
     def fetch(self, chunks: list[int]) -> list[int]:
-        """The pool rows at which these banked chunks start, after copying in those that are not on the device."""
-        if self._arena is None:
-            return [self._slots[self._place[chunk]] for chunk in chunks]
-        for chunk in chunks:  # first of all, so that none of them is evicted for another
-            if chunk in self._cached:
-                self._cached[chunk] = self._cached.pop(chunk)
-                self.hits += 1
-        for chunk in chunks:
-            if chunk not in self._cached:
-                if not self._free_slots:
-                    self._free_slots.append(self._cached.pop(next(iter(self._cached))))
-                self._cached[chunk] = self._free_slots.pop()
-                self._copy_in(chunk)
-        return [self._slots[self._cached[chunk]] for chunk in chunks]
-
-    @ranged("bank_copy_in")
-    def _copy_in(self, chunk: int) -> None:
-        first = self._slots[self._cached[chunk]]
-        rows = slice(first, first + self._tokens)
-        for layer, place in enumerate(self._arena[self._place[chunk]]):
-            self._pool.k[layer, rows].copy_(place[0], non_blocking=True)
-            self._pool.v[layer, rows].copy_(place[1], non_blocking=True)
-        self.copies_in += 1
+        """`release`, `request` and `wait` in one: rows that the current stream may read at once."""
+        self.release()
+        rows = self.request(chunks)
+        self.wait()
+        return rows

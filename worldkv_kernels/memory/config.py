@@ -42,7 +42,11 @@ class MemoryConfig:
     turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
     recent ones.
 
-    `bank`: "device", or "host" for (pinned) host memory with device room for the retrieved chunks alone.
+    `bank`: "device", or "host" for host memory, page-locked on a GPU, with `device_slots` chunks of it cached on the
+    device. None for retrieved_chunks + 2: the window, one to prune into and one to prefetch into without giving up
+    the window; 2 * retrieved_chunks + 1 let a prefetch replace a whole window. `prefetch`: at begin_chunk, copy ahead
+    what the next chunk would retrieve if the camera moved on as it did (a policy object of a user's own must
+    be `stateless`, see RetrievalPolicy). Neither changes a result.
     `bank_chunks`: how many chunks the bank holds, or in mode "full" how many chunks in all; past that the policy
     drops one ("full" raises). None: what fits half of the memory that is free when the WorldMemory is made,
     at most what the rope's positions can number.
@@ -68,6 +72,8 @@ class MemoryConfig:
     order: Order = "time"
     bank: Literal["device", "host"] = "device"
     bank_chunks: int | None = None
+    device_slots: int | None = None
+    prefetch: bool = True
     rope: Rope3D | Literal["wan"] | None = "wan"
     scale: float | None = None
     eps: float = 1e-6
@@ -81,7 +87,8 @@ class MemoryConfig:
             if not right:
                 raise ValueError(f"MemoryConfig: {field} must be {wanted}, got {getattr(self, field)!r}")
 
-        for field in (*_INTEGERS, *(("bank_chunks",) if self.bank_chunks is not None else ())):
+        given = [field for field in ("bank_chunks", "device_slots") if getattr(self, field) is not None]
+        for field in (*_INTEGERS, *given):
             number = getattr(self, field)
             if not hasattr(number, "__index__"):
                 raise TypeError(f"MemoryConfig: {field} must be an integer, got {number!r}")
@@ -106,6 +113,9 @@ class MemoryConfig:
         make_policy(self.retrieval)
         least = max(1, self.retrieved_chunks) if self.mode == "worldkv" else 1
         check(self.bank_chunks is None or self.bank_chunks >= least, "bank_chunks", f"None or at least {least}")
+        slots = self.device_slots is None or self.device_slots >= max(1, self.retrieved_chunks)
+        retrieved = f"retrieved_chunks={self.retrieved_chunks}"
+        check(slots, "device_slots", f"None or at least {max(1, self.retrieved_chunks)} with {retrieved}")
         if isinstance(self.rope, Rope3D):
             check(self.rope.head_dim == self.head_dim, "rope", f"for head_dim {self.head_dim}")
         else:
@@ -186,6 +196,11 @@ class MemoryConfig:
     @property
     def recent_chunks(self) -> int:
         return self.recent_frames // self.chunk_frames
+
+    @property
+    def host_bank_slots(self) -> int:
+        """Device slots of a bank in host memory."""
+        return self.retrieved_chunks + 2 if self.device_slots is None else self.device_slots
 
     @property
     def has_bank(self) -> bool:

@@ -22,7 +22,11 @@ TIE_RESOLUTION = 1e-6
 
 @runtime_checkable
 class RetrievalPolicy(Protocol):
-    """What WorldMemory asks of a policy. `candidates` are (chunk number, description), oldest first."""
+    """What WorldMemory asks of a policy. `candidates` are (chunk number, description), oldest first.
+
+    A policy that has an attribute `stateless`, True, says that a call changes no later one: it is then also asked about
+    views that may come next, to prefetch what they would retrieve.
+    """
 
     needs_intrinsics: bool
 
@@ -47,6 +51,7 @@ class NearestPolicy:
     """
 
     needs_intrinsics = False
+    stateless = True
 
     def __init__(self, *, diversity: float = 0.0) -> None:
         if not 0.0 <= diversity <= 1.0:
@@ -226,6 +231,7 @@ class PublishedPoseRetrieval:
     """
 
     needs_intrinsics = False
+    stateless = True
 
     def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         poses = poses.astype(np.float32)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from ..actions import ActionIntegrator, as_actions
 from ..ops.checks import DTYPES
 from ..ops.compress_chunk import compress_chunk
 from ..ops.norm_rope_append import norm_rope_append
@@ -15,12 +16,12 @@ from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from .bank import Bank
 from .config import MemoryConfig
-from .pool import Pool, free_bytes
-from .poses import as_intrinsics, as_poses
-from .retrieval import ActionRetrieval, make_policy
+from .pool import Pool
+from .retrieval import make_policy
+from .room import bank_places, check_room
+from .slots import COUNTS
+from .views import View, Views
 from .window import Segment, Window, tiles_of
-
-_CHUNKS_WITHOUT_ROPE = 340  # that a bank of unstated size holds at most; as many as 1024 positions number
 
 
 class ChunkPlan(NamedTuple):
@@ -40,6 +41,14 @@ class WorldMemory:
     `end_chunk` makes the rows of the last pass history. All storage is allocated here, once; the window's tables
     and the chunk's position are rewritten at fixed addresses, so a pass can be captured in a CUDA graph.
     Every past chunk is in exactly one of sink, recent and bank, unless a mode or the bank's bound drops it.
+
+    With a bank in host memory, chunks go there and come back by copies on streams of their own. No call waits for
+    them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
+    call wait for that layer's rows, the first time. A graph cannot wait for copies outside of it: call
+    `wait` after begin_chunk, before a capture and before a replay. The calls of a chunk may be on several streams if
+    the caller orders them, end_chunk and abort_chunk after every pass.
+
+    A memory on a GPU cannot be used in a child that its process forks: RuntimeError.
 
     `integrator`, where retrieval is by action, stands at the end of the last chunk of history (in the baselines, which
     retrieve nothing, at the start); it is None for other retrieval.
@@ -63,26 +72,29 @@ class WorldMemory:
         self.dtype = dtype
         self._backend = backend
         self._rope = config.make_rope()
+        self._process = os.getpid() if self.device.type == "cuda" else None
         self._policy = make_policy(config.retrieval)
-        self.integrator: ActionIntegrator | None = None
-        if isinstance(self._policy, ActionRetrieval):
-            self.integrator = self._policy.integrator.fresh()
+        self._views = Views(config, self._policy)
+        self.integrator = self._views.integrator
         self._max_chunks = self._rope.max_position // config.chunk_frames if self._rope else sys.maxsize
 
         sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
         whole = config.chunk_tokens
-        places = self._bank_places(sizes)
+        tokens = whole if config.mode == "full" else config.banked_tokens
+        slot_bytes = Pool.slot_bytes(tokens, dtype=dtype, **sizes)
+        places = bank_places(config, self.device, slot_bytes, self._max_chunks)
         if config.mode == "full":
             self._max_chunks = min(self._max_chunks, places)
             ring = self._max_chunks
         else:
             ring = config.recent_chunks + config.unattended_chunks + 1
         on_host = config.has_bank and config.bank == "host"
-        bank_slots = 0
-        if config.has_bank:
-            bank_slots = config.retrieved_chunks + 1 if on_host else places
+        self._foresees = on_host and config.prefetch and getattr(self._policy, "stateless", False)
+        bank_slots = (config.host_bank_slots if on_host else places) if config.has_bank else 0
         slots = [(whole, config.sink_chunks), (whole, ring), (config.banked_tokens, bank_slots)]
-        self._check_room(
+        check_room(
+            config,
+            self.device,
             sum(count * Pool.slot_bytes(tokens, dtype=dtype, **sizes) for tokens, count in slots),
             places * config.banked_tokens * self._token_bytes() if on_host else 0,
         )
@@ -106,17 +118,17 @@ class WorldMemory:
 
     def reset(self) -> None:
         """Forget the rollout and start again at chunk 0. Keeps all storage."""
+        self._check_process("reset")
         self._next_chunk = 0
         self._plan: ChunkPlan | None = None
         self._layers_done: set[int] = set()
         self._descriptions: dict[int, Any] = {}  # of chunks on their way to the bank
-        self._current_description: Any = None
+        self._view = self._last_view = View()  # of the chunk begun last, and of the last one of history
         self._tokens_attended = 0
         self._retrieved_total = 0
         self._left_window = 0
         if self.integrator is not None:
             self.integrator.reset()
-            self._after_actions = self.integrator.state  # where the chunk begun last ends
         if self._bank is not None:
             self._bank.clear()
 
@@ -140,31 +152,26 @@ class WorldMemory:
         when a chunk is already begun or the frames would pass the rope's positions (or, in mode "full", the
         pool), ValueError when the poses or actions are missing, misshapen, not rigid or not finite, or
         are what this retrieval does not take, or a policy object selects what is not on offer; the memory is
-        then as before.
+        then as before. With a host bank, the copies of what is missing on the device are begun, then, under
+        `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it did.
         """
         if self._plan is not None:
             raise RuntimeError(
                 f"begin_chunk: chunk {self._plan.chunk} must be ended (end_chunk) or dropped (abort_chunk) "
                 f"before another is begun, got a second begin_chunk"
             )
+        self._check_process("begin_chunk")
         config, chunk = self.config, self._next_chunk
         if chunk >= self._max_chunks:
             raise RuntimeError(
                 f"begin_chunk: chunk must be below {self._max_chunks} (rope positions, or bank_chunks in mode 'full'), "
                 f"got chunk {chunk}"
             )
-        description = self._described(self._integrated(poses, actions), intrinsics)
+        view = self._views.of("begin_chunk", chunk, poses, intrinsics, actions)
         start_frame = chunk * config.chunk_frames
         retrieved: list[int] = []
         if self._bank is not None:
-            candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
-            retrieved = list(self._policy.select(description, candidates, config.retrieved_chunks))
-            known = {c for c, _ in candidates}
-            if len(retrieved) > config.retrieved_chunks or len(known.intersection(retrieved)) != len(retrieved):
-                raise ValueError(
-                    f"begin_chunk: the retrieval policy must select up to {config.retrieved_chunks} different chunks "
-                    f"of {sorted(known)}, got {retrieved}"
-                )
+            retrieved = self._select("begin_chunk", view.description, self._candidates())
             if config.order == "time":
                 retrieved.sort()
             elif config.order == "nearest_last":
@@ -173,10 +180,46 @@ class WorldMemory:
         self._window.update([segment for _, _, segment in segments])
         self._position[:1].fill_(self._slot(chunk))  # by launch argument: no copy to wait for
         self._position[1:].fill_(start_frame)
-        self._current_description = description
+        if self._foresees and self._last_view.poses is not None:
+            following = self._views.following(self._last_view, view)
+            self._prefetch("begin_chunk", following, self._candidates(chunk, view.description))
+        self._view = view
         self._layers_done.clear()
         self._plan = ChunkPlan(chunk, start_frame, tuple(retrieved), tuple(segments), self._window.num_tokens)
         return self._plan
+
+    def prefetch(
+        self, poses: object = None, *, intrinsics: object = None, actions: tuple[object, object] | None = None
+    ) -> tuple[int, ...]:
+        """Begin to bring to the device what the next chunk will retrieve, for a caller who knows where it will be.
+
+        Between chunks that is the chunk about to begin; while one is begun, the chunk after it. The arguments are what
+        begin_chunk will be given. Best candidates first, as far as there are slots that the present window does not
+        use: all of them between chunks, `device_slots - retrieved_chunks` while one is begun. It changes no result:
+        begin_chunk finds on the device what was guessed right, and copies the rest.
+
+        Returns the chunks that are now on the device or on their way; none without a bank. A policy object
+        has to describe the poses once more. Raises as begin_chunk does for its arguments.
+        """
+        self._check_process("prefetch")
+        if self._bank is None:
+            return ()
+        begun = self._plan.chunk if self._plan is not None else None
+        start = self._view.after_actions if begun is not None else None
+        chunk = self._next_chunk if begun is None else begun + 1
+        view = self._views.of("prefetch", chunk, poses, intrinsics, actions, start)
+        return self._prefetch("prefetch", view.description, self._candidates(begun, self._view.description))
+
+    def wait(self) -> None:
+        """Let the current stream wait for all rows of the window: `attend` then waits for none, on any stream.
+
+        After begin_chunk: before a pass is captured in a CUDA graph or one is replayed; before the rows are read by
+        other means than `attend`; and for torch.compile to trace `attend` in one graph. Does nothing when no row
+        is on its way. Raises RuntimeError when the stream is being captured.
+        """
+        self._check_process("wait")
+        if self._bank is not None:
+            self._bank.wait()
 
     def attend(
         self,
@@ -198,7 +241,8 @@ class WorldMemory:
             out: where to write; with it, a call allocates nothing.
 
         Returns [tokens, heads, head_dim]. For inference: call it under torch.no_grad() or torch.inference_mode().
-        Raises RuntimeError when no chunk is begun, ValueError or TypeError as norm_rope_append does.
+        Raises RuntimeError when no chunk is begun, and in a graph capture when rows of the window may be on their way
+        (call `wait` before); ValueError or TypeError as norm_rope_append does.
         """
         if self._plan is None:
             raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")
@@ -208,6 +252,10 @@ class WorldMemory:
         if isinstance(q, torch.Tensor) and q.dim() == 2 and len(q) != tokens:
             raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {len(q)}")
         pool, config = self._pool, self.config
+        if self._process is not None and not torch.compiler.is_compiling():
+            self._check_process("attend")
+        if self._bank is not None and not self._bank.settled:
+            self._bank.wait_layer(layer)
         turned = norm_rope_append(
             q, k, v, pool.k[layer], pool.v[layer], self._position[:1],
             rope=self._rope, grid=(config.chunk_frames, *config.grid), start_frame=self._position[1:],
@@ -225,39 +273,46 @@ class WorldMemory:
 
         Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
         ValueError when a policy object gives up a chunk that is not in a full bank; the chunk is then still begun.
+        When pruning itself fails, it is still begun, to be ended again or dropped; what a full bank gave up is gone.
         """
+        self._check_process("end_chunk")
         if self._plan is None:
             raise RuntimeError("end_chunk: a chunk must be begun (begin_chunk), got end_chunk outside one")
         config, chunk = self.config, self._plan.chunk
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
+        leaving = chunk - config.recent_chunks - config.unattended_chunks
         if self._bank is not None:
-            self._descriptions[chunk] = self._current_description
+            self._descriptions[chunk] = self._view.description
             if config.bank_sink and chunk < config.sink_chunks:
                 self._store(chunk)
-        leaving = chunk - config.recent_chunks - config.unattended_chunks
-        if config.mode != "full" and leaving >= config.sink_chunks:
-            if self._bank is not None:
+            elif leaving >= config.sink_chunks:
                 self._store(leaving)
-            else:
-                self._left_window += 1
+        elif config.mode != "full" and leaving >= config.sink_chunks:
+            self._left_window += 1
         self._tokens_attended += self._plan.num_tokens
         self._retrieved_total += len(self._plan.retrieved)
         if self.integrator is not None:
-            self.integrator.restore(self._after_actions)
-        self._plan = None
+            self.integrator.restore(self._view.after_actions)
+        self._release()
+        self._last_view = self._view
         self._next_chunk = chunk + 1
 
     def abort_chunk(self) -> None:
-        """Drop the current chunk: the memory is as before its begin_chunk. Does nothing when none is begun."""
-        self._plan = None
+        """Drop the current chunk: the memory is as before its begin_chunk. Does nothing when none is begun.
+
+        What was copied to the device for it stays there, as a cache.
+        """
+        self._check_process("abort_chunk")
+        if self._plan is not None:
+            self._release()
 
     # --- what is inside ---
 
     @property
     def window(self) -> Window:
-        """The current window, for use with the ops themselves; rewritten by begin_chunk, never replaced."""
+        """The current window, for the ops themselves, after `wait`; rewritten by begin_chunk, never replaced."""
         return self._window
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,7 +333,14 @@ class WorldMemory:
         return "bank" if self._bank is not None and chunk in self._bank else "dropped"
 
     def stats(self) -> dict[str, int]:
-        """Counts since the last reset, and bytes: plain numbers, ready for JSON."""
+        """Counts since the last reset, and bytes: plain numbers, ready for JSON.
+
+        Of a bank in host memory, else 0: host_copies_in, host_copies_out: chunks copied to the device and from it,
+        host_bytes_in, host_bytes_out: their bytes. host_copies_saved, host_misses: retrieved chunks that were
+        on the device (or on their way) when their chunk began, and others, aborted chunks included.
+        prefetched: copies to the device made ahead, of which prefetch_hits were retrieved later and prefetch_misses
+        given up before. host_bytes: of the arena; pinned: 1 if it is page-locked.
+        """
         bank, has_bank = self._bank, self._bank is not None  # an empty bank is falsy
         return {
             "chunks": self._next_chunk,
@@ -287,11 +349,9 @@ class WorldMemory:
             "chunks_banked": len(bank) if has_bank else 0,
             "bank_capacity": bank.capacity if has_bank else 0,
             "chunks_dropped": len(bank.dropped) if has_bank else self._left_window,
-            "host_copies_in": bank.copies_in if has_bank else 0,
-            "host_copies_saved": bank.hits if has_bank else 0,
             "device_bytes": self._pool.bytes,
-            "host_bytes": bank.host_bytes if has_bank else 0,
             "kept_bytes": self._kept_bytes(),
+            **(bank.counts() if has_bank else dict.fromkeys(COUNTS, 0)),
         }
 
     def _kept_bytes(self) -> int:
@@ -310,44 +370,44 @@ class WorldMemory:
 
     # --- parts of the above ---
 
-    def _integrated(self, poses: object, actions: tuple[object, object] | None) -> object:
-        """The poses given, or those that the actions lead to."""
-        if self.integrator is None:
-            if actions is not None:
-                policy, got = type(self._policy).__name__, type(actions).__name__
-                raise ValueError(f"begin_chunk: actions must be None for retrieval by {policy}, got {got}")
-            return poses
-        if poses is not None:
-            got = type(poses).__name__
-            raise ValueError(f"begin_chunk: poses must be None for retrieval by ActionRetrieval, got {got}")
-        rows = 4 * self.config.chunk_frames - (0 if self._next_chunk else 3)
-        if actions is None:
-            if self._bank is not None:
-                raise ValueError(f"begin_chunk: actions must be of {rows} rows in mode 'worldkv', got None")
-            return None
-        checked = as_actions("begin_chunk", actions, self.integrator.layout_name, rows)
-        if self._bank is None:
-            return None
-        before = self.integrator.state
-        poses = self.integrator.advance(*checked)
-        self._after_actions = self.integrator.state
-        self.integrator.restore(before)  # the chunk may yet be refused or dropped
-        return poses
+    def _check_process(self, op: str) -> None:
+        if self._process not in (None, os.getpid()):
+            raise RuntimeError(
+                f"{op}: a memory on a GPU must be used in the process that made it, {self._process}, "
+                f"got {os.getpid()}: a forked child has no CUDA"
+            )
 
-    def _described(self, poses: object, intrinsics: object) -> Any:
-        frames = self.config.chunk_frames
-        if poses is None:
-            if self._bank is not None:
-                raise ValueError(f"begin_chunk: poses must be [{frames}, 4, 4] in mode 'worldkv', got None")
-            return None
-        checked = as_poses("begin_chunk", poses, frames)
-        if self._bank is None:
-            return None
-        if not self._policy.needs_intrinsics:
-            return self._policy.describe(checked, None)
-        if intrinsics is None:
-            raise ValueError(f"begin_chunk: intrinsics must be [{frames}, 4] for this retrieval policy, got None")
-        return self._policy.describe(checked, as_intrinsics("begin_chunk", intrinsics, frames))
+    def _candidates(self, begun: int | None = None, description: Any = None) -> list[tuple[int, Any]]:
+        """What the next chunk may retrieve. While `begun` is, of that description, what will be banked at its end too,
+        so that what is chosen is not one chunk too old; it comes to lie on the device by itself."""
+        config = self.config
+        candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
+        if begun is not None:
+            leaving = begun - config.recent_chunks - config.unattended_chunks
+            if leaving >= config.sink_chunks:
+                candidates.append((leaving, {**self._descriptions, begun: description}[leaving]))
+        return candidates
+
+    def _select(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]]) -> list[int]:
+        """The policy's choice, best first, checked."""
+        budget, known = self.config.retrieved_chunks, {c for c, _ in candidates}
+        chosen = list(self._policy.select(description, candidates, budget))
+        if len(chosen) > budget or len(known.intersection(chosen)) != len(chosen):
+            raise ValueError(
+                f"{op}: the retrieval policy must select up to {budget} different chunks of {sorted(known)}, "
+                f"got {chosen}"
+            )
+        return chosen
+
+    def _prefetch(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]]) -> tuple[int, ...]:
+        chosen = self._select(op, description, candidates)
+        return tuple(self._bank.prefetch([chunk for chunk in chosen if chunk in self._bank]))
+
+    def _release(self) -> None:
+        """No chunk is begun any more; the passes queued so far are all that read its window."""
+        self._plan = None
+        if self._bank is not None:
+            self._bank.release()
 
     def _slot(self, chunk: int) -> int:
         """First pool row of a chunk that is whole: in the sink, recent, or current."""
@@ -370,7 +430,7 @@ class WorldMemory:
         for place, past in enumerate(sink):
             moved = (before - len(sink) + place - past) * shift if config.rebase_sink else 0
             segments.append(("sink", past, Segment(self._slot(past), config.chunk_tokens, moved)))
-        rows = self._bank.fetch(retrieved) if self._bank is not None else []
+        rows = self._bank.request(retrieved) if self._bank is not None else []
         for place, (past, first) in enumerate(zip(retrieved, rows, strict=True)):
             segments.append(("retrieved", past, Segment(first, config.banked_tokens, (before + place - past) * shift)))
         for past in recent:
@@ -382,44 +442,21 @@ class WorldMemory:
         """Prune a whole chunk, layer by layer, from its slot into the bank's."""
         config = self.config
         row = self._bank.row_to_fill(chunk, self._descriptions[chunk])
-        del self._descriptions[chunk]
+        self._bank.release()  # before pruning is queued: copies for the next window need not wait for it
         if row is None:
+            del self._descriptions[chunk]
             return
         source = slice(self._slot(chunk), self._slot(chunk) + config.chunk_tokens)
         target = slice(row, row + config.banked_tokens)
-        for k, v in zip(self._pool.k, self._pool.v, strict=True):
-            compress_chunk(
-                k[source], v[source], frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled,
-                out_k=k[target], out_v=v[target], out_index=self._index, backend=self._backend,
-            )  # fmt: skip
-        self._bank.stored(chunk)
-
-    def _bank_places(self, sizes: dict[str, int]) -> int:
-        """How many chunks the bank (mode "full": the pool) holds."""
-        config = self.config
-        if config.bank_chunks is not None or not (config.has_bank or config.mode == "full"):
-            return config.bank_chunks or 1
-        tokens = config.chunk_tokens if config.mode == "full" else config.banked_tokens
-        size = Pool.slot_bytes(tokens, dtype=self.dtype, **sizes)
-        on_device = self.device.type == "cuda" and not (config.has_bank and config.bank == "host")
-        free = free_bytes(self.device if on_device else torch.device("cpu"))
-        fits = int(free // 2 // size)
-        least = max(1, config.retrieved_chunks) if config.has_bank else 1
-        if fits < least:
-            where = "on the device" if on_device else "on the host"
-            raise ValueError(
-                f"WorldMemory: bank_chunks must be at least {least} at {size / 2**20:.0f} MiB each, "
-                f"got {fits} that fit half of the {free / 2**30:.1f} GiB that are free {where}"
-            )
-        return min(fits, self._max_chunks if self._rope else _CHUNKS_WITHOUT_ROPE)
-
-    def _check_room(self, pool_bytes: int, arena_bytes: int) -> None:
-        wanted = {self.device.type: pool_bytes}
-        wanted["cpu"] = wanted.get("cpu", 0) + arena_bytes
-        for kind, needed in wanted.items():
-            free = free_bytes(torch.device(kind) if kind == "cpu" else self.device)
-            if needed > free:
-                raise ValueError(
-                    f"WorldMemory: storage must fit the {free / 2**30:.1f} GiB that are free on {kind}, "
-                    f"got {needed / 2**30:.1f} GiB; bank_chunks, {self.config.bank_chunks}, sets most of it"
-                )
+        try:
+            for layer, (k, v) in enumerate(zip(self._pool.k, self._pool.v, strict=True)):
+                compress_chunk(
+                    k[source], v[source], frames=config.chunk_frames, keep_ratio=config.keep_ratio,
+                    pooled=config.pooled, out_k=k[target], out_v=v[target], out_index=self._index,
+                    backend=self._backend,
+                )  # fmt: skip
+                self._bank.stored(chunk, layer)
+        except BaseException:
+            self._bank.break_off(chunk)
+            raise
+        del self._descriptions[chunk]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..reference.compress_chunk import compress_chunk as reference
+from . import cuda
 from .backends import Backend, OpBackends, on_current_device, register, triton_unavailable
 from .checks import HEAD_DIMS, bad_value, check_tensor
 
@@ -63,7 +64,7 @@ def compress_chunk(
         anchor: which frame is kept whole, from 0.
         out_k, out_v: where to write, [kept, heads, head_dim] like k, not overlapping k or v; out_index
             int32 [kept], contiguous. Allocated when None.
-        backend: "reference", "triton", or None for the automatic choice.
+        backend: "reference", "triton", "cuda", or None for the automatic choice.
 
     Returns CompressedChunk(k, v, index): the anchor frame first, then the kept tokens in ascending order.
     Similarities in fp32, sums in a fixed order: the same input gives the same bits. Makes no copy of the chunk
@@ -115,7 +116,10 @@ def _run(
         for other, span in spans.items():
             if other != name and max(spans[name][0], span[0]) < min(spans[name][1], span[1]):
                 raise ValueError(f"{_OP}: {name} must not overlap {other}, got bytes {spans[name]} and {span}")
-    run = BACKENDS.choose(backend, k.device, (k.dtype, k.shape[2], pooled, keep * frames >= k.shape[0]))
+    per_vector = 16 // k.element_size()
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % per_vector == 0 for x in (k, v, out_k, out_v))
+    kind = (k.dtype, k.shape[2], pooled, keep * frames >= k.shape[0], aligned)
+    run = BACKENDS.choose(backend, k.device, kind)
     with on_current_device(k.device):
         run(k, v, out_k, out_v, index, frames=frames, keep=keep, pooled=pooled, anchor=anchor)
 
@@ -128,7 +132,7 @@ def _load_triton() -> Callable[..., None]:
 
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
     """Three frames of 40 tokens whose similarities are far apart, so that rounding moves no token."""
-    dtype, head_dim, pooled, whole = kind
+    dtype, head_dim, pooled, whole, _ = kind
     generator = torch.Generator().manual_seed(0)
     base, noise = torch.randn(2, 1, 2, head_dim, generator=generator)
     share = torch.linspace(-1, 1, 120)[torch.randperm(120, generator=generator)].view(-1, 1, 1)
@@ -150,13 +154,14 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
 BACKENDS = OpBackends(
     op=_OP,
     backends={
+        "cuda": Backend(lambda: cuda.compress_chunk, cuda.unavailable, cuda.compress_unsupported),
         "triton": Backend(_load_triton, triton_unavailable),
         "reference": Backend(lambda: reference),
     },
     small_case=_small_case,
     tolerance=lambda kind: 0.0,
     kinds=tuple(
-        (dtype, head_dim, pooled, whole)
+        (dtype, head_dim, pooled, whole, True)
         for dtype in (torch.bfloat16, torch.float16)
         for head_dim in HEAD_DIMS
         for pooled, whole in ((True, False), (False, False), (True, True))

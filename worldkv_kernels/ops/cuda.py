@@ -6,7 +6,7 @@ import importlib
 
 import torch
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def architectures() -> list[str]:
@@ -33,9 +33,18 @@ def unavailable(device: torch.device) -> str | None:
 
 def append_unsupported(kind: tuple) -> str | None:
     """Why csrc/append does not take a kind of norm_rope_append, (dtype, ..., aligned); None when it does."""
-    if kind[0] not in _DTYPES:
+    if kind[0] not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {kind[0]}"
-    return None if kind[-1] else "it takes rows that start on multiples of 16 bytes"
+    return _rows_unsupported(kind[-1])
+
+
+def compress_unsupported(kind: tuple) -> str | None:
+    """Why csrc/compress does not take a kind of compress_chunk, (dtype, ..., aligned); None when it does."""
+    return _rows_unsupported(kind[-1])
+
+
+def _rows_unsupported(aligned: bool) -> str | None:
+    return None if aligned else "it takes rows that start on multiples of 16 bytes"
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -77,4 +86,42 @@ def norm_rope_append(
         q_weight_is_float=q_weight is not None and q_weight.dtype == torch.float32,
         k_weight_is_float=k_weight is not None and k_weight.dtype == torch.float32,
         dtype=_DTYPES[q.dtype], stream=torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
+
+
+def compress_chunk(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out_k: torch.Tensor,
+    out_v: torch.Tensor,
+    index: torch.Tensor,
+    *,
+    frames: int,
+    keep: int,
+    pooled: bool,
+    anchor: int,
+) -> None:
+    """Launch csrc/compress on the current stream: two kernels, or one where all is kept.
+
+    k, v [frames * frame_tokens, heads, head_dim], index [kept]; or all with a first dimension of layers, which share
+    the launches. `keep` tokens per pruned frame. Takes what `compress_unsupported` lets through.
+    """
+    if k.dim() == 3:
+        k, v, out_k, out_v, index = (x.unsqueeze(0) for x in (k, v, out_k, out_v, index))
+    layers, tokens, heads, head_dim = k.shape
+    frame_tokens = tokens // frames
+    words = 0
+    if keep < frame_tokens and frames > 1:  # the mean key, a number a candidate, a counter a group, and one more
+        words = layers * (heads * head_dim + tokens - frame_tokens + (1 if pooled else frames - 1)) + 1
+    workspace = torch.empty(words, dtype=torch.int32, device=k.device)
+    importlib.import_module("worldkv_kernels._cuda").compress_chunk(
+        k=k.data_ptr(), v=v.data_ptr(), out_k=out_k.data_ptr(), out_v=out_v.data_ptr(), index=index.data_ptr(),
+        workspace=workspace.data_ptr(), workspace_bytes=4 * words,
+        stride_k_layer=k.stride(0), stride_v_layer=v.stride(0),
+        stride_out_k_layer=out_k.stride(0), stride_out_v_layer=out_v.stride(0),
+        stride_k_row=k.stride(1), stride_v_row=v.stride(1),
+        stride_out_k_row=out_k.stride(1), stride_out_v_row=out_v.stride(1),
+        layers=layers, frames=frames, frame_tokens=frame_tokens, heads=heads, head_dim=head_dim,
+        keep=keep, anchor=anchor, pooled=pooled,
+        dtype=_DTYPES[k.dtype], stream=torch.cuda.current_stream(k.device).cuda_stream,
     )  # fmt: skip

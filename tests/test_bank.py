@@ -1,0 +1,328 @@
+"""The tiered bank: residency against a plain model, whole rollouts by bank, and the edges."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from late_streams import LateStreams
+from tiny_memory import MODEL, jumps, latents, passes, tiny, walk
+
+import worldkv_kernels.memory.room as room
+import worldkv_kernels.memory.slots as slots_module
+import worldkv_kernels.memory.world_memory as world_memory_module
+from worldkv_kernels import MemoryConfig, WorldMemory
+from worldkv_kernels.memory.bank import Bank
+from worldkv_kernels.memory.pool import Pool
+from worldkv_kernels.memory.streams import COMPUTE
+
+CPU = torch.device("cpu")
+
+
+def fuzz(examples: int):
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+
+
+# --- residency ---
+
+
+class Oldest:
+    """Gives up the oldest chunk, or, every third time, the newest."""
+
+    needs_intrinsics = False
+
+    def describe(self, poses, intrinsics):
+        return None
+
+    def select(self, current, candidates, budget):
+        return []
+
+    def drop(self, candidates):
+        return candidates[-1 if candidates[-1][0] % 3 == 0 else 0][0]
+
+
+class PlainCache:
+    """The stated policy, spelled out: a list of chunks, least recently used first, of at most `slots`."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.chunks, self.window = slots, [], []
+        self.copies, self.hits = 0, 0
+
+    def touch(self, chunks):
+        for chunk in [chunk for chunk in chunks if chunk in self.chunks]:
+            self.chunks.remove(chunk)
+            self.chunks.append(chunk)
+
+    def add(self, chunk, keep) -> bool:
+        if len(self.chunks) == self.slots:
+            victims = [cached for cached in self.chunks if cached not in keep]
+            if not victims:
+                return False
+            self.chunks.remove(victims[0])
+        self.chunks.append(chunk)
+        return True
+
+    def bring(self, chunks, keep):
+        self.touch(chunks)
+        for chunk in chunks:
+            if chunk not in self.chunks:
+                self.copies += self.add(chunk, keep)
+
+
+steps = st.lists(st.tuples(st.sampled_from("srrrpp."), st.lists(st.integers(0, 40), max_size=4)), max_size=80)
+
+
+@fuzz(150)
+@given(st.integers(1, 5), st.integers(1, 8), steps)
+def test_random_residency(slots, places, steps):
+    """Thousands of steps: no chunk leaves the window, no slot too many, no banked chunk lost, and the policy kept."""
+    pool = Pool([(3, slots)], num_layers=2, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
+    bank = Bank(pool, pool.first_rows[0], tokens=3, places=places, on_host=True, policy=Oldest())
+    cache, plain, banked, next_chunk = bank._cache, PlainCache(slots), [], 0
+    rows: dict[int, int] = {}  # of the window
+
+    def check(chunk: int, row: int) -> None:
+        assert row in pool.first_rows[0]
+        for layer in range(2):
+            assert (pool.k[layer, row : row + 3] == chunk + layer / 4).all()
+            assert (pool.v[layer, row : row + 3] == -chunk - layer / 4).all()
+
+    for what, numbers in steps:
+        chosen = list(dict.fromkeys(banked[n % len(banked)] for n in numbers if banked))[:slots]
+        if what == "s":
+            bank.release()
+            plain.window, rows = [], {}
+            row = bank.row_to_fill(next_chunk, None)
+            if len(banked) == places:
+                given_up = next_chunk if next_chunk % 3 == 0 else banked[0]
+                if given_up in banked:
+                    banked.remove(given_up)
+                    plain.chunks = [chunk for chunk in plain.chunks if chunk != given_up]
+                assert bank.dropped[-1] == given_up and (row is None) == (given_up == next_chunk)
+            if row is not None:
+                plain.add(next_chunk, ())
+                banked.append(next_chunk)
+                for layer in range(2):
+                    pool.k[layer, row : row + 3] = next_chunk + layer / 4
+                    pool.v[layer, row : row + 3] = -next_chunk - layer / 4
+                    bank.stored(next_chunk, layer)
+            next_chunk += 1
+        elif what == "r":
+            bank.release()
+            plain.hits += sum(chunk in plain.chunks for chunk in chosen)
+            plain.bring(chosen, chosen)
+            plain.window = chosen
+            rows = dict(zip(chosen, bank.request(chosen), strict=True))
+        elif what == "p":
+            plain.bring(chosen, {*plain.window, *chosen})
+            assert bank.prefetch(chosen) == [chunk for chunk in chosen if chunk in plain.chunks]
+        else:
+            bank.release()
+            plain.window, rows = [], {}
+        assert list(cache._cached) == plain.chunks and len(plain.chunks) <= slots
+        assert (bank.copies_in, cache.hits) == (plain.copies, plain.hits)
+        assert set(plain.window) <= set(cache._cached) and len(set(rows.values())) == len(rows)
+        for chunk, row in rows.items():
+            check(chunk, row)
+        assert list(bank.descriptions) == banked and len(bank) == len(banked) <= places
+    for chunk in banked:
+        check(chunk, *bank.fetch([chunk]))
+
+
+def test_more_chunks_than_slots_are_refused_and_change_nothing():
+    pool = Pool([(3, 1)], num_layers=1, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
+    bank = Bank(pool, pool.first_rows[0], tokens=3, places=3, on_host=True, policy=Oldest())
+    for chunk in range(2):
+        bank.row_to_fill(chunk, None)
+        bank.stored(chunk)
+    before = list(bank._cache._cached)
+    with pytest.raises(ValueError, match="Bank: request must be for at most 1 chunks, got 2"):
+        bank.request([0, 1])
+    assert list(bank._cache._cached) == before == [1]
+
+
+def test_a_request_that_breaks_off_leaves_nothing_half_cached(monkeypatch):
+    pool = Pool([(3, 2)], num_layers=2, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
+    bank = Bank(pool, pool.first_rows[0], tokens=3, places=4, on_host=True, policy=Oldest())
+    for chunk in range(4):
+        row = bank.row_to_fill(chunk, None)
+        pool.k[:, row : row + 3] = pool.v[:, row : row + 3] = float(chunk)
+        bank.stored(chunk)
+    copy, calls = bank._cache._engine.copy, []
+
+    def broken(pairs, stream):
+        calls.append(stream)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        copy(pairs, stream)
+
+    monkeypatch.setattr(bank._cache._engine, "copy", broken)
+    with pytest.raises(KeyboardInterrupt):
+        bank.request([0, 1])
+    assert not bank._cache._cached and len(bank._cache._free) == 2
+    for chunk, row in zip((0, 1), bank.fetch([0, 1]), strict=True):
+        assert (pool.v[:, row : row + 3] == chunk).all()
+
+
+# --- rollouts ---
+
+
+@pytest.fixture(scope="module")
+def on_device() -> torch.Tensor:
+    return latents(tiny())
+
+
+@pytest.mark.parametrize("fields", [{}, dict(device_slots=3), dict(device_slots=7), dict(prefetch=False)], ids=str)
+def test_a_hundred_chunks_do_not_depend_on_the_bank(on_device, fields):
+    memory = tiny(bank="host", **fields)
+    assert len(on_device) == 100 and torch.equal(latents(memory), on_device)
+    stats = memory.stats()
+    assert stats["host_copies_in"] == stats["host_misses"] + stats["prefetched"] > 0
+    assert stats["host_misses"] + stats["host_copies_saved"] == stats["chunks_retrieved"]
+    a_chunk = stats["host_bytes"] // 40
+    assert stats["host_bytes_in"] == a_chunk * stats["host_copies_in"]
+    assert stats["host_bytes_out"] == a_chunk * stats["host_copies_out"] == a_chunk * 97  # but the sink and the recent
+    assert stats["pinned"] == 0
+    assert (stats["prefetched"] > 0) == memory.config.prefetch or memory.config.device_slots == 3  # which has no spare
+    assert stats["prefetch_hits"] + stats["prefetch_misses"] <= stats["prefetched"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hundred_chunks_do_not_depend_on_when_copies_are_made(monkeypatch, on_device, seed):
+    streams = LateStreams(seed, queues_compute=False)
+    monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: streams)
+    memory = tiny(bank="host", device_slots=3 + seed)
+    memory._bank._cache.arena.rows.fill_(math.nan)
+    assert torch.equal(latents(memory), on_device)
+    assert streams.copies > 100 * 2 * MODEL.num_layers
+
+
+# --- the edges ---
+
+
+def late_memory(monkeypatch) -> tuple[WorldMemory, LateStreams, list[np.ndarray]]:
+    """A memory whose next window has chunks on their way, which come only when they are waited for."""
+    streams = LateStreams(0, queues_compute=False)
+    streams.laziness = 1.0
+    monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: streams)
+    memory, poses = tiny(bank="host", device_slots=3, prefetch=False), jumps(5, 20)
+    for chunk in range(10):
+        walk(memory, chunk, poses[chunk])
+    misses = memory.stats()["host_misses"]
+    memory.begin_chunk(poses[1])
+    assert memory.stats()["host_misses"] > misses
+    return memory, streams, poses
+
+
+def test_a_capture_that_would_wait_for_copies_is_refused(monkeypatch):
+    memory, streams, _ = late_memory(monkeypatch)
+    streams.in_capture = True
+    with pytest.raises(RuntimeError, match=r"attend: the window's rows must be waited for .* got .* 3 chunks"):
+        passes(memory, 0)
+    with pytest.raises(RuntimeError, match=r"wait: the window's rows must be waited for"):
+        memory.wait()
+    streams.in_capture = False
+    memory.wait()
+    streams.in_capture = True
+    passes(memory, 0)
+    streams.in_capture = False
+    memory.end_chunk()
+
+
+def test_wait_brings_all_rows(monkeypatch):
+    memory, streams, _ = late_memory(monkeypatch)
+    rows = [row for role, _, segment in memory._plan.segments if role == "retrieved"
+            for row in range(segment.first_row, segment.first_row + segment.num_rows)]
+    monkeypatch.setattr(streams, "_run_some", lambda: None)
+    memory.wait()
+    monkeypatch.setattr(streams, "wait", None)  # none is waited for any more
+    for layer in range(MODEL.num_layers):
+        assert all(torch.isfinite(pool[rows]).all() for pool in memory.pools(layer))
+    passes(memory, 0)
+
+
+def test_a_layer_waits_for_its_own_rows_alone(monkeypatch):
+    memory, streams, _ = late_memory(monkeypatch)
+    waited: list[object] = []
+    monkeypatch.setattr(streams, "wait", lambda event, stream: waited.append((event, stream)))
+    q, k, v = torch.zeros(3, memory.config.chunk_tokens, MODEL.dim)
+    loaded, window = memory._bank._cache._loaded, memory._bank._cache._window
+    for layer in range(MODEL.num_layers):
+        waited.clear()
+        memory.attend(layer, q, k, v)
+        assert waited == [(loaded[slot][layer], COMPUTE) for slot in window]
+        memory.attend(layer, q, k, v)
+        assert len(waited) == len(window) == 3
+
+
+def test_pruning_that_fails_leaves_the_chunk_begun(monkeypatch):
+    memory, calm, poses = tiny(bank="host", device_slots=3), tiny(), jumps(6, 12)
+    for chunk in range(8):
+        for each in (memory, calm):
+            each.begin_chunk(poses[chunk])
+            passes(each, chunk)
+        before, compress, done = memory.stats(), world_memory_module.compress_chunk, []
+
+        def failing(*args, compress=compress, done=done, **options):
+            done.append(compress(*args, **options))
+            if len(done) == 2:
+                raise KeyboardInterrupt
+
+        if chunk >= 3:
+            monkeypatch.setattr(world_memory_module, "compress_chunk", failing)
+            with pytest.raises(KeyboardInterrupt):
+                memory.end_chunk()
+            monkeypatch.setattr(world_memory_module, "compress_chunk", compress)
+            after = memory.stats()
+            assert {name for name in before if before[name] != after[name]} <= {"prefetch_misses"}
+            if chunk % 2:
+                memory.abort_chunk()
+                memory.begin_chunk(poses[chunk])
+                passes(memory, chunk)
+        for each in (memory, calm):
+            each.end_chunk()
+        assert memory.stats()["kept_bytes"] == calm.stats()["kept_bytes"]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, memory.config.chunk_tokens, MODEL.dim, generator=generator)
+    for pose in poses[:8]:
+        plans = [each.begin_chunk(pose) for each in (memory, calm)]
+        assert plans[0].retrieved == plans[1].retrieved
+        for layer in range(MODEL.num_layers):
+            assert torch.equal(memory.attend(layer, q, k, v), calm.attend(layer, q, k, v))
+        memory.abort_chunk()
+        calm.abort_chunk()
+
+
+def test_a_forked_child_is_told(monkeypatch):
+    memory = tiny(bank="host")
+    memory.begin_chunk(np.tile(np.eye(4), (3, 1, 1)))
+    memory._process = os.getpid()  # as on a GPU
+    passes(memory, 0)
+    monkeypatch.setattr(os, "getpid", lambda: memory._process + 1)
+    x = torch.zeros(memory.config.chunk_tokens, MODEL.dim)
+    for call, arguments in (
+        ("attend", (0, x, x, x)), ("end_chunk", ()), ("abort_chunk", ()), ("wait", ()), ("reset", ()), ("prefetch", ()),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=rf"{call}: a memory on a GPU must be used in the process that made it"):
+            getattr(memory, call)(*arguments)
+
+
+def test_the_margin_of_host_memory(monkeypatch):
+    """An arena leaves a sixteenth of what is free, and says what it would take."""
+    config = MODEL.memory(bank="host", bank_chunks=10)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 16 * 2**30)
+    room.check_room(config, torch.device("cuda"), 2**30, 15 * 2**30)
+    with pytest.raises(ValueError, match=r"must fit the 15.0 GiB that are free on cpu, got 15.5 GiB; bank_chunks, 10,"):
+        room.check_room(config, torch.device("cuda"), 2**30, int(15.5 * 2**30))
+    room.check_room(config, CPU, 16 * 2**30, 0)
+
+
+def test_fewer_slots_than_a_window_takes_are_refused():
+    with pytest.raises(ValueError, match="device_slots must be None or at least 3 with retrieved_chunks=3, got 2"):
+        tiny(device_slots=2)
+    assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1), retrieved_chunks=0, device_slots=1).host_bank_slots == 1

@@ -1,0 +1,254 @@
+"""The order of a host bank's copies: whole rollouts over streams that run late, and every wait left out once.
+
+The ops are stand-ins that write and check rows of known numbers on a queued compute stream: a row that is read before
+it is there, or overwritten before it is read, is seen wherever the streams' events allow it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from late_streams import LateStreams
+
+import worldkv_kernels.memory.slots as slots_module
+import worldkv_kernels.memory.world_memory as world_memory_module
+from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
+from worldkv_kernels.memory.bank import Bank
+from worldkv_kernels.memory.pool import Pool
+
+LAYERS, CHUNK = 3, 2  # a chunk of two frames of one token
+
+
+class Scattered:
+    """A policy that selects chunks at random, as the pose says, and drops them at random."""
+
+    needs_intrinsics = False
+    stateless = True
+
+    def describe(self, poses, intrinsics):
+        return round(float(poses[0, 0, 3]))
+
+    def select(self, current, candidates, budget):
+        order = sorted(candidates, key=lambda candidate: (candidate[0] * 7919 + current * 104729) % 1009)
+        return [chunk for chunk, _ in order[: min(budget, current % (budget + 2))]]
+
+    def drop(self, candidates):
+        return candidates[candidates[-1][0] * 31 % len(candidates)][0]
+
+
+def pose_of(place: int) -> np.ndarray:
+    poses = np.tile(np.eye(4), (CHUNK, 1, 1))
+    poses[:, 0, 3] = place
+    return poses
+
+
+class Broken(Exception):
+    """Stands for whatever breaks a chunk off."""
+
+
+class Play:
+    """A rollout of stand-in ops over late streams; `wrong` lists what was read and was not there."""
+
+    def __init__(self, monkeypatch, seed: int, skips: tuple = (), breaks: float = 0.1, **fields) -> None:
+        self.streams = LateStreams(seed, queues_compute=True)
+        self.random = self.streams.random
+        monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: self.streams)
+        for op in ("norm_rope_append", "segment_attention", "compress_chunk"):
+            monkeypatch.setattr(world_memory_module, op, getattr(self, op))
+        slots, places = self.random.choice([2, 3, 4, 6]), self.random.choice([2, 3, 5, 12])
+        config = dict(
+            num_layers=LAYERS, num_heads=1, head_dim=64, grid=(1, 1), chunk_frames=CHUNK, sink_frames=0,
+            recent_frames=self.random.choice([0, CHUNK]), retrieved_chunks=2, keep_ratio=1.0, bank="host",
+            bank_chunks=places, device_slots=slots, retrieval=Scattered(), rope=Rope3D(64, max_position=400),
+            prefetch=self.random.random() < 0.5,
+        )  # fmt: skip
+        self.memory = WorldMemory(MemoryConfig(**{**config, **fields}), dtype=torch.float32)
+        self.cache = self.memory._bank._cache
+        self.streams.name_events(self.cache)
+        self.streams.skips = set(skips)
+        self.wrong: list[tuple] = []
+        self.marks: dict[int, int] = {}  # chunk -> what its last pass wrote
+        self.next_mark = 0
+        self.break_share, self.breaks = breaks, False
+
+    def number(self, mark: int, layer: int, kind: int) -> int:
+        return (mark * LAYERS + layer) * 2 + kind + 1
+
+    # --- the ops ---
+
+    def norm_rope_append(self, q, k, v, k_pool, v_pool, first_row, **options):
+        rows = slice(int(first_row), int(first_row) + CHUNK)
+        numbers = float(k[0, 0]), float(v[0, 0])
+
+        def write():
+            k_pool[rows], v_pool[rows] = numbers
+
+        self.streams.call(write)
+        return q
+
+    def segment_attention(self, q, k_pool, v_pool, window, **options):
+        layer, expected = self.layer, []
+        for role, chunk, segment in self.plan.segments:
+            mark = self.next_mark if role == "current" else self.marks[chunk]
+            expected.append((role, chunk, slice(segment.first_row, segment.first_row + segment.num_rows), mark))
+
+        def check():
+            for role, chunk, rows, mark in expected:
+                for kind, pool in enumerate((k_pool, v_pool)):
+                    if not (pool[rows] == self.number(mark, layer, kind)).all():
+                        self.wrong.append((role, chunk, layer, kind))
+
+        self.streams.call(check)
+        return q
+
+    def compress_chunk(self, k, v, *, out_k, out_v, **options):
+        breaks = self.breaks and self.random.random() < 0.5
+        if breaks and self.random.random() < 0.5:
+            raise Broken
+
+        def prune():
+            out_k.copy_(k)
+            out_v.copy_(v)
+
+        self.streams.call(prune)
+        if breaks:
+            raise Broken
+
+    # --- a rollout ---
+
+    def run_pass(self, layers: int = LAYERS) -> None:
+        self.next_mark += 1
+        with self.streams.second_stream() if self.random.random() < 0.3 else nullcontext():
+            for self.layer in range(layers):
+                numbers = (float(self.number(self.next_mark, self.layer, kind)) for kind in (0, 1))
+                k, v = (torch.full((CHUNK, 64), number) for number in numbers)
+                self.memory.attend(self.layer, k, k, v)
+
+    def maybe_prefetch(self, poses: np.ndarray) -> None:
+        if self.random.random() < 0.3:
+            self.memory.prefetch(poses if self.random.random() < 0.5 else pose_of(self.random.randrange(50)))
+
+    def chunk(self, chunk: int) -> None:
+        poses, following = pose_of(self.random.randrange(50)), pose_of(self.random.randrange(50))
+        while self.random.random() < 0.3:
+            self.plan = self.memory.begin_chunk(pose_of(self.random.randrange(50)))
+            self.run_pass(self.random.randrange(LAYERS + 1))
+            self.maybe_prefetch(following)
+            self.memory.abort_chunk()
+        self.maybe_prefetch(poses)
+        self.plan = self.memory.begin_chunk(poses)
+        self.check_residency()
+        for _ in range(self.random.randint(1, 2)):
+            if self.random.random() < 0.1:
+                self.memory.wait()
+            self.run_pass()
+            self.maybe_prefetch(following)
+            self.check_residency()
+        self.breaks = self.random.random() < self.break_share
+        self.end()
+        self.marks[chunk] = self.next_mark
+
+    def end(self) -> None:
+        try:
+            self.memory.end_chunk()
+        except Broken:
+            self.breaks = False
+            if self.random.random() < 0.5:
+                self.memory.end_chunk()
+            else:
+                self.memory.abort_chunk()
+                self.plan = self.memory.begin_chunk(pose_of(self.random.randrange(50)))
+                self.run_pass()
+                self.memory.end_chunk()
+
+    def check_residency(self) -> None:
+        bank, slots = self.memory._bank, self.memory.config.host_bank_slots
+        taken = list(self.cache._cached.values())
+        assert set(self.plan.retrieved) <= set(self.cache._cached) <= set(bank._place)
+        assert sorted(taken + self.cache._free) == list(range(slots))
+        places = list(bank._place.values())
+        assert sorted(places + bank._free) == list(range(bank.capacity))
+        assert list(bank.descriptions) == list(bank._place)
+
+    def run(self, num_chunks: int) -> list[tuple]:
+        """What was wrong, after so many chunks and a look at all that is banked."""
+        first = 0
+        for chunk in range(num_chunks):
+            if self.random.random() < 0.03:
+                first = chunk
+                self.memory.reset()
+            self.chunk(chunk - first)
+        self.streams.drain()
+        for chunk, place in self.memory._bank._place.items():
+            for layer in range(LAYERS):
+                for kind in range(2):
+                    rows = self.cache.arena.rows[place, layer, kind]
+                    if not (rows == self.number(self.marks[chunk], layer, kind)).all():
+                        self.wrong.append(("banked", chunk, layer, kind))
+        return self.wrong
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_row_is_read_early_or_overwritten_early(monkeypatch, seed):
+    play = Play(monkeypatch, seed)
+    assert not play.run(40)
+    assert play.streams.copies > 40 * LAYERS
+
+
+WAITS = [
+    ("_load", "_released"),
+    ("_load", "_saved"),
+    ("wait_layer", "_loaded"),
+    ("wait", "_loaded"),
+    ("slot_to_fill", "_loaded"),
+    ("slot_to_fill", "_saved"),
+    ("save_layer", "_pruned"),
+    ("break_off", "_pruned"),
+]
+
+
+@pytest.mark.parametrize("wait", WAITS, ids=lambda wait: "-".join(wait))
+def test_each_wait_is_needed(monkeypatch, wait):
+    """Left out, it is seen: so the test above would see it missing."""
+    for seed in range(200):
+        play = Play(monkeypatch, seed, skips=(wait,), breaks=0.7 if wait[0] == "break_off" else 0.1)
+        wrong = play.run(40)
+        if wrong:
+            assert play.streams.skipped
+            return
+    raise AssertionError(f"no rollout needed {wait}")
+
+
+@pytest.mark.parametrize("skips", [(), (("_load", "_written"),)], ids=["as it is", "left out"])
+def test_a_load_waits_for_the_copy_out_that_fills_its_place(monkeypatch, skips):
+    """Between two windows a chunk is pruned over one whose copy out is late, which then is asked for at once."""
+    wrong = 0
+    for seed in range(20):
+        streams = LateStreams(seed, queues_compute=True)
+        monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors, streams=streams: streams)
+        pool = Pool([(1, 2)], num_layers=1, num_heads=1, head_dim=64, device=torch.device("cpu"), dtype=torch.float32)
+        bank = Bank(pool, pool.first_rows[0], tokens=1, places=3, on_host=True, policy=Scattered())
+        streams.name_events(bank._cache)
+        streams.skips = set(skips)
+        streams.laziness = 1.0  # nothing runs before the end
+
+        def store(chunk: int, bank=bank, pool=pool, streams=streams) -> None:
+            row = bank.row_to_fill(chunk, None)
+            streams.call(lambda: pool.k[:, row].fill_(chunk))
+            bank.stored(chunk)
+
+        store(0)
+        store(1)
+        bank.request([0])
+        bank.release()
+        store(2)  # over 1, the least recently used
+        (row,) = bank.request([1])  # over 0
+        bank.wait()
+        seen: list[float] = []
+        streams.call(lambda row=row, pool=pool, seen=seen: seen.append(pool.k[0, row, 0, 0].item()))
+        streams.drain()
+        wrong += seen != [1.0]
+    assert bool(wrong) == bool(skips)

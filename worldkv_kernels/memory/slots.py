@@ -1,0 +1,238 @@
+"""Device slots as a cache of the chunks in host memory, filled and written back by copies beside compute."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..ranges import ranged
+from .arena import Arena
+from .pool import Pool
+from .streams import COMPUTE, LOAD, SAVE, CopyEngine
+
+COUNTS = (
+    "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
+    "prefetched", "prefetch_hits", "prefetch_misses", "host_bytes", "pinned",
+)  # fmt: skip
+
+
+class SlotCache:
+    """Which banked chunks lie on the device, and the order of the copies that bring them there.
+
+    Policy: a chunk takes a free slot, else that of the least recently used chunk that the present window does not
+    use. A chunk is pruned straight into a slot and copied out from there, so it starts out cached. One that is asked
+    for while it is cached costs no copy, be it still on its way.
+
+    Copies go layer by layer over all chunks asked for at once, since a pass needs layer 0 of all of them first: two a
+    chunk and layer, as K and V are one piece in the arena but two tensors on the device. What each waits for:
+
+    - a load into a slot: the passes that read the slot (`release`), the copy out of it, and the copy out that
+      fills the arena's place;
+    - pruning into a slot: the loads into it and the copy out of it; passes are on the same stream;
+    - a copy out of a slot: that layer's pruning;
+    - attention to a layer: the loads of that layer's rows, no other.
+
+    A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
+    came before the pruning, and a load that nothing attended to fills a slot whose next owner waits for it.
+
+    `rows` are the slots' first pool rows. Chunks are numbers; `places` say where in the arena each lies.
+    """
+
+    def __init__(self, pool: Pool, rows: list[int], *, tokens: int, num_places: int) -> None:
+        num_layers, _, heads, head_dim = pool.k.shape
+        self.arena = Arena((num_places, num_layers, 2, tokens, heads, head_dim), pool.k.dtype, pool.k.device)
+        self._pool, self._rows, self._tokens, self._num_layers = pool, rows, tokens, num_layers
+        self._engine = CopyEngine(pool.k.device, pool.k, pool.v)
+        event = self._engine.event
+        self._released = event()  # passes over windows before this one
+        self._pruned = [event() for _ in range(num_layers)]
+        self._loaded = [[event() for _ in range(num_layers)] for _ in rows]  # into slots
+        self._saved = [event() for _ in rows]  # out of slots
+        self._written = [event() for _ in range(num_places)]  # into places
+        self._in_use = True  # before the first window too: memory may come from what passes still read
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what is cached, and the counts. Copies under way go on; what comes later waits for them."""
+        self._cached: dict[int, int] = {}  # chunk -> slot, least recently used first
+        self._free = list(range(len(self._rows) - 1, -1, -1))
+        self._unused: set[int] = set()  # prefetched and not asked for yet
+        self.hits = self.misses = self.copies_out = self.prefetched = self.prefetch_hits = self.prefetch_misses = 0
+        self.release()
+
+    def __contains__(self, chunk: int) -> bool:
+        return chunk in self._cached
+
+    # --- into the window ---
+
+    @ranged("bank_copy_in")
+    def request(self, chunks: list[int], places: Mapping[int, int]) -> list[int]:
+        """Make `chunks` the present window; returns their pool rows, which `wait_layer` or `wait` make good."""
+        hits = self._touch(chunks)
+        used = self._unused.intersection(hits)
+        self._load([chunk for chunk in chunks if chunk not in self._cached], places, keep=chunks)
+        self.hits += len(hits)
+        self.misses += len(chunks) - len(hits)
+        self.prefetch_hits += len(used)
+        self._unused -= used
+        self._in_use = True
+        self._window = [self._cached[chunk] for chunk in chunks]
+        self._in_window = frozenset(chunks)
+        self._waited: set[int] = set()  # layers
+        self.settled = not chunks
+        return [self._rows[slot] for slot in self._window]
+
+    @ranged("bank_prefetch")
+    def prefetch(self, chunks: list[int], places: Mapping[int, int]) -> list[int]:
+        """Bring in what slots outside the window take, first chunks first; returns which are cached now."""
+        keep = self._in_window.union(chunks)
+        self._touch(chunks)
+        room = len(self._free) + sum(chunk not in keep for chunk in self._cached)
+        missing = [chunk for chunk in chunks if chunk not in self._cached][:room]
+        self._load(missing, places, keep=keep)
+        self._unused.update(missing)
+        self.prefetched += len(missing)
+        return [chunk for chunk in chunks if chunk in self._cached]
+
+    @torch.compiler.disable  # what it does differs from pass to pass
+    def wait_layer(self, layer: int) -> None:
+        """Let the current stream wait for the window's rows of one layer, once a window.
+
+        Once will do for several streams: what comes later writes the rows of this pass again, and so comes after it.
+        Raises RuntimeError where the stream is being captured: a graph cannot wait for copies outside of it.
+        """
+        if self.settled or layer in self._waited:
+            return
+        self._refuse_capture("attend")
+        for slot in self._window:
+            self._engine.wait(self._loaded[slot][layer], COMPUTE)
+        self._waited.add(layer)
+
+    def wait(self) -> None:
+        """Let the current stream wait for the window's rows of all layers; `wait_layer` then does nothing."""
+        if not self.settled:
+            self._refuse_capture("wait")
+            for slot in self._window:
+                self._engine.wait(self._loaded[slot][-1], COMPUTE)  # layers come in order
+            self.settled = True
+
+    def release(self) -> None:
+        """The window is over: what the current stream has queued so far is all that reads it. Again: does nothing."""
+        if self._in_use:
+            self._engine.record(self._released, COMPUTE)
+        self._in_use = False
+        self._window: list[int] = []
+        self._in_window: frozenset[int] = frozenset()
+        self.settled = True
+
+    # --- into the bank ---
+
+    def slot_to_fill(self, chunk: int) -> int:
+        """A slot's first row, for the current stream to prune `chunk` into. Takes one of the window if need be."""
+        slot = self._take(keep=())
+        self._cached[chunk] = slot
+        engine = self._engine
+        engine.wait(self._loaded[slot][-1], COMPUTE)
+        engine.wait(self._saved[slot], COMPUTE)
+        return self._rows[slot]
+
+    @ranged("bank_copy_out")
+    def save_layer(self, chunk: int, layer: int, place: int) -> None:
+        """Copy out a layer that the current stream has pruned, the last layer last."""
+        engine, slot = self._engine, self._cached[chunk]
+        engine.record(self._pruned[layer], COMPUTE)
+        engine.wait(self._pruned[layer], SAVE)
+        k, v = self._views(slot, layer)
+        host = self.arena.rows[place, layer]
+        engine.copy([(host[0], k), (host[1], v)], SAVE)
+        if layer == self._num_layers - 1:
+            self._mark_saved(slot, place)
+            self.copies_out += 1
+
+    def break_off(self, chunk: int, place: int) -> None:
+        """Forget a chunk whose layers are not all pruned and saved; those that are on their way go on."""
+        engine, slot = self._engine, self._cached[chunk]
+        engine.record(self._pruned[-1], COMPUTE)
+        engine.wait(self._pruned[-1], SAVE)
+        self._mark_saved(slot, place)
+        self.drop(chunk)
+
+    def drop(self, chunk: int) -> None:
+        """Forget a chunk, if it is cached."""
+        if chunk in self._cached:
+            self._free.append(self._evict(chunk))
+
+    def counts(self) -> dict[str, int]:
+        """See WorldMemory.stats."""
+        copies_in = self.misses + self.prefetched
+        chunk_bytes = self.arena.bytes // len(self.arena.rows)
+        counts = (
+            copies_in, self.copies_out, self.hits, self.misses, copies_in * chunk_bytes, self.copies_out * chunk_bytes,
+            self.prefetched, self.prefetch_hits, self.prefetch_misses, self.arena.bytes, int(self.arena.pinned),
+        )  # fmt: skip
+        return dict(zip(COUNTS, counts, strict=True))
+
+    # --- parts of the above ---
+
+    def _touch(self, chunks: list[int]) -> list[int]:
+        """Make those that are cached the most recently used; returns them."""
+        cached = [chunk for chunk in chunks if chunk in self._cached]
+        for chunk in cached:
+            self._cached[chunk] = self._cached.pop(chunk)
+        return cached
+
+    def _take(self, keep: Collection[int]) -> int:
+        """A slot that is free, or that of the least recently used chunk not to be kept."""
+        if self._free:
+            return self._free.pop()
+        return self._evict(next(cached for cached in self._cached if cached not in keep))
+
+    def _evict(self, chunk: int) -> int:
+        if chunk in self._unused:
+            self._unused.remove(chunk)
+            self.prefetch_misses += 1
+        return self._cached.pop(chunk)
+
+    def _load(self, chunks: list[int], places: Mapping[int, int], keep: Collection[int]) -> None:
+        if not chunks:
+            return
+        engine, moves = self._engine, []  # of slots and places
+        engine.wait(self._released, LOAD)
+        try:
+            for chunk in chunks:
+                slot, place = self._take(keep), places[chunk]
+                self._cached[chunk] = slot
+                moves.append((slot, place))
+                engine.wait(self._saved[slot], LOAD)
+                engine.wait(self._written[place], LOAD)
+            for layer in range(self._num_layers):
+                pairs = []
+                for slot, place in moves:
+                    host = self.arena.rows[place, layer]
+                    pairs += zip(self._views(slot, layer), (host[0], host[1]), strict=True)
+                engine.copy(pairs, LOAD)
+                for slot, _ in moves:
+                    engine.record(self._loaded[slot][layer], LOAD)
+        except BaseException:
+            for chunk in chunks:  # none that is half there may count as cached
+                self.drop(chunk)
+            for slot, _ in moves:
+                engine.record(self._loaded[slot][-1], LOAD)
+            raise
+
+    def _mark_saved(self, slot: int, place: int) -> None:
+        self._engine.record(self._saved[slot], SAVE)
+        self._engine.record(self._written[place], SAVE)
+
+    def _views(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a slot's layer on the device."""
+        rows = slice(self._rows[slot], self._rows[slot] + self._tokens)
+        return self._pool.k[layer, rows], self._pool.v[layer, rows]
+
+    def _refuse_capture(self, op: str) -> None:
+        if self._engine.capturing():
+            raise RuntimeError(
+                f"{op}: the window's rows must be waited for (WorldMemory.wait) before a graph is captured, "
+                f"got a call inside a capture with {len(self._window)} chunks on their way"
+            )
