@@ -71,7 +71,7 @@ class Banked:
     def __init__(self, case: PrefetchCase, device: torch.device) -> None:
         self.case = case
         self.pool = Pool(
-            [(case.tokens, case.chunks + 1)],  # one more, through which chunks go to the host
+            [(case.tokens, case.chunks)],  # no more, or one of a set could stay while the other comes
             num_layers=case.layers, num_heads=case.heads, head_dim=case.head_dim, device=device, dtype=case.dtype,
         )  # fmt: skip
         self.bank = Bank(

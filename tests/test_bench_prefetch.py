@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from worldkv_kernels.memory.bank import Bank
+from worldkv_kernels.memory.slots import SlotCache
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -69,31 +70,32 @@ def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
     assert len(copied) > 20 and all(copied)
 
 
-def one_row_more(bank, chunk):
-    Bank.right(bank, chunk)
-    bank._pool.v[0, bank._slots[bank._cached[chunk]] + bank._tokens] = 0.0
+def one_row_more(cache, chunks, places, keep):
+    SlotCache.right(cache, chunks, places, keep)
+    for chunk in chunks:
+        cache._pool.v[0, cache._rows[cache._cached[chunk]] + cache._tokens] = 0.0
 
 
-def a_bit_off(bank, chunk):
-    Bank.right(bank, chunk)
-    bank._pool.k[-1, bank._slots[bank._cached[chunk]], 0, 0] *= 1.01
+def a_bit_off(cache, chunks, places, keep):
+    SlotCache.right(cache, chunks, places, keep)
+    for chunk in chunks:
+        cache._pool.k[-1, cache._rows[cache._cached[chunk]], 0, 0] *= 1.01
 
 
-def never(bank, chunk):
-    bank.copies_in += 1
+def never(cache, chunks, places, keep):
+    for chunk in chunks:
+        cache._cached[chunk] = cache._take(keep)
 
 
-def another(bank, chunk):
-    place = bank._place[chunk]
-    bank._place[chunk] = (place + 1) % bank.capacity
-    Bank.right(bank, chunk)
-    bank._place[chunk] = place
+def another(cache, chunks, places, keep):
+    num_places = len(cache.arena.rows)
+    SlotCache.right(cache, chunks, {chunk: (place + 1) % num_places for chunk, place in places.items()}, keep)
 
 
 @pytest.mark.parametrize("fault", [one_row_more, a_bit_off, never, another])
 def test_a_fetch_with_a_fault_is_wrong(bench, monkeypatch, fault):
-    monkeypatch.setattr(Bank, "right", Bank._copy_in, raising=False)
-    monkeypatch.setattr(Bank, "_copy_in", fault)
+    monkeypatch.setattr(SlotCache, "right", SlotCache._load, raising=False)
+    monkeypatch.setattr(SlotCache, "_load", fault)
     assert measured(bench)["Bank.fetch"] == {"wrong"}
     assert bench.main(["--small", "--device", "cpu", "--seconds", "0.01"]) == 1
 
@@ -234,7 +236,7 @@ def test_what_each_costs_the_other_is_a_figure(bench, problem):
 
 def test_beside_matmuls_a_wrong_fetch_or_product_is_seen(bench, problem, monkeypatch):
     common = importlib.import_module("common")
-    monkeypatch.setattr(Bank, "_copy_in", never)
+    monkeypatch.setattr(SlotCache, "_load", never)
     right = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: right(a, b, out=out).mul_(1.05))
     figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
