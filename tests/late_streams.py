@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-from worldkv_kernels.memory.streams import COMPUTE
+from worldkv_kernels.memory.streams import COMPUTE, LOAD
+
+
+class Broken(Exception):
+    """Stands for whatever breaks a call off."""
 
 
 class Event:
@@ -27,7 +31,7 @@ class LateStreams:
     A copy runs in two steps: first the target is filled with NaN, later it gets what its source then holds.
     `queues_compute`: what `call` is given is queued as well, else it runs at once, after making a wait before it true.
     `current` names the stream that is current. `skips` lists waits to leave out, (calling function, attribute of the
-    events) as `name_events` named them.
+    events) as `name_events` named them. `broken_loads`: the share of calls of `copy` on LOAD that raise Broken.
     """
 
     def __init__(self, seed: int, *, queues_compute: bool) -> None:
@@ -36,6 +40,7 @@ class LateStreams:
         self.queues_compute = queues_compute
         self.current = COMPUTE
         self.in_capture = False
+        self.broken_loads = 0.0
         self.skips: set[tuple[str, str]] = set()
         self.skipped = self.copies = 0
         self._names: dict[int, str] = {}
@@ -70,6 +75,8 @@ class LateStreams:
             self._put(stream, lambda: None, event.done)
 
     def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], stream: str) -> None:
+        if stream == LOAD and self.random.random() < self.broken_loads:
+            raise Broken
         for target, source in pairs:
             self.copies += 1
             self._put(stream, lambda target=target: target.fill_(math.nan))
@@ -98,8 +105,9 @@ class LateStreams:
         self._put(COMPUTE, work)
 
     def drain(self) -> None:
+        self._run_some()
         while self._run_one():
-            pass
+            self._run_some()
         assert not any(self._queues.values()), "the streams wait for each other"
 
     def _put(self, stream: str, work: Callable[[], None], after: list[bool] | None = None) -> None:

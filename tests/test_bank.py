@@ -52,6 +52,7 @@ class PlainCache:
     def __init__(self, slots: int) -> None:
         self.slots, self.chunks, self.window = slots, [], []
         self.copies, self.hits = 0, 0
+        self.unused, self.prefetch_hits, self.prefetch_misses = set(), 0, 0
 
     def touch(self, chunks):
         for chunk in [chunk for chunk in chunks if chunk in self.chunks]:
@@ -63,9 +64,26 @@ class PlainCache:
             victims = [cached for cached in self.chunks if cached not in keep]
             if not victims:
                 return False
-            self.chunks.remove(victims[0])
+            self.remove(victims[0])
         self.chunks.append(chunk)
         return True
+
+    def remove(self, chunk):
+        self.chunks.remove(chunk)
+        self.prefetch_misses += chunk in self.unused
+        self.unused.discard(chunk)
+
+    def request(self, chunks):
+        self.hits += sum(chunk in self.chunks for chunk in chunks)
+        self.prefetch_hits += len(self.unused.intersection(chunks))
+        self.unused.difference_update(chunks)
+        self.bring(chunks, chunks)
+        self.window = chunks
+
+    def prefetch(self, chunks):
+        missing = set(chunks) - set(self.chunks)
+        self.bring(chunks, {*self.window, *chunks})
+        self.unused |= missing.intersection(self.chunks)
 
     def bring(self, chunks, keep):
         self.touch(chunks)
@@ -74,7 +92,8 @@ class PlainCache:
                 self.copies += self.add(chunk, keep)
 
 
-steps = st.lists(st.tuples(st.sampled_from("srrrpp."), st.lists(st.integers(0, 40), max_size=4)), max_size=80)
+step = st.tuples(st.sampled_from("sssrrrppp."), st.lists(st.integers(0, 40), min_size=1, max_size=4))
+steps = st.lists(step, min_size=30, max_size=90)
 
 
 @fuzz(150)
@@ -102,7 +121,8 @@ def test_random_residency(slots, places, steps):
                 given_up = next_chunk if next_chunk % 3 == 0 else banked[0]
                 if given_up in banked:
                     banked.remove(given_up)
-                    plain.chunks = [chunk for chunk in plain.chunks if chunk != given_up]
+                    if given_up in plain.chunks:
+                        plain.remove(given_up)
                 assert bank.dropped[-1] == given_up and (row is None) == (given_up == next_chunk)
             if row is not None:
                 plain.add(next_chunk, ())
@@ -114,18 +134,17 @@ def test_random_residency(slots, places, steps):
             next_chunk += 1
         elif what == "r":
             bank.release()
-            plain.hits += sum(chunk in plain.chunks for chunk in chosen)
-            plain.bring(chosen, chosen)
-            plain.window = chosen
+            plain.request(chosen)
             rows = dict(zip(chosen, bank.request(chosen), strict=True))
         elif what == "p":
-            plain.bring(chosen, {*plain.window, *chosen})
+            plain.prefetch(chosen)
             assert bank.prefetch(chosen) == [chunk for chunk in chosen if chunk in plain.chunks]
         else:
             bank.release()
             plain.window, rows = [], {}
         assert list(cache._cached) == plain.chunks and len(plain.chunks) <= slots
         assert (bank.copies_in, cache.hits) == (plain.copies, plain.hits)
+        assert (cache.prefetch_hits, cache.prefetch_misses) == (plain.prefetch_hits, plain.prefetch_misses)
         assert set(plain.window) <= set(cache._cached) and len(set(rows.values())) == len(rows)
         for chunk, row in rows.items():
             check(chunk, row)

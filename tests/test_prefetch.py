@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_memory import jumps, passes, tiny, walk
+from tiny_memory import AWAY_AND_BACK, jumps, passes, tiny, walk
 
 from worldkv_kernels import WorldMemory
 from worldkv_kernels.actions import parse_actions
@@ -71,6 +71,16 @@ def test_motion_that_goes_on_is_foreseen():
     assert missed[False]["host_misses"] > 10
     assert missed[True]["host_misses"] <= 3 and missed[True]["prefetch_hits"] > 10
     assert missed[True]["chunks_retrieved"] == missed[False]["chunks_retrieved"]
+
+
+def test_motion_is_foreseen_by_what_is_in_view():
+    poses, intrinsics = AWAY_AND_BACK
+    host, device = (tiny(retrieval="fov", bank=bank) for bank in ("host", "device"))
+    for chunk in range(60):
+        rows = slice(3 * chunk, 3 * chunk + 3)
+        retrieved = [walk(memory, chunk, poses[rows], intrinsics=intrinsics[rows]) for memory in (host, device)]
+        assert retrieved[0] == retrieved[1]
+    assert host.stats()["host_misses"] == 0 and host.stats()["prefetch_hits"] > 10
 
 
 def test_a_policy_with_a_state_is_not_asked_ahead():
