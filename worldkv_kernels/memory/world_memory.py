@@ -45,8 +45,8 @@ class WorldMemory:
     With a bank in host memory, chunks go there and come back by copies on streams of their own. No call waits for
     them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
     call wait for that layer's rows, the first time. A graph cannot wait for copies outside of it: call
-    `wait` after begin_chunk, before a capture and before a replay. The calls of a chunk may be on several streams if
-    the caller orders them, end_chunk and abort_chunk after every pass.
+    `wait` after begin_chunk, before a capture and before a replay, and `replayed` after one. The calls of a chunk
+    may be on several streams if the caller orders them, end_chunk and abort_chunk after every pass.
 
     A memory on a GPU cannot be used in a child that its process forks: RuntimeError.
 
@@ -266,6 +266,16 @@ class WorldMemory:
         return segment_attention(
             turned, pool.k[layer], pool.v[layer], self._window, scale=config.scale, out=out, backend=self._backend
         )
+
+    def replayed(self) -> None:
+        """Say that a CUDA graph of a pass over all layers was replayed: the rows it wrote are as those of `attend`.
+
+        A chunk may be made of replays alone: begin_chunk, `wait`, the replays, `replayed`, end_chunk. Raises
+        RuntimeError when no chunk is begun.
+        """
+        if self._plan is None:
+            raise RuntimeError("replayed: a chunk must be begun (begin_chunk), got a replay outside one")
+        self._layers_done.update(range(self.config.num_layers))
 
     @ranged("end_chunk")
     def end_chunk(self) -> None:

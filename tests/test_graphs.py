@@ -1,0 +1,85 @@
+"""Passes captured in CUDA graphs: chunks may be made of replays alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from worldkv_kernels import MemoryConfig, WorldMemory
+from worldkv_kernels.trajectory import latent_poses, load
+
+CHUNKS, TOKENS, DIM, LAYERS = 9, 3 * 6, 2 * 64, 2
+POSES = latent_poses(load("right*60,left*60"))[0][: 3 * CHUNKS]
+
+
+def make(device, **options):
+    config = MemoryConfig(
+        num_layers=LAYERS, num_heads=2, head_dim=64, grid=(2, 3), retrieved_chunks=2, bank_chunks=CHUNKS, **options
+    )
+    return WorldMemory(config, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def inputs(memory, chunk):
+    generator = torch.Generator().manual_seed(chunk)
+    return torch.randn(LAYERS, 3, TOKENS, DIM, generator=generator).to(memory.device, memory.dtype)
+
+
+def made(memory, one_pass):
+    """What each chunk's last layer attends to, of a pass that is given the chunk's inputs."""
+    outs = []
+    for chunk in range(CHUNKS):
+        memory.begin_chunk(POSES[3 * chunk : 3 * chunk + 3])
+        memory.wait()
+        outs.append(one_pass(inputs(memory, chunk)).clone())
+        memory.end_chunk()
+    return outs
+
+
+def eager(memory):
+    def one_pass(x):
+        return [memory.attend(layer, *x[layer]) for layer in range(LAYERS)][-1]
+
+    return one_pass
+
+
+def test_a_replay_counts_as_a_pass():
+    memory = make("cpu")
+    memory.begin_chunk(POSES[:3])
+    with pytest.raises(RuntimeError, match=r"end_chunk: chunk 0 must attend every layer, got none for layers \[0, 1\]"):
+        memory.end_chunk()
+    memory.replayed()
+    memory.end_chunk()
+    assert memory.stats()["chunks"] == 1
+    memory.begin_chunk(POSES[3:6])
+    with pytest.raises(RuntimeError, match="chunk 1 must attend every layer"):
+        memory.end_chunk()  # a replay counts for its own chunk alone
+
+
+def test_a_replay_outside_a_chunk_is_told():
+    with pytest.raises(RuntimeError, match="replayed: a chunk must be begun"):
+        make("cpu").replayed()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("options", [{}, {"bank": "host"}, {"rebase_time": True}], ids=["device", "host", "rebase"])
+def test_chunks_made_by_replays_are_those_of_the_ops(options):
+    wanted = made(plain := make("cuda", **options), eager(plain))
+    memory = make("cuda", **options)
+    held = torch.empty_like(inputs(memory, 0))
+    graph, result = torch.cuda.CUDAGraph(), []
+
+    def one_pass(x):
+        held.copy_(x)
+        if not result:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                eager(memory)(held)  # compiles and checks the kernels
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                result.append(eager(memory)(held))
+        graph.replay()
+        memory.replayed()
+        return result[0]
+
+    got = made(memory, one_pass)
+    assert all(np.array_equal(*(x.float().cpu().numpy() for x in pair)) for pair in zip(got, wanted, strict=True))
