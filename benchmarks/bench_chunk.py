@@ -35,6 +35,7 @@ from worldkv_kernels import WorldMemory, norm_rope_append
 from worldkv_kernels.models.rollout import Controls, WorldModel, noise
 
 OURS = ("worldkv", "official", "sliding_as_long")
+LATER = 60  # chunks made before: a memory must be no slower then than when its window is just full
 FILL_LEVELS = (1.0, 0.0)  # one denoising pass and the clean one are enough to fill a window
 # The histories of two implementations differ by rounding before the pass that is compared.
 HISTORY_LIMITS = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
@@ -104,46 +105,58 @@ class CheckedMemory:
         return got
 
 
-def prepare(case: ChunkCase, device: torch.device) -> Problem:
-    """A model, and a full memory for every variant, each with the same chunk begun."""
-    model = build(case.of, device)
-    config = memory_config("official", model, 0)
-    chunks = config.sink_chunks + config.recent_chunks + config.unattended_chunks + config.retrieved_chunks + 2
-    controls = controls_of(model, chunks)
-    memories, of_chunks = {}, {}
-    with torch.no_grad():
-        for mode in (*OURS, "published"):
-            memories[mode] = make_memory(mode, model, chunks)
-            of_chunks[mode] = fill(model, memories[mode], controls)
-    latents = first_noise(model, chunks - 1)
+class Filled:
+    """A memory with the chunk begun that comes after `chunks` others."""
+
+    def __init__(self, mode: str, model: WorldModel, chunks: int) -> None:
+        self.model, self.start_frame = model, chunks * model.chunk_frames
+        self.memory = make_memory(mode, model, chunks + 1)
+        with torch.no_grad():
+            self.of_chunk = fill(model, self.memory, controls_of(model, chunks + 1))
+        self.latents = first_noise(model, 0)
 
     @torch.no_grad()
-    def denoise(mode: str, through: Any = None) -> torch.Tensor:
-        return model.denoise(latents, 0, of_chunks[mode], through or memories[mode])
+    def denoise(self, through: Any = None) -> torch.Tensor:
+        """One pass, the first, with the memory or what stands in for it."""
+        return self.model.denoise(self.latents, 0, self.of_chunk, through or self.memory)
 
-    def check_ours(mode: str, run: Run) -> float:
-        checked = CheckedMemory(memories[mode], start_frame=(chunks - 1) * model.chunk_frames)
-        through = denoise(mode, checked)
+    def run(self, i: int) -> torch.Tensor:
+        return self.denoise()
+
+    def check(self, run: Run) -> float:
+        """The worst error of an `attend`, and of what `run` gives without the checks."""
+        checked = CheckedMemory(self.memory, start_frame=self.start_frame)
+        through = self.denoise(checked)
         return worst([*checked.errors, relative_error(run(0), through)])
 
+
+def prepare(case: ChunkCase, device: torch.device) -> Problem:
+    """A model, and a full memory for every variant, each with the same chunk begun, and one much later."""
+    model = build(case.of, device)
+    config = memory_config("official", model, 0)
+    chunks = config.sink_chunks + config.recent_chunks + config.unattended_chunks + config.retrieved_chunks + 1
+    filled = {mode: Filled(mode, model, chunks) for mode in (*OURS, "published")}
+    filled[f"worldkv, chunk {LATER}"] = Filled("worldkv", model, LATER)
     window = full_window(memory_config("worldkv", model, chunks))
-    counted = {"num_bytes": pass_bytes(model, window), "flops": pass_flops(model, controls[0], window)}
+    controls = controls_of(model, 1)[0]
+    counted = {"num_bytes": pass_bytes(model, window), "flops": pass_flops(model, controls, window)}
     limit = ERROR_LIMITS[model.dtype]
-    variants = [
-        Variant(
-            mode, lambda mode=mode: lambda i: denoise(mode), lambda run, mode=mode: check_ours(mode, run),
-            limit, **counted,
-        )
-        for mode in OURS
-    ]  # fmt: skip
+
+    def ours(name: str, base: str | None = None) -> Variant:
+        return Variant(name, lambda: filled[name].run, filled[name].check, limit, **counted, base=base)
+
+    def published_error(run: Run) -> float:
+        return relative_error(run(0), filled["official"].denoise())
+
+    variants = [*(ours(mode) for mode in OURS), ours(f"worldkv, chunk {LATER}", base="worldkv")]
     if device.type == "cuda":
-        variants.insert(1, Variant(
-            "worldkv, graph", lambda: captured(lambda: denoise("worldkv")),
-            lambda run: relative_error(run(0), denoise("worldkv")), limit, **counted, base="worldkv",
+        worldkv = filled["worldkv"]
+        variants.append(Variant(
+            "worldkv, graph", lambda: captured(worldkv.denoise), lambda run: relative_error(run(0), worldkv.denoise()),
+            limit, **counted, base="worldkv",
         ))  # fmt: skip
     variants.append(Variant(
-        "published path", lambda: lambda i: denoise("published"),
-        lambda run: relative_error(run(0), denoise("official")), HISTORY_LIMITS[model.dtype], **counted,
+        "published path", lambda: filled["published"].run, published_error, HISTORY_LIMITS[model.dtype], **counted,
         rival=True, yardstick=True,
     ))  # fmt: skip
     return Problem(f"{describe(case.of, model)}, one pass", variants, shape=shape(model, window))

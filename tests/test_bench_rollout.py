@@ -189,8 +189,10 @@ def test_the_published_path_is_the_chunks_yardstick(load, cases):
     problem = bench.prepare(bench.ChunkCase(small_case(cases)), CPU)
     figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9), seconds=0.01)
     assert {f["variant"]: f["rival"] for f in figures} == dict.fromkeys(
-        ("worldkv", "official", "sliding_as_long", "published path"), "published path"
+        ("worldkv", "official", "sliding_as_long", "worldkv, chunk 60", "published path"), "published path"
     )
+    later = next(f for f in figures if f["variant"] == "worldkv, chunk 60")
+    assert later["base"] == "worldkv" and later["over_base"] == pytest.approx(later["us"] / figures[0]["us"] - 1)
     assert len({f["flops"] for f in figures}) == 1
 
 
