@@ -52,6 +52,7 @@ from model_cases import (
 )
 from traces import ORDER, Breakdown, breakdown, recorded
 
+from worldkv_kernels.cli.report import table as text_table
 from worldkv_kernels.models.rollout import RolloutChunk, WorldModel, stream
 
 VIDEO_FRAMES = 4  # of a latent frame
@@ -283,14 +284,8 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
             counts = ("-" if b[name] is None else str(b[name]) for name in ("launches", "synchronisations"))
             times = [b["wall"], *(b["kinds"][kind] for kind in ORDER), b["idle"]]
             parts.append((*name, *(f"{1e3 * seconds:.1f}" for seconds in times), *counts))
-    return "\n".join([*_aligned(speed), "", "one late chunk, traced, in ms", *_aligned(parts), *reasons])
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left, right = [f"{{:<{width}}}" for width in widths[:2]], [f"{{:>{width}}}" for width in widths[2:]]
-    lines = ["  ".join(left + right).format(*row).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
+    tables = (text_table(rows[0], rows[1:], left=2) for rows in (speed, parts))
+    return "\n".join(["\n\none late chunk, traced, in ms\n".join(tables), *reasons])
 
 
 def cases_from(

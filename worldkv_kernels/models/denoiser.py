@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ _MASK_CHANNELS = 4  # of the image conditions: first of all, a latent frame's 4 
 Model = TypeVar("Model", bound="Denoiser")
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """A denoiser with the names of a published state dict; its subclasses are models.rollout.WorldModels.
 
     Args:
@@ -113,24 +114,24 @@ class Denoiser(nn.Module):
 
     # --- what a subclass says ---
 
+    @abstractmethod
     def _blocks(self) -> Iterable[nn.Module]:
         """The blocks, on the meta device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _add_modules(self) -> None:
         """Set the modules that are not in every model, on the meta device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _gains(self) -> dict[str, float]:
         """Gains of random weights, as of wan.draw_parameters, besides those of every block."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _published_config(
         cls, fields: dict[str, Any], layout: Mapping[str, StoredTensor], overrides: dict[str, Any]
     ) -> Any:
         """The config that a config.json and the checkpoint's tensors describe."""
-        raise NotImplementedError
 
     # --- what a subclass uses ---
 
