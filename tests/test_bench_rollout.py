@@ -13,6 +13,7 @@ import torch
 from worldkv_kernels import WorldMemory
 from worldkv_kernels.cli import main
 from worldkv_kernels.cli.bench import script
+from worldkv_kernels.memory import world_memory
 from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -172,14 +173,15 @@ def test_every_attend_of_the_chunk_bench_is_checked(load, cases, monkeypatch):
 def test_a_chunk_written_wrongly_is_seen(load, cases, monkeypatch):
     bench = load("bench_chunk")
     problem = bench.prepare(bench.ChunkCase(small_case(cases)), CPU)
-    attend = WorldMemory.attend
+    write = world_memory.norm_rope_append
 
-    def late(self, layer, q, k, v, *weights):
-        out = attend(self, layer, q, k, v, *weights)
-        self.pools(layer)[0][self.window.segments[-1].first_row] += 1
-        return out
+    def off(q, k, v, k_pool, v_pool, first_row, **options):
+        """Before attention reads it: only what is written can tell."""
+        turned = write(q, k, v, k_pool, v_pool, first_row, **options)
+        k_pool[int(first_row)] += 1
+        return turned
 
-    monkeypatch.setattr(WorldMemory, "attend", late)
+    monkeypatch.setattr(world_memory, "norm_rope_append", off)
     ours = problem.variants[0]
     assert ours.check(ours.make()) > 1e-2
 
