@@ -25,15 +25,15 @@ from common import Problem, Run, Variant, arguments, device_for, run_cases, tabl
 from worldkv_kernels.kernels import segment_attention as kernel
 from worldkv_kernels.kernels.segment_attention import AttentionConfig
 
-# 32 rows of keys are for what keeps more in registers; 4 warps spill with 128 queries, as compiling shows.
+# 4 warps spill with 128 queries, as compiling shows, and 256 queries fit only with 16 warps and 64 rows of keys.
 CANDIDATES = [
-    AttentionConfig(queries, keys, 8 if queries == 128 else 4, stages)
+    AttentionConfig(queries, keys, queries // 16, stages, descriptors)
     for queries, keys, stages in (
-        (128, 128, 3), (128, 128, 2), (128, 64, 4), (128, 64, 3), (128, 64, 2), (128, 32, 4),
-        (64, 128, 2), (64, 64, 4), (64, 64, 3),
+        (128, 128, 3), (128, 128, 2), (128, 64, 4), (128, 64, 3), (256, 64, 4), (256, 64, 3), (64, 128, 2), (64, 64, 4),
     )
+    for descriptors in (True, False)
 ]  # fmt: skip
-SMALL_CANDIDATES = [AttentionConfig(32, 32, 4, 1), AttentionConfig(64, 32, 4, 1)]
+SMALL_CANDIDATES = [AttentionConfig(32, 32, 4, 1), AttentionConfig(64, 32, 4, 1, descriptors=True)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def shipped(case: TuneCase, device: torch.device) -> AttentionConfig:
 
 
 def named(config: AttentionConfig) -> str:
-    return f"{config.block_q} x {config.block_k}, {config.num_warps} warps, {config.num_stages} stages"
+    loads = ", descriptors" * config.descriptors
+    return f"{config.block_q} x {config.block_k}, {config.num_warps} warps, {config.num_stages} stages{loads}"
 
 
 def configured(variant: Variant, config: AttentionConfig, name: str) -> Variant:

@@ -1,31 +1,35 @@
 """Attention over segments of a paged KV pool, read where they lie.
 
-One program computes BLOCK_Q queries of one head. It walks the window's flat table of 128-row tiles:
-first every full tile, which needs no mask, then the tail tiles, which do. Where a segment is shifted
-in time, or its share of the softmax is wanted, the same walk goes segment by segment.
+An item is BLOCK_Q queries of one head; one program computes it. It walks the window's full tiles of 128 rows, which
+need no mask, then the rows that segments leave over, gathered from several segments into one block, of which only the
+last needs a mask. Where a segment is shifted in time, or its share of the softmax is wanted, the same walk goes segment
+by segment. The items that would leave most of the processors idle in a last round are cut by keys into parts, each a
+program of its own, whose results a second kernel merges.
 
 The window's tables (int32, on the device, see `worldkv_kernels.memory.window.Window`):
-    tiles   [capacity, 2]      first pool row and number of valid rows (1..128) of each tile,
-                               all full tiles first, then the tails, each in segment order
-    ranges  [capacity + 1, 4]  full tiles lo, hi and tail tiles lo, hi; row 0 spans the whole window,
-                               row 1 + s the segment s
-    counts  [4]                number of segments, tiles, tokens, 0
-    turns   [capacity, head_dim / 2, 2] fp32: per segment and rotary pair, the cosine and sine of the
-                               angle by which a query is turned back for the segment's time shift
+    tiles         [capacity]         first pool row of each full tile, in segment order
+    tail_rows     [128 * capacity]   pool rows that follow the full tiles of their segments, in segment order
+    ranges        [capacity + 1, 4]  full tiles lo, hi and tail rows lo, hi: of the whole window, then of each segment
+    num_segments  [1]
+    turns         [capacity, head_dim / 2, 2] fp32: per segment and rotary pair, the cosine and sine of the
+                                     angle by which a query is turned back for the segment's time shift
 
-The online softmax is Milakov and Gimelshein's, arXiv 1805.02867, tiled as in FlashAttention-2,
-arXiv 2307.08691.
+The online softmax is Milakov and Gimelshein's, arXiv 1805.02867, tiled as in FlashAttention-2, arXiv 2307.08691; the
+merge of parts is Flash-Decoding's, and cutting only what does not fill a round is after Stream-K, arXiv 2301.03598.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILE_ROWS = 128
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -45,68 +49,66 @@ def _turned_query(q_ptrs, turns_ptr, segment, mask_q, BLOCK_Q: tl.constexpr, HEA
 
 
 @triton.jit
-def _attend_tile(
-    q, row_max, row_sum, segment_sum, acc,
-    k_ptr, v_ptr, tiles_ptr, step, last_step, tile_row,
-    stride_k_row, stride_v_row, softmax_scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PER_SEGMENT_SUM: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr,
+def _attend_block(
+    q, k, v, valid, row_max, row_sum, segment_sum, acc, softmax_scale_log2,
+    MASKED: tl.constexpr, PER_SEGMENT_SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    STEPS: tl.constexpr = TILE // BLOCK_K
-    tile = step // STEPS
-    offset = (step % STEPS) * BLOCK_K
-    first_row = tile_row.to(tl.int64) + offset
-    # Carried to the next step: K and V can be fetched ahead only if their address is known ahead.
-    next_tile_row = tl.load(tiles_ptr + tl.minimum(step + 1, last_step) // STEPS * 2)
-    cols = tl.arange(0, BLOCK_K)
-    dims = tl.arange(0, HEAD_DIM)
-    # A 64-bit base and 32-bit offsets within the tile, which stay in registers over the loop.
-    k_ptrs = (k_ptr + first_row * stride_k_row) + (cols[None, :] * stride_k_row + dims[:, None])
-    v_ptrs = (v_ptr + first_row * stride_v_row) + (cols[:, None] * stride_v_row + dims[None, :])
+    """A step of the online softmax over k, v [rows, HEAD_DIM], of which those not `valid` are left out."""
+    scores = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, rows]
     if MASKED:
-        valid = tl.load(tiles_ptr + tile * 2 + 1) - offset
-        k = tl.load(k_ptrs, mask=cols[None, :] < valid, other=0.0)  # [HEAD_DIM, BLOCK_K]
-        v = tl.load(v_ptrs, mask=cols[:, None] < valid, other=0.0)  # [BLOCK_K, HEAD_DIM]
-    else:
-        k = tl.load(k_ptrs)
-        v = tl.load(v_ptrs)
-
-    scores = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
-    if MASKED:
-        scores = tl.where(cols[None, :] < valid, scores, float("-inf"))
+        scores = tl.where(valid[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * softmax_scale_log2)
     p = tl.math.exp2(scores * softmax_scale_log2 - new_max[:, None])
     rescale = tl.math.exp2(row_max - new_max)
-    tile_sum = tl.sum(p, 1)
-    row_sum = row_sum * rescale + tile_sum
+    block_sum = tl.sum(p, 1)
+    row_sum = row_sum * rescale + block_sum
     if PER_SEGMENT_SUM:
-        segment_sum = segment_sum * rescale + tile_sum
+        segment_sum = segment_sum * rescale + block_sum
     acc = acc * rescale[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return new_max, row_sum, segment_sum, acc, next_tile_row
+    return new_max, row_sum, segment_sum, acc
 
 
-@triton.jit(do_not_specialize=["q_len", "max_segments"])  # one compilation for every number of either
+@triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
 def segment_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, segment_lse_ptr, mass_ptr,
-    tiles_ptr, ranges_ptr, counts_ptr, turns_ptr,
-    q_len, softmax_scale_log2, max_segments,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_lse_ptr, mass_ptr,
+    tiles_ptr, tail_rows_ptr, ranges_ptr, num_segments_ptr, turns_ptr,
+    q_len, softmax_scale_log2, num_blocks, num_whole, num_cut, parts, max_segments,
     stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     stride_out_token, stride_out_head,
-    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     HAS_SHIFT: tl.constexpr, RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # Where this program works. Blocks of one head run side by side, so its K and V stay in L2.
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    # Which item, and which part of its keys. Items of one head run side by side, so its K and V stay in L2; so do
+    # the items of one part.
+    program = tl.program_id(0)
+    item = program
+    part = 0
+    parts_of_item = 1
+    if program >= num_whole:
+        item = num_whole + (program - num_whole) % num_cut
+        part = (program - num_whole) // num_cut
+        parts_of_item = parts
+    head = item // num_blocks
+    block = item % num_blocks
+    in_block = tl.arange(0, BLOCK_Q)
+    rows = block * BLOCK_Q + in_block
     dims = tl.arange(0, HEAD_DIM)
+    cols = tl.arange(0, BLOCK_K)
     mask_q = rows[:, None] < q_len
     q_rows = q_ptr + head.to(tl.int64) * stride_q_head + rows[:, None].to(tl.int64) * stride_q_token
     q_ptrs = q_rows + dims[None, :]
     k_ptr += head.to(tl.int64) * stride_k_head
     v_ptr += head.to(tl.int64) * stride_v_head
+
+    # The part's share of full tiles, and of blocks of tail rows.
+    num_full = tl.load(ranges_ptr + 1)
+    tail_blocks = tl.cdiv(tl.load(ranges_ptr + 3), BLOCK_TAIL)
+    part_full_lo = num_full * part // parts_of_item
+    part_full_hi = num_full * (part + 1) // parts_of_item
+    part_tail_lo = tail_blocks * part // parts_of_item * BLOCK_TAIL
+    part_tail_hi = tail_blocks * (part + 1) // parts_of_item * BLOCK_TAIL
 
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
@@ -114,65 +116,144 @@ def segment_attention_kernel(
     STEPS: tl.constexpr = TILE // BLOCK_K
     if HAS_SHIFT or RETURN_MASS:
         first_range = 1
-        last_range = 1 + tl.load(counts_ptr)
+        last_range = 1 + tl.load(num_segments_ptr)
     else:
         first_range = 0
         last_range = 1
     if not HAS_SHIFT:
         q = tl.load(q_ptrs, mask=mask_q, other=0.0)
 
-    # Walk the tiles, full ones first.
     for r in range(first_range, last_range):
-        full_lo = tl.load(ranges_ptr + r * 4)
-        full_hi = tl.load(ranges_ptr + r * 4 + 1)
-        tail_lo = tl.load(ranges_ptr + r * 4 + 2)
-        tail_hi = tl.load(ranges_ptr + r * 4 + 3)
-        if HAS_SHIFT:
-            q = _turned_query(q_ptrs, turns_ptr, r - 1, mask_q, BLOCK_Q, HEAD_DIM)
+        full_lo = tl.maximum(tl.load(ranges_ptr + r * 4), part_full_lo)
+        full_hi = tl.minimum(tl.load(ranges_ptr + r * 4 + 1), part_full_hi)
+        tail_lo = tl.maximum(tl.load(ranges_ptr + r * 4 + 2), part_tail_lo)
+        tail_hi = tl.minimum(tl.load(ranges_ptr + r * 4 + 3), part_tail_hi)
         segment_sum = tl.zeros([BLOCK_Q], tl.float32)
-        tile_row = tl.load(tiles_ptr + full_lo * 2, mask=full_lo < full_hi, other=0)
-        for step in range(full_lo * STEPS, full_hi * STEPS):
-            row_max, row_sum, segment_sum, acc, tile_row = _attend_tile(
-                q, row_max, row_sum, segment_sum, acc, k_ptr, v_ptr, tiles_ptr, step, full_hi * STEPS - 1, tile_row,
-                stride_k_row, stride_v_row, softmax_scale_log2,
-                HEAD_DIM, BLOCK_K, False, RETURN_MASS, PRECISION, TILE,
-            )  # fmt: skip
-        tile_row = tl.load(tiles_ptr + tail_lo * 2, mask=tail_lo < tail_hi, other=0)
-        for step in range(tail_lo * STEPS, tail_hi * STEPS):
-            row_max, row_sum, segment_sum, acc, tile_row = _attend_tile(
-                q, row_max, row_sum, segment_sum, acc, k_ptr, v_ptr, tiles_ptr, step, tail_hi * STEPS - 1, tile_row,
-                stride_k_row, stride_v_row, softmax_scale_log2,
-                HEAD_DIM, BLOCK_K, True, RETURN_MASS, PRECISION, TILE,
-            )  # fmt: skip
+        if (full_lo < full_hi) | (tail_lo < tail_hi):  # no query is turned for nothing, and no register spills
+            if HAS_SHIFT:
+                q = _turned_query(q_ptrs, turns_ptr, r - 1, mask_q, BLOCK_Q, HEAD_DIM)
+            # Full tiles. A tile's row is carried a step ahead: K and V can be fetched ahead only if it is known ahead.
+            tile_row = tl.load(tiles_ptr + full_lo, mask=full_lo < full_hi, other=0)
+            for step in range(full_lo * STEPS, full_hi * STEPS):
+                first_row = tile_row + (step % STEPS) * BLOCK_K
+                tile_row = tl.load(tiles_ptr + tl.minimum(step + 1, full_hi * STEPS - 1) // STEPS)
+                if k_tiles is not None:
+                    k = k_tiles.load([first_row, head * HEAD_DIM])
+                    v = v_tiles.load([first_row, head * HEAD_DIM])
+                else:
+                    # A 64-bit base and 32-bit offsets within the tile, which stay in registers over the loop.
+                    k_base = k_ptr + first_row.to(tl.int64) * stride_k_row
+                    v_base = v_ptr + first_row.to(tl.int64) * stride_v_row
+                    k = tl.load(k_base + (cols[:, None] * stride_k_row + dims[None, :]))
+                    v = tl.load(v_base + (cols[:, None] * stride_v_row + dims[None, :]))
+                row_max, row_sum, segment_sum, acc = _attend_block(
+                    q, k, v, None, row_max, row_sum, segment_sum, acc, softmax_scale_log2,
+                    False, RETURN_MASS, PRECISION,
+                )  # fmt: skip
+            # Tail rows.
+            for first in range(tail_lo, tail_hi, BLOCK_TAIL):
+                tail = first + tl.arange(0, BLOCK_TAIL)
+                valid = tail < tail_hi
+                tail_row = tl.load(tail_rows_ptr + tail, mask=valid, other=0).to(tl.int64)[:, None]
+                k = tl.load(k_ptr + tail_row * stride_k_row + dims[None, :], mask=valid[:, None], other=0.0)
+                v = tl.load(v_ptr + tail_row * stride_v_row + dims[None, :], mask=valid[:, None], other=0.0)
+                row_max, row_sum, segment_sum, acc = _attend_block(
+                    q, k, v, valid, row_max, row_sum, segment_sum, acc, softmax_scale_log2,
+                    True, RETURN_MASS, PRECISION,
+                )  # fmt: skip
         if RETURN_MASS:
-            segment_row = segment_lse_ptr + (head * max_segments + r - 1).to(tl.int64) * q_len
             if r - 1 < max_segments:  # a replayed graph may meet more segments than it was captured with
-                tl.store(segment_row + rows, row_max + tl.math.log2(segment_sum), mask=rows < q_len)
+                segment_row = segment_lse_ptr + (program * max_segments + r - 1).to(tl.int64) * BLOCK_Q
+                tl.store(segment_row + in_block, row_max + tl.math.log2(segment_sum))
 
-    # Normalise and store.
-    out = acc * (1.0 / row_sum)[:, None]
-    out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
-    tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
+    # Normalise and store: the item, or this piece of it, which may have met no key.
     lse = row_max + tl.math.log2(row_sum)
-    if RETURN_LSE:
-        LN_2: tl.constexpr = 0.6931471805599453
-        tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse * LN_2, mask=rows < q_len)
-    if RETURN_MASS:
-        # The same threads wrote these rows; the barrier makes that true of every layout.
-        tl.debug_barrier()
-        mass_rows = mass_ptr + head.to(tl.int64) * max_segments * tl.num_programs(0) + block
-        with_mass = tl.minimum(last_range - first_range, max_segments)
-        for segment in range(0, with_mass):
-            segment_row = segment_lse_ptr + (head * max_segments + segment).to(tl.int64) * q_len
-            share = tl.math.exp2(tl.load(segment_row + rows, mask=rows < q_len, other=float("-inf")) - lse)
-            tl.store(mass_rows + segment * tl.num_programs(0), tl.sum(tl.where(rows < q_len, share, 0.0), 0))
-        for segment in range(with_mass, max_segments):
-            tl.store(mass_rows + segment * tl.num_programs(0), 0.0)
+    out = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
+    if program >= num_whole:
+        piece_rows = (program - num_whole).to(tl.int64) * BLOCK_Q + in_block
+        tl.store(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :], out)
+        tl.store(piece_lse_ptr + piece_rows, lse)
+    else:
+        out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
+        tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
+        if RETURN_LSE:
+            tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse * _LN_2, mask=rows < q_len)
+        if RETURN_MASS:
+            # The same threads wrote these rows; the barrier makes that true of every layout.
+            tl.debug_barrier()
+            _store_mass(
+                mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_lse_ptr, program,
+                0, 1, lse, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_mass(
+    mass_ptr, stride_mass_segment, segment_lse_ptr, first_program, stride_program, programs, lse, mask, num_segments,
+    max_segments, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Per segment, the shares of its softmax weight summed over a block's rows; of parts in several programs, too."""
+    with_mass = tl.minimum(num_segments, max_segments)
+    for segment in range(0, max_segments):
+        share = tl.zeros([BLOCK_Q], tl.float32)
+        if segment < with_mass:
+            for i in range(0, programs):
+                program = first_program + i * stride_program
+                segment_row = segment_lse_ptr + (program * max_segments + segment).to(tl.int64) * BLOCK_Q
+                share += tl.math.exp2(tl.load(segment_row + tl.arange(0, BLOCK_Q)) - lse)
+        tl.store(mass_ptr + segment * stride_mass_segment, tl.sum(tl.where(mask, share, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
+def merge_pieces_kernel(
+    out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_lse_ptr, mass_ptr, num_segments_ptr,
+    q_len, num_blocks, num_whole, num_cut, parts, max_segments, stride_out_token, stride_out_head,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+    RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
+):  # fmt: skip
+    """One program merges BLOCK_DIMS columns of a cut item, its pieces always in the order of their keys."""
+    cut = tl.program_id(0)
+    item = num_whole + cut
+    head = item // num_blocks
+    block = item % num_blocks
+    in_block = tl.arange(0, BLOCK_Q)
+    rows = block * BLOCK_Q + in_block
+    dims = tl.program_id(1) * BLOCK_DIMS + tl.arange(0, BLOCK_DIMS)
+
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    for part in range(0, parts):
+        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
+        row_max = tl.maximum(row_max, tl.load(piece_lse_ptr + piece_rows))
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DIMS], tl.float32)
+    for part in range(0, parts):
+        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
+        weight = tl.math.exp2(tl.load(piece_lse_ptr + piece_rows) - row_max)
+        row_sum += weight
+        acc += weight[:, None] * tl.load(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :])
+
+    out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
+    out = acc * (1.0 / row_sum)[:, None]
+    tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=rows[:, None] < q_len)
+    if tl.program_id(1) == 0:
+        lse = row_max + tl.math.log2(row_sum)
+        if RETURN_LSE:
+            tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse * _LN_2, mask=rows < q_len)
+        if RETURN_MASS:
+            _store_mass(
+                mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_lse_ptr,
+                item, num_cut, parts, lse, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
+            )  # fmt: skip
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:
     """Of the GPU; Hopper's for a CPU, where the interpreter takes any configuration."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def device_processors(device: torch.device) -> int:
+    """Of the GPU; an H200's for a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @dataclass(frozen=True)
@@ -181,6 +262,7 @@ class AttentionConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # full tiles by the bulk copy engine instead of by pointers; from sm_90 on
 
 
 def attention_config(
@@ -192,17 +274,59 @@ def attention_config(
     is in tests/test_compile.py. No GPU has measured any of these yet.
     """
     if dtype == torch.float32:  # full precision has no matrix unit: FMA, small tiles
-        return AttentionConfig(block_q=32, block_k=16 if capability[0] == 10 else 32, num_warps=8, num_stages=1)
+        return AttentionConfig(block_q=32, block_k=32, num_warps=16, num_stages=1)
     if capability[0] == 9:  # 224 of 227 KiB shared, or 160 where Q is turned
         if has_shift:
-            return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
-        return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=3)
+            return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4, descriptors=True)
+        return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=3, descriptors=True)
     if capability[0] == 10:
         if head_dim == 128 and (has_shift or has_mass):
             return AttentionConfig(block_q=128, block_k=32, num_warps=8, num_stages=4)
         return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
     # 96 KiB shared also fits the 99 KiB of the consumer chips of compute capability 8 and 12.
-    return AttentionConfig(block_q=128, block_k=32 if has_shift else 64, num_warps=8, num_stages=3)
+    block_k = 32 if has_shift or has_mass else 64
+    return AttentionConfig(block_q=128, block_k=block_k, num_warps=8, num_stages=3)
+
+
+class Deal(NamedTuple):
+    """Which items a program computes alone, the first `num_whole`, and into how many `parts` the others are cut."""
+
+    num_whole: int
+    num_cut: int
+    parts: int
+
+
+# In times of an item, which takes 160 to 410 us on an H200 with the windows of the models: a piece starts a pipeline
+# anew and writes 66 KB, about 3 us; merging is a launch of about 6 us. Estimates, not measured.
+_PIECE_COST, _MERGE_COST = 0.01, 0.02
+_MIN_PART_TILES = 8  # of a full window: a part shall be longer than its pipeline
+_MAX_PARTS = 64
+
+
+def deal(num_items: int, processors: int, capacity: int) -> Deal:
+    """Cut the items of the last, partial round where that ends it earlier.
+
+    One program fits a processor at a time. `capacity` is the window's, in tiles: what it holds now is known on the
+    device only, and a captured graph has to serve any.
+    """
+    last = num_items % processors
+
+    def duration(parts: int) -> float:
+        return -(-last * parts // processors) * (1 / parts + _PIECE_COST) + _MERGE_COST
+
+    parts = min(range(2, min(_MAX_PARTS, capacity // _MIN_PART_TILES) + 1), key=duration, default=1)
+    if not last or parts == 1 or duration(parts) >= 1:
+        return Deal(num_items, 0, 1)
+    return Deal(num_items - last, last, parts)
+
+
+def _tiles_of(pool: torch.Tensor, block_k: int) -> TensorDescriptor | None:
+    """The pool for the copy engine, as [rows, heads * head_dim]; None where it does not take the pool's strides."""
+    rows, heads, head_dim = pool.shape
+    in_row = heads == 1 or pool.stride(1) == head_dim
+    if not in_row or pool.data_ptr() % 16 or pool.stride(0) * pool.element_size() % 16:
+        return None
+    return TensorDescriptor(pool, [rows, heads * head_dim], [pool.stride(0), 1], [block_k, head_dim])
 
 
 def segment_attention(
@@ -210,8 +334,9 @@ def segment_attention(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
     tiles: torch.Tensor,
+    tail_rows: torch.Tensor,
     ranges: torch.Tensor,
-    counts: torch.Tensor,
+    num_segments: torch.Tensor,
     turns: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -220,7 +345,7 @@ def segment_attention(
     scale: float,
     has_shift: bool,
 ) -> None:
-    """Launch the kernel. Shapes as in the module's docstring; `mass` is [heads, num_segments].
+    """Launch the kernels. Shapes as in the module's docstring; `mass` is [heads, max_segments].
 
     Whether Q is turned and how many segments have a mass is fixed here, also for the replays of a captured graph:
     a replay with more segments leaves out the mass of the later ones, and with fewer gives those zero.
@@ -228,23 +353,43 @@ def segment_attention(
     q_len, heads, head_dim = q.shape
     config = attention_config(device_capability(q.device), q.dtype, head_dim, has_shift, mass is not None)
     num_blocks = triton.cdiv(q_len, config.block_q)
+    num_whole, num_cut, parts = deal(num_blocks * heads, device_processors(q.device), len(tiles))
+    pieces = num_cut * parts
+    scratch = dict(dtype=torch.float32, device=q.device)
+    piece_out = torch.empty((pieces, config.block_q, head_dim), **scratch)
+    piece_lse = torch.empty((pieces, config.block_q), **scratch)
     segment_lse = block_mass = None
     max_segments = 0
     if mass is not None:
         max_segments = mass.shape[1]
-        segment_lse = torch.empty((heads, max_segments, q_len), dtype=torch.float32, device=q.device)
-        block_mass = torch.empty((heads, max_segments, num_blocks), dtype=torch.float32, device=q.device)
-    segment_attention_kernel[(num_blocks, heads)](
-        q, k_pool, v_pool, out, lse, segment_lse, block_mass,
-        tiles, ranges, counts, turns,
-        q_len, scale * 1.4426950408889634, max_segments,
+        segment_lse = torch.empty((num_whole + pieces, max_segments, config.block_q), **scratch)
+        block_mass = torch.empty((heads, max_segments, num_blocks), **scratch)
+    k_tiles = v_tiles = None
+    if config.descriptors:
+        k_tiles, v_tiles = _tiles_of(k_pool, config.block_k), _tiles_of(v_pool, config.block_k)
+        if k_tiles is None or v_tiles is None:
+            k_tiles = v_tiles = None
+    # Segment by segment, sums go from one loop to the other and back: blocks of different sizes have different layouts
+    # there, and the compiler would take every exponential twice.
+    block_tail = config.block_k if has_shift or mass is not None else min(config.block_k, 64)
+    segment_attention_kernel[(num_whole + pieces,)](
+        q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_lse, segment_lse, block_mass,
+        tiles, tail_rows, ranges, num_segments, turns,
+        q_len, scale * 1.4426950408889634, num_blocks, num_whole, num_cut, parts, max_segments,
         q.stride(0), q.stride(1), k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
         out.stride(0), out.stride(1),
-        HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+        HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_TAIL=block_tail,
         HAS_SHIFT=has_shift, RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+    if pieces:
+        merge_pieces_kernel[(num_cut, head_dim // 32)](
+            out, lse, piece_out, piece_lse, segment_lse, block_mass, num_segments,
+            q_len, num_blocks, num_whole, num_cut, parts, max_segments, out.stride(0), out.stride(1),
+            HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_DIMS=32,
+            RETURN_LSE=lse is not None, RETURN_MASS=mass is not None, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
     if mass is not None:
         torch.sum(block_mass, dim=2, out=mass)
         mass.div_(q_len)

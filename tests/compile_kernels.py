@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 from worldkv_kernels.kernels import compress_chunk, norm_rope_append, segment_attention
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -60,7 +61,10 @@ def compiled(kernel, arguments, options, arch):
             constants[(position,)] = value
             continue
         divisible = True
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name], divisible = f"tensordesc<{TYPES[value.base.dtype][1:]}[{block}]>", False
+        elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False
@@ -84,30 +88,34 @@ def resources(binary):
 
         usage = re.search(r"REG:(\d+) STACK:(\d+)", read("cuobjdump", "--dump-resource-usage"))
         sass = read("nvdisasm")
+    loops = matrix_loops(sass.splitlines())
     return {
         "registers": int(usage[1]),
         "stack_bytes": int(usage[2]),
         "spills": len(SPILL.findall(sass)),
-        "spills_in_matrix_loops": spills_in_matrix_loops(sass.splitlines()),
+        "spills_in_matrix_loops": sum(len(SPILL.findall(loop)) for loop in loops),
+        "exponentials_in_matrix_loops": max((len(EXPONENTIAL.findall(loop)) for loop in loops), default=0),
         "shared_bytes": binary.metadata.shared,
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
         "mma": len(re.findall(r"\bHMMA\b", sass)),
+        "bulk_copies": len(re.findall(r"\bUTMALDG\b", sass)),
         "tcgen05": len(re.findall(r"\bUTCHMMA\b", sass)),
     }
 
 
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
+EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
 MATRIX = re.compile(r"\b(?:HGMMA|HMMA|UTCHMMA)\b")
 
 
-def spills_in_matrix_loops(lines):
-    """Spill instructions in the innermost loops that issue matrix instructions: what a kernel pays for each tile."""
+def matrix_loops(lines):
+    """The innermost loops that issue matrix instructions: what a kernel pays for each tile."""
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_\w+):", line))}
     branches = [(i, re.search(r"BRA.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines)]
     loops = [(labels[m[1]], i) for i, m in branches if m and labels.get(m[1], i) < i]
     loops = [(lo, hi) for lo, hi in loops if any(MATRIX.search(line) for line in lines[lo:hi])]
     inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
-    return sum(len(SPILL.findall("\n".join(lines[lo:hi]))) for lo, hi in inner)
+    return ["\n".join(lines[lo:hi]) for lo, hi in inner]
 
 
 def attention_launches():
@@ -118,7 +126,7 @@ def attention_launches():
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 40, head_dim, dtype=dtype, device="meta")
-        tables = [torch.empty(400, 4, dtype=torch.int32, device="meta")] * 3
+        tables = [torch.empty(400, 4, dtype=torch.int32, device="meta")] * 4
         turns = torch.empty(400, head_dim // 2, 2, device="meta")
         lse = torch.empty(40, 4680, device="meta") if mass else None
         share = torch.empty(40, 9, device="meta") if mass else None
@@ -175,6 +183,9 @@ def main(archs: list[int]) -> None:
                     launch()
                 for kernel, arguments, options in launches:
                     found = resources(compiled(kernel, arguments, options, arch))
+                    if "BLOCK_K" in arguments:
+                        threads = 32 * options["num_warps"]
+                        found["scores_a_thread"] = arguments["BLOCK_Q"] * arguments["BLOCK_K"] // threads
                     report.append({"kernel": kernel.__name__, "case": case, "arch": arch, **found})
                     print(f"sm_{arch} {kernel.__name__} [{case}]: {found}", file=sys.stderr, flush=True)
     print(json.dumps(report))

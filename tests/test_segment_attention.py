@@ -196,12 +196,12 @@ def test_update_in_place_is_what_the_next_call_reads(backend):
     k, v, generator = make_pool(500, 1, 64, segments, torch.float32)
     q = torch.randn(8, 1, 64, generator=generator).to(DEVICE)
     window = Window([Segment(0, 1)], device=DEVICE, rope=ROPES[64], capacity=4)
-    addresses = [t.data_ptr() for t in (window.tiles, window.ranges, window.counts, window.turns)]
+    addresses = [t.data_ptr() for t in window.tables]
     for chosen in (segments, segments[::-1], segments[:1]):
         window.update(chosen)
         got = segment_attention(q, k, v, window, backend=backend)
         assert relative_error(got, brute_force(q, k, v, chosen)[0]) <= 2e-6
-    assert addresses == [t.data_ptr() for t in (window.tiles, window.ranges, window.counts, window.turns)]
+    assert addresses == [t.data_ptr() for t in window.tables]
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKEND_NAMES if name != "reference"])
@@ -214,7 +214,7 @@ def test_mass_of_a_replay_with_other_segments_stays_inside(backend, captured):
     window = make_window(segments, 64)
     out = torch.empty_like(q)
     room = torch.full((4, captured), 7.0, device=DEVICE)
-    tables = (window.tiles, window.ranges, window.counts, window.turns)
+    tables = window.tables
     torch.ops.worldkv.segment_attention(q, k, v, *tables, out, None, room[1:3], 0.125, False, backend)
     want, _, want_mass = brute_force(q, k, v, segments)
     assert relative_error(out, want) <= 2e-6
@@ -311,7 +311,7 @@ def test_opcheck_and_compile():
     q = torch.randn(8, 2, 64, generator=generator).to(DEVICE)
     window = Window(segments, device=DEVICE, rope=ROPES[64])
     out, lse, mass = segment_attention(q, k, v, window, return_lse=True, return_mass=True)
-    tables = (window.tiles, window.ranges, window.counts, window.turns)
+    tables = window.tables
     # NaN rows would make opcheck's comparison of inputs fail.
     k, v = k.nan_to_num(), v.nan_to_num()
     args = (q, k, v, *tables, out.clone(), lse.clone(), mass.clone(), 0.125, True, "auto")

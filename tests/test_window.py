@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from worldkv_kernels import Rope3D, Segment, Window
 
 ROPE = Rope3D(64, max_position=8)
-TABLES = ("tiles", "ranges", "counts", "turns")
 
 lengths = st.one_of(st.integers(1, 5000), st.sampled_from([1, 127, 128, 129, 256, 4680]))
 segment_lists = st.lists(
@@ -19,37 +18,36 @@ fuzz = settings(max_examples=150, deadline=None, derandomize=True, database=None
 
 
 def addresses(window: Window) -> list[int]:
-    return [getattr(window, name).data_ptr() for name in TABLES]
+    return [table.data_ptr() for table in window.tables]
 
 
 def copies(window: Window) -> list[torch.Tensor]:
-    return [getattr(window, name).clone() for name in TABLES]
+    return [table.clone() for table in window.tables]
 
 
 def check_tables(window: Window, segments: list[Segment]) -> None:
-    """Every row of every segment once, from full tiles and one tail at most; all full tiles come before all tails."""
-    num_segments, num_tiles, num_tokens = window.counts[:3].tolist()
-    assert num_segments == window.num_segments == len(segments)
-    assert num_tokens == window.num_tokens == sum(segment.num_rows for segment in segments)
-    assert num_tiles == window.num_tiles == sum((segment.num_rows + 127) // 128 for segment in segments)
+    """Every row of every segment once: as many as fill tiles in full tiles, the others as tail rows."""
+    tiles, tail_rows, ranges, num_segments, turns = window.tables
+    assert num_segments.tolist() == [len(segments)] and window.num_segments == len(segments)
+    assert window.num_tokens == sum(segment.num_rows for segment in segments)
     assert window.segments == tuple(segments)
     assert window.last_row == max(segment.first_row + segment.num_rows for segment in segments) - 1
     assert window.has_shift == (window.rope is not None)
-    tiles, ranges = window.tiles.tolist(), window.ranges.tolist()
+    tiles, tail_rows, ranges = tiles.tolist(), tail_rows.tolist(), ranges.tolist()
     num_full = sum(segment.num_rows // 128 for segment in segments)
-    assert ranges[0] == [0, num_full, num_full, num_tiles]
-    assert all(rows == 128 for _, rows in tiles[:num_full])
-    assert all(1 <= rows <= 127 for _, rows in tiles[num_full:num_tiles])
-    next_full, next_tail = 0, num_full
-    for segment, (full_lo, full_hi, tail_lo, tail_hi) in zip(segments, ranges[1 : num_segments + 1], strict=True):
+    num_tail = sum(segment.num_rows % 128 for segment in segments)
+    assert ranges[0] == [0, num_full, 0, num_tail]
+    next_full, next_tail = 0, 0
+    for segment, (full_lo, full_hi, tail_lo, tail_hi) in zip(segments, ranges[1 : len(segments) + 1], strict=True):
         assert (full_lo, tail_lo) == (next_full, next_tail)  # one after the other, none shared, none left out
+        assert tail_hi - tail_lo < 128
         next_full, next_tail = full_hi, tail_hi
-        rows = [first + i for first, count in tiles[full_lo:full_hi] + tiles[tail_lo:tail_hi] for i in range(count)]
+        rows = [first + i for first in tiles[full_lo:full_hi] for i in range(128)] + tail_rows[tail_lo:tail_hi]
         assert rows == list(range(segment.first_row, segment.first_row + segment.num_rows))
-    assert (next_full, next_tail) == (num_full, num_tiles)
+    assert (next_full, next_tail) == (num_full, num_tail)
     if window.rope is not None:
         half, time = window.rope.head_dim // 2, window.rope.pairs[0]
-        for segment, turn in zip(segments, window.turns.double().numpy(), strict=False):
+        for segment, turn in zip(segments, turns.double().numpy(), strict=False):
             rates = 10000.0 ** (-np.arange(time) / time)
             want = np.concatenate([np.exp(1j * segment.time_shift * rates), np.ones(half - time)])
             assert np.abs(turn[:, 0] + 1j * turn[:, 1] - want).max() <= 1e-7
@@ -60,7 +58,8 @@ def check_tables(window: Window, segments: list[Segment]) -> None:
 def test_tables_cover_exactly_the_rows(segments):
     window = Window(segments, device="cpu", rope=ROPE)
     check_tables(window, segments)
-    assert window.capacity == window.num_tiles  # what the first segments need, by default
+    needed = sum((segment.num_rows + 127) // 128 for segment in segments)
+    assert window.capacity == needed  # what the first segments need, by default
 
 
 @fuzz
@@ -98,7 +97,7 @@ def test_turning_the_query_is_turning_the_key_back(shift, seed):
     window = Window([Segment(0, 1, shift)], device="cpu", rope=ROPE)
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, 32)) + 1j * rng.normal(size=(2, 32))
-    turn = window.turns[0].double().numpy()
+    turn = window.tables[-1][0].double().numpy()
     turn = turn[:, 0] + 1j * turn[:, 1]
     rates = np.concatenate([10000.0 ** (-np.arange(12) / 12), np.zeros(20)])
     turned_key = k * np.exp(1j * shift * rates)  # the key of a token `shift` frames later

@@ -581,7 +581,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     out = torch.empty_like(memory._q)
     kept = [memory._q, memory._index, memory._position, memory._pool.k, memory._pool.v]
-    kept += [memory.window.tiles, memory.window.ranges, memory.window.counts, memory.window.turns]
+    kept += memory.window.tables
     kept += [x for layer in range(2) for x in memory.pools(layer)]
     addresses, window = [x.data_ptr() for x in kept], memory.window
     for chunk in range(200):
@@ -593,7 +593,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
             memory.end_chunk()
         assert chunk == 0 or not seen.ops, seen.ops  # the first may make the rope's table
     now = [memory._q, memory._index, memory._position, memory._pool.k, memory._pool.v]
-    now += [memory.window.tiles, memory.window.ranges, memory.window.counts, memory.window.turns]
+    now += memory.window.tables
     now += [x for layer in range(2) for x in memory.pools(layer)]
     assert [x.data_ptr() for x in now] == addresses
     assert memory.window is window

@@ -55,16 +55,17 @@ class Window:
             self.capacity = sum(tiles_of(s.num_rows) for s in checked) if capacity is None else operator.index(capacity)
         except TypeError as error:
             raise TypeError(f"Window: capacity must be an integer or None, got {capacity!r}") from error
-        self._tiles_needed(checked)
+        self._check_capacity(checked)
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.rope = rope
         self.has_shift = rope is not None
         turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
         on_gpu = self.device.type == "cuda"
         self._device_tables = {
-            "tiles": torch.zeros((self.capacity, 2), dtype=torch.int32, device=self.device),
+            "tiles": torch.zeros(self.capacity, dtype=torch.int32, device=self.device),
+            "tail_rows": torch.zeros(self.capacity * TILE_ROWS, dtype=torch.int32, device=self.device),
             "ranges": torch.zeros((self.capacity + 1, 4), dtype=torch.int32, device=self.device),
-            "counts": torch.zeros(4, dtype=torch.int32, device=self.device),
+            "num_segments": torch.zeros(1, dtype=torch.int32, device=self.device),
             "turns": torch.zeros(turns, dtype=torch.float32, device=self.device),
         }
         self._host_tables = {
@@ -75,46 +76,41 @@ class Window:
         self.segments: tuple[Segment, ...] = ()
         self._load(checked)
 
-    tiles = property(lambda self: self._device_tables["tiles"])
-    ranges = property(lambda self: self._device_tables["ranges"])
-    counts = property(lambda self: self._device_tables["counts"])
-    turns = property(lambda self: self._device_tables["turns"])
+    @property
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        """What a kernel reads, always at the same addresses; kernels/segment_attention.py says what is in each.
+
+        tiles int32 [capacity], tail_rows int32 [128 * capacity], ranges int32 [capacity + 1, 4], num_segments
+        int32 [1],
+        turns fp32 [capacity, head_dim / 2, 2], or [1, 1, 2] without a rope.
+        """
+        return tuple(self._device_tables.values())
 
     def update(self, segments: Iterable[Segment | tuple[int, ...]]) -> None:
         """Replace the segments. Copies asynchronously on the current stream; the old window stays on error."""
         self._load(_checked(segments, self.rope))
 
-    def _tiles_needed(self, segments: tuple[Segment, ...]) -> int:
+    def _check_capacity(self, segments: tuple[Segment, ...]) -> None:
         needed = sum(tiles_of(s.num_rows) for s in segments)
         if needed > self.capacity:
             raise ValueError(f"Window: segments must fit capacity={self.capacity} tiles of 128 rows, got {needed}")
-        return needed
 
     def _load(self, segments: tuple[Segment, ...]) -> None:
-        needed = self._tiles_needed(segments)
+        self._check_capacity(segments)
         if self._copied is not None:
             self._copied.synchronize()  # the last copy out of the pinned tables; long done in practice
         host = {name: table.numpy() for name, table in self._host_tables.items()}
         first = np.array([s.first_row for s in segments], dtype=np.int64)
         rows = np.array([s.num_rows for s in segments], dtype=np.int64)
         full, tail = rows // TILE_ROWS, rows % TILE_ROWS
-        full_hi = np.cumsum(full)
-        num_full = int(full_hi[-1])
-        tail_hi = num_full + np.cumsum(tail > 0)
-        owner = np.repeat(np.arange(len(segments)), full)
-        within = np.arange(num_full) - (full_hi - full)[owner]
-        host["tiles"][:num_full] = np.stack(
-            [first[owner] + within * TILE_ROWS, np.full(num_full, TILE_ROWS)], axis=1
-        )
-        tails = np.flatnonzero(tail)
-        host["tiles"][num_full:needed] = np.stack([(first + full * TILE_ROWS)[tails], tail[tails]], axis=1)
-        host["ranges"][0] = (0, num_full, num_full, needed)
-        host["ranges"][1 : 1 + len(segments)] = np.stack(
-            [full_hi - full, full_hi, tail_hi - (tail > 0), tail_hi], axis=1
-        )
-        num_tokens = int(rows.sum())
-        host["counts"][:3] = (len(segments), needed, min(num_tokens, _INT32_MAX))
-        used = {"tiles": needed, "ranges": 1 + len(segments), "counts": 4, "turns": 0}
+        full_hi, tail_hi = np.cumsum(full), np.cumsum(tail)
+        num_full, num_tail = int(full_hi[-1]), int(tail_hi[-1])
+        host["tiles"][:num_full] = _runs(first, full, full_hi, TILE_ROWS)
+        host["tail_rows"][:num_tail] = _runs(first + full * TILE_ROWS, tail, tail_hi, 1)
+        host["ranges"][0] = (0, num_full, 0, num_tail)
+        host["ranges"][1 : 1 + len(segments)] = np.stack([full_hi - full, full_hi, tail_hi - tail, tail_hi], axis=1)
+        host["num_segments"][0] = len(segments)
+        used = {"tiles": num_full, "tail_rows": num_tail, "ranges": 1 + len(segments), "num_segments": 1}
         if self.rope is not None:
             used["turns"] = len(segments)
             for i, segment in enumerate(segments):
@@ -126,12 +122,17 @@ class Window:
             self._copied.record(torch.cuda.current_stream(self.device))
         self.segments = segments
         self.num_segments = len(segments)
-        self.num_tokens = num_tokens
-        self.num_tiles = needed
+        self.num_tokens = int(rows.sum())
         self.last_row = int((first + rows).max()) - 1
 
     def __repr__(self) -> str:
         return f"Window({self.num_segments} segments, {self.num_tokens} tokens, capacity={self.capacity} tiles)"
+
+
+def _runs(first: np.ndarray, lengths: np.ndarray, ends: np.ndarray, step: int) -> np.ndarray:
+    """From each of `first`, as many numbers as `lengths` says, `step` apart; `ends` is the running sum of lengths."""
+    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    return np.repeat(first, lengths) + within * step
 
 
 def _checked(segments: Iterable[Segment | tuple[int, ...]], rope: Rope3D | None) -> tuple[Segment, ...]:

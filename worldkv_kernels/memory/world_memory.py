@@ -238,7 +238,7 @@ class WorldMemory:
             layer: 0 .. num_layers - 1. Each pass over the layers overwrites the rows of the pass before.
             q, k, v: [chunk_frames * height * width, heads * head_dim] as the projections give them.
             q_weight, k_weight: of the QK-norm, [heads * head_dim]; None for no norm.
-            out: where to write; with it, a call allocates nothing.
+            out: where to write; with it, a call allocates nothing but a kernel's scratch (see segment_attention).
 
         Returns [tokens, heads, head_dim]. For inference: call it under torch.no_grad() or torch.inference_mode().
         Raises RuntimeError when no chunk is begun, and in a graph capture when rows of the window may be on their way

@@ -47,10 +47,12 @@ def segment_attention(
         out: where to write, [q_len, heads, head_dim] like q; allocated when None.
         backend: "reference", "triton", or None for the automatic choice.
 
-    Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: the
-    same segments in the same order give the same bits wherever their rows lie. Does not synchronise, except
-    for the reference on a GPU. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass
-    keeps the number of segments that it was captured with (later ones are left out, missing ones get zero).
+    Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: on one device
+    and in a window of one capacity, the same segments in the same order give the same bits wherever their rows lie.
+    Does not synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at
+    most about 0.5 MiB a processor and 4 bytes a query, head and segment of the mass. Works in a CUDA graph;
+    `window.update` then changes what a replay reads, while mass keeps the number of segments that it was captured with
+    (later ones are left out, missing ones get zero).
 
     Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that wants a gradient, on a
     window that reaches past the pool, on a scale that is not positive and finite, and on a backend that is unknown
@@ -83,8 +85,7 @@ def segment_attention(
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
     torch.ops.worldkv.segment_attention(
-        q, k_pool, v_pool, window.tiles, window.ranges, window.counts, window.turns,
-        out, lse, mass, scale, window.has_shift, backend or "auto",
+        q, k_pool, v_pool, *window.tables, out, lse, mass, scale, window.has_shift, backend or "auto",
     )  # fmt: skip
     if lse is None and mass is None:
         return out
@@ -93,14 +94,15 @@ def segment_attention(
 
 def _run(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
-    tiles: torch.Tensor, ranges: torch.Tensor, counts: torch.Tensor, turns: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
+    tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor,
+    turns: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
     scale: float, has_shift: bool, backend: str,
 ) -> None:  # fmt: skip
     kind = (q.dtype, q.shape[2], has_shift, lse is not None, mass is not None)
     run = BACKENDS.choose(backend, q.device, kind)
     with on_current_device(q.device):
-        run(q, k_pool, v_pool, tiles, ranges, counts, turns, out, lse, mass, scale=scale, has_shift=has_shift)
+        tables = (tiles, tail_rows, ranges, num_segments, turns)
+        run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift)
 
 
 def _triton_unsupported(kind: tuple) -> str | None:
@@ -116,7 +118,8 @@ def _load_triton() -> Callable[..., None]:
 
 
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
-    """200 queries, 2 heads, three segments with tails; unused rows are NaN."""
+    """200 queries, 2 heads, three segments with tails; unused rows are NaN. In two windows, of which the larger
+    capacity lets a kernel cut the keys into parts."""
     dtype, head_dim, has_shift, with_lse, with_mass = kind
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, 2, head_dim, generator=generator).to(device, dtype) for n in (200, 640, 640))
@@ -125,15 +128,17 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     for segment in segments:
         used[segment.first_row : segment.first_row + segment.num_rows] = True
     k[~used], v[~used] = float("nan"), float("nan")
-    window = Window(segments, device=device, rope=Rope3D(head_dim))
+    windows = [Window(segments, device=device, rope=Rope3D(head_dim), capacity=capacity) for capacity in (5, 32)]
 
     def call(run: Callable[..., None]) -> torch.Tensor:
-        out = torch.full_like(q, float("nan"))
-        lse = torch.full((2, 200), float("nan"), device=device) if with_lse else None
-        mass = torch.full((2, 3), float("nan"), device=device) if with_mass else None
-        tables = (window.tiles, window.ranges, window.counts, window.turns)
-        run(q, k, v, *tables, out, lse, mass, scale=head_dim**-0.5, has_shift=has_shift)
-        return torch.cat([x.float().flatten() for x in (out, lse, mass) if x is not None])
+        results = []
+        for window in windows:
+            out = torch.full_like(q, float("nan"))
+            lse = torch.full((2, 200), float("nan"), device=device) if with_lse else None
+            mass = torch.full((2, 3), float("nan"), device=device) if with_mass else None
+            run(q, k, v, *window.tables, out, lse, mass, scale=head_dim**-0.5, has_shift=has_shift)
+            results += [x.float().flatten() for x in (out, lse, mass) if x is not None]
+        return torch.cat(results)
 
     return call
 
@@ -156,7 +161,8 @@ BACKENDS = OpBackends(
 )
 
 register(
-    "segment_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor tiles, Tensor ranges, Tensor counts, "
-    "Tensor turns, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? mass, float scale, bool has_shift, str backend) -> ()",
+    "segment_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor tiles, Tensor tail_rows, Tensor ranges, "
+    "Tensor num_segments, Tensor turns, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? mass, float scale, "
+    "bool has_shift, str backend) -> ()",
     _run,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+_TILE_ROWS = 128
 _MAX_SCORES = 1 << 24  # scores held at once, so that a long window does not need gigabytes
 # Weights below exp(-70) = 4e-31 of the largest vanish in any dtype, but denormals slow a CPU a hundredfold.
 _LOG_NOTHING = -70.0
@@ -14,8 +15,9 @@ def segment_attention(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
     tiles: torch.Tensor,
+    tail_rows: torch.Tensor,
     ranges: torch.Tensor,
-    counts: torch.Tensor,
+    num_segments: torch.Tensor,
     turns: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -27,7 +29,7 @@ def segment_attention(
     """softmax(scale * R(-shift) q . k) v over the window's rows, segment by segment, in fp32 at least."""
     q_len, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    segments = _segment_rows(tiles, ranges, counts)
+    segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
     lengths = [len(rows) for rows in segments]
     rows = torch.cat(segments).to(q.device)
     step = max(1, _MAX_SCORES // max(1, len(rows)))
@@ -58,14 +60,15 @@ def segment_attention(
             mass[head] = torch.stack(shares).sum(dim=0) / q_len
 
 
-def _segment_rows(tiles: torch.Tensor, ranges: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
+def _segment_rows(
+    tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor
+) -> list[torch.Tensor]:
     """The pool rows of each segment, in order."""
-    num_segments = int(counts[0])
-    tiles_list = tiles.tolist()
+    tiles, tail_rows = tiles.cpu(), tail_rows.cpu()
     segments = []
-    for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + num_segments].tolist():
-        pieces = tiles_list[full_lo:full_hi] + tiles_list[tail_lo:tail_hi]
-        segments.append(torch.cat([torch.arange(first, first + valid) for first, valid in pieces]))
+    for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + int(num_segments)].tolist():
+        full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS)
+        segments.append(torch.cat([full.flatten(), tail_rows[tail_lo:tail_hi]]))
     return segments
 
 
