@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go and without a network: install, doctor, tests, memory checker, proof, ceilings
-# and the benches of the ops. Two more runs, without the tests: whole models, and the attention's configurations.
+# and the benches of the ops. Three more runs, without the tests: whole models, the attention's configurations, and what
+# takes too long beside the rest.
 #
-#   benchmarks/device.sh [--models | --tune] [--dry]
+#   benchmarks/device.sh [--models | --tune | --fuzz] [--dry]
 #
 # --models  one pass and rollouts of the models
 # --tune    which launch configuration of segment_attention is the fastest
+# --fuzz    1000 random windows on each backend of segment_attention, racecheck and synccheck
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
 # OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new
 #         temporary folder
@@ -28,8 +30,8 @@ measures=ops
 for option in "$@"; do
     case "$option" in
         --dry) dry=1 ;;
-        --models | --tune) measures=${option#--} ;;
-        *) echo "device.sh: the options are --models, --tune and --dry, got $option" >&2; exit 2 ;;
+        --models | --tune | --fuzz) measures=${option#--} ;;
+        *) echo "device.sh: the options are --models, --tune, --fuzz and --dry, got $option" >&2; exit 2 ;;
     esac
 done
 if [ "$dry" = 1 ]; then
@@ -153,15 +155,18 @@ run_tests() {
         --ignore="$root/tests/test_benchmarks.py"
 }
 
-sanitize() {
-    # Once without the checker, which would slow the compiler down.
-    stage "kernels once" 40 "$python" "$root/benchmarks/sanitize.py" || return
-    if ! command -v compute-sanitizer >/dev/null; then
-        skip "memcheck" "compute-sanitizer is not on the PATH"
-        return
-    fi
-    stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \
-        --target-processes application-only "$python" "$root/benchmarks/sanitize.py"
+sanitize() { # sanitize LIMIT TOOL...
+    local limit=$1 tool
+    # Once without a checker, which would slow the compiler down.
+    stage "kernels once" 60 "$python" "$root/benchmarks/sanitize.py" || return
+    for tool in "${@:2}"; do
+        if ! command -v compute-sanitizer >/dev/null; then
+            skip "$tool" "compute-sanitizer is not on the PATH"
+            continue
+        fi
+        stage "$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no \
+            --target-processes application-only "$python" "$root/benchmarks/sanitize.py"
+    done
 }
 
 bench() { # bench LIMIT NAME [OPTIONS...]
@@ -175,7 +180,7 @@ check() {
         skip prove "needs a GPU"
     else
         run_tests
-        sanitize
+        sanitize 60 memcheck
         doctor prove 40 --prove
     fi
 }
@@ -199,13 +204,24 @@ measure_tune() {
     stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --json "$results" "${small[@]+"${small[@]}"}"
 }
 
+measure_fuzz() {
+    if [ "$dry" = 1 ]; then
+        skip fuzz "needs a GPU"
+        skip sanitizer "needs a GPU"
+        return
+    fi
+    WORLDKV_FUZZ=1000 stage fuzz 240 "$python" -m pytest -c "$root/pyproject.toml" -q -p no:cacheprovider \
+        "$root/tests/test_segment_attention.py" -k random_windows
+    sanitize 120 racecheck synccheck
+}
+
 main() {
     local small=()
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
     reserve=240
     install_package
     stage environment 30 bash -c print_environment
-    doctor doctor 40
+    doctor doctor 60
     [ "$measures" = ops ] && check
     reserve=0
     stage ceilings 40 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"

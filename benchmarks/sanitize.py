@@ -33,8 +33,11 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def attention_case(head_dim: int, dtype: torch.dtype, *, shift: bool = False, extras: bool = False) -> Case:
-    """70 queries over a tail of one row, full tiles, and a tail that ends the pool; unused rows are NaN."""
+def attention_case(
+    head_dim: int, dtype: torch.dtype, *, shift: bool = False, extras: bool = False, capacity: int | None = None
+) -> Case:
+    """70 queries over a tail of one row, full tiles, and a tail that ends the pool; unused rows are NaN. A capacity of 16
+    tiles or more lets the kernel cut the keys into parts."""
 
     def case(device: torch.device, backend: str) -> Outputs:
         segments = [Segment(300, 41 + 128, 5 * shift), Segment(3, 1, -2 * shift), Segment(128, 128)]
@@ -43,7 +46,7 @@ def attention_case(head_dim: int, dtype: torch.dtype, *, shift: bool = False, ex
         for first, count, _ in segments:
             unused[first : first + count] = False
         k[unused], v[unused] = float("nan"), float("nan")
-        window = Window(segments, device=device, rope=Rope3D(head_dim))
+        window = Window(segments, device=device, rope=Rope3D(head_dim) if shift else None, capacity=capacity)
         result = segment_attention(
             random(70, 3, head_dim, dtype=dtype).to(device), k.to(device), v.to(device), window,
             return_lse=extras, return_mass=extras, backend=backend,
@@ -90,6 +93,8 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
             "128 half shift mass lse": attention_case(128, half, shift=True, extras=True),
             "64 fp16 mass lse": attention_case(64, torch.float16, extras=True),
             "128 fp32 shift": attention_case(128, torch.float32, shift=True),
+            "128 half, cut": attention_case(128, half, capacity=32),
+            "64 half shift mass lse, cut": attention_case(64, half, shift=True, extras=True, capacity=32),
         },
         "norm_rope_append": {
             "weights": append_case(3, half, weights=True, on_device=False),

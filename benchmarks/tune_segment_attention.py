@@ -65,19 +65,21 @@ def named(config: AttentionConfig) -> str:
     return f"{config.block_q} x {config.block_k}, {config.num_warps} warps, {config.num_stages} stages{loads}"
 
 
-def configured(variant: Variant, config: AttentionConfig, name: str) -> Variant:
-    """The variant, launched with `config` in place of what the launcher would take."""
-    choose = kernel.attention_config
+def configured(variant: Variant, config: AttentionConfig, name: str, *, cut: bool = True) -> Variant:
+    """The variant, launched with `config` in place of what the launcher would take; not `cut`: every item whole."""
+    choose, deal = kernel.attention_config, kernel.deal
 
     def make() -> Run:
         inner = variant.make()
 
         def run(i: int) -> Any:
             kernel.attention_config = lambda *args: config
+            if not cut:
+                kernel.deal = lambda num_items, *args: kernel.Deal(num_items, 0, 1)
             try:
                 return inner(i)
             finally:
-                kernel.attention_config = choose
+                kernel.attention_config, kernel.deal = choose, deal
 
         run(0)  # a configuration that cannot be launched is told here
         return run
@@ -91,6 +93,7 @@ def prepare(case: TuneCase, device: torch.device, candidates: Sequence[Attention
     variant = our_variant(inputs, "triton", case.extra)
     own = shipped(case, device)
     variants = [replace(configured(variant, own, f"{named(own)} (shipped)"), rival=False)]
+    variants.append(configured(variant, own, f"{named(own)}, uncut", cut=False))
     variants += [configured(variant, config, named(config)) for config in candidates if config != own]
     shape = {"heads": case.window.heads, "queries": case.window.q_len, "tokens": case.window.num_tokens}
     return Problem(str(case), variants, flush=True, shape={**shape, "extra": case.extra or "none"})

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from worldkv_kernels.cli import main
+from worldkv_kernels.cli import doctor, main
 from worldkv_kernels.ops import cuda, proven
 from worldkv_kernels.ops.backends import Backend, OpBackends, on_current_device
 from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND
+from worldkv_kernels.ops.segment_attention import BACKENDS as ATTENTION
 
 GPU = torch.device("cuda:0")
 KIND = (torch.float32,)
@@ -136,7 +137,21 @@ def test_doctor_names_every_backend_and_why(tmp_path, capsys):
     for name in ("segment_attention", "norm_rope_append", "compress_chunk"):
         assert sum(f["auto"] for f in findings["backends"] if f["op"] == name) == 1
     assert all(f["why"] for f in findings["backends"])
-    assert "serves" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "serves" in printed
+    assert all(f["keys"] in printed and f["backend"] in ("triton", "reference") for f in findings["shapes"])
+    assert len({(f["model"], f["extra"]) for f in findings["shapes"]}) == 9
+
+
+def test_doctor_says_how_each_shape_is_launched(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(ATTENTION, "name", lambda requested, device, kind: "reference" if kind[-1] else "triton")
+    shapes = {(f["keys"], f["extra"]): f["how"] for f in doctor._shapes(torch.device("cpu"))}  # an H200's launches
+    tiles = "tiles of 128 queries x 128 keys by tensor descriptors, 8 warps, 3 stages; "
+    assert shapes["40 x 4680 x 32760", ""] == tiles + "1452 of 1480 items whole, 28 in 9 parts each"
+    assert shapes["12 x 2640 x 27720", ""] == tiles + "252 of 252 items whole"
+    assert shapes["40 x 4680 x 32760", "rebase"].startswith("tiles of 128 queries x 64 keys by tensor descriptors")
+    assert shapes["40 x 4680 x 32760", "mass"] == "-"
 
 
 def test_doctor_fails_when_a_backend_disagrees(monkeypatch, capsys):

@@ -33,7 +33,8 @@ def test_candidates_are_checked_and_timed_beside_the_shipped_one(tune, tmp_path,
     assert kernel.attention_config is choose
     figures = [json.loads(line) for line in results.read_text().splitlines()]
     by_case = {f["case"]: [g["variant"] for g in figures if g["case"] == f["case"]] for f in figures}
-    names = ["32 x 32, 16 warps, 1 stages (shipped)", "32 x 32, 4 warps, 1 stages"]
+    own = "32 x 32, 16 warps, 1 stages"
+    names = [f"{own} (shipped)", f"{own}, uncut", "32 x 32, 4 warps, 1 stages"]
     names.append("64 x 32, 4 warps, 1 stages, descriptors")
     assert list(by_case.values()) == [names, names]
     assert all(f["status"] == "timed" and f["error"] < 1e-5 for f in figures)
@@ -84,8 +85,27 @@ def test_a_candidate_that_cannot_be_launched_is_skipped_and_a_wrong_one_reported
     candidates = [*tune.SMALL_CANDIDATES, kernel.AttentionConfig(16, 32, 4, 1)]
     problem = tune.prepare(tune.SMALL_CASES[0], CPU, candidates)
     figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9), seconds=0.01)
-    assert [f["status"] for f in figures] == ["timed", "timed", "skipped", "wrong"]
-    assert figures[2]["reason"] == "RuntimeError: out of resource: shared memory"
+    assert [f["status"] for f in figures] == ["timed", "timed", "timed", "skipped", "wrong"]
+    assert figures[3]["reason"] == "RuntimeError: out of resource: shared memory"
+
+
+@interpreted
+def test_an_uncut_variant_deals_every_item_whole(tune, monkeypatch):
+    seen = []
+    launch, deal = kernel.segment_attention_kernel, kernel.deal
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append(grid) or launch[grid](*args, **options)
+
+    monkeypatch.setattr(kernel, "segment_attention_kernel", Spy())
+    monkeypatch.setattr(kernel, "deal", lambda num_items, *args: kernel.Deal(0, num_items, 3))
+    problem = tune.prepare(tune.SMALL_CASES[0], CPU, [])
+    for variant in problem.variants:
+        variant.make()(0)
+    assert seen == [(3,), (3,), (1,), (1,)]  # one item, launched when made and when run
+    monkeypatch.undo()
+    assert kernel.deal is deal
 
 
 def figure(case, variant, low, median, high, *, rival=True, status="timed"):

@@ -16,6 +16,12 @@ from ..ops.segment_attention import BACKENDS as SEGMENT_ATTENTION
 from .report import Progress, machine, parse_device, table, write_json
 
 OPS = (SEGMENT_ATTENTION, NORM_ROPE_APPEND, COMPRESS_CHUNK)
+# Heads, queries of a chunk, and keys of a window, all with head_dim 128: what segment_attention is mostly asked for.
+SHAPES = {
+    "LingBot-World-Fast, 480 x 832": (40, 4680, 32_760),
+    "LingBot-World-Fast, 16:9": (40, 4524, 31_668),
+    "Matrix-Game-2.0": (12, 2640, 27_720),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +50,16 @@ def run(args: argparse.Namespace) -> int:
     columns = ["op", "backend", "auto", "here"]
     rows = [[f["op"], f["backend"], "takes it" if f["auto"] else "-", f["why"]] for f in findings]
     print(f"\n{table(columns, rows, left=4)}", file=out)
+    shapes = _shapes(device)
+    rows = [[f["model"], f["keys"], f["extra"] or "-", f["backend"], f["how"]] for f in shapes]
+    print(f"\n{table(['segment_attention of', 'heads x queries x keys', 'and', 'by', 'how'], rows, left=5)}", file=out)
     disagree = [f for f in findings if f["disagreement"]]
     if args.prove:
         for finding in findings:
             if finding["backend"] == "cuda" and finding["checked"] and not finding["disagreement"]:
                 path = proven.record(finding["op"], device)
                 print(f"{finding['op']}: the CUDA kernel is proven on this machine, noted in {path}", file=out)
-    write_json(args.json, {"command": "doctor", "machine": where, "backends": findings})
+    write_json(args.json, {"command": "doctor", "machine": where, "backends": findings, "shapes": shapes})
     return 1 if disagree else 0
 
 
@@ -80,3 +89,33 @@ def _finding(op: OpBackends, device: torch.device, name: str, check: bool) -> di
         "op": op.op, "backend": name, "auto": chosen, "available": unavailable is None, "why": why,
         "checked": checked, "disagreement": disagreement,
     }  # fmt: skip
+
+
+def _shapes(device: torch.device) -> list[dict[str, Any]]:
+    """All of `_shape`; on a GPU each kernel is compiled and checked, if this process has not yet."""
+    wanted = [(model, extra) for model in SHAPES for extra in ("", "rebase", "mass")]
+    progress, found = Progress("segment_attention, shapes", len(wanted)), []
+    for model, extra in wanted:
+        found.append(_shape(device, model, extra))
+        progress.step()
+    return found
+
+
+def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
+    """Which backend attends over a model's window in bf16, and how it is launched."""
+    heads, q_len, keys = SHAPES[model]
+    has_shift, has_mass = extra == "rebase", extra == "mass"
+    backend = SEGMENT_ATTENTION.name("auto", device, (torch.bfloat16, 128, has_shift, False, has_mass))
+    how = "-"
+    if backend == "triton":
+        from ..kernels import segment_attention as kernel
+
+        config = kernel.attention_config(kernel.device_capability(device), torch.bfloat16, 128, has_shift, has_mass)
+        items = heads * -(-q_len // config.block_q)
+        whole, cut, parts = kernel.deal(items, kernel.device_processors(device), keys // kernel.TILE_ROWS)
+        how = (
+            f"tiles of {config.block_q} queries x {config.block_k} keys by "
+            f"{'tensor descriptors' if config.descriptors else 'pointers'}, {config.num_warps} warps, "
+            f"{config.num_stages} stages; {whole} of {items} items whole"
+        ) + f", {cut} in {parts} parts each" * (cut > 0)
+    return {"model": model, "keys": f"{heads} x {q_len} x {keys}", "extra": extra, "backend": backend, "how": how}

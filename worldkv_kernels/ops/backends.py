@@ -80,12 +80,13 @@ class OpBackends:
         key = (requested, device, kind)
         run = self.chosen.get(key)
         if run is None:
-            run = self.run(self._name(requested, device, kind))
+            run = self.run(self.name(requested, device, kind))
             if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
                 self.chosen[key] = run
         return run
 
-    def _name(self, requested: str, device: torch.device, kind: Kind) -> str:
+    def name(self, requested: str, device: torch.device, kind: Kind) -> str:
+        """What `choose` runs, by name."""
         if requested == "auto":
             return next(name for name in self.backends if self.passed_over(name, device, kind) is None)
         if requested not in self.backends:
