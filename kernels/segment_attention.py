@@ -168,7 +168,7 @@ def segment_attention_kernel(
 
     # Normalise and store: the item, or this piece of it, which may have met no key.
     lse = row_max + tl.math.log2(row_sum)
-    out = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
+    out = acc * (1.0 / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
     if program >= num_whole:
         piece_rows = (program - num_whole).to(tl.int64) * BLOCK_Q + in_block
         tl.store(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :], out)

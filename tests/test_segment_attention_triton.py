@@ -159,7 +159,8 @@ def test_the_launcher_cuts_what_the_deal_says(monkeypatch):
 @runs
 @pytest.mark.skipif(DEVICE.type == "cuda" and kernel.device_capability(DEVICE)[0] < 9, reason="needs sm_90 or newer")
 @pytest.mark.parametrize("shifted", [False, True])
-def test_descriptors_and_pointers_give_the_same_bits(monkeypatch, shifted):
+def test_descriptors_and_pointers_give_the_same(monkeypatch, shifted):
+    """To the bit in the interpreter; a GPU's compiler may order a sum of one otherwise than of the other."""
     segments = SEGMENTS if shifted else [s._replace(time_shift=0) for s in SEGMENTS]
     q, k, v = make_inputs(40, 3, segments, torch.float16, head_dim=128)
     window, results = make_window(segments, 128), []
@@ -167,7 +168,8 @@ def test_descriptors_and_pointers_give_the_same_bits(monkeypatch, shifted):
         config = AttentionConfig(64, 64, 4, 2, descriptors)
         monkeypatch.setattr(kernel, "attention_config", lambda *_, config=config: config)
         results.append(segment_attention(q, k, v, window, return_lse=True, return_mass=True, backend="triton"))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for by_pointers, by_descriptors in zip(*results, strict=True):
+        assert relative_error(by_descriptors, by_pointers) <= (1e-3 if DEVICE.type == "cuda" else 0)
     assert relative_error(results[0][0], brute_force(q, k, v, segments)[0]) <= 2e-3
 
 
