@@ -1,8 +1,10 @@
 """Runs the suite on a GPU where there is one, else on the CPU with Triton's interpreter."""
 
+import ctypes
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -37,12 +39,24 @@ def backends(op_backends) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def host_module(pytestconfig):
-    """The module of CUDA kernels, built for the host. Kept in pytest's cache until a source changes."""
+def build_for_host(pytestconfig):
+    """Builds a folder of CUDA sources for the host. Kept in pytest's cache until a source changes."""
     reason = cuda_on_host.why_not()
     if reason:
-        pytest.skip(f"the CUDA kernels cannot be built for the host: {reason}")
-    return cuda_on_host.load(cuda_on_host.build(cuda_on_host.CSRC, pytestconfig.cache.mkdir("cuda_on_host")))
+        pytest.skip(f"CUDA sources cannot be built for the host: {reason}")
+    return partial(cuda_on_host.build, folder=pytestconfig.cache.mkdir("cuda_on_host"))
+
+
+@pytest.fixture(scope="session")
+def host_module(build_for_host):
+    """Stands for worldkv_kernels._cuda."""
+    return cuda_on_host.load(build_for_host(cuda_on_host.CSRC))
+
+
+@pytest.fixture(scope="session")
+def small_kernels(build_for_host):
+    """What is in tests/cuda_on_host/kernels."""
+    return ctypes.CDLL(str(build_for_host(cuda_on_host.HERE / "kernels")))
 
 
 @pytest.fixture

@@ -51,10 +51,10 @@ def build(sources: Path, folder: Path) -> Path:
     texts = {
         path.relative_to(sources): translated(path.read_text(), path.relative_to(sources.parent)) for path in files
     }
-    own = [HERE / "scheduler.cpp", *sorted((HERE / "include").iterdir())]
+    own = [HERE / "scheduler.cpp", *sorted((HERE / "include").iterdir()), *sorted(CSRC.glob("*/*.*h"))]
     # nvcc fuses products and sums too. Vectors are read as numbers, which CUDA's compiler allows.
     flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC"]
-    flags += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{HERE / 'include'}"]
+    flags += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{HERE / 'include'}", f"-I{CSRC}"]
     if Path("bindings.cpp") in texts:
         pybind11 = importlib.import_module("pybind11").get_include()
         flags += ['-DWORLDKV_ARCHITECTURES="host"', f"-I{pybind11}", f"-I{sysconfig.get_path('include')}"]
