@@ -14,6 +14,7 @@ from worldkv_kernels.ops import cuda
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 UNTOUCHED = -77.0
+PADS = st.permutations([0, 8, 16, 24])
 SEEDS = st.integers(0, 2**32)
 
 
@@ -27,8 +28,9 @@ def order_threads_by(seed):
 
 
 def surrounded(layers, rows, heads, head_dim, dtype, pad):
-    """Storage full of UNTOUCHED, and a view [layers, rows, heads, head_dim] in it, with `pad` numbers after each row."""
-    storage = torch.full((layers, rows + 4, heads * head_dim + pad), UNTOUCHED, dtype=dtype, device=DEVICE)
+    """Storage full of UNTOUCHED, and a view [layers, rows, heads, head_dim] in it: `pad` sets its strides apart."""
+    shape = (layers, rows + 4 + pad // 8, heads * head_dim + pad)
+    storage = torch.full(shape, UNTOUCHED, dtype=dtype, device=DEVICE)
     return storage, storage[:, 2 : 2 + rows, : heads * head_dim].unflatten(2, (heads, head_dim))
 
 
@@ -82,7 +84,7 @@ def chunks(draw):
         frames=frames, frame_tokens=frame_tokens, heads=draw(st.sampled_from([1, 2, 3, 9])),
         head_dim=draw(st.sampled_from([64, 128])), layers=draw(st.integers(1, 4)),
         keep=draw(st.integers(1, frame_tokens)), pooled=draw(st.booleans()), anchor=draw(st.integers(0, frames - 1)),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])), pad=draw(st.sampled_from([0, 8])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])), pads=draw(PADS),
         distinct=draw(st.sampled_from([1, 3, 1000])), special=draw(st.sampled_from([0.0, 0.1])),
     )  # fmt: skip
 
@@ -92,18 +94,18 @@ def chunks(draw):
 def test_compress_selects_by_its_scores_and_copies_nothing_else(case, seed):
     """Ties by repeated rows, zero and NaN rows, strides of layers and rows; the selection against a stable sort."""
     frames, frame_tokens, heads, head_dim = (case[x] for x in ("frames", "frame_tokens", "heads", "head_dim"))
-    layers, keep, pooled, anchor, pad = (case[x] for x in ("layers", "keep", "pooled", "anchor", "pad"))
+    layers, keep, pooled, anchor, pads = (case[x] for x in ("layers", "keep", "pooled", "anchor", "pads"))
     tokens, generator = frames * frame_tokens, torch.Generator().manual_seed(seed)
     of_row = torch.randint(0, min(case["distinct"], layers * tokens), (layers, tokens), generator=generator)
     rows = torch.randn(layers * tokens, heads, head_dim, generator=generator)
     special = torch.rand(layers, tokens, generator=generator) < case["special"]
-    k_storage, k = surrounded(layers, tokens, heads, head_dim, case["dtype"], pad)
-    v_storage, v = surrounded(layers, tokens, heads, head_dim, case["dtype"], pad)
+    k_storage, k = surrounded(layers, tokens, heads, head_dim, case["dtype"], pads[0])
+    v_storage, v = surrounded(layers, tokens, heads, head_dim, case["dtype"], pads[1])
     k.copy_(rows[of_row])
     k[special] = torch.tensor([0.0, float("nan")])[of_row[special] % 2].to(k)[:, None, None]
     v.copy_(torch.randn(v.shape, generator=generator))
     kept = frame_tokens + keep * (frames - 1)
-    outs = [surrounded(layers, kept, heads, head_dim, case["dtype"], pad) for _ in range(2)]
+    outs = [surrounded(layers, kept, heads, head_dim, case["dtype"], pad) for pad in pads[2:]]
     index = torch.full((layers + 2, kept), -1, dtype=torch.int32, device=DEVICE)
     inputs = [bits(storage).clone() for storage in (k_storage, v_storage)]
 
@@ -161,7 +163,7 @@ def tokens_to_append(draw):
     return dict(
         grid=draw(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2))),
         heads=draw(st.sampled_from([1, 2, 7, 12, 16, 17, 33, 40, 41, 64])), head_dim=draw(st.sampled_from([64, 128])),
-        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), pad=draw(st.sampled_from([0, 8])),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), pads=draw(PADS),
         weights=draw(st.tuples(*[st.sampled_from(["none", "same", "float"])] * 2)),
         roped=draw(st.booleans()), on_device=draw(st.booleans()), round_before_rope=draw(st.booleans()),
         first_row=draw(st.integers(0, 5)), start_frame=draw(st.integers(0, 30)),
@@ -174,8 +176,10 @@ def test_append_agrees_with_the_reference_and_writes_nothing_else(case, seed):
     heads, head_dim, dtype, first_row = (case[x] for x in ("heads", "head_dim", "dtype", "first_row"))
     tokens, columns = case["grid"][0] * case["grid"][1] * case["grid"][2], heads * head_dim
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = torch.randn(tokens, 3 * columns + 3 * case["pad"], generator=generator).to(DEVICE, dtype).chunk(3, dim=1)
-    q, k, v = (x[:, :columns] for x in (q, k, v))
+    q, k, v = (
+        torch.randn(tokens, columns + pad, generator=generator).to(DEVICE, dtype)[:, :columns]
+        for pad in case["pads"][1:]
+    )
     q_weight, k_weight = (
         None if kind == "none" else (torch.randn(columns, generator=generator)).to(DEVICE, {"same": dtype}.get(kind))
         for kind in case["weights"]
@@ -186,20 +190,19 @@ def test_append_agrees_with_the_reference_and_writes_nothing_else(case, seed):
 
     def run(backend):
         order_threads_by(seed)
-        stores = [surrounded(1, tokens + 5, heads, head_dim, dtype, case["pad"]) for _ in range(2)]
-        stores.append(surrounded(1, tokens, heads, head_dim, dtype, case["pad"]))
+        stores = [surrounded(1, tokens + 5, heads, head_dim, dtype, pad) for pad in case["pads"][:3]]
         norm_rope_append(
             q, k, v, stores[0][1][0], stores[1][1][0], first, start_frame=start, grid=case["grid"],
             rope=Rope3D(head_dim, max_position=40) if case["roped"] else None, q_weight=q_weight, k_weight=k_weight,
-            round_before_rope=case["round_before_rope"], out=stores[2][1][0], backend=backend,
+            round_before_rope=case["round_before_rope"], out=stores[2][1][0, :tokens], backend=backend,
         )  # fmt: skip
-        written = [stores[i][1][0, first_row : first_row + tokens] for i in range(2)] + [stores[2][1][0]]
+        written = [stores[i][1][0, first_row : first_row + tokens] for i in range(2)] + [stores[2][1][0, :tokens]]
         results = [x.clone() for x in written]
         assert all(only_view_changed(store[0], x) for store, x in zip(stores, written, strict=True))
         return results
 
     got, want = run("cuda"), run("reference")
-    assert torch.equal(got[1], v.view(got[1].shape))
+    assert torch.equal(got[1], v.reshape(got[1].shape))
     for i in (0, 2):
         assert relative_error(got[i], want[i]) <= {torch.bfloat16: 1.5e-3, torch.float16: 2e-4}[dtype]
 

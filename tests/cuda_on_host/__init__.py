@@ -10,10 +10,12 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -58,30 +60,31 @@ def build(sources: Path, folder: Path) -> Path:
     if Path("bindings.cpp") in texts:
         pybind11 = importlib.import_module("pybind11").get_include()
         flags += ['-DWORLDKV_ARCHITECTURES="host"', f"-I{pybind11}", f"-I{sysconfig.get_path('include')}"]
-    content = [COMPILER, *flags, *map(str, texts), *texts.values(), *(path.read_text() for path in own)]
-    folder = folder / hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
-    module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    content = [platform.node(), COMPILER, *flags, *map(str, texts), *texts.values()]
+    content += [path.read_text() for path in own]
+    digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
+    module = folder / digest / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
-
-    units = [own[0]]
-    for relative, text in texts.items():
-        path = folder / (relative.with_suffix(".cpp") if relative.suffix == ".cu" else relative)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        units += [path] if path.suffix == ".cpp" else []
 
     def compiled(arguments: list) -> None:
         done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr[-4000:]}")
 
-    objects = [folder / f"{unit.stem}.o" for unit in units]
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        list(workers.map(compiled, ([*flags, "-c", unit, "-o", o] for unit, o in zip(units, objects, strict=True))))
-    unfinished = module.with_suffix(f".{os.getpid()}")
-    compiled(["-shared", *objects, "-o", unfinished])
-    unfinished.rename(module)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        units = [own[0]]
+        for relative, text in texts.items():
+            path = Path(work) / (relative.with_suffix(".cpp") if relative.suffix == ".cu" else relative)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            units += [path] if path.suffix == ".cpp" else []
+        objects = [Path(work) / f"{unit.stem}.o" for unit in units]
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            list(workers.map(compiled, ([*flags, "-c", unit, "-o", o] for unit, o in zip(units, objects, strict=True))))
+        compiled(["-shared", *objects, "-o", Path(work) / module.name])
+        module.parent.mkdir(exist_ok=True)
+        (Path(work) / module.name).replace(module)
     return module
 
 

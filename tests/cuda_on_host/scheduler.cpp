@@ -67,10 +67,10 @@ Block g_blocks[kMaxResident];
 const std::function<void()>* g_body;
 int g_num_threads;
 jmp_buf g_scheduler;
-Block* g_block;          // of the thread that runs
-Thread* g_self;          // the thread that runs, null in the scheduler
+Block* g_block;  // of the thread that runs
+Thread* g_self;  // the thread that runs, null in the scheduler
 std::string g_fault;
-int64_t g_idle_steps;    // since a thread did anything but look whether it may go on
+int64_t g_idle_steps;  // since a thread did anything but look whether it may go on
 bool g_spun;
 cudaError_t g_last_error = cudaSuccess;
 
@@ -102,7 +102,7 @@ void check_return() {
     Warp& warp = g_block->warps[thread / 32];
     for_each_lane(warp.waiting, [&](int lane) {
         const Thread& other = g_block->threads[thread / 32 * 32 + lane];
-        if (other.mask >> thread % 32 & 1) fault(("it returned while others wait in " + text(other.place)).c_str());
+        if (other.mask >> thread % 32 & 1) fault("it returned while others wait in " + text(other.place));
     });
     warp.returned |= 1u << thread % 32;
     ++g_block->returned;
@@ -303,7 +303,7 @@ void run_grid() {
 
 }  // namespace
 
-void fault(const char* what) {
+void fault(const std::string& what) {
     g_fault = "block " + text(blockIdx) + ", thread " + text(threadIdx) + ": " + what;
     _longjmp(g_scheduler, 1);
 }
@@ -317,9 +317,9 @@ void let_others_run(bool spins) {
 
 void barrier(Place place) {
     g_idle_steps = 0;
-    if (g_block->returned) fault(("others have returned before " + text(place)).c_str());
+    if (g_block->returned) fault("others have returned before " + text(place));
     if (g_block->at_barrier && !same(g_block->barrier, place)) {
-        fault((text(place) + " while others wait in " + text(g_block->barrier)).c_str());
+        fault(text(place) + " while others wait in " + text(g_block->barrier));
     }
     g_block->barrier = place;
     g_self->state = State::kAtBarrier;
@@ -334,17 +334,19 @@ void barrier(Place place) {
 unsigned among_lanes(Place place, unsigned mask, unsigned value, int source, Combine combine) {
     g_idle_steps = 0;
     const int thread = g_self - g_block->threads.data(), first = thread / 32 * 32;
-    if (!(mask >> thread % 32 & 1)) fault((text(place) + " by a lane that is not in its mask").c_str());
-    if (!combine && (source > 31 || !(mask >> source & 1))) fault((text(place) + " reads a lane outside its mask").c_str());
+    if (!(mask >> thread % 32 & 1)) fault(text(place) + " by a lane that is not in its mask");
+    if (!combine && (source > 31 || !(mask >> source & 1))) {
+        fault(text(place) + " reads a lane outside its mask");
+    }
     g_self->state = State::kAmongLanes;
     g_self->place = place;
     g_self->mask = mask, g_self->value = value, g_self->source = source;
     Warp& warp = g_block->warps[thread / 32];
-    if (mask & warp.returned) fault((text(place) + " with lanes that have returned or never were").c_str());
+    if (mask & warp.returned) fault(text(place) + " with lanes that have returned or never were");
     if (mask & warp.waiting) {
         const Thread& other = g_block->threads[first + __builtin_ctz(mask & warp.waiting)];
         if (!same(other.place, place) || other.mask != mask) {
-            fault((text(place) + " while other lanes wait in " + text(other.place) + ", or for other lanes").c_str());
+            fault(text(place) + " while other lanes wait in " + text(other.place) + ", or for other lanes");
         }
     }
     warp.waiting |= 1u << thread % 32;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 
 #define __global__
 #define __device__
@@ -45,8 +46,8 @@ namespace cuda_on_host {
 // Runs `thread` as every thread of a grid, one block of it beside others. Throws std::runtime_error on a fault.
 void launch(const std::function<void()>& thread, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream);
 
-[[noreturn]] void fault(const char* what);  // in a thread; ends the launch
-void let_others_run(bool spins);            // `spins`: this thread waits for what another one does
+[[noreturn]] void fault(const std::string& what);  // in a thread; ends the launch
+void let_others_run(bool spins);                   // `spins`: this thread waits for what another one does
 
 // Where in the source a thread stops for others. They have to stop at the same place.
 struct Place {
