@@ -46,8 +46,10 @@ def test_shared_memory_starts_as_garbage_in_every_block(run):
     ("name", "message"),
     [
         ("two barriers", r"__syncthreads at kernels/faults\.cu:\d+ while others wait in __syncthreads at"),
-        ("barrier after return", r"others have returned before __syncth|it returned while others wait at __syncth"),
-        ("lane missing", r"it returned while others wait in __shfl_x|__shfl_xor_sync at .* that have returned"),
+        ("return before a barrier", r"others have returned before __syncthreads at"),
+        ("return beside a barrier", r"others have returned before|deadlock; .* 1 of 96 returned, thread 0 in __sync"),
+        ("return before a shuffle", r"__shfl_xor_sync at .* with lanes that have returned"),
+        ("return beside a shuffle", r"with lanes that have returned|it returned while others wait in __shfl_xor_sync"),
         ("lanes apart", "while other lanes wait in"),
         ("lane at a barrier", r"deadlock; .* 0 of 96 returned, .*__ballot_sync at .*, thread 5 in __syncthreads at"),
         ("lane outside the mask", "by a lane that is not in its mask"),

@@ -1,6 +1,6 @@
 """The CUDA kernels in any order of their threads and blocks, over any memory: on a CPU by way of cuda_on_host."""
 
-import sys
+from importlib import import_module
 from unittest import mock
 
 import pytest
@@ -24,12 +24,15 @@ def bits(tensor):
 
 def order_threads_by(seed):
     """On a GPU the order is the device's own."""
-    getattr(sys.modules["worldkv_kernels._cuda"], "seed", lambda seed: None)(seed)
+    getattr(import_module("worldkv_kernels._cuda"), "seed", lambda seed: None)(seed)
 
 
 def surrounded(layers, rows, heads, head_dim, dtype, pad):
-    """Storage full of UNTOUCHED, and a view [layers, rows, heads, head_dim] in it: `pad` sets its strides apart."""
-    shape = (layers, rows + 4 + pad // 8, heads * head_dim + pad)
+    """Storage full of UNTOUCHED, and a view [layers, rows, heads, head_dim] in it: `pad` sets its strides apart.
+
+    8 KB or more follow, more than a warp that misses its end writes at a time.
+    """
+    shape = (layers, rows + 2 + 4096 // (heads * head_dim) + pad // 8, heads * head_dim + pad)
     storage = torch.full(shape, UNTOUCHED, dtype=dtype, device=DEVICE)
     return storage, storage[:, 2 : 2 + rows, : heads * head_dim].unflatten(2, (heads, head_dim))
 
@@ -166,7 +169,7 @@ def tokens_to_append(draw):
         dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), pads=draw(PADS),
         weights=draw(st.tuples(*[st.sampled_from(["none", "same", "float"])] * 2)),
         roped=draw(st.booleans()), on_device=draw(st.booleans()), round_before_rope=draw(st.booleans()),
-        first_row=draw(st.integers(0, 5)), start_frame=draw(st.integers(0, 30)),
+        first_row=draw(st.integers(0, 5)), start_frame=draw(st.integers(0, 30)), eps=draw(st.sampled_from([1e-6, 0.5])),
     )  # fmt: skip
 
 
@@ -194,7 +197,7 @@ def test_append_agrees_with_the_reference_and_writes_nothing_else(case, seed):
         norm_rope_append(
             q, k, v, stores[0][1][0], stores[1][1][0], first, start_frame=start, grid=case["grid"],
             rope=Rope3D(head_dim, max_position=40) if case["roped"] else None, q_weight=q_weight, k_weight=k_weight,
-            round_before_rope=case["round_before_rope"], out=stores[2][1][0, :tokens], backend=backend,
+            round_before_rope=case["round_before_rope"], eps=case["eps"], out=stores[2][1][0, :tokens], backend=backend,
         )  # fmt: skip
         written = [stores[i][1][0, first_row : first_row + tokens] for i in range(2)] + [stores[2][1][0, :tokens]]
         results = [x.clone() for x in written]
@@ -252,12 +255,11 @@ def test_the_binding_refuses_what_the_kernel_does_not_take(call, changes, error,
 
 
 def test_a_workspace_that_is_too_small_is_refused():
-    small = mock.patch.object(torch, "empty", lambda words, **kwargs: torch.zeros(words, **kwargs))
-    module = sys.modules["worldkv_kernels._cuda"]
-    shorter = mock.patch.object(
-        module, "compress_chunk", lambda compress=module.compress_chunk, **arguments: compress(
-            **{**arguments, "workspace_bytes": arguments["workspace_bytes"] - 1}
-        )
-    )  # fmt: skip
-    with small, shorter, pytest.raises(ValueError, match="workspace must be of 536 bytes, got 535"):
+    module = import_module("worldkv_kernels._cuda")
+
+    def with_a_byte_less(compress=module.compress_chunk, **arguments):
+        compress(**{**arguments, "workspace_bytes": arguments["workspace_bytes"] - 1})
+
+    shorter = mock.patch.object(module, "compress_chunk", with_a_byte_less)
+    with shorter, pytest.raises(ValueError, match="workspace must be of 536 bytes, got 535"):
         call_of_compress()

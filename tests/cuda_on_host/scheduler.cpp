@@ -98,7 +98,6 @@ void for_each_lane(unsigned mask, Use use) {
 
 void check_return() {
     const int thread = g_self - g_block->threads.data();
-    if (g_block->at_barrier) fault("it returned while others wait at __syncthreads");
     Warp& warp = g_block->warps[thread / 32];
     for_each_lane(warp.waiting, [&](int lane) {
         const Thread& other = g_block->threads[thread / 32 * 32 + lane];

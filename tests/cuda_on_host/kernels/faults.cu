@@ -44,13 +44,26 @@ __global__ void two_barriers(int*) {
     }
 }
 
-__global__ void barrier_after_return(int*) {
-    if (threadIdx.x == 5) return;
+// One thread returns, before the others go on or whenever its turn comes.
+template <bool kFirst>
+__device__ bool returns(int* g_out) {
+    if (threadIdx.x == 5) {
+        atomicAdd(g_out, 1);
+        return true;
+    }
+    while (kFirst && cuda_on_host::load_acquire(g_out) == 0) __nanosleep(100);
+    return false;
+}
+
+template <bool kFirst>
+__global__ void return_beside_barrier(int* g_out) {
+    if (returns<kFirst>(g_out)) return;
     __syncthreads();
 }
 
-__global__ void lane_missing(int* g_out) {
-    if (threadIdx.x == 5) return;
+template <bool kFirst>
+__global__ void return_beside_shuffle(int* g_out) {
+    if (returns<kFirst>(g_out)) return;
     g_out[threadIdx.x] = __shfl_xor_sync(kFullWarp, static_cast<int>(threadIdx.x), 1);
 }
 
@@ -113,8 +126,10 @@ extern "C" __attribute__((visibility("default"))) const char* run_small_kernel(c
         {"rotate twice without the second barrier", rotate_twice<false>},
         {"read unset shared memory", read_unset_shared},
         {"two barriers", two_barriers},
-        {"barrier after return", barrier_after_return},
-        {"lane missing", lane_missing},
+        {"return before a barrier", return_beside_barrier<true>},
+        {"return beside a barrier", return_beside_barrier<false>},
+        {"return before a shuffle", return_beside_shuffle<true>},
+        {"return beside a shuffle", return_beside_shuffle<false>},
         {"lanes apart", lanes_apart},
         {"lane at a barrier", lane_at_barrier},
         {"lane outside the mask", lane_outside_mask},
