@@ -257,7 +257,7 @@ void run_grid() {
     }
     // How many blocks share the device, how long one is alone, and how far a warp may get ahead of the others.
     const size_t num_resident = std::vector<size_t>{1, 2, 3, kMaxResident}[g_random.below(4)];
-    const size_t longest_turn = std::vector<size_t>{1, 30, 3000}[g_random.below(3)];
+    const size_t longest_turn = std::vector<size_t>{8, 100, 3000}[g_random.below(3)];
     const size_t ahead = std::vector<size_t>{0, 3, 30}[g_random.below(3)];
     std::vector<Block*> resident, free;
     for (size_t i = 0; i < num_resident; ++i) free.push_back(&g_blocks[i]);
