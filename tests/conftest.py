@@ -1,13 +1,22 @@
 """Runs the suite on a GPU where there is one, else on the CPU with Triton's interpreter."""
 
+import ctypes
 import os
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+import cuda_on_host
 import pytest
+
+from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS_BACKENDS
+from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
 
 # Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -21,8 +30,61 @@ def device() -> torch.device:
 
 
 def backends(op_backends) -> list[str]:
-    """The backends of an op that this machine can run."""
-    return [name for name, backend in op_backends.backends.items() if backend.unavailable(DEVICE) is None]
+    """The backends of an op that this machine can run; on a CPU, what is in CUDA too, by way of `cuda_kernels`."""
+    return [
+        name
+        for name, backend in op_backends.backends.items()
+        if backend.unavailable(DEVICE) is None or (name == "cuda" and DEVICE.type == "cpu")
+    ]
+
+
+@pytest.fixture(scope="session")
+def build_for_host(pytestconfig):
+    """Builds a folder of CUDA sources for the host. Kept in pytest's cache until a source changes."""
+    reason = cuda_on_host.why_not()
+    if reason:
+        pytest.skip(f"CUDA sources cannot be built for the host: {reason}")
+    return partial(cuda_on_host.build, folder=pytestconfig.cache.mkdir("cuda_on_host"))
+
+
+@pytest.fixture(scope="session")
+def host_module(build_for_host):
+    """Stands for worldkv_kernels._cuda."""
+    return cuda_on_host.load(build_for_host(cuda_on_host.CSRC))
+
+
+@pytest.fixture(scope="session")
+def small_kernels(build_for_host):
+    """What is in tests/cuda_on_host/kernels."""
+    return ctypes.CDLL(str(build_for_host(cuda_on_host.HERE / "kernels")))
+
+
+@pytest.fixture
+def cuda_kernels(request, monkeypatch):
+    """Lets the backend "cuda" of the ops run where the tests run; skips where it cannot."""
+    tables = [COMPRESS_BACKENDS, APPEND_BACKENDS]
+    if DEVICE.type == "cuda":
+        reason = tables[0].backends["cuda"].unavailable(DEVICE)
+        if reason:
+            pytest.skip(f"the CUDA kernels cannot run: {reason}")
+        yield
+        return
+    module = request.getfixturevalue("host_module")
+    module.seed(0)
+    monkeypatch.setitem(sys.modules, "worldkv_kernels._cuda", module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    for table in tables:
+        here = replace(table.backends["cuda"], unavailable=lambda device: None)
+        monkeypatch.setitem(table.backends, "cuda", here)
+    yield
+    for table in tables:
+        table.forget()  # that "cuda" was chosen for a CPU
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels_where_backend_is_cuda(request):
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "cuda":
+        request.getfixturevalue("cuda_kernels")
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

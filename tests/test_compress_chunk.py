@@ -165,9 +165,6 @@ def chunk_and_its_choice(frames, frame_tokens, heads, anchor, pooled, keep_ratio
 
 KERNELS_ON_A_GPU = [name for name in BACKEND_NAMES if name != "reference" and DEVICE.type == "cuda"]
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-needs_cuda_kernel = pytest.mark.skipif(
-    "cuda" not in KERNELS_ON_A_GPU, reason="needs a GPU and the CUDA extension built for it"
-)
 
 
 @needs_gpu
@@ -209,7 +206,7 @@ def test_replays_of_a_captured_graph(backend):
         assert got.index.tolist() == want
 
 
-@needs_cuda_kernel
+@pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("keep", [11, 40])
 def test_all_layers_in_one_call(pooled, keep):

@@ -1,10 +1,7 @@
-"""The parts of csrc/compress that need no GPU, compiled for the host: keys, radix walk, ties, order of the work."""
+"""The parts of csrc/compress on their own, on the host: keys, selection in a group, ties, order of the work."""
 
 import ctypes
-import shutil
-import subprocess
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-COMPILER = shutil.which("c++") or shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is on the PATH")
-
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    library = tmp_path_factory.mktemp("selection") / "selection.so"
-    source = Path(__file__).with_name("selection_on_host.cpp")
-    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", str(source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+def host(small_kernels):
+    return small_kernels
 
 
 def pointer(array):
@@ -37,12 +26,12 @@ def ordered_keys(host, values):
     return keys
 
 
-def kept(host, keys, wanted):
-    """Places of the `wanted` lowest keys, and the steps that the walk took."""
-    places = np.full(wanted + 1, -1, np.int32)
-    steps = host.kept(pointer(keys), len(keys), wanted, pointer(places))
-    assert places[wanted] == -1
-    return places[:wanted], steps
+def selected(host, keys, wanted, first_candidate=0, anchor=0, frame_tokens=0):
+    """Tokens of the `wanted` lowest keys, as a block of the kernel lists them."""
+    tokens = np.full(wanted + 1, -1, np.int32)
+    host.select_tokens(pointer(keys), len(keys), wanted, first_candidate, anchor, frame_tokens, pointer(tokens))
+    assert tokens[wanted] == -1
+    return tokens[:wanted].tolist()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -58,28 +47,40 @@ def test_keys_have_the_order_of_the_floats(host, bits):
 
 
 KEYS = st.one_of(
-    hnp.arrays(np.uint32, st.integers(1, 200)),
-    hnp.arrays(np.uint32, st.integers(1, 200), elements=st.sampled_from([0, 1, 255, 256, 2**31, 2**32 - 1])),
-    hnp.arrays(np.uint32, st.integers(1, 200), elements=st.integers(0xBF000000, 0xBF000400)),
+    hnp.arrays(np.uint32, st.integers(1, 600)),
+    hnp.arrays(np.uint32, st.integers(1, 600), elements=st.sampled_from([0, 1, 255, 256, 2**31, 2**32 - 1])),
+    hnp.arrays(np.uint32, st.integers(1, 600), elements=st.integers(0xBF000000, 0xBF000400)),
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(KEYS, st.floats(0, 1))
-def test_the_walk_keeps_what_a_stable_sort_keeps(host, keys, share):
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(KEYS, st.floats(0, 1), st.integers(0, 2**32))
+def test_a_block_selects_what_a_stable_sort_keeps(host, keys, share, seed):
+    host.cuda_on_host_seed(ctypes.c_uint64(seed))
     wanted = max(1, round(share * len(keys)))
-    places, steps = kept(host, keys, wanted)
-    assert places.tolist() == sorted(np.argsort(keys, kind="stable")[:wanted].tolist())
-    assert 0 <= steps <= 4
+    assert selected(host, keys, wanted) == sorted(np.argsort(keys, kind="stable")[:wanted].tolist())
+
+
+def test_every_count_of_equal_keys_and_every_cut(host):
+    """Where ballots, warps and stretches begin and end."""
+    for count in (1, 31, 32, 33, 255, 256, 257, 511, 513):
+        keys = np.full(count, 0xBF123456, np.uint32)
+        for wanted in {1, count // 2 or 1, max(1, count - 1), count}:
+            assert selected(host, keys, wanted) == list(range(wanted))
+
+
+def test_tokens_are_those_of_the_candidates(host):
+    """A group from candidate 5 on, around an anchor of 8 tokens that are none."""
+    keys = np.arange(20, 0, -1).astype(np.uint32)
+    assert selected(host, keys, 20, first_candidate=5, anchor=1, frame_tokens=8) == [5, 6, 7, *range(16, 33)]
 
 
 def test_the_walk_stops_as_soon_as_it_knows(host):
     """Equal keys need no step, and cosines of a chunk no more than three."""
-    assert kept(host, np.full(3120, 0xBF123456, np.uint32), 780)[1] == 0
-    cosines = np.random.default_rng(0).normal(0.6, 0.1, 3120).astype(np.float32)
-    places, steps = kept(host, ordered_keys(host, cosines), 780)
-    assert places.tolist() == sorted(np.argsort(cosines, kind="stable")[:780].tolist())
-    assert 1 <= steps <= 3
+    equal = np.full(3120, 0xBF123456, np.uint32)
+    assert host.steps(pointer(equal), 3120, 780) == 0
+    cosines = ordered_keys(host, np.random.default_rng(0).normal(0.6, 0.1, 3120))
+    assert 1 <= host.steps(pointer(cosines), 3120, 780) <= 3
 
 
 SCORE, COPY_ANCHOR, COPY_KEPT = range(3)

@@ -1,18 +1,34 @@
-// csrc/compress/selection.h, compiled for the host: what test_compress_selection.py calls.
-#include "../csrc/compress/selection.h"
+// csrc/compress/group_select.cuh and selection.h alone, for test_compress_selection.py.
+#include <cuda_runtime.h>
+
+#include "compress/group_select.cuh"
 
 #include <algorithm>
 #include <vector>
 
 using namespace worldkv;
 
+namespace {
+
+__global__ void select_kernel(const uint32_t* g_keys, int count, int wanted, int first_candidate, int anchor,
+                              int frame_tokens, int32_t* g_tokens) {
+    select_in_group(g_keys, count, wanted, first_candidate, anchor, frame_tokens, g_tokens);
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
 extern "C" {
 
 void ordered_keys(const float* x, uint32_t* keys, int count) { std::transform(x, x + count, keys, ordered_key); }
 
-// Lists the `wanted` lowest keys by their places. Returns the steps of the walk, or -1 when the walk finds no bin, or
-// more than one, in a step, or keeps too many.
-int kept(const uint32_t* keys, int count, int wanted, int* places) {
+void select_tokens(const uint32_t* keys, int count, int wanted, int first_candidate, int anchor, int frame_tokens,
+                   int32_t* tokens) {
+    select_kernel<<<1, kThreads, 0, nullptr>>>(keys, count, wanted, first_candidate, anchor, frame_tokens, tokens);
+}
+
+// The steps of the walk, or -1 when it finds no bin, or more than one, in a step.
+int steps(const uint32_t* keys, int count, int wanted) {
     uint32_t all_and = ~0u, all_or = 0u;
     for (int i = 0; i < count; ++i) all_and &= keys[i], all_or |= keys[i];
     RadixWalk walk(all_and, all_or, wanted);
@@ -28,17 +44,6 @@ int kept(const uint32_t* keys, int count, int wanted, int* places) {
         }
         if (found != 1) return -1;
         done = walk.descend(bin, before_bin, bins[bin]);
-    }
-    int lower_before = 0, undecided_before = 0;
-    for (int i = 0; i < count; ++i) {
-        const bool lower = walk.lower(keys[i]), undecided = walk.undecided(keys[i]);
-        if (lower || (undecided && undecided_before < walk.wanted)) {
-            const int position = kept_position(lower_before, undecided_before, walk.wanted);
-            if (position >= wanted) return -1;
-            places[position] = i;
-        }
-        lower_before += lower;
-        undecided_before += undecided;
     }
     return steps;
 }
