@@ -39,12 +39,14 @@ def backends(op_backends) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def build_for_host(pytestconfig):
-    """Builds a folder of CUDA sources for the host. Kept in pytest's cache until a source changes."""
+def build_for_host(pytestconfig, tmp_path_factory):
+    """Builds a folder of CUDA sources for the host. Kept in pytest's cache, where there is one, until a source changes."""
     reason = cuda_on_host.why_not()
     if reason:
         pytest.skip(f"CUDA sources cannot be built for the host: {reason}")
-    return partial(cuda_on_host.build, folder=pytestconfig.cache.mkdir("cuda_on_host"))
+    cache = getattr(pytestconfig, "cache", None)  # None under -p no:cacheprovider
+    folder = cache.mkdir("cuda_on_host") if cache else tmp_path_factory.mktemp("cuda_on_host")
+    return partial(cuda_on_host.build, folder=folder)
 
 
 @pytest.fixture(scope="session")

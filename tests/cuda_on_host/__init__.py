@@ -90,9 +90,11 @@ def build(sources: Path, folder: Path) -> Path:
 
 def load(path: Path) -> ModuleType:
     """The module, with what `import worldkv_kernels._cuda` gives, and seed(number) for the order of its threads."""
-    spec = importlib.util.spec_from_file_location("worldkv_kernels._cuda", path)
+    # Not under that name: pybind11 would hand back the installed module, where one has been imported.
+    spec = importlib.util.spec_from_file_location(f"{__name__}._cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    assert Path(module.__file__) == path, f"{module.__file__} was loaded for {path}"
     seed = ctypes.CDLL(str(path)).cuda_on_host_seed
     seed.argtypes = [ctypes.c_uint64]
     module.seed = seed
