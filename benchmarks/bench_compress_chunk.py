@@ -1,6 +1,7 @@
 """compress_chunk against the published recipe in eager PyTorch: fp32 copies, topk, sort, gather.
 
-A selection is judged in float64, and the copies must be exact.
+One layer, and all layers of a model in one call, beside a call for each. A selection is judged in float64, and the
+copies must be exact.
 
     python benchmarks/bench_compress_chunk.py [--small] [--json FILE] [--device DEVICE]
 """
@@ -11,15 +12,18 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from common import Problem, Run, Variant, bench_main, l2_bytes, ours, parse_device, run_cases, sets_for
+from common import Problem, Run, Variant, bench_main, l2_bytes, ours, parse_device, run_cases, sets_for, worst
 
 from worldkv_kernels import compress_chunk
 
 # Cosines that lie closer than this to the cut may fall on either side of it in fp32.
 COSINE_MARGIN = 1e-6
+
+Kept = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]  # k, v and index, by layer
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class CompressCase:
     frame_tokens: int
     heads: int
     pooled: bool
+    layers: int = 1
     keep_ratio: float = 0.25
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
@@ -40,7 +45,8 @@ class CompressCase:
 
     def __str__(self) -> str:
         how = "pooled" if self.pooled else "per frame"
-        return f"{self.tokens} tokens x {self.heads} x {self.head_dim}, {how}"
+        layers = f"{self.layers} layers of " if self.layers > 1 else ""
+        return f"{layers}{self.tokens} tokens x {self.heads} x {self.head_dim}, {how}"
 
 
 CASES = [
@@ -48,8 +54,14 @@ CASES = [
     CompressCase(3, 880, heads=12, pooled=True),
     CompressCase(3, 1560, heads=40, pooled=False),
     CompressCase(3, 880, heads=12, pooled=False),
+    CompressCase(3, 1560, heads=40, pooled=True, layers=40),
+    CompressCase(3, 880, heads=12, pooled=True, layers=30),
 ]
-SMALL_CASES = [CompressCase(3, 40, heads=2, pooled=True), CompressCase(3, 17, heads=3, pooled=False)]
+SMALL_CASES = [
+    CompressCase(3, 40, heads=2, pooled=True),
+    CompressCase(3, 17, heads=3, pooled=False),
+    CompressCase(3, 17, heads=2, pooled=True, layers=3),
+]
 
 
 def kept_each(frame_tokens: int, keep_ratio: float) -> int:
@@ -57,12 +69,14 @@ def kept_each(frame_tokens: int, keep_ratio: float) -> int:
     return min(frame_tokens, max(1, math.ceil(keep_ratio * frame_tokens)))
 
 
-def compress_bytes(frames: int, frame_tokens: int, keep_ratio: float, heads: int, head_dim: int, itemsize: int) -> int:
-    """K read once, the kept V read once, the kept K and V written, and an int32 index. A keep that takes whole frames
-    still reads all of K. Temporaries (a mean key, a number a token) are not counted."""
+def compress_bytes(
+    frames: int, frame_tokens: int, keep_ratio: float, heads: int, head_dim: int, itemsize: int, layers: int = 1
+) -> int:
+    """Of all layers: K read once, the kept V read once, the kept K and V written, and an int32 index. A keep that takes
+    whole frames still reads all of K. Temporaries (a mean key, a number a token) are not counted."""
     tokens = frames * frame_tokens
     kept = frame_tokens + (frames - 1) * kept_each(frame_tokens, keep_ratio)
-    return (tokens + 3 * kept) * heads * head_dim * itemsize + 4 * kept
+    return layers * ((tokens + 3 * kept) * heads * head_dim * itemsize + 4 * kept)
 
 
 def published_compress(
@@ -90,7 +104,7 @@ def published_compress(
 def selection_error(
     case: CompressCase, k: torch.Tensor, v: torch.Tensor, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> float:
-    """Share of the kept tokens that should not have been kept, judged in float64.
+    """Share of a layer's kept tokens that should not have been kept, judged in float64.
 
     Tokens within COSINE_MARGIN of the cut may be kept or not. inf where the index has a wrong length, a wrong anchor,
     an order that is not ascending, or a row of k or v is not an exact copy.
@@ -121,38 +135,52 @@ def selection_error(
 
 
 def prepare(case: CompressCase, device: torch.device) -> Problem:
-    """Random K and V in every input set, with room for the result."""
+    """Random K and V of all layers in every input set, with room for the result."""
     counted = (case.frames, case.frame_tokens, case.keep_ratio, case.heads, case.head_dim, case.dtype.itemsize)
-    num_bytes = compress_bytes(*counted)
+    num_bytes = compress_bytes(*counted, layers=case.layers)
     sets = sets_for(num_bytes, l2_bytes(device))
     generator = torch.Generator(device=device).manual_seed(0)
     kept = case.frame_tokens + (case.frames - 1) * kept_each(case.frame_tokens, case.keep_ratio)
     chunks, outs, indexes = [], [], []
     for _ in range(sets):
-        shape = (2, case.tokens, case.heads, case.head_dim)
+        shape = (2, case.layers, case.tokens, case.heads, case.head_dim)
         chunks.append(torch.randn(shape, generator=generator, device=device).to(case.dtype))
-        outs.append(torch.empty((2, kept, *shape[2:]), dtype=case.dtype, device=device))
-        indexes.append(torch.empty(kept, dtype=torch.int32, device=device))
+        outs.append(torch.empty((2, case.layers, kept, *shape[3:]), dtype=case.dtype, device=device))
+        indexes.append(torch.empty((case.layers, kept), dtype=torch.int32, device=device))
 
     def check(run: Run) -> float:
         outs[0].fill_(float("nan"))
         indexes[0].fill_(-1)
-        return selection_error(case, *chunks[0], run(0))
+        layers = zip(*chunks[0], zip(*run(0), strict=True), strict=True)
+        return worst(selection_error(case, k, v, kept) for k, v, kept in layers)
 
-    def our_run(backend: str) -> Run:
-        return lambda i: compress_chunk(
-            *chunks[i], frames=case.frames, keep_ratio=case.keep_ratio, pooled=case.pooled,
-            out_k=outs[i][0], out_v=outs[i][1], out_index=indexes[i], backend=backend,
-        )  # fmt: skip
+    def our_run(backend: str, layers_a_call: int) -> Run:
+        def run(i: int) -> Kept:
+            for first in range(0, case.layers, layers_a_call):
+                layers = slice(first, first + layers_a_call)
+                compress_chunk(
+                    *chunks[i][:, layers], frames=case.frames, keep_ratio=case.keep_ratio, pooled=case.pooled,
+                    out_k=outs[i][0, layers], out_v=outs[i][1, layers], out_index=indexes[i][layers], backend=backend,
+                )  # fmt: skip
+            return *outs[i], indexes[i]
 
-    def published(i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return published_compress(*chunks[i], case.frames, case.keep_ratio, case.pooled)
+        return run
 
-    variants = [
-        Variant(name, lambda name=name: our_run(name), check, 0.0, num_bytes) for name in ours("compress_chunk", device)
-    ]
+    def published(i: int) -> Kept:
+        layers = zip(*chunks[i], strict=True)
+        kept = [published_compress(k, v, case.frames, case.keep_ratio, case.pooled) for k, v in layers]
+        return tuple(zip(*kept, strict=True))
+
+    variants = []
+    for name in ours("compress_chunk", device):
+        at_once = partial(our_run, name, case.layers)
+        variants.append(Variant(name, at_once, check, 0.0, num_bytes))
+        if case.layers > 1:
+            by_layer = partial(our_run, name, 1)
+            variants.append(Variant(f"{name}, {case.layers} calls", by_layer, check, 0.0, num_bytes, base=name))
     variants.append(Variant("published, eager", lambda: published, check, 0.0, num_bytes, rival=True))
-    return Problem(str(case), variants, sets=sets, shape={"heads": case.heads, "tokens": case.tokens})
+    shape = {"heads": case.heads, "tokens": case.tokens, "layers": case.layers}
+    return Problem(str(case), variants, sets=sets, shape=shape)
 
 
 def run(

@@ -11,6 +11,7 @@ on the CPU. On a CPU this runs in Triton's interpreter: TRITON_INTERPRET=1 ... -
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,24 @@ def compress_case(heads: int, dtype: torch.dtype, *, pooled: bool, anchor: int, 
     return case
 
 
+def compress_layers_case(heads: int, dtype: torch.dtype, *, pooled: bool, keep_ratio: float) -> Case:
+    """The last 111 of 120 rows of each of three layers, into the last rows of others; NaN before them."""
+
+    def case(device: torch.device, backend: str) -> Outputs:
+        k, v = random(3, 120, heads, 64, dtype=dtype), random(3, 120, heads, 64, dtype=dtype).flip(1)
+        k[:, :9], v[:, :9] = float("nan"), float("nan")
+        k, v = (x.to(device) for x in (k, v))
+        kept = 37 + 2 * min(37, math.ceil(keep_ratio * 37))
+        outs = [torch.zeros(3, 5 + kept, heads, 64, dtype=dtype, device=device) for _ in range(2)]
+        result = compress_chunk(
+            k[:, 9:], v[:, 9:], frames=3, keep_ratio=keep_ratio, pooled=pooled, anchor=1, out_k=outs[0][:, 5:],
+            out_v=outs[1][:, 5:], backend=backend,
+        )  # fmt: skip
+        return result.index, *outs
+
+    return case
+
+
 def cases(device: torch.device) -> dict[str, dict[str, Case]]:
     """Cases by op and name; together they reach every kernel and every compile-time branch of a launch."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter multiplies no bf16 matrices
@@ -106,6 +125,9 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
             "all kept": compress_case(2, torch.bfloat16, pooled=True, anchor=2, keep_ratio=1.0),
             "fp16": compress_case(1, torch.float16, pooled=True, anchor=0, keep_ratio=0.25),
             "fp32": compress_case(3, torch.float32, pooled=False, anchor=2, keep_ratio=0.25),
+            "layers": compress_layers_case(3, torch.bfloat16, pooled=True, keep_ratio=0.25),
+            "layers, per frame": compress_layers_case(2, torch.float32, pooled=False, keep_ratio=0.3),
+            "layers, all kept": compress_layers_case(2, torch.bfloat16, pooled=True, keep_ratio=1.0),
         },
     }
 

@@ -1,11 +1,12 @@
 """Pruning of a chunk against its anchor frame, after WorldKV, arXiv 2605.22718, section on compression.
 
-Four launches: the anchor's mean key; every other token's cosine similarity to it, over all heads at
-once; the least similar tokens, by counting how many come before each; and the copy of what was kept.
-Sums run in fp32 in a fixed order and no fp32 copy of the chunk is made: the only temporaries are the
-mean key [heads * head_dim], the similarities and the marks [tokens].
+Four launches for all layers: the anchor's mean key; every other token's cosine similarity to it, over all
+heads at once; the least similar tokens, by counting how many come before each; and the copy of what was kept.
+Sums run in fp32 in a fixed order and no fp32 copy of the chunk is made: the only temporaries are, of each
+layer, the mean key [heads * head_dim], the similarities and the marks [candidates].
 
-A candidate is a token outside the anchor frame, numbered in the chunk's order.
+A candidate is a token outside the anchor frame, numbered in the chunk's order. The grid's last dimension is
+the layers, which share nothing: a layer gets the bits that it would get alone.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["first_token", "frame_tokens"])
 def anchor_mean_kernel(
-    k_ptr, mean_ptr, first_token, frame_tokens, columns, stride_k_row,
+    k_ptr, mean_ptr, first_token, frame_tokens, columns, stride_k_layer, stride_k_row,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    layer = tl.program_id(1).to(tl.int64)
+    k_ptr += layer * stride_k_layer
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     rows = tl.arange(0, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
@@ -28,18 +31,20 @@ def anchor_mean_kernel(
         offsets = (first_token + row).to(tl.int64) * stride_k_row + column[None, :]
         mask = (row < frame_tokens) & (column[None, :] < columns)
         total += tl.load(k_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(mean_ptr + column, tl.sum(total, 0) / frame_tokens, mask=column < columns)
+    tl.store(mean_ptr + layer * columns + column, tl.sum(total, 0) / frame_tokens, mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["candidates", "frame_tokens", "anchor"])
 def similarity_kernel(
-    k_ptr, mean_ptr, similarity_ptr, candidates, frame_tokens, anchor, columns, stride_k_row,
+    k_ptr, mean_ptr, similarity_ptr, candidates, frame_tokens, anchor, columns, stride_k_layer, stride_k_row,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    layer = tl.program_id(1).to(tl.int64)
+    mean_ptr += layer * columns
     candidate = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     # Frames at or after the anchor lie one frame further on.
     token = tl.where(candidate >= anchor * frame_tokens, candidate + frame_tokens, candidate)
-    k_rows = k_ptr + token[:, None].to(tl.int64) * stride_k_row
+    k_rows = k_ptr + layer * stride_k_layer + token[:, None].to(tl.int64) * stride_k_row
     dots = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
     squares = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
     mean_squares = tl.zeros([BLOCK_COLUMNS], tl.float32)
@@ -54,7 +59,7 @@ def similarity_kernel(
     norms = tl.sqrt_rn(tl.sum(squares, 1)) * tl.sqrt_rn(tl.sum(mean_squares, 0))
     similarity = tl.sum(dots, 1) / (norms + 1e-8)
     similarity = tl.where(similarity == similarity, similarity, float("inf"))  # NaN goes first
-    tl.store(similarity_ptr + candidate, similarity, mask=candidate < candidates)
+    tl.store(similarity_ptr + layer * candidates + candidate, similarity, mask=candidate < candidates)
 
 
 @triton.jit(do_not_specialize=["group_size", "group_kept"])
@@ -62,7 +67,8 @@ def select_kernel(
     similarity_ptr, kept_ptr, group_size, group_kept, BLOCK_TOKENS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Mark a candidate when fewer than `group_kept` of its group are less similar, or equal and earlier."""
-    group = tl.program_id(1) * group_size
+    # In 32 bits, which the launcher sees to: with 64, the loop over a group takes a quarter more registers.
+    group = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * group_size
     index = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     own = tl.load(similarity_ptr + group + index, mask=index < group_size, other=float("inf"))
     before = tl.zeros([BLOCK_TOKENS], tl.int32)
@@ -76,13 +82,15 @@ def select_kernel(
     tl.store(kept_ptr + group + index, (before < group_kept).to(tl.int32), mask=index < group_size)
 
 
-@triton.jit(do_not_specialize=["frame_tokens", "anchor"])
+@triton.jit(do_not_specialize=["frame_tokens", "anchor", "stride_index_layer"])
 def gather_kernel(
     k_ptr, v_ptr, kept_ptr, out_k_ptr, out_v_ptr, index_ptr, frame_tokens, anchor, columns,
+    stride_k_layer, stride_v_layer, stride_out_k_layer, stride_out_v_layer, stride_index_layer,
     stride_k_row, stride_v_row, stride_out_k_row, stride_out_v_row,
     ALL_KEPT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
     first_anchor = anchor * frame_tokens
     # The output row: the anchor frame first, then the kept candidates in order.
     if (token >= first_anchor) & (token < first_anchor + frame_tokens):
@@ -97,22 +105,25 @@ def gather_kernel(
             kept = 1
         else:
             row = frame_tokens
-            kept = tl.load(kept_ptr + candidate)
+            marks = kept_ptr + layer * (tl.num_programs(0) - frame_tokens)
+            kept = tl.load(marks + candidate)
             before = candidate * kept  # nothing to count for a token that is not kept
             for first in range(0, before, BLOCK_TOKENS):
                 other = first + tl.arange(0, BLOCK_TOKENS)
-                row += tl.sum(tl.load(kept_ptr + other, mask=other < before, other=0), 0)
+                row += tl.sum(tl.load(marks + other, mask=other < before, other=0), 0)
     if kept != 0:
-        tl.store(index_ptr + row, token)
-        source = token.to(tl.int64)
-        target = row.to(tl.int64)
+        tl.store(index_ptr + layer * stride_index_layer + row, token)
+        k_row = k_ptr + layer * stride_k_layer + token.to(tl.int64) * stride_k_row
+        v_row = v_ptr + layer * stride_v_layer + token.to(tl.int64) * stride_v_row
+        out_k_row = out_k_ptr + layer * stride_out_k_layer + row.to(tl.int64) * stride_out_k_row
+        out_v_row = out_v_ptr + layer * stride_out_v_layer + row.to(tl.int64) * stride_out_v_row
         for first in range(0, columns, BLOCK_COLUMNS):
             column = first + tl.arange(0, BLOCK_COLUMNS)
             mask = column < columns
-            k = tl.load(k_ptr + source * stride_k_row + column, mask=mask)
-            v = tl.load(v_ptr + source * stride_v_row + column, mask=mask)
-            tl.store(out_k_ptr + target * stride_out_k_row + column, k, mask=mask)
-            tl.store(out_v_ptr + target * stride_out_v_row + column, v, mask=mask)
+            k = tl.load(k_row + column, mask=mask)
+            v = tl.load(v_row + column, mask=mask)
+            tl.store(out_k_row + column, k, mask=mask)
+            tl.store(out_v_row + column, v, mask=mask)
 
 
 def compress_chunk(
@@ -127,33 +138,43 @@ def compress_chunk(
     pooled: bool,
     anchor: int,
 ) -> None:
-    """Launch the kernels. k, v [frames * frame_tokens, heads, head_dim]; `keep` tokens per pruned frame."""
-    tokens, heads, head_dim = k.shape
+    """Launch the kernels: four for all layers, or one where all is kept.
+
+    k, v [layers, frames * frame_tokens, heads, head_dim], out_k, out_v [layers, kept, heads, head_dim], index int32
+    [layers, kept], contiguous; heads and head_dim dense, layers and rows of any stride. `keep` tokens per pruned frame.
+    """
+    layers, tokens, heads, head_dim = k.shape
     columns = heads * head_dim
     frame_tokens = tokens // frames
     candidates = tokens - frame_tokens
     kept = None
     all_kept = keep >= frame_tokens or candidates == 0
+    if layers * candidates >= 2**31:
+        raise ValueError(
+            f"compress_chunk: k must have fewer than 2**31 tokens outside the anchor frames of all layers for backend "
+            f"'triton', got {layers} layers of {candidates}"
+        )
     if not all_kept:
-        mean = torch.empty(columns, dtype=torch.float32, device=k.device)
-        similarity = torch.empty(candidates, dtype=torch.float32, device=k.device)
-        kept = torch.empty(candidates, dtype=torch.int32, device=k.device)
-        anchor_mean_kernel[(triton.cdiv(columns, 32),)](
-            k, mean, anchor * frame_tokens, frame_tokens, columns, k.stride(0),
+        mean = torch.empty((layers, columns), dtype=torch.float32, device=k.device)
+        similarity = torch.empty((layers, candidates), dtype=torch.float32, device=k.device)
+        kept = torch.empty((layers, candidates), dtype=torch.int32, device=k.device)
+        anchor_mean_kernel[(triton.cdiv(columns, 32), layers)](
+            k, mean, anchor * frame_tokens, frame_tokens, columns, k.stride(0), k.stride(1),
             BLOCK_ROWS=256, BLOCK_COLUMNS=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        similarity_kernel[(triton.cdiv(candidates, 4),)](
-            k, mean, similarity, candidates, frame_tokens, anchor, columns, k.stride(0),
+        similarity_kernel[(triton.cdiv(candidates, 4), layers)](
+            k, mean, similarity, candidates, frame_tokens, anchor, columns, k.stride(0), k.stride(1),
             BLOCK_TOKENS=4, BLOCK_COLUMNS=1024, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         groups = 1 if pooled else frames - 1
         group_size = candidates // groups
-        select_kernel[(triton.cdiv(group_size, 32), groups)](
+        select_kernel[(triton.cdiv(group_size, 32), groups, layers)](
             similarity, kept, group_size, keep * (frames - 1) // groups,
             BLOCK_TOKENS=32, BLOCK_OTHERS=256, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    gather_kernel[(tokens,)](
+    gather_kernel[(tokens, layers)](
         k, v, kept, out_k, out_v, index, frame_tokens, anchor, columns,
-        k.stride(0), v.stride(0), out_k.stride(0), out_v.stride(0),
+        k.stride(0), v.stride(0), out_k.stride(0), out_v.stride(0), index.stride(0),
+        k.stride(1), v.stride(1), out_k.stride(1), out_v.stride(1),
         ALL_KEPT=all_kept, BLOCK_TOKENS=1024, BLOCK_COLUMNS=1024, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -162,9 +162,9 @@ def append_launches():
 
 def compress_launches():
     for dtype, keep in [(torch.bfloat16, 390), (torch.float32, 390), (torch.bfloat16, 1560)]:
-        k = torch.empty(4680, 40, 128, dtype=dtype, device="meta")
-        out = torch.empty(1560 + 2 * keep, 40, 128, dtype=dtype, device="meta")
-        index = torch.empty(len(out), dtype=torch.int32, device="meta")
+        pool = torch.empty(40, 50_000, 40, 128, dtype=dtype, device="meta")  # all layers of a chunk, as WorldMemory has
+        k, out = pool[:, :4680], pool[:, 4736 : 4736 + 1560 + 2 * keep]
+        index = torch.empty(out.shape[:2], dtype=torch.int32, device="meta")
         yield (
             f"{str(dtype)[6:]} keep {keep}",
             lambda k=k, out=out, index=index, keep=keep: compress_chunk.compress_chunk(

@@ -102,16 +102,14 @@ class Play:
         return q
 
     def compress_chunk(self, k, v, *, out_k, out_v, **options):
-        breaks = self.breaks and self.random.random() < 0.5
-        if breaks and self.random.random() < 0.5:
-            raise Broken
+        layers = self.random.randrange(LAYERS + 1) if self.breaks else LAYERS
 
         def prune():
-            out_k.copy_(k)
-            out_v.copy_(v)
+            out_k[:layers].copy_(k[:layers])
+            out_v[:layers].copy_(v[:layers])
 
         self.streams.call(prune)
-        if breaks:
+        if self.breaks:
             raise Broken
 
     # --- a rollout ---
@@ -210,7 +208,7 @@ WAITS = [
     ("wait", "_loaded"),
     ("slot_to_fill", "_loaded"),
     ("slot_to_fill", "_saved"),
-    ("save_layer", "_pruned"),
+    ("save", "_pruned"),
 ]
 
 

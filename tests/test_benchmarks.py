@@ -89,6 +89,7 @@ def test_compress_bytes(load):
     # 3 frames of 10 tokens of 2 x 4 numbers of 2 bytes; ceil(.25 x 10) = 3 of each other frame: 16 kept.
     # K 30 x 16 bytes read; V 16 x 16 read; K and V 16 x 16 written each; 16 indices of 4 bytes.
     assert bench.compress_bytes(3, 10, 0.25, 2, 4, 2) == 480 + 3 * 256 + 64
+    assert bench.compress_bytes(3, 10, 0.25, 2, 4, 2, layers=5) == 6560
     assert bench.kept_each(10, 0.25) == 3
     assert bench.kept_each(10, 0.01) == 1
     assert bench.kept_each(10, 1.0) == 10
@@ -594,6 +595,51 @@ def test_a_compression_with_a_fault_is_wrong(load, monkeypatch, fault):
     monkeypatch.setattr(bench, "published_compress", lambda *args: fault(*right(*args)))
     figures = bench.run(small=True, device=CPU, seconds=0.01)
     assert {f["status"] for f in figures if f["is_rival"]} == {"wrong"}
+
+
+def layered(bench):
+    (case,) = (case for case in bench.SMALL_CASES if case.layers > 1)
+    return case, bench.prepare(case, CPU)
+
+
+def test_all_layers_are_compressed_in_one_call_beside_a_call_each(load, monkeypatch):
+    bench, calls = load("bench_compress_chunk"), []
+    right = bench.compress_chunk
+    monkeypatch.setattr(bench, "compress_chunk", lambda k, v, **options: calls.append(len(k)) or right(k, v, **options))
+    case, problem = layered(bench)
+    # 3 layers of 51 tokens of 2 x 128 numbers of 2 bytes, 17 + 2 x ceil(17 / 4) = 27 kept.
+    counted = 3 * ((51 + 3 * 27) * 512 + 4 * 27)
+    assert [(v.name, v.num_bytes, v.base, v.rival) for v in problem.variants] == [
+        ("reference", counted, None, False), ("reference, 3 calls", counted, "reference", False),
+        ("published, eager", counted, None, True),
+    ]  # fmt: skip
+    assert str(case) == problem.case == "3 layers of 51 tokens x 2 x 128, pooled"
+    for variant, want in zip(problem.variants, ([3], [1, 1, 1], []), strict=True):
+        calls.clear()
+        assert variant.check(variant.make()) == 0.0
+        assert calls == want
+    full = [(case.heads, case.frame_tokens, case.layers) for case in bench.CASES if case.layers > 1]
+    assert full == [(40, 1560, 40), (12, 880, 30)]
+
+
+def test_a_layer_that_is_not_compressed_is_wrong(load, monkeypatch):
+    bench = load("bench_compress_chunk")
+    ours, published, seen = bench.compress_chunk, bench.published_compress, []
+
+    def but_the_last(k, v, *, out_k, out_v, out_index, **options):
+        if len(k) == 3:
+            k, v, out_k, out_v, out_index = (x[:2] for x in (k, v, out_k, out_v, out_index))
+        return ours(k, v, out_k=out_k, out_v=out_v, out_index=out_index, **options)
+
+    def at_fault_in_the_last(*args):
+        seen.append(args)
+        k, v, index = published(*args)
+        return (k.roll(1, 0) if len(seen) == 3 else k), v, index
+
+    monkeypatch.setattr(bench, "compress_chunk", but_the_last)
+    monkeypatch.setattr(bench, "published_compress", at_fault_in_the_last)
+    errors = [variant.check(variant.make()) for variant in layered(bench)[1].variants]
+    assert errors == [math.inf, 0.0, math.inf]
 
 
 @pytest.mark.parametrize("pooled", [True, False])

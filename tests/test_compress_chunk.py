@@ -206,25 +206,6 @@ def test_replays_of_a_captured_graph(backend):
         assert got.index.tolist() == want
 
 
-@pytest.mark.usefixtures("cuda_kernels")
-@pytest.mark.parametrize("pooled", [True, False])
-@pytest.mark.parametrize("keep", [11, 40])
-def test_all_layers_in_one_call(pooled, keep):
-    """Slots of a pool [layers, rows, heads, head_dim], against one layer at a time; nothing else is written."""
-    kept = 40 + 2 * keep
-    pools = torch.randn(2, 30, 400, 3, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
-    before, index = pools.clone(), torch.full((30, kept), -1, dtype=torch.int32, device=DEVICE)
-    k, v = pools[:, :, 128:248]
-    arguments = dict(frames=3, keep=keep, pooled=pooled, anchor=1)
-    cuda.compress_chunk(k, v, pools[0, :, 256 : 256 + kept], pools[1, :, 256 : 256 + kept], index, **arguments)
-    for layer in range(30):
-        out_k, out_v, out_index = torch.empty_like(k[0, :kept]), torch.empty_like(k[0, :kept]), index[0].clone()
-        cuda.compress_chunk(k[layer], v[layer], out_k, out_v, out_index, **arguments)
-        assert torch.equal(index[layer], out_index)
-        before[:, layer, 256 : 256 + kept] = torch.stack([out_k, out_v])
-    assert torch.equal(pools, before)
-
-
 @pytest.mark.parametrize(
     ("stride", "offset", "aligned"), [(128, 0, True), (136, 8, True), (130, 0, False), (128, 1, False)]
 )
@@ -246,7 +227,8 @@ def zeros(*shape, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"k": zeros(90, 128)}, ValueError, "k must be [tokens, heads, head_dim], got [90, 128]"),
+        ({"k": zeros(90, 128)}, ValueError, "k must be [tokens, heads, head_dim] or [layers, tokens, heads, head_dim]"),
+        ({"k": None}, TypeError, "k must be a tensor [tokens, heads, head_dim], got None"),
         ({"k": zeros(90, 2, 32)}, ValueError, "k must be of at least one head with head_dim 64 or 128"),
         ({"k": zeros(90, 64, 2).transpose(1, 2)}, ValueError, "k must be contiguous in its last 2"),
         ({"v": zeros(89, 2, 64)}, ValueError, "v must be [90, 2, 64], got [89, 2, 64]"),

@@ -218,9 +218,11 @@ def test_the_check_on_first_use_passes_for_every_kind(op):
 
 
 def call_of_compress(**changes):
-    k, v, out_k, out_v = torch.zeros(4, 8, 2, 64, device=DEVICE)
-    index = torch.zeros(8, dtype=torch.int32, device=DEVICE)
-    arguments = dict(k=k, v=v, out_k=out_k[:6], out_v=out_v[:6], index=index, frames=2, keep=2, pooled=True, anchor=0)
+    k, v, out_k, out_v = torch.zeros(4, 1, 8, 2, 64, device=DEVICE)
+    index = torch.zeros(1, 6, dtype=torch.int32, device=DEVICE)
+    arguments = dict(
+        k=k, v=v, out_k=out_k[:, :6], out_v=out_v[:, :6], index=index, frames=2, keep=2, pooled=True, anchor=0
+    )
     cuda.compress_chunk(**{**arguments, **changes})
 
 
@@ -237,16 +239,19 @@ def call_of_append(heads=2, tokens=2, **changes):
 @pytest.mark.parametrize(
     ("call", "changes", "error", "message"),
     [
-        (call_of_compress, {"anchor": 2}, ValueError, "layers, frames, frame_tokens, keep and anchor must be in range"),
-        (call_of_compress, {"keep": 0}, ValueError, "layers, frames, frame_tokens, keep and anchor must be in range"),
-        (call_of_compress, {"k": torch.zeros(8, 2, 32)}, ValueError, "at least one head with head_dim 64 or 128"),
-        (call_of_compress, {"k": torch.zeros(8 * 130).as_strided((8, 2, 64), (130, 64, 1))}, ValueError, "k must have"),
+        (call_of_compress, {"anchor": 2}, ValueError, "frames, frame_tokens, keep and anchor must be in range"),
+        (call_of_compress, {"keep": 0}, ValueError, "frames, frame_tokens, keep and anchor must be in range"),
+        (call_of_compress, {"k": torch.zeros(1, 8, 2, 64).expand(65536, -1, -1, -1)}, ValueError,
+         "1 to 65535 layers .*, got 65536"),
+        (call_of_compress, {"k": torch.zeros(1, 8, 2, 32)}, ValueError, "at least one head with head_dim 64 or 128"),
+        (call_of_compress, {"k": torch.zeros(8 * 130).as_strided((1, 8, 2, 64), (0, 130, 64, 1))}, ValueError,
+         "k must have"),
         (call_of_append, {"heads": 65}, ValueError, "k_pool must be of 1 to 64 heads"),
         (call_of_append, {"tokens": 0}, RuntimeError, "launch failed: invalid configuration argument"),
         (call_of_append, {"q": torch.zeros(2, 128)}, ValueError, "q must be bfloat16 or float16"),
         (call_of_append, {"q_weight": torch.zeros(129)[1:]}, ValueError, "q_weight must have rows aligned to 16"),
     ],
-)
+)  # fmt: skip
 def test_the_binding_refuses_what_the_kernel_does_not_take(call, changes, error, message):
     changes = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in changes.items()}
     with pytest.raises(error, match=message):

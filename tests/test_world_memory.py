@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import worldkv_kernels.memory.pool as pool_module
-from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory, segment_attention
+import worldkv_kernels.memory.world_memory as world_memory_module
+from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory, compress_chunk, segment_attention
 from worldkv_kernels.memory.retrieval import PoseRetrieval
 
 HEAD_DIM = 64
@@ -597,6 +598,20 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
     now += [x for layer in range(2) for x in memory.pools(layer)]
     assert [x.data_ptr() for x in now] == addresses
     assert memory.window is window
+
+
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_a_chunk_is_pruned_in_one_call_for_all_layers(monkeypatch, bank):
+    config, calls = tiny(bank=bank), []
+    monkeypatch.setattr(
+        world_memory_module, "compress_chunk",
+        lambda k, v, **options: calls.append(list(k.shape)) or compress_chunk(k, v, **options),
+    )  # fmt: skip
+    memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
+    for chunk in range(MAX_CHUNKS):
+        rollout.chunk(memory, chunk)
+    banked = MAX_CHUNKS - config.sink_chunks - config.recent_chunks
+    assert calls == banked * [[config.num_layers, config.chunk_tokens, config.num_heads, HEAD_DIM]]
 
 
 def test_no_work_grows_with_the_past():

@@ -314,7 +314,9 @@ template <typename T>
 void launch(const CompressParams& params, cudaStream_t stream) {
     const Plan p = plan_of(params, sizeof(T));
     const int64_t blocks = static_cast<int64_t>(p.layers) * (p.score_blocks + p.anchor_blocks + p.kept_blocks);
-    if (blocks > INT_MAX) throw std::invalid_argument("compress_chunk: k must have fewer tokens for backend 'cuda'");
+    if (blocks > INT_MAX) {
+        throw std::invalid_argument("compress_chunk: k must have fewer tokens, or fewer layers, for backend 'cuda'");
+    }
     if (!p.whole) {
         anchor_kernel<T><<<dim3(p.vectors / kSlabVectors, p.layers), kAnchorThreads, 0, stream>>>(p);
         check_launch();
@@ -345,9 +347,13 @@ void compress_chunk(const CompressParams& p, Dtype dtype, cudaStream_t stream) {
     if (p.heads < 1 || (p.head_dim != 64 && p.head_dim != 128)) {
         throw std::invalid_argument("compress_chunk: k must be of at least one head with head_dim 64 or 128");
     }
-    if (p.layers < 1 || p.layers > 65535 || p.frames < 1 || p.frame_tokens < 1 || p.keep < 1 || p.anchor < 0 ||
-        p.anchor >= p.frames || static_cast<int64_t>(p.frames) * p.frame_tokens > INT_MAX / 2) {
-        throw std::invalid_argument("compress_chunk: layers, frames, frame_tokens, keep and anchor must be in range");
+    if (p.layers < 1 || p.layers > 65535) {  // the second dimension of anchor_kernel's grid
+        throw std::invalid_argument("compress_chunk: k must be of 1 to 65535 layers for backend 'cuda', got " +
+                                    std::to_string(p.layers));
+    }
+    if (p.frames < 1 || p.frame_tokens < 1 || p.keep < 1 || p.anchor < 0 || p.anchor >= p.frames ||
+        static_cast<int64_t>(p.frames) * p.frame_tokens > INT_MAX / 2) {
+        throw std::invalid_argument("compress_chunk: frames, frame_tokens, keep and anchor must be in range");
     }
     const int element_bytes = dtype == Dtype::kFloat32 ? 4 : 2;
     check_rows("k", p.k, p.stride_k_layer, p.stride_k_row, element_bytes);

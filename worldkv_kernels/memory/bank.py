@@ -31,7 +31,6 @@ class Bank:
     ) -> None:
         self._slots = slots
         self._policy = policy
-        self._num_layers = len(pool.k)
         self._cache = SlotCache(pool, slots, tokens=tokens, num_places=places) if on_host else None
         self.capacity = places
         self.clear()
@@ -86,11 +85,10 @@ class Bank:
             return self._slots[self._place[chunk]]
         return self._cache.slot_to_fill(chunk)
 
-    def stored(self, chunk: int, layer: int | None = None) -> None:
-        """The rows that `row_to_fill` gave are written, of one layer (the last one last) or all: copy them out."""
+    def stored(self, chunk: int) -> None:
+        """The rows that `row_to_fill` gave are written, of all layers: copy them out."""
         if self._cache is not None:
-            for done in range(self._num_layers) if layer is None else (layer,):
-                self._cache.save_layer(chunk, done, self._place[chunk])
+            self._cache.save(chunk, self._place[chunk])
 
     def break_off(self, chunk: int) -> None:
         """Take back `row_to_fill`, where writing the rows failed; what it dropped stays dropped."""

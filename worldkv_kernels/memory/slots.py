@@ -24,13 +24,13 @@ class SlotCache:
     use. A chunk is pruned straight into a slot and copied out from there, so it starts out cached. One that is asked
     for while it is cached costs no copy, be it still on its way.
 
-    Copies go layer by layer over all chunks asked for at once, since a pass needs layer 0 of all of them first: two a
-    chunk and layer, as K and V are one piece in the arena but two tensors on the device. What each waits for:
+    Copies in go layer by layer over all chunks asked for at once, since a pass needs layer 0 of all of them first. Two
+    copies a chunk and layer, as K and V are one piece in the arena but two tensors on the device. What each waits for:
 
     - a load into a slot: the passes that read the slot (`release`), the copy out of it, and the copy out that
       fills the arena's place;
     - pruning into a slot: the loads into it and the copy out of it; passes are on the same stream;
-    - a copy out of a slot: that layer's pruning;
+    - a copy out of a slot: the pruning into it;
     - attention to a layer: the loads of that layer's rows, no other.
 
     A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
@@ -46,7 +46,7 @@ class SlotCache:
         self._engine = CopyEngine(pool.k.device, pool.k, pool.v)
         event = self._engine.event
         self._released = event()  # passes over windows before this one
-        self._pruned = [event() for _ in range(num_layers)]
+        self._pruned = event()  # what was pruned last
         self._loaded = [[event() for _ in range(num_layers)] for _ in rows]  # into slots
         self._saved = [event() for _ in rows]  # out of slots
         self._written = [event() for _ in range(num_places)]  # into places
@@ -138,24 +138,23 @@ class SlotCache:
         return self._rows[slot]
 
     @ranged("bank_copy_out")
-    def save_layer(self, chunk: int, layer: int, place: int) -> None:
-        """Copy out a layer that the current stream has pruned, the last layer last."""
-        engine, slot = self._engine, self._cached[chunk]
-        engine.record(self._pruned[layer], COMPUTE)
-        engine.wait(self._pruned[layer], SAVE)
-        k, v = self._views(slot, layer)
-        host = self.arena.rows[place, layer]
-        engine.copy([(host[0], k), (host[1], v)], SAVE)
-        if layer == self._num_layers - 1:
-            self._mark_saved(slot, place)
-            self.copies_out += 1
+    def save(self, chunk: int, place: int) -> None:
+        """Copy out a chunk that the current stream has pruned."""
+        engine, slot, pairs = self._engine, self._cached[chunk], []
+        for layer in range(self._num_layers):
+            pairs += zip(self.arena.rows[place, layer], self._views(slot, layer), strict=True)
+        engine.record(self._pruned, COMPUTE)
+        engine.wait(self._pruned, SAVE)
+        engine.copy(pairs, SAVE)
+        self._mark_saved(slot, place)
+        self.copies_out += 1
 
     def break_off(self, chunk: int, place: int) -> None:
-        """Forget a chunk whose layers are not all pruned and saved; those that are on their way go on."""
-        engine, slot = self._engine, self._cached[chunk]
-        engine.record(self._pruned[-1], COMPUTE)
-        engine.wait(self._pruned[-1], SAVE)
-        self._mark_saved(slot, place)
+        """Forget a chunk that is not all pruned and saved; what is on its way goes on."""
+        engine = self._engine
+        engine.record(self._pruned, COMPUTE)
+        engine.wait(self._pruned, SAVE)
+        self._mark_saved(self._cached[chunk], place)
         self.drop(chunk)
 
     def drop(self, chunk: int) -> None:
@@ -209,8 +208,7 @@ class SlotCache:
             for layer in range(self._num_layers):
                 pairs = []
                 for slot, place in moves:
-                    host = self.arena.rows[place, layer]
-                    pairs += zip(self._views(slot, layer), (host[0], host[1]), strict=True)
+                    pairs += zip(self._views(slot, layer), self.arena.rows[place, layer], strict=True)
                 engine.copy(pairs, LOAD)
                 for slot, _ in moves:
                     engine.record(self._loaded[slot][layer], LOAD)

@@ -1,4 +1,4 @@
-"""torch.ops.worldkv.compress_chunk: key similarity, selection and compaction of a chunk."""
+"""torch.ops.worldkv.compress_chunk: key similarity, selection and compaction of a chunk, of one layer or of all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from .backends import Backend, OpBackends, on_current_device, register, triton_u
 from .checks import HEAD_DIMS, bad_value, check_tensor
 
 _OP = "compress_chunk"
+_MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
 
 
 class CompressedChunk(NamedTuple):
-    """What was kept of a chunk: k, v [kept, heads, head_dim] and index [kept] int32 into its tokens."""
+    """What was kept of a chunk: k, v [kept, heads, head_dim] and index [kept] int32 into its tokens.
+
+    All three with a first dimension of layers where the chunk had one.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
@@ -49,6 +53,9 @@ def compress_chunk(
 ) -> CompressedChunk:
     """Keep a chunk's anchor frame and, of the others, the tokens whose keys resemble that frame least.
 
+    Of one layer, or of all layers of a model in as many launches as of one: each is pruned on its own, with the bits
+    that it would get alone.
+
     The similarity of a token is <k, m> / (|k| |m| + 1e-8), m the mean of the anchor frame's keys, both
     taken over all heads * head_dim numbers. With keep = max(1, ceil(keep_ratio * frame_tokens)), each
     other frame keeps its `keep` least similar tokens, or, pooled, the other frames together keep their
@@ -56,14 +63,16 @@ def compress_chunk(
     Where keep reaches the frame's size, everything is kept. After WorldKV, arXiv 2605.22718.
 
     Args:
-        k, v: [frames * frame_tokens, heads, head_dim], bf16, fp16 or fp32, dense in heads and head_dim,
-            head_dim 64 or 128. Keys as they are stored, that is after RoPE.
+        k, v: [frames * frame_tokens, heads, head_dim] or [layers, frames * frame_tokens, heads, head_dim], bf16, fp16
+            or fp32, dense in heads and head_dim, tokens and layers (up to 65535) of any stride, such as
+            `pool.k[:, rows]`; head_dim 64 or 128. Keys as they are stored, that is after RoPE.
         frames: latent frames of the chunk.
         keep_ratio: above 0, at most 1. 0.25 keeps half of a chunk of three frames.
         pooled: one budget for all other frames, instead of one each.
         anchor: which frame is kept whole, from 0.
-        out_k, out_v: where to write, [kept, heads, head_dim] like k, not overlapping k or v; out_index
-            int32 [kept], contiguous. Allocated when None.
+        out_k, out_v: where to write, [kept, heads, head_dim] like k, with layers where k has them. Rows and layers may
+            lie apart, one stride nested in the other, but must not overlap each other, k or v.
+        out_index: int32 [kept] or [layers, kept], contiguous. Outputs are allocated when None.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
     Returns CompressedChunk(k, v, index): the anchor frame first, then the kept tokens in ascending order.
@@ -71,12 +80,21 @@ def compress_chunk(
     and does not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an
     input that wants a gradient, on frames that do not divide the tokens, on a ratio or an anchor out of range,
     on overlapping outputs, and on a backend that is unknown or unavailable.
+
+    Overlap is judged from addresses and strides, a layer of a tensor counted as all from its first byte to its last.
+    That is exact where the rows of a layer lie one after another, as in a pool, however the layers of different tensors
+    interleave. It also refuses outputs in the gaps between an input's rows.
     """
-    check_tensor(_OP, "k", k, ("tokens", "heads", "head_dim"), inner=2)
-    tokens, heads, head_dim = k.shape
+    if isinstance(k, torch.Tensor) and k.dim() not in (3, 4):
+        raise bad_value(_OP, "k", "[tokens, heads, head_dim] or [layers, tokens, heads, head_dim]", k)
+    layered = isinstance(k, torch.Tensor) and k.dim() == 4
+    check_tensor(_OP, "k", k, (*(["layers"] if layered else []), "tokens", "heads", "head_dim"), inner=2)
+    *layers, tokens, heads, head_dim = k.shape
     if head_dim not in HEAD_DIMS or heads < 1:
         raise bad_value(_OP, "k", "of at least one head with head_dim 64 or 128", k)
-    check_tensor(_OP, "v", v, (tokens, heads, head_dim), like=k, inner=2)
+    if layered and not 1 <= layers[0] <= _MAX_LAYERS:
+        raise bad_value(_OP, "k", f"of 1 to {_MAX_LAYERS} layers", k)
+    check_tensor(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k, inner=2)
     if frames < 1 or tokens < frames or tokens % frames:
         raise bad_value(_OP, "frames", f"a divisor of the {tokens} tokens", frames)
     if not 0 < keep_ratio <= 1:
@@ -84,16 +102,16 @@ def compress_chunk(
     if not 0 <= anchor < frames:
         raise bad_value(_OP, "anchor", f"a frame from 0 to {frames - 1}", anchor)
     frame_tokens = tokens // frames
-    kept = kept_tokens(frames, frame_tokens, keep_ratio)
+    kept = (*layers, kept_tokens(frames, frame_tokens, keep_ratio))
     if out_k is None:
-        out_k = torch.empty((kept, heads, head_dim), dtype=k.dtype, device=k.device)
+        out_k = torch.empty((*kept, heads, head_dim), dtype=k.dtype, device=k.device)
     if out_v is None:
-        out_v = torch.empty((kept, heads, head_dim), dtype=k.dtype, device=k.device)
+        out_v = torch.empty((*kept, heads, head_dim), dtype=k.dtype, device=k.device)
     if out_index is None:
         out_index = torch.empty(kept, dtype=torch.int32, device=k.device)
-    check_tensor(_OP, "out_k", out_k, (kept, heads, head_dim), like=k, inner=2)
-    check_tensor(_OP, "out_v", out_v, (kept, heads, head_dim), like=k, inner=2)
-    check_tensor(_OP, "out_index", out_index, (kept,), like=k, dtypes=(torch.int32,))
+    check_tensor(_OP, "out_k", out_k, (*kept, heads, head_dim), like=k, inner=2)
+    check_tensor(_OP, "out_v", out_v, (*kept, heads, head_dim), like=k, inner=2)
+    check_tensor(_OP, "out_index", out_index, kept, like=k, dtypes=(torch.int32,), inner=len(kept))
     torch.ops.worldkv.compress_chunk(
         k, v, out_k, out_v, out_index, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
         backend or "auto",
@@ -101,24 +119,68 @@ def compress_chunk(
     return CompressedChunk(out_k, out_v, out_index)
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and past-the-last byte that a tensor with positive strides touches."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+class _Layers(NamedTuple):
+    """The bytes of a tensor: where its layers start, and how far each reaches from there."""
+
+    starts: range
+    reach: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Layers:
+        """Of a tensor [layers, rows, heads, head_dim] that is dense in the last two."""
+        layers, rows, heads, head_dim = tensor.shape
+        first, size = tensor.data_ptr(), tensor.element_size()
+        reach = ((rows - 1) * tensor.stride(1) + heads * head_dim) * size
+        step = tensor.stride(0) * size
+        starts = range(first, first + layers * step, step) if layers > 1 and step else range(first, first + 1)
+        return cls(starts, reach)
+
+    def meets(self, other: _Layers) -> bool:
+        """Whether a layer of one and a layer of the other have a byte in common."""
+        starts, others = self.starts, other.starts
+        if starts[0] >= others[-1] + other.reach or others[0] >= starts[-1] + self.reach:
+            return False
+        if starts.step == others.step:
+            # How two layers lie to each other follows from how many layers they are apart: one stands for all.
+            others = range(others.start - (len(starts) - 1) * others.step, others.stop, others.step)
+            starts = starts[:1]
+        for start in starts:
+            first_to_end_later = max(0, (start - other.reach - others.start) // others.step + 1)
+            if first_to_end_later < len(others) and others[first_to_end_later] < start + self.reach:
+                return True
+        return False
+
+    def __str__(self) -> str:
+        if len(self.starts) == 1:
+            return f"bytes {(self.starts[0], self.starts[0] + self.reach)}"
+        return f"{len(self.starts)} x {self.reach} bytes, {self.starts.step} apart, from {self.starts[0]}"
+
+
+def _check_overlap(k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
+    for name, out in (("out_k", out_k), ("out_v", out_v)):
+        reach = out.shape[2] * out.shape[3]
+        for stride, size in sorted(zip(out.stride()[:2], out.shape[:2], strict=True)):
+            if size > 1 and stride < reach:
+                raise bad_value(_OP, name, "of layers and rows that lie apart", out)
+            reach += (size - 1) * stride
+    places = {name: _Layers.of(x) for name, x in (("out_k", out_k), ("out_v", out_v), ("k", k), ("v", v))}
+    for name in ("out_k", "out_v"):
+        for other, place in places.items():
+            if other != name and places[name].meets(place):
+                raise ValueError(f"{_OP}: {name} must not overlap {other}, got {places[name]} and {place}")
 
 
 def _run(
     k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
     frames: int, keep: int, pooled: bool, anchor: int, backend: str,
 ) -> None:  # fmt: skip
-    spans = {"out_k": _span(out_k), "out_v": _span(out_v), "k": _span(k), "v": _span(v)}
-    for name in ("out_k", "out_v"):
-        for other, span in spans.items():
-            if other != name and max(spans[name][0], span[0]) < min(spans[name][1], span[1]):
-                raise ValueError(f"{_OP}: {name} must not overlap {other}, got bytes {spans[name]} and {span}")
+    if k.dim() == 3:
+        k, v, out_k, out_v, index = (x.unsqueeze(0) for x in (k, v, out_k, out_v, index))
+    _check_overlap(k, v, out_k, out_v)
     per_vector = 16 // k.element_size()
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % per_vector == 0 for x in (k, v, out_k, out_v))
-    kind = (k.dtype, k.shape[2], pooled, keep * frames >= k.shape[0], aligned)
+    rows = (k, v, out_k, out_v)
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % per_vector == x.stride(1) % per_vector == 0 for x in rows)
+    kind = (k.dtype, k.shape[3], pooled, keep * frames >= k.shape[1], aligned)
     run = BACKENDS.choose(backend, k.device, kind)
     with on_current_device(k.device):
         run(k, v, out_k, out_v, index, frames=frames, keep=keep, pooled=pooled, anchor=anchor)
@@ -131,20 +193,21 @@ def _load_triton() -> Callable[..., None]:
 
 
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
-    """Three frames of 40 tokens whose similarities are far apart, so that rounding moves no token."""
+    """Two layers of three frames of 40 tokens whose similarities are far apart, so that rounding moves no token."""
     dtype, head_dim, pooled, whole, _ = kind
     generator = torch.Generator().manual_seed(0)
     base, noise = torch.randn(2, 1, 2, head_dim, generator=generator)
-    share = torch.linspace(-1, 1, 120)[torch.randperm(120, generator=generator)].view(-1, 1, 1)
-    share[40:80] = 1.0  # the anchor frame
+    order = torch.stack([torch.randperm(120, generator=generator) for _ in range(2)])
+    share = torch.linspace(-1, 1, 120)[order].view(2, 120, 1, 1)
+    share[:, 40:80] = 1.0  # the anchor frame
     k = (base * share + noise * (1 - share.abs())).to(device, dtype)
-    v = torch.randn(120, 2, head_dim, generator=generator).to(device, dtype)
+    v = torch.randn(2, 120, 2, head_dim, generator=generator).to(device, dtype)
     keep = 40 if whole else 11
 
     def call(run: Callable[..., None]) -> torch.Tensor:
         kept = 40 + 2 * keep
-        out_k, out_v = torch.full((2, kept, 2, head_dim), float("nan"), dtype=dtype, device=device)
-        index = torch.full((kept,), -1, dtype=torch.int32, device=device)
+        out_k, out_v = torch.full((2, 2, kept, 2, head_dim), float("nan"), dtype=dtype, device=device)
+        index = torch.full((2, kept), -1, dtype=torch.int32, device=device)
         run(k, v, out_k, out_v, index, frames=3, keep=keep, pooled=pooled, anchor=1)
         return torch.cat([x.float().flatten() for x in (index, out_k, out_v)])
 

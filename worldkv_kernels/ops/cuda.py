@@ -101,13 +101,11 @@ def compress_chunk(
     pooled: bool,
     anchor: int,
 ) -> None:
-    """Launch csrc/compress on the current stream: two kernels, or one where all is kept.
+    """Launch csrc/compress on the current stream: two kernels for all layers, or one where all is kept.
 
-    k, v [frames * frame_tokens, heads, head_dim], index [kept]; or all with a first dimension of layers, which share
-    the launches. `keep` tokens per pruned frame. Takes what `compress_unsupported` lets through.
+    k, v [layers, frames * frame_tokens, heads, head_dim], index [layers, kept]. `keep` tokens per pruned frame. Takes
+    what `compress_unsupported` lets through.
     """
-    if k.dim() == 3:
-        k, v, out_k, out_v, index = (x.unsqueeze(0) for x in (k, v, out_k, out_v, index))
     layers, tokens, heads, head_dim = k.shape
     frame_tokens = tokens // frames
     words = 0

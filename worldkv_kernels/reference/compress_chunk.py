@@ -1,4 +1,4 @@
-"""Chunk compression in plain PyTorch, a frame at a time, so that no fp32 copy of the chunk is made."""
+"""Chunk compression in plain PyTorch, a layer and frame at a time, so that no fp32 copy of the chunk is made."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ def compress_chunk(
     pooled: bool,
     anchor: int,
 ) -> None:
-    """Same contract as the public op; `keep` tokens of each pruned frame, on average where pooled."""
-    index.copy_(_kept(k, frames, keep, pooled, anchor))
-    torch.index_select(k, 0, index, out=out_k)
-    torch.index_select(v, 0, index, out=out_v)
+    """Same contract as the public op, with a dimension of layers; `keep` tokens of each pruned frame, on average
+    where pooled."""
+    for layer in range(len(k)):
+        index[layer] = _kept(k[layer], frames, keep, pooled, anchor)
+        torch.index_select(k[layer], 0, index[layer], out=out_k[layer])
+        torch.index_select(v[layer], 0, index[layer], out=out_v[layer])
 
 
 def _kept(k: torch.Tensor, frames: int, keep: int, pooled: bool, anchor: int) -> torch.Tensor:
+    """The kept tokens of one layer."""
     frame_tokens = k.shape[0] // frames
     token = torch.arange(k.shape[0], device=k.device).view(frames, frame_tokens)
     others = [f for f in range(frames) if f != anchor]
