@@ -1,10 +1,12 @@
 """Runs the suite on a GPU where there is one, else on the CPU with Triton's interpreter."""
 
 import ctypes
+import importlib.util
 import os
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import cuda_on_host
+import numpy as np
 import pytest
 
 from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS_BACKENDS
@@ -22,6 +25,15 @@ from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
 torch.set_num_threads(1)
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_configure(config):
+    if DEVICE.type == "cpu" and importlib.util.find_spec("triton"):
+        triton, numpy = version("triton"), np.__version__
+        if triton.startswith("3.6.") and np.lib.NumpyVersion(numpy) >= "2.4.0":
+            raise pytest.UsageError(
+                f"the interpreter of triton 3.6 needs numpy below 2.4, got numpy {numpy}: pip install 'numpy<2.4'"
+            )
 
 
 @pytest.fixture(scope="session")

@@ -80,9 +80,8 @@ class Window:
     def tables(self) -> tuple[torch.Tensor, ...]:
         """What a kernel reads, always at the same addresses; kernels/segment_attention.py says what is in each.
 
-        tiles int32 [capacity], tail_rows int32 [128 * capacity], ranges int32 [capacity + 1, 4], num_segments
-        int32 [1],
-        turns fp32 [capacity, head_dim / 2, 2], or [1, 1, 2] without a rope.
+        tiles int32 [capacity], tail_rows int32 [128 * capacity], ranges int32 [capacity + 1, 4], num_segments int32
+        [1], turns fp32 [capacity, head_dim / 2, 2], or [1, 1, 2] without a rope.
         """
         return tuple(self._device_tables.values())
 
