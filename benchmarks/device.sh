@@ -146,13 +146,19 @@ doctor() { # doctor STAGE LIMIT [--prove]
 }
 
 run_tests() {
-    local workers=()
-    "$python" -c "import xdist" 2>/dev/null && workers=(-n 4)
-    # Not the tests that compile for other architectures or start the benchmarks: they need no GPU.
-    stage tests 150 "$python" -m pytest -c "$root/pyproject.toml" "$root/tests" -q --maxfail=10 \
-        -p no:cacheprovider "${workers[@]+"${workers[@]}"}" \
-        --ignore="$root/tests/test_compile.py" --ignore="$root/tests/test_compile_cuda.py" \
-        --ignore="$root/tests/test_benchmarks.py" --ignore="$root/tests/test_cuda_on_host.py"
+    local pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=10 -p no:cacheprovider) file
+    local first=() others=()
+    "$python" -c "import xdist" 2>/dev/null && pytest+=(-n 4)
+    for file in "$root"/tests/test_*.py; do
+        case ${file##*/test_} in
+            compile.py | compile_cuda.py | benchmarks.py | cuda_on_host.py) ;;  # need no GPU, and take long
+            segment_attention* | compress_* | norm_rope_* | cuda_* | graphs* | backends* | arena* | bank* | prefetch* | window*)
+                first+=("$file") ;;
+            *) others+=("$file") ;;
+        esac
+    done
+    stage "tests on the GPU" 130 "${pytest[@]}" "${first[@]}"
+    stage "other tests" 60 "${pytest[@]}" "${others[@]}"
 }
 
 sanitize() { # sanitize LIMIT TOOL...
