@@ -113,6 +113,7 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
             "64 fp16 mass lse": attention_case(64, torch.float16, extras=True),
             "128 fp32 shift": attention_case(128, torch.float32, shift=True),
             "128 half, cut": attention_case(128, half, capacity=32),
+            "128 fp16 mass lse, cut": attention_case(128, torch.float16, extras=True, capacity=32),
             "64 half shift mass lse, cut": attention_case(64, half, shift=True, extras=True, capacity=32),
         },
         "norm_rope_append": {

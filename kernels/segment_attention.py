@@ -2,17 +2,18 @@
 
 An item is BLOCK_Q queries of one head; one program computes it. It walks the window's full tiles of 128 rows, which
 need no mask, then the rows that segments leave over, gathered from several segments into one block, of which only the
-last needs a mask. Where a segment is shifted in time, or its share of the softmax is wanted, the same walk goes segment
-by segment. The items that would leave most of the processors idle in a last round are cut by keys into parts, each a
-program of its own, whose results a second kernel merges.
+last needs a mask. Where segments are shifted in time, the same walk goes segment by segment. Where their shares of the
+softmax are wanted, the sum over a segment is written as the walk leaves its tiles, and its tail rows are added. The
+items that would leave most of the processors idle in a last round are cut by keys into parts, each a program of its
+own, whose results a second kernel merges.
 
 The window's tables (int32, on the device, see `worldkv_kernels.memory.window.Window`):
-    tiles         [capacity]         first pool row of each full tile, in segment order
-    tail_rows     [128 * capacity]   pool rows that follow the full tiles of their segments, in segment order
-    ranges        [capacity + 1, 4]  full tiles lo, hi and tail rows lo, hi: of the whole window, then of each segment
+    tiles         [capacity, 2]        first pool row and segment of each full tile, in segment order
+    tail_rows     [128 * capacity, 2]  pool row and segment of what follows the full tiles of segments, in their order
+    ranges        [capacity + 1, 4]    full tiles lo, hi and tail rows lo, hi: of the whole window, then of each segment
     num_segments  [1]
     turns         [capacity, head_dim / 2, 2] fp32: per segment and rotary pair, the cosine and sine of the
-                                     angle by which a query is turned back for the segment's time shift
+                                       angle by which a query is turned back for the segment's time shift
 
 The online softmax is Milakov and Gimelshein's, arXiv 1805.02867, tiled as in FlashAttention-2, arXiv 2307.08691; the
 merge of parts is Flash-Decoding's, and cutting only what does not fill a round is after Stream-K, arXiv 2301.03598.
@@ -50,10 +51,12 @@ def _turned_query(q_ptrs, turns_ptr, segment, mask_q, BLOCK_Q: tl.constexpr, HEA
 
 @triton.jit
 def _attend_block(
-    q, k, v, valid, row_max, row_sum, segment_sum, acc, softmax_scale_log2,
-    MASKED: tl.constexpr, PER_SEGMENT_SUM: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, valid, row_max, row_sum, acc, softmax_scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A step of the online softmax over k, v [rows, HEAD_DIM], of which those not `valid` are left out."""
+    """A step of the online softmax over k, v [rows, HEAD_DIM], of which those not `valid` are left out.
+
+    Also returns what to multiply earlier sums by, the weights [BLOCK_Q, rows], and their sum a row.
+    """
     scores = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, rows]
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -61,17 +64,14 @@ def _attend_block(
     p = tl.math.exp2(scores * softmax_scale_log2 - new_max[:, None])
     rescale = tl.math.exp2(row_max - new_max)
     block_sum = tl.sum(p, 1)
-    row_sum = row_sum * rescale + block_sum
-    if PER_SEGMENT_SUM:
-        segment_sum = segment_sum * rescale + block_sum
     acc = acc * rescale[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return new_max, row_sum, segment_sum, acc
+    return new_max, row_sum * rescale + block_sum, acc, rescale, p, block_sum
 
 
 @triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
 def segment_attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_lse_ptr, mass_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_sums_ptr, mass_ptr,
     tiles_ptr, tail_rows_ptr, ranges_ptr, num_segments_ptr, turns_ptr,
     q_len, softmax_scale_log2, num_blocks, num_whole, num_cut, parts, max_segments,
     stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
@@ -114,7 +114,17 @@ def segment_attention_kernel(
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
     STEPS: tl.constexpr = TILE // BLOCK_K
-    if HAS_SHIFT or RETURN_MASS:
+    if RETURN_MASS:
+        # A replayed graph may meet more segments than it was captured with; these have no mass.
+        num_mass = tl.minimum(tl.load(num_segments_ptr), max_segments)
+        segment_sums_ptr += program.to(tl.int64) * max_segments * 2 * BLOCK_Q
+        for segment in range(0, num_mass):
+            sum_ptrs = segment_sums_ptr + segment * 2 * BLOCK_Q + in_block
+            tl.store(sum_ptrs, 0.0)
+            tl.store(sum_ptrs + BLOCK_Q, float("-inf"))
+        tl.debug_barrier()  # other threads may write these next
+        segment_sum = tl.zeros([BLOCK_Q], tl.float32)
+    if HAS_SHIFT:
         first_range = 1
         last_range = 1 + tl.load(num_segments_ptr)
     else:
@@ -128,43 +138,64 @@ def segment_attention_kernel(
         full_hi = tl.minimum(tl.load(ranges_ptr + r * 4 + 1), part_full_hi)
         tail_lo = tl.maximum(tl.load(ranges_ptr + r * 4 + 2), part_tail_lo)
         tail_hi = tl.minimum(tl.load(ranges_ptr + r * 4 + 3), part_tail_hi)
-        segment_sum = tl.zeros([BLOCK_Q], tl.float32)
         if (full_lo < full_hi) | (tail_lo < tail_hi):  # no query is turned for nothing, and no register spills
             if HAS_SHIFT:
                 q = _turned_query(q_ptrs, turns_ptr, r - 1, mask_q, BLOCK_Q, HEAD_DIM)
             # Full tiles. A tile's row is carried a step ahead: K and V can be fetched ahead only if it is known ahead.
-            tile_row = tl.load(tiles_ptr + full_lo, mask=full_lo < full_hi, other=0)
-            for step in range(full_lo * STEPS, full_hi * STEPS):
-                first_row = tile_row + (step % STEPS) * BLOCK_K
-                tile_row = tl.load(tiles_ptr + tl.minimum(step + 1, full_hi * STEPS - 1) // STEPS)
-                if k_tiles is not None:
-                    k = k_tiles.load([first_row, head * HEAD_DIM])
-                    v = v_tiles.load([first_row, head * HEAD_DIM])
-                else:
-                    # A 64-bit base and 32-bit offsets within the tile, which stay in registers over the loop.
-                    k_base = k_ptr + first_row.to(tl.int64) * stride_k_row
-                    v_base = v_ptr + first_row.to(tl.int64) * stride_v_row
-                    k = tl.load(k_base + (cols[:, None] * stride_k_row + dims[None, :]))
-                    v = tl.load(v_base + (cols[:, None] * stride_v_row + dims[None, :]))
-                row_max, row_sum, segment_sum, acc = _attend_block(
-                    q, k, v, None, row_max, row_sum, segment_sum, acc, softmax_scale_log2,
-                    False, RETURN_MASS, PRECISION,
-                )  # fmt: skip
+            tile_row = tl.load(tiles_ptr + full_lo * 2, mask=full_lo < full_hi, other=0)
+            if RETURN_MASS:
+                segment = tl.load(tiles_ptr + full_lo * 2 + 1, mask=full_lo < full_hi, other=0)
+            step_lo = full_lo * STEPS
+            step_hi = full_hi * STEPS
+            # ptxas serialises the products of a loop with stores in it that may not run at all.
+            if not RETURN_MASS or step_lo < step_hi:
+                for step in range(step_lo, step_hi):
+                    first_row = tile_row + (step % STEPS) * BLOCK_K
+                    next_tile = tiles_ptr + tl.minimum(step + 1, step_hi - 1) // STEPS * 2
+                    tile_row = tl.load(next_tile)
+                    if k_tiles is not None:
+                        k = k_tiles.load([first_row, head * HEAD_DIM])
+                        v = v_tiles.load([first_row, head * HEAD_DIM])
+                    else:
+                        # A 64-bit base and 32-bit offsets within the tile, which stay in registers over the loop.
+                        k_base = k_ptr + first_row.to(tl.int64) * stride_k_row
+                        v_base = v_ptr + first_row.to(tl.int64) * stride_v_row
+                        k = tl.load(k_base + (cols[:, None] * stride_k_row + dims[None, :]))
+                        v = tl.load(v_base + (cols[:, None] * stride_v_row + dims[None, :]))
+                    row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
+                        q, k, v, None, row_max, row_sum, acc, softmax_scale_log2, False, PRECISION
+                    )
+                    if RETURN_MASS:
+                        # Where the walk leaves a segment, its sum so far and the maximum that it is relative to.
+                        segment_sum = segment_sum * rescale + block_sum
+                        next_segment = tl.load(next_tile + 1)
+                        ends = (segment != next_segment) | (step == step_hi - 1)
+                        if ends & (segment < num_mass):
+                            sum_ptrs = segment_sums_ptr + segment * 2 * BLOCK_Q + in_block
+                            tl.store(sum_ptrs, segment_sum)
+                            tl.store(sum_ptrs + BLOCK_Q, row_max)
+                        segment_sum = tl.where(ends, 0.0, segment_sum)
+                        segment = next_segment
             # Tail rows.
             for first in range(tail_lo, tail_hi, BLOCK_TAIL):
                 tail = first + tl.arange(0, BLOCK_TAIL)
                 valid = tail < tail_hi
-                tail_row = tl.load(tail_rows_ptr + tail, mask=valid, other=0).to(tl.int64)[:, None]
+                tail_row = tl.load(tail_rows_ptr + tail * 2, mask=valid, other=0).to(tl.int64)[:, None]
                 k = tl.load(k_ptr + tail_row * stride_k_row + dims[None, :], mask=valid[:, None], other=0.0)
                 v = tl.load(v_ptr + tail_row * stride_v_row + dims[None, :], mask=valid[:, None], other=0.0)
-                row_max, row_sum, segment_sum, acc = _attend_block(
-                    q, k, v, valid, row_max, row_sum, segment_sum, acc, softmax_scale_log2,
-                    True, RETURN_MASS, PRECISION,
-                )  # fmt: skip
-        if RETURN_MASS:
-            if r - 1 < max_segments:  # a replayed graph may meet more segments than it was captured with
-                segment_row = segment_lse_ptr + (program * max_segments + r - 1).to(tl.int64) * BLOCK_Q
-                tl.store(segment_row + in_block, row_max + tl.math.log2(segment_sum))
+                row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
+                    q, k, v, valid, row_max, row_sum, acc, softmax_scale_log2, True, PRECISION
+                )
+                if RETURN_MASS:
+                    of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)
+                    first_segment = tl.load(tail_rows_ptr + first * 2 + 1)
+                    last_segment = tl.load(tail_rows_ptr + tl.minimum(first + BLOCK_TAIL, tail_hi) * 2 - 1)
+                    tl.debug_barrier()  # other threads may have written what is read next
+                    for segment in range(first_segment, tl.minimum(last_segment + 1, num_mass)):
+                        sum_ptrs = segment_sums_ptr + segment * 2 * BLOCK_Q + in_block
+                        before = tl.load(sum_ptrs) * tl.math.exp2(tl.load(sum_ptrs + BLOCK_Q) - row_max)
+                        tl.store(sum_ptrs, before + tl.sum(tl.where(of_row[None, :] == segment, p, 0.0), 1))
+                        tl.store(sum_ptrs + BLOCK_Q, row_max)
 
     # Normalise and store: the item, or this piece of it, which may have met no key.
     lse = row_max + tl.math.log2(row_sum)
@@ -182,14 +213,14 @@ def segment_attention_kernel(
             # The same threads wrote these rows; the barrier makes that true of every layout.
             tl.debug_barrier()
             _store_mass(
-                mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_lse_ptr, program,
+                mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_sums_ptr, 0,
                 0, 1, lse, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
             )  # fmt: skip
 
 
 @triton.jit
 def _store_mass(
-    mass_ptr, stride_mass_segment, segment_lse_ptr, first_program, stride_program, programs, lse, mask, num_segments,
+    mass_ptr, stride_mass_segment, segment_sums_ptr, first_program, stride_program, programs, lse, mask, num_segments,
     max_segments, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Per segment, the shares of its softmax weight summed over a block's rows; of parts in several programs, too."""
@@ -199,14 +230,15 @@ def _store_mass(
         if segment < with_mass:
             for i in range(0, programs):
                 program = first_program + i * stride_program
-                segment_row = segment_lse_ptr + (program * max_segments + segment).to(tl.int64) * BLOCK_Q
-                share += tl.math.exp2(tl.load(segment_row + tl.arange(0, BLOCK_Q)) - lse)
+                sum_row = segment_sums_ptr + (program * max_segments + segment).to(tl.int64) * 2 * BLOCK_Q
+                sum_ptrs = sum_row + tl.arange(0, BLOCK_Q)
+                share += tl.load(sum_ptrs) * tl.math.exp2(tl.load(sum_ptrs + BLOCK_Q) - lse)
         tl.store(mass_ptr + segment * stride_mass_segment, tl.sum(tl.where(mask, share, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
 def merge_pieces_kernel(
-    out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_lse_ptr, mass_ptr, num_segments_ptr,
+    out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_sums_ptr, mass_ptr, num_segments_ptr,
     q_len, num_blocks, num_whole, num_cut, parts, max_segments, stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DIMS: tl.constexpr,
     RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
@@ -241,7 +273,7 @@ def merge_pieces_kernel(
             tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse * _LN_2, mask=rows < q_len)
         if RETURN_MASS:
             _store_mass(
-                mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_lse_ptr,
+                mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_sums_ptr,
                 item, num_cut, parts, lse, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
             )  # fmt: skip
 
@@ -280,7 +312,7 @@ def attention_config(
             return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4, descriptors=True)
         return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=3, descriptors=True)
     if capability[0] == 10:
-        if head_dim == 128 and (has_shift or has_mass):
+        if head_dim == 128 and has_shift:
             return AttentionConfig(block_q=128, block_k=32, num_warps=8, num_stages=4)
         return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
     # 96 KiB shared also fits the 99 KiB of the consumer chips of compute capability 8 and 12.
@@ -358,22 +390,20 @@ def segment_attention(
     scratch = dict(dtype=torch.float32, device=q.device)
     piece_out = torch.empty((pieces, config.block_q, head_dim), **scratch)
     piece_lse = torch.empty((pieces, config.block_q), **scratch)
-    segment_lse = block_mass = None
+    segment_sums = block_mass = None
     max_segments = 0
     if mass is not None:
         max_segments = mass.shape[1]
-        segment_lse = torch.empty((num_whole + pieces, max_segments, config.block_q), **scratch)
+        segment_sums = torch.empty((num_whole + pieces, max_segments, 2, config.block_q), **scratch)
         block_mass = torch.empty((heads, max_segments, num_blocks), **scratch)
     k_tiles = v_tiles = None
     if config.descriptors:
         k_tiles, v_tiles = _tiles_of(k_pool, config.block_k), _tiles_of(v_pool, config.block_k)
         if k_tiles is None or v_tiles is None:
             k_tiles = v_tiles = None
-    # Segment by segment, sums go from one loop to the other and back: blocks of different sizes have different layouts
-    # there, and the compiler would take every exponential twice.
-    block_tail = config.block_k if has_shift or mass is not None else min(config.block_k, 64)
+    block_tail = config.block_k if has_shift else min(config.block_k, 64)
     segment_attention_kernel[(num_whole + pieces,)](
-        q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_lse, segment_lse, block_mass,
+        q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_lse, segment_sums, block_mass,
         tiles, tail_rows, ranges, num_segments, turns,
         q_len, scale * 1.4426950408889634, num_blocks, num_whole, num_cut, parts, max_segments,
         q.stride(0), q.stride(1), k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
@@ -385,7 +415,7 @@ def segment_attention(
     )  # fmt: skip
     if pieces:
         merge_pieces_kernel[(num_cut, head_dim // 32)](
-            out, lse, piece_out, piece_lse, segment_lse, block_mass, num_segments,
+            out, lse, piece_out, piece_lse, segment_sums, block_mass, num_segments,
             q_len, num_blocks, num_whole, num_cut, parts, max_segments, out.stride(0), out.stride(1),
             HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_DIMS=32,
             RETURN_LSE=lse is not None, RETURN_MASS=mass is not None, num_warps=8, enable_fp_fusion=True,

@@ -94,6 +94,7 @@ def resources(binary):
         "stack_bytes": int(usage[2]),
         "spills": len(SPILL.findall(sass)),
         "spills_in_matrix_loops": sum(len(SPILL.findall(loop)) for loop in loops),
+        "warpgroup_starts_in_matrix_loops": max((len(WARPGROUP_START.findall(loop)) for loop in loops), default=0),
         "exponentials_in_matrix_loops": max((len(EXPONENTIAL.findall(loop)) for loop in loops), default=0),
         "shared_bytes": binary.metadata.shared,
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
@@ -105,6 +106,7 @@ def resources(binary):
 
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
+WARPGROUP_START = re.compile(r"\bWARPGROUP\.ARRIVE\b")
 MATRIX = re.compile(r"\b(?:HGMMA|HMMA|UTCHMMA)\b")
 
 

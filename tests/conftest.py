@@ -52,7 +52,7 @@ def backends(op_backends) -> list[str]:
 
 @pytest.fixture(scope="session")
 def build_for_host(pytestconfig, tmp_path_factory):
-    """Builds a folder of CUDA sources for the host. Kept in pytest's cache, where there is one, until a source changes."""
+    """Builds a folder of CUDA sources for the host. Kept in pytest's cache, if there is one, until a source changes."""
     reason = cuda_on_host.why_not()
     if reason:
         pytest.skip(f"CUDA sources cannot be built for the host: {reason}")

@@ -14,9 +14,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 ARCHS = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # CUDA programming guide, per block
-# Spilled loads and stores, none of them in a loop over tiles, with Triton 3.6 and 3.9: where each segment has a sum at
-# most 19, on sm_90, a few in fp32, and none elsewhere.
-SPILLS = {"mass": 24, "float32": 8}
+# Spilled loads and stores, none in a loop over tiles, with Triton 3.6 and 3.9: 4 with mass on sm_120, a few in fp32.
+SPILLS = {"mass": 4, "float32": 8}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +54,12 @@ def test_attention_issues_the_matrix_instructions_of_each_architecture(report):
     for entry in attention:
         assert entry[instruction[entry["arch"]]] > 0, entry
         assert entry["arch"] != 90 or entry["mma"] == 0 and entry["bulk_copies"] > 0, entry
+
+
+def test_hopper_starts_each_of_the_two_products_once(report):
+    """Where ptxas finds fault with a loop (its warning C7515), it has every matrix instruction wait for the last."""
+    hopper = [e for e in report if e["kernel"] == "segment_attention_kernel" and e["arch"] == 90]
+    assert {e["warpgroup_starts_in_matrix_loops"] for e in hopper if "float32" not in e["case"]} == {2}
 
 
 def test_attention_takes_every_exponential_once(report):

@@ -33,17 +33,20 @@ def check_tables(window: Window, segments: list[Segment]) -> None:
     assert window.segments == tuple(segments)
     assert window.last_row == max(segment.first_row + segment.num_rows for segment in segments) - 1
     assert window.has_shift == (window.rope is not None)
-    tiles, tail_rows, ranges = tiles.tolist(), tail_rows.tolist(), ranges.tolist()
+    (tiles, tile_segments), (tail_rows, tail_segments) = tiles.T.tolist(), tail_rows.T.tolist()
+    ranges = ranges.tolist()
     num_full = sum(segment.num_rows // 128 for segment in segments)
     num_tail = sum(segment.num_rows % 128 for segment in segments)
     assert ranges[0] == [0, num_full, 0, num_tail]
     next_full, next_tail = 0, 0
-    for segment, (full_lo, full_hi, tail_lo, tail_hi) in zip(segments, ranges[1 : len(segments) + 1], strict=True):
+    of_segments = zip(segments, ranges[1 : len(segments) + 1], strict=True)
+    for i, (segment, (full_lo, full_hi, tail_lo, tail_hi)) in enumerate(of_segments):
         assert (full_lo, tail_lo) == (next_full, next_tail)  # one after the other, none shared, none left out
         assert tail_hi - tail_lo < 128
         next_full, next_tail = full_hi, tail_hi
         rows = [first + i for first in tiles[full_lo:full_hi] for i in range(128)] + tail_rows[tail_lo:tail_hi]
         assert rows == list(range(segment.first_row, segment.first_row + segment.num_rows))
+        assert {*tile_segments[full_lo:full_hi], *tail_segments[tail_lo:tail_hi]} == {i}
     assert (next_full, next_tail) == (num_full, num_tail)
     if window.rope is not None:
         half, time = window.rope.head_dim // 2, window.rope.pairs[0]

@@ -62,8 +62,8 @@ class Window:
         turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
         on_gpu = self.device.type == "cuda"
         self._device_tables = {
-            "tiles": torch.zeros(self.capacity, dtype=torch.int32, device=self.device),
-            "tail_rows": torch.zeros(self.capacity * TILE_ROWS, dtype=torch.int32, device=self.device),
+            "tiles": torch.zeros((self.capacity, 2), dtype=torch.int32, device=self.device),
+            "tail_rows": torch.zeros((self.capacity * TILE_ROWS, 2), dtype=torch.int32, device=self.device),
             "ranges": torch.zeros((self.capacity + 1, 4), dtype=torch.int32, device=self.device),
             "num_segments": torch.zeros(1, dtype=torch.int32, device=self.device),
             "turns": torch.zeros(turns, dtype=torch.float32, device=self.device),
@@ -80,8 +80,8 @@ class Window:
     def tables(self) -> tuple[torch.Tensor, ...]:
         """What a kernel reads, always at the same addresses; kernels/segment_attention.py says what is in each.
 
-        tiles int32 [capacity], tail_rows int32 [128 * capacity], ranges int32 [capacity + 1, 4], num_segments int32
-        [1], turns fp32 [capacity, head_dim / 2, 2], or [1, 1, 2] without a rope.
+        tiles int32 [capacity, 2], tail_rows int32 [128 * capacity, 2], ranges int32 [capacity + 1, 4], num_segments
+        int32 [1], turns fp32 [capacity, head_dim / 2, 2], or [1, 1, 2] without a rope.
         """
         return tuple(self._device_tables.values())
 
@@ -104,8 +104,11 @@ class Window:
         full, tail = rows // TILE_ROWS, rows % TILE_ROWS
         full_hi, tail_hi = np.cumsum(full), np.cumsum(tail)
         num_full, num_tail = int(full_hi[-1]), int(tail_hi[-1])
-        host["tiles"][:num_full] = _runs(first, full, full_hi, TILE_ROWS)
-        host["tail_rows"][:num_tail] = _runs(first + full * TILE_ROWS, tail, tail_hi, 1)
+        segment = np.arange(len(segments))
+        host["tiles"][:num_full, 0] = _runs(first, full, full_hi, TILE_ROWS)
+        host["tiles"][:num_full, 1] = np.repeat(segment, full)
+        host["tail_rows"][:num_tail, 0] = _runs(first + full * TILE_ROWS, tail, tail_hi, 1)
+        host["tail_rows"][:num_tail, 1] = np.repeat(segment, tail)
         host["ranges"][0] = (0, num_full, 0, num_tail)
         host["ranges"][1 : 1 + len(segments)] = np.stack([full_hi - full, full_hi, tail_hi - tail, tail_hi], axis=1)
         host["num_segments"][0] = len(segments)

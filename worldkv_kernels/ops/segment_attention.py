@@ -49,8 +49,8 @@ def segment_attention(
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: on one device
     and in a window of one capacity, the same segments in the same order give the same bits wherever their rows lie.
-    Does not synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at
-    most about 0.5 MiB a processor and 4 bytes a query, head and segment of the mass. Works in a CUDA graph;
+    Does not synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator,
+    at most about 0.5 MiB a processor and 8 bytes a query, head and segment of the mass. Works in a CUDA graph;
     `window.update` then changes what a replay reads, while mass keeps the number of segments that it was captured with
     (later ones are left out, missing ones get zero).
 

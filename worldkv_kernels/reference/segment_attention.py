@@ -64,7 +64,7 @@ def _segment_rows(
     tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor
 ) -> list[torch.Tensor]:
     """The pool rows of each segment, in order."""
-    tiles, tail_rows = tiles.cpu(), tail_rows.cpu()
+    tiles, tail_rows = tiles[:, 0].cpu(), tail_rows[:, 0].cpu()
     segments = []
     for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + int(num_segments)].tolist():
         full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS)
