@@ -37,8 +37,10 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def attention_case(
     head_dim: int, dtype: torch.dtype, *, shift: bool = False, extras: bool = False, capacity: int | None = None
 ) -> Case:
-    """70 queries over a tail of one row, full tiles, and a tail that ends the pool; unused rows are NaN. A capacity of 16
-    tiles or more lets the kernel cut the keys into parts."""
+    """70 queries over a tail of one row, full tiles, and a tail that ends the pool; unused rows are NaN.
+
+    A capacity of 16 tiles or more lets the kernel cut the keys into parts.
+    """
 
     def case(device: torch.device, backend: str) -> Outputs:
         segments = [Segment(300, 41 + 128, 5 * shift), Segment(3, 1, -2 * shift), Segment(128, 128)]

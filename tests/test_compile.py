@@ -53,7 +53,7 @@ def test_attention_issues_the_matrix_instructions_of_each_architecture(report):
     instruction = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     for entry in attention:
         assert entry[instruction[entry["arch"]]] > 0, entry
-        assert entry["arch"] != 90 or entry["mma"] == 0 and entry["bulk_copies"] > 0, entry
+        assert entry["arch"] != 90 or (entry["mma"] == 0 and entry["bulk_copies"] > 0), entry
 
 
 def test_hopper_starts_each_of_the_two_products_once(report):

@@ -74,7 +74,7 @@ def selected_by_sorting(keys, frames, keep, pooled, anchor):
     others = [t for t in range(frames * frame_tokens) if t // frame_tokens != anchor]
     groups = 1 if pooled else frames - 1
     kept = list(range(anchor * frame_tokens, (anchor + 1) * frame_tokens))
-    for group, of_group in enumerate(((keys.long() & 0xFFFFFFFF).view(groups, -1))):
+    for group, of_group in enumerate((keys.long() & 0xFFFFFFFF).view(groups, -1)):
         places = of_group.argsort(stable=True)[: keep * (frames - 1) // groups] + group * len(of_group)
         kept += sorted(others[place] for place in places.tolist())
     return kept
