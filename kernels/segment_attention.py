@@ -147,8 +147,8 @@ def segment_attention_kernel(
                 segment = tl.load(tiles_ptr + full_lo * 2 + 1, mask=full_lo < full_hi, other=0)
             step_lo = full_lo * STEPS
             step_hi = full_hi * STEPS
-            # ptxas serialises the products of a loop with stores in it that may not run at all.
-            if not RETURN_MASS or step_lo < step_hi:
+            # On sm_90 ptxas serialises the products of a loop with stores in it, if it may not run at all.
+            if not RETURN_MASS or k_tiles is None or step_lo < step_hi:
                 for step in range(step_lo, step_hi):
                     first_row = tile_row + (step % STEPS) * BLOCK_K
                     next_tile = tiles_ptr + tl.minimum(step + 1, step_hi - 1) // STEPS * 2
