@@ -152,7 +152,8 @@ run_tests() {
     for file in "$root"/tests/test_*.py; do
         case ${file##*/test_} in
             compile.py | compile_cuda.py | benchmarks.py | cuda_on_host.py) ;;  # need no GPU, and take long
-            segment_attention* | compress_* | norm_rope_* | cuda_* | graphs* | backends* | arena* | bank* | prefetch* | window*)
+            segment_attention* | compress_* | norm_rope_* | cuda_* | graphs* | backends* | arena* | bank* | prefetch* | \
+                window*)
                 first+=("$file") ;;
             *) others+=("$file") ;;
         esac

@@ -78,7 +78,7 @@ def segment_attention_kernel(
     stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     HAS_SHIFT: tl.constexpr, RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     # Which item, and which part of its keys. Items of one head run side by side, so its K and V stay in L2; so do
     # the items of one part.
@@ -148,7 +148,7 @@ def segment_attention_kernel(
             step_lo = full_lo * STEPS
             step_hi = full_hi * STEPS
             # On sm_90 ptxas serialises the products of a loop with stores in it, if it may not run at all.
-            if not RETURN_MASS or k_tiles is None or step_lo < step_hi:
+            if not (HOPPER and RETURN_MASS) or step_lo < step_hi:
                 for step in range(step_lo, step_hi):
                     first_row = tile_row + (step % STEPS) * BLOCK_K
                     next_tile = tiles_ptr + tl.minimum(step + 1, step_hi - 1) // STEPS * 2
@@ -383,7 +383,8 @@ def segment_attention(
     a replay with more segments leaves out the mass of the later ones, and with fewer gives those zero.
     """
     q_len, heads, head_dim = q.shape
-    config = attention_config(device_capability(q.device), q.dtype, head_dim, has_shift, mass is not None)
+    capability = device_capability(q.device)
+    config = attention_config(capability, q.dtype, head_dim, has_shift, mass is not None)
     num_blocks = triton.cdiv(q_len, config.block_q)
     num_whole, num_cut, parts = deal(num_blocks * heads, device_processors(q.device), len(tiles))
     pieces = num_cut * parts
@@ -410,7 +411,7 @@ def segment_attention(
         out.stride(0), out.stride(1),
         HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_TAIL=block_tail,
         HAS_SHIFT=has_shift, RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS, HOPPER=capability[0] == 9,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if pieces:

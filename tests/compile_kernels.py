@@ -121,19 +121,21 @@ def matrix_loops(lines):
 
 
 def attention_launches():
-    for dtype, head_dim, shift, mass in [
+    for dtype, head_dim, shift, mass, *pointers in [
         (torch.bfloat16, 128, False, False), (torch.bfloat16, 128, True, False), (torch.bfloat16, 128, False, True),
+        (torch.bfloat16, 128, False, True, "pointers"),
         (torch.bfloat16, 128, True, True), (torch.bfloat16, 64, False, False), (torch.bfloat16, 64, True, True),
         (torch.float16, 128, False, False), (torch.float32, 128, False, False), (torch.float32, 64, True, True),
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
-        pool = torch.empty(50_000, 40, head_dim, dtype=dtype, device="meta")
+        pool = torch.empty(50_000, 80, head_dim, dtype=dtype, device="meta")
+        pool = pool[:, ::2] if pointers else pool[:, :40]  # every other head: not for the copy engine
         tables = [torch.empty(400, 4, dtype=torch.int32, device="meta")] * 4
         turns = torch.empty(400, head_dim // 2, 2, device="meta")
         lse = torch.empty(40, 4680, device="meta") if mass else None
         share = torch.empty(40, 9, device="meta") if mass else None
         yield (
-            f"{str(dtype)[6:]} {head_dim}{' shift' * shift}{' mass' * mass}",
+            " ".join([f"{str(dtype)[6:]} {head_dim}{' shift' * shift}{' mass' * mass}", *pointers]),
             lambda q=q, pool=pool, tables=tables, turns=turns, lse=lse, share=share, shift=shift: (
                 segment_attention.segment_attention(
                     q, pool, pool, *tables, turns, q, lse, share, scale=0.1, has_shift=shift

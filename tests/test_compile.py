@@ -14,8 +14,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 ARCHS = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # CUDA programming guide, per block
-# Spilled loads and stores, none in a loop over tiles, with Triton 3.6 and 3.9: 2 with mass on sm_120, a few in fp32.
-SPILLS = {"mass": 2, "float32": 8}
+# Spilled loads and stores, none in a loop over tiles, with Triton 3.6 and 3.9: 2 with mass on sm_120, 37 where sm_90
+# reads by pointers for the mass, a few in fp32.
+SPILLS = {"mass": 2, "mass pointers": 40, "float32": 8}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def test_attention_issues_the_matrix_instructions_of_each_architecture(report):
     instruction = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     for entry in attention:
         assert entry[instruction[entry["arch"]]] > 0, entry
-        assert entry["arch"] != 90 or (entry["mma"] == 0 and entry["bulk_copies"] > 0), entry
+        assert entry["arch"] != 90 or entry["mma"] == 0, entry
+        assert (entry["bulk_copies"] > 0) == (entry["arch"] == 90 and "pointers" not in entry["case"]), entry
 
 
 def test_hopper_starts_each_of_the_two_products_once(report):

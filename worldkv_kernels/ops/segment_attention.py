@@ -50,9 +50,9 @@ def segment_attention(
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: on one device
     and in a window of one capacity, the same segments in the same order give the same bits wherever their rows lie.
     Does not synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator,
-    at most about 0.5 MiB a processor and 8 bytes a query, head and segment of the mass. Works in a CUDA graph;
-    `window.update` then changes what a replay reads, while mass keeps the number of segments that it was captured with
-    (later ones are left out, missing ones get zero).
+    at most about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment, in a last round that is cut
+    once a part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the number of
+    segments that it was captured with (later ones are left out, missing ones get zero).
 
     Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that wants a gradient, on a
     window that reaches past the pool, on a scale that is not positive and finite, and on a backend that is unknown
