@@ -8,7 +8,7 @@ returns run(i) -> out [q_len, heads, head_dim]. It raises where the library is a
 from __future__ import annotations
 
 import torch
-from common import Run
+from timing import Run
 
 PAGE_ROWS = 128  # a tile, and what slots of the pool are rounded up to
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, parse_device, relative_error, run_cases, worst
+from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, relative_error, run_cases, worst
 from model_cases import (
     SMALL_SIZES,
     Memory,
@@ -29,6 +29,7 @@ from model_cases import (
     pass_flops,
     shape,
 )
+from timing import Run
 from torch.nn.functional import scaled_dot_product_attention
 
 from worldkv_kernels import WorldMemory, norm_rope_append

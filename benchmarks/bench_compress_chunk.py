@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Problem, Run, Variant, bench_main, l2_bytes, ours, parse_device, run_cases, sets_for, worst
+from common import Problem, Variant, bench_main, ours, parse_device, run_cases, worst
+from timing import Run, l2_bytes, sets_for
 
 from worldkv_kernels import compress_chunk
 

@@ -15,20 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import (
-    ERROR_LIMITS,
-    Problem,
-    Run,
-    Variant,
-    bench_main,
-    l2_bytes,
-    ours,
-    parse_device,
-    relative_error,
-    run_cases,
-    sets_for,
-    worst,
-)
+from common import ERROR_LIMITS, Problem, Variant, bench_main, ours, parse_device, relative_error, run_cases, worst
+from timing import Run, l2_bytes, sets_for
 
 from worldkv_kernels import Rope3D, norm_rope_append
 

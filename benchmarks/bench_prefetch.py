@@ -15,8 +15,9 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, parse_device, run_cases, time_variants
+from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, run_cases
 from prefetch_rivals import RIVALS, Rows
+from timing import Run, time_variants
 
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool

@@ -18,20 +18,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from common import (
-    Ceilings,
-    append_json_line,
-    arguments,
-    clocks,
-    describe_ceilings,
-    device_for,
-    environment,
-    measure_ceilings,
-    one_thread,
-    percentile,
-    roof,
-    trace_file,
-)
+from common import append_json_line, arguments, device_for, trace_file
+from machine import clocks, environment
 from model_cases import (
     MODES,
     RIVALS,
@@ -50,6 +38,7 @@ from model_cases import (
     shape,
     weight_bytes,
 )
+from timing import Ceilings, describe_ceilings, measure_ceilings, one_thread, percentile, roof
 from traces import ORDER, Breakdown, breakdown, recorded
 
 from worldkv_kernels.cli.report import table as text_table

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from attention_rivals import RIVALS
-from common import ERROR_LIMITS, Problem, Run, Variant, bench_main, ours, parse_device, relative_error, run_cases, worst
+from common import ERROR_LIMITS, Problem, Variant, bench_main, ours, parse_device, relative_error, run_cases, worst
+from timing import Run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 

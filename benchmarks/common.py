@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, ceilings, the machine's record, checks before figures, JSON lines and tables.
+"""What the benchmarks share: cases that are checked and then timed, JSON lines, tables, and the command line.
 
 Run alone it measures the machine's ceilings, or prints the table of a results file:
 
@@ -9,150 +9,28 @@ Run alone it measures the machine's ceilings, or prints the table of a results f
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
 import math
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import clocks, environment
+from timing import Ceilings, Run, describe_ceilings, measure_ceilings, one_thread, roof, synchronize, time_variants
 from traces import recorded
 
-ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
 
 # Relative error in the 2-norm above which a variant is reported and not timed.
 ERROR_LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
-Run = Callable[[int], object]
-
 _trace_to: str | Path | None = None  # set by `tracing`
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call: median, 20th and 80th percentile; `host` until the call returned to the host."""
-
-    median: float
-    low: float
-    high: float
-    host: float
-    rounds: int
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the values lie, between two of them in proportion. Wants one value at least."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
-
-
-def sets_for(bytes_per_call: int, l2_bytes: int) -> int:
-    """How many input sets to rotate among, so that they exceed four times the L2 cache; from 2 to 32."""
-    return min(32, max(2, math.ceil(4 * l2_bytes / max(1, bytes_per_call))))
-
-
-def l2_bytes(device: torch.device) -> int:
-    """Size of the device's last cache as far as timing cares; one byte on a CPU, where nothing is kept cold."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_variants(
-    runs: dict[str, Run],
-    device: torch.device,
-    *,
-    sets: int = 1,
-    flush: bool = False,
-    seconds: float = 1.0,
-    settle: Callable[[], object] | None = None,
-) -> dict[str, Timing]:
-    """Time several ways of doing the same thing in one loop, so that a drift of the clocks meets all of them.
-
-    `runs[name](i)` works on input set i. One sample is a walk over all sets, divided by their number. Each round
-    takes one sample of every variant; the variant that goes first changes from round to round. `flush` reads a
-    buffer of four times the L2 cache before each sample, so that inputs come from memory. `settle` is called before
-    each sample, outside its time, to queue a wait for what an earlier one has left running on another stream.
-
-    On a GPU samples lie between two events, and the device waits before the first until the host has queued the work,
-    so that launches hide as in a busy stream; on a CPU they are wall-clock. About `seconds` in all after warm-up, 5 to
-    200 rounds.
-    """
-    names = list(runs)
-    on_gpu = device.type == "cuda"
-    cold = None
-    if flush and on_gpu:
-        cold = torch.zeros(l2_bytes(device), dtype=torch.float32, device=device)  # 4 bytes each: four times the cache
-    sink = torch.zeros((), dtype=torch.float32, device=device)
-
-    def walk(name: str) -> None:
-        for i in range(sets):
-            runs[name](i)
-
-    # Warm-up, and the time until a call returns to the host.
-    host: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(3 if on_gpu else 1):
-        for name in names:
-            synchronize(device)
-            start = time.perf_counter()
-            walk(name)
-            host[name].append(time.perf_counter() - start)
-    synchronize(device)
-    host_time = {name: min(times) for name, times in host.items()}
-
-    def sample(name: str) -> Callable[[], float]:
-        if settle is not None:
-            settle()
-        if not on_gpu:
-            start = time.perf_counter()
-            walk(name)
-            elapsed = time.perf_counter() - start
-            return lambda: elapsed
-        if cold is not None:
-            torch.sum(cold, dim=0, out=sink)
-        # At 2 GHz, above what these devices run at, the wait is never shorter than asked for.
-        torch.cuda._sleep(int(2e9 * min(1.5 * host_time[name] + 2e-5, 1e-2)))
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
-        walk(name)
-        end_event.record()
-        return lambda: start_event.elapsed_time(end_event) * 1e-3
-
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    rounds, done = 1, 0
-    while done < rounds:
-        start = time.perf_counter()
-        first = done % len(names)
-        pending = [(name, sample(name)) for name in names[first:] + names[:first]]
-        synchronize(device)
-        for name, read in pending:
-            samples[name].append(read() / sets)
-        if done == 0:
-            rounds = min(200, max(5, math.ceil(seconds / max(1e-9, time.perf_counter() - start))))
-        done += 1
-    return {
-        name: Timing(
-            statistics.median(times), percentile(times, 0.2), percentile(times, 0.8), host_time[name] / sets, done
-        )
-        for name, times in samples.items()
-    }
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -166,133 +44,6 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 def worst(errors: Iterable[float]) -> float:
     """The largest error, where NaN is larger than any."""
     return max(errors, key=lambda error: (math.isnan(error), error))
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches: bytes read and written a second in a copy, operations a second in a matmul,
-    bytes a second from pinned host memory (None where not measured)."""
-
-    copy: float
-    matmul: float
-    host_to_device: float | None = None
-
-
-def measure_ceilings(device: torch.device, *, small: bool = False, host_to_device: bool = False) -> Ceilings:
-    """Measure the ceilings with PyTorch's own copy and matmul, on random data.
-
-    GPU: a copy of up to 4 GiB, an 8192^3 bf16 matmul, 1 GiB from pinned memory. `small` or a CPU (matmul in fp32): far
-    smaller, which proves that the code runs and nothing about the machine.
-    """
-    small = small or device.type == "cpu"
-    copied = 1 << 24
-    if not small:
-        copied = min(4 << 30, torch.cuda.mem_get_info(device)[0] // 8)
-    seconds = 0.02 if small else 0.5
-    copy = _copy_seconds(copied, device, seconds)
-    side = 512 if small else 8192
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # bf16 on a CPU may be emulated
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    matmul = time_variants({"mm": lambda i: torch.mm(a, b, out=product)}, device, seconds=seconds)["mm"].median
-    link = None
-    if host_to_device and device.type == "cuda":
-        size = 1 << 20 if small else 1 << 30
-        on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True).fill_(7)
-        on_device = torch.empty(size, dtype=torch.uint8, device=device)
-        runs = {"h2d": lambda i: on_device.copy_(on_host, non_blocking=True)}
-        link = size / time_variants(runs, device, seconds=seconds)["h2d"].median
-    return Ceilings(2 * copied / copy, 2 * side**3 / matmul, link)
-
-
-def _copy_seconds(size: int, device: torch.device, seconds: float) -> float:
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    return time_variants({"copy": lambda i: target.copy_(source)}, device, seconds=seconds)["copy"].median
-
-
-def roof(num_bytes: int, flops: int, ceilings: Ceilings, link_bytes: int = 0) -> tuple[str, float]:
-    """Which ceiling binds, "copy", "matmul" or "link", and the seconds below which the work cannot be done.
-
-    Where no link was measured, such as on a CPU, `link_bytes` count against the copy.
-    """
-    if ceilings.host_to_device is None:
-        num_bytes, link_bytes = max(num_bytes, link_bytes), 0
-    floors = {"copy": num_bytes / ceilings.copy, "matmul": flops / ceilings.matmul}
-    if link_bytes:
-        floors["link"] = link_bytes / ceilings.host_to_device
-    binds = max(floors, key=floors.get)
-    return binds, floors[binds]
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=ROOT)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def in_checkout() -> bool:
-    """Whether this file lies in the repository, and not in an installed package, where ROOT is the package."""
-    return (ROOT / "worldkv_kernels").is_dir()
-
-
-def source_hash() -> str:
-    """Twelve hex digits over the files that a figure depends on; names the code where there is no git."""
-    digest = hashlib.sha256()
-    folders = ("benchmarks", "csrc", "kernels", "worldkv_kernels") if in_checkout() else (".",)
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp"} and path.is_file():
-                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def clocks(device: torch.device) -> dict[str, Any] | None:
-    """SM and memory clock in MHz, power in W and temperature, as nvidia-smi reads them; None without it."""
-    if device.type != "cuda":
-        return None
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = ["-i", f"GPU-{uuid}"] if uuid else []
-    query = "clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
-    line = _output("nvidia-smi", *which, f"--query-gpu={query}", "--format=csv,noheader,nounits")
-    if not line:
-        return None
-    *numbers, driver = (value.strip() for value in line.splitlines()[0].split(","))
-    read: dict[str, Any] = {"driver": driver}
-    for name, number in zip(("sm_mhz", "memory_mhz", "power_w", "temperature_c"), numbers, strict=True):
-        try:
-            read[name] = float(number)
-        except ValueError:  # "[N/A]" where the card does not tell
-            read[name] = None
-    return read
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to place a figure. `commit` and `dirty` come from git, or from WORLDKV_COMMIT where this is
-    no checkout of the repository (dirty is then null); `source` is `source_hash`."""
-    try:
-        triton_version = importlib.import_module("triton").__version__
-    except ImportError:
-        triton_version = None
-    # An installed package may lie inside a repository of someone else's.
-    commit = _output("git", "rev-parse", "HEAD") if in_checkout() else None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no") if commit else None
-    on_gpu = device.type == "cuda"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or os.environ.get("WORLDKV_COMMIT"),
-        "dirty": None if changed is None else bool(changed),
-        "source": source_hash(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
-        "driver": (clocks(device) or {}).get("driver"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
-    }
 
 
 @dataclass(frozen=True)
@@ -475,11 +226,6 @@ def table(figures: Iterable[dict[str, Any]], *, short: bool = False) -> str:
     return "\n".join(lines)
 
 
-def describe_ceilings(ceilings: Ceilings) -> str:
-    link = "" if ceilings.host_to_device is None else f", host to device {ceilings.host_to_device / 1e9:.1f} GB/s"
-    return f"ceilings: copy {ceilings.copy / 1e9:.0f} GB/s, matmul {ceilings.matmul / 1e12:.1f} TFLOP/s{link}"
-
-
 def parse_device(name: str | None) -> torch.device:
     """The named device with its index, or the first GPU, or the CPU. Raises ValueError when it is not there."""
     try:
@@ -509,17 +255,6 @@ def _measure_case(
 
         problem = Problem(str(case), [Variant("all", refuse, lambda run: math.nan, 0.0, 0)])
     return measure(problem, device, ceilings, seconds=seconds)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread: small work on shared cores waits for its threads, not for its arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_cases(

@@ -1,6 +1,6 @@
 """Pictures of the figures: latency, and share of the measured ceiling, against context length.
 
-    python benchmarks/plots.py RESULTS.jsonl DIR
+python benchmarks/plots.py RESULTS.jsonl DIR
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 import triton.language as tl
-from common import Run
+from timing import Run
 
 Rows = Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
 Pin = Callable[[], torch.Tensor]

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from bench_segment_attention import CORE_CASES, AttentionCase, Inputs, our_variant
-from common import Problem, Run, Variant, arguments, device_for, run_cases, table
+from common import Problem, Variant, arguments, device_for, run_cases, table
+from timing import Run
 from worldkv_kernels.kernels import segment_attention as kernel
 from worldkv_kernels.kernels.segment_attention import AttentionConfig
 

@@ -1,12 +1,14 @@
 """Runs the suite on a GPU where there is one, else on the CPU with Triton's interpreter."""
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import sys
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +27,7 @@ from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
 torch.set_num_threads(1)
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def pytest_configure(config):
@@ -39,6 +42,16 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script of benchmarks/ by its bare name, as the scripts import each other; a test has them to itself."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if "." not in name and Path(getattr(module, "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
 
 
 def backends(op_backends) -> list[str]:

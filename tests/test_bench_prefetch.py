@@ -1,10 +1,7 @@
 """The prefetch bench counts rightly, sees what arrives wrong, and times copies, not rows that are there already."""
 
 import contextlib
-import importlib
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,16 +10,12 @@ import torch
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.slots import SlotCache
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("bench_prefetch")
-    for name in ("common", "plots", "plots_rollout", "prefetch_rivals", "bench_prefetch"):
-        sys.modules.pop(name, None)
+def bench(load):
+    return load("bench_prefetch")
 
 
 def measured(bench):
@@ -132,8 +125,8 @@ def test_a_rival_with_wrong_rows_is_reported_and_not_timed(bench, monkeypatch, f
 
 
 @pytest.mark.parametrize("size", [1, 4096, 3 * 4096 + 5])
-def test_the_kernel_copies_all_and_nothing_past_the_end(bench, size):
-    rivals = importlib.import_module("prefetch_rivals")
+def test_the_kernel_copies_all_and_nothing_past_the_end(load, bench, size):
+    rivals = load("prefetch_rivals")
     source = torch.randn(size, dtype=torch.float32)
     target = torch.full((size + 4096,), math.nan)
     rivals.read_pinned(source, target[:size])
@@ -141,8 +134,8 @@ def test_the_kernel_copies_all_and_nothing_past_the_end(bench, size):
     assert bool(target[size:].isnan().all())
 
 
-def test_rivals_from_pinned_memory_bring_the_rows(bench, monkeypatch):
-    rivals = importlib.import_module("prefetch_rivals")
+def test_rivals_from_pinned_memory_bring_the_rows(load, bench, monkeypatch):
+    rivals = load("prefetch_rivals")
     host = torch.randn(2, 3, 2, 5, 2, 4)
     pinned = [name for name in rivals.RIVALS if name.startswith("pinned")]
     assert len(pinned) == 3
@@ -224,9 +217,9 @@ def test_the_one_beside_starts_first_and_lasts_longer(problem, streams):
     assert streams == ["main waits for side"]
 
 
-def test_what_each_costs_the_other_is_a_figure(bench, problem):
-    common = importlib.import_module("common")
-    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
+def test_what_each_costs_the_other_is_a_figure(load, bench, problem):
+    common = load("common")
+    figures = common.measure(problem, CPU, load("timing").Ceilings(1e9, 1e9, 1e8), seconds=0.0)
     assert [f["status"] for f in figures] == ["timed"] * 4
     assert [f["base"] for f in figures] == [None, "Bank.fetch", None, "matmuls"]
     assert [f["ceiling"] for f in figures] == ["link", "link", "matmul", "matmul"]
@@ -234,19 +227,19 @@ def test_what_each_costs_the_other_is_a_figure(bench, problem):
     assert all(f["over_base"] is not None for f in figures if f["base"])
 
 
-def test_beside_matmuls_a_wrong_fetch_or_product_is_seen(bench, problem, monkeypatch):
-    common = importlib.import_module("common")
+def test_beside_matmuls_a_wrong_fetch_or_product_is_seen(load, bench, problem, monkeypatch):
+    common = load("common")
     monkeypatch.setattr(SlotCache, "_load", never)
     right = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: right(a, b, out=out).mul_(1.05))
-    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
+    figures = common.measure(problem, CPU, load("timing").Ceilings(1e9, 1e9, 1e8), seconds=0.0)
     assert [f["status"] for f in figures] == ["wrong"] * 4
 
 
-def test_bars_show_what_each_costs_the_other(bench, problem, monkeypatch, tmp_path):
+def test_bars_show_what_each_costs_the_other(load, bench, problem, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    common, plots = importlib.import_module("common"), importlib.import_module("plots")
-    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9, 1e8), seconds=0.0)
+    common, plots = load("common"), load("plots")
+    figures = common.measure(problem, CPU, load("timing").Ceilings(1e9, 1e9, 1e8), seconds=0.0)
     record = {"bench": "prefetch", "environment": {"device": "none"}}
     written = plots.draw([{**record, **f} for f in figures], tmp_path)
     words = next(path for path in written if path.name == "prefetch_latency.svg").read_text()

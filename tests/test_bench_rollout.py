@@ -1,10 +1,7 @@
 """The chunk and rollout benches: what they count, what they refuse to time, what they say and draw."""
 
-import importlib
 import json
 import re
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,17 +13,8 @@ from worldkv_kernels.cli.bench import script
 from worldkv_kernels.memory import world_memory
 from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 QUICK = ["--small", "--device", "cpu"]
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module
-    for name in ("common", "traces", "model_cases", "published_path", "bench_rollout", "bench_chunk", "plots_rollout"):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -189,7 +177,7 @@ def test_a_chunk_written_wrongly_is_seen(load, cases, monkeypatch):
 def test_the_published_path_is_the_chunks_yardstick(load, cases):
     bench, common = load("bench_chunk"), load("common")
     problem = bench.prepare(bench.ChunkCase(small_case(cases)), CPU)
-    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9), seconds=0.01)
+    figures = common.measure(problem, CPU, load("timing").Ceilings(1e9, 1e9), seconds=0.01)
     assert {f["variant"]: f["rival"] for f in figures} == dict.fromkeys(
         ("worldkv", "official", "sliding_as_long", "worldkv, chunk 60", "published path"), "published path"
     )

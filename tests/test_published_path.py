@@ -1,11 +1,8 @@
 """The rival of the rollout benchmark: it makes what WorldMemory makes under official(), and does the slow work."""
 
 import dataclasses
-import importlib
 import math
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
 from worldkv_kernels.ops.compress_chunk import compress_chunk
 from worldkv_kernels.trajectory import DEFAULT_INTRINSICS
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NUM_CHUNKS, FRAMES = 40, 3
 TINY = TinyConfig(num_layers=2, num_heads=1, grid=(3, 4), ffn_dim=96, text_tokens=5, text_dim=24, frequency_dim=16)
 CHUNK_TOKENS = FRAMES * 12
@@ -30,11 +26,8 @@ FLOAT32_LIMIT = 1e-5
 
 
 @pytest.fixture
-def published_path(monkeypatch):
-    """benchmarks/published_path.py, imported as a script there does it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("published_path")
-    sys.modules.pop("published_path", None)
+def published_path(load):
+    return load("published_path")
 
 
 def turn_and_return(num_chunks: int = NUM_CHUNKS) -> np.ndarray:

@@ -1,10 +1,8 @@
 """Traces: what a kernel or an operation counts as, idle time, launches, copies; and the ranges they come from."""
 
-import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +12,12 @@ from worldkv_kernels.models.rollout import rollout
 from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
 from worldkv_kernels.trajectory import latent_poses, load
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def traces(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("traces")
-    sys.modules.pop("traces", None)
+def traces(load):
+    return load("traces")
 
 
 def event(cat, name, ts, dur, tid=1, **args):

@@ -1,10 +1,7 @@
 """The sweep over launch configurations: what it launches with, what it reports, what it says of the fastest."""
 
-import importlib
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +9,13 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 from worldkv_kernels.kernels import segment_attention as kernel
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
 
 @pytest.fixture
-def tune(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("tune_segment_attention")
-    for name in ("common", "traces", "attention_rivals", "bench_segment_attention", "tune_segment_attention"):
-        sys.modules.pop(name, None)
+def tune(load):
+    return load("tune_segment_attention")
 
 
 @interpreted
@@ -60,8 +53,8 @@ def test_a_launch_takes_the_candidate_and_only_it(tune, monkeypatch):
 
 
 @interpreted
-def test_a_candidate_that_cannot_be_launched_is_skipped_and_a_wrong_one_reported(tune, monkeypatch):
-    common = importlib.import_module("common")
+def test_a_candidate_that_cannot_be_launched_is_skipped_and_a_wrong_one_reported(load, tune, monkeypatch):
+    common = load("common")
     inner = tune.our_variant
 
     def planted(inputs, backend, extra):
@@ -84,7 +77,7 @@ def test_a_candidate_that_cannot_be_launched_is_skipped_and_a_wrong_one_reported
     monkeypatch.setattr(tune, "our_variant", planted)
     candidates = [*tune.SMALL_CANDIDATES, kernel.AttentionConfig(16, 32, 4, 1)]
     problem = tune.prepare(tune.SMALL_CASES[0], CPU, candidates)
-    figures = common.measure(problem, CPU, common.Ceilings(1e9, 1e9), seconds=0.01)
+    figures = common.measure(problem, CPU, load("timing").Ceilings(1e9, 1e9), seconds=0.01)
     assert [f["status"] for f in figures] == ["timed", "timed", "timed", "skipped", "wrong"]
     assert figures[3]["reason"] == "RuntimeError: out of resource: shared memory"
 

@@ -1,0 +1,298 @@
+"""Every error of MemoryConfig and WorldMemory names the argument, and leaves the memory as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from random_rollouts import HEAD_DIM, Rollout, make, same, state, tiny
+
+import worldkv_kernels.memory.pool as pool_module
+from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
+from worldkv_kernels.memory.retrieval import PoseRetrieval
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("num_layers", 0, "at least 1"),
+        ("num_heads", 0, "at least 1"),
+        ("num_heads", 65, "at most 64"),
+        ("chunk_frames", 0, "at least 1"),
+        ("head_dim", 96, "64 or 128"),
+        ("grid", (0, 3), "at least 1 token"),
+        ("grid", (2, 3, 4), "(height, width)"),
+        ("grid", (2.5, 3), "(height, width)"),
+        ("grid", 5, "(height, width)"),
+        ("sink_frames", 3, "a multiple of chunk_frames=2"),
+        ("sink_frames", -2, "a multiple of chunk_frames=2"),
+        ("recent_frames", 5, "a multiple of chunk_frames=2"),
+        ("retrieved_chunks", -1, "at least 0"),
+        ("unattended_chunks", -1, "at least 0"),
+        ("keep_ratio", 0.0, "above 0 and at most 1"),
+        ("keep_ratio", 1.1, "above 0 and at most 1"),
+        ("keep_ratio", math.nan, "above 0 and at most 1"),
+        ("eps", -1e-6, "not negative"),
+        ("eps", math.nan, "finite"),
+        ("scale", 0.0, "positive"),
+        ("scale", math.inf, "finite"),
+        ("mode", "rolling", "worldkv, full, sliding, sink_recent"),
+        ("order", "random", "time, nearest_last, nearest_first"),
+        ("bank", "disk", "'device' or 'host'"),
+        ("bank_chunks", 1, "at least 2"),
+        ("bank_chunks", 0, "at least 2"),
+        ("device_slots", 1, "at least 2 with retrieved_chunks=2"),
+        ("device_slots", 0, "at least 2"),
+        ("rope", "llama", "a Rope3D, 'wan' or None"),
+        ("rope", Rope3D(128), "for head_dim 64"),
+        ("retrieval", "nearest", "'pose', 'fov', 'action' or a RetrievalPolicy"),
+        ("retrieval", None, "'pose', 'fov', 'action' or a RetrievalPolicy"),
+        ("retrieval", PoseRetrieval, "a RetrievalPolicy"),  # the class, not an object of it
+    ],
+)
+def test_config_errors(field, value, wanted):
+    with pytest.raises(ValueError) as caught:
+        tiny(**{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"MemoryConfig: {field} must be") and wanted in message
+    assert message.endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
+        "bank_chunks", "device_slots",
+    ],
+)  # fmt: skip
+def test_config_counts_are_integers(field):
+    for value in (4.0, "4"):
+        with pytest.raises(TypeError, match=f"MemoryConfig: {field} must be an integer, got {value!r}"):
+            tiny(**{field: value})
+
+
+def test_config_rebase_needs_a_rope():
+    with pytest.raises(ValueError, match="MemoryConfig: rebase_time must be False where there is no rope, got True"):
+        tiny(rope=None, bank_chunks=4, rebase_time=True)
+
+
+def test_config_is_frozen_and_by_keyword():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny().num_layers = 2
+    with pytest.raises(TypeError):
+        MemoryConfig(1, 1, (2, 3))
+
+
+def test_memory_dtype_error():
+    with pytest.raises(TypeError, match=r"WorldMemory: dtype must be .*float32, got torch\.float64"):
+        WorldMemory(tiny(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_storage_that_does_not_fit(monkeypatch, bank):
+    # fp32, one layer, one head: a slot is 128 rows of 64 numbers, K and V: 64 KiB; a sink slot and three ring slots.
+    monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 64 * 1024 * 3)
+    with pytest.raises(ValueError, match=r"WorldMemory: bank_chunks must be at least 2 .* got 1 that fit half of the"):
+        make(tiny(bank=bank))
+    with pytest.raises(ValueError, match=r"WorldMemory: storage must fit the 0.0 GiB .* free on cpu, got 0.0 GiB"):
+        make(tiny(bank=bank, bank_chunks=2))
+    with pytest.raises(ValueError, match=r"WorldMemory: storage must fit .* bank_chunks, 100000, sets most of it"):
+        make(tiny(bank=bank, bank_chunks=100000))
+    with pytest.raises(ValueError, match=r"WorldMemory: storage must fit"):
+        make(tiny(mode="full", bank_chunks=10))
+    monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 2 * 64 * 1024 * 5)
+    assert make(tiny(sink_frames=0, bank=bank)).stats()["bank_capacity"] == 5
+    assert make(tiny(sink_frames=0, mode="full")).stats()["device_bytes"] == 5 * 64 * 1024
+
+
+def test_real_free_memory_is_found():
+    assert pool_module._free_host_bytes() > 2**20
+
+
+def bad_poses(what: str) -> object:
+    poses = np.tile(np.eye(4), (2, 1, 1))
+    if what == "missing":
+        return None
+    if what == "frames":
+        return poses[:1]
+    if what == "flat":
+        return poses[0]
+    if what == "nan":
+        poses[1, 0, 3] = math.nan
+    if what == "scaled":
+        poses[1, :3, :3] *= 1.01
+    if what == "mirrored":
+        poses[1, 0, 0] = -1
+    if what == "row":
+        poses[0, 3, 0] = 0.5
+    return "a string" if what == "string" else torch.from_numpy(poses)
+
+
+def errors_of_begin() -> list:
+    wanted = "begin_chunk: poses must be "
+    return [
+        ("missing", ValueError, [wanted + "[2, 4, 4] in mode 'worldkv'", "got None"]),
+        ("frames", ValueError, [wanted + "[2, 4, 4]", "got [1, 4, 4]"]),
+        ("flat", ValueError, [wanted + "[2, 4, 4]", "got [4, 4]"]),
+        ("nan", ValueError, [wanted + "finite", "got nan"]),
+        ("scaled", ValueError, [wanted + "rigid", "got frame 1"]),
+        ("mirrored", ValueError, [wanted + "rigid", "got frame 1"]),
+        ("row", ValueError, [wanted + "rigid", "got frame 0", "0.5"]),
+        ("string", TypeError, [wanted + "an array [2, 4, 4]", "got str"]),
+    ]
+
+
+def raises(error_type, parts, call, *args, **kwargs) -> None:
+    with pytest.raises(error_type) as caught:
+        call(*args, **kwargs)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_every_error_leaves_the_memory_as_before():
+    """One rollout with every error provoked on the way equals one without, bitwise."""
+    config = tiny(num_layers=2)
+    memory, calm, rollout = make(config), make(config), Rollout(config, 7, 10)
+    raises(RuntimeError, ["attend: a chunk must be begun", "got"], memory.attend, 0, *rollout.passes[0][0][0])
+    raises(RuntimeError, ["end_chunk: a chunk must be begun", "got"], memory.end_chunk)
+    raises(ValueError, ["location: chunk must be from 0", "got 0"], memory.location, 0)
+    for chunk in range(10):
+        layers = rollout.passes[chunk] = rollout.passes[chunk][:1]
+        expected = rollout.chunk(calm, chunk)
+        before = state(memory, chunk)
+        for what, error_type, parts in errors_of_begin():
+            raises(error_type, parts, memory.begin_chunk, bad_poses(what))
+            assert state(memory, chunk) == before
+        raises(ValueError, ["location: chunk must be", f"got {chunk}"], memory.location, chunk)
+        raises(ValueError, ["location: chunk must be", "got -1"], memory.location, -1)
+        memory.begin_chunk(rollout.poses[chunk])
+        before = state(memory, chunk)
+        raises(
+            RuntimeError, [f"begin_chunk: chunk {chunk} must be ended", "got a second begin_chunk"],
+            memory.begin_chunk, rollout.poses[chunk],
+        )  # fmt: skip
+        q, k, v = layers[0][0][:3]
+        ones, short = torch.ones(HEAD_DIM), torch.ones(HEAD_DIM - 1)
+        for layer in (-1, 2):
+            raises(ValueError, ["attend: layer must be from 0 to 1", f"got {layer}"], memory.attend, layer, q, k, v)
+        raises(ValueError, ["norm_rope_append: q must be", "got [64]"], memory.attend, 0, q[0], k, v)
+        raises(ValueError, ["norm_rope_append: k must be", "got [11, 64]"], memory.attend, 0, q, k[1:], v)
+        raises(TypeError, ["norm_rope_append: v must be", "torch.float64"], memory.attend, 0, q, k, v.double())
+        raises(TypeError, ["norm_rope_append: q must be", "got None"], memory.attend, 0, None, k, v)
+        raises(ValueError, ["norm_rope_append: q_weight must be", "[63]"], memory.attend, 0, q, k, v, short)
+        raises(ValueError, ["norm_rope_append: k_weight must be", "[63]"], memory.attend, 0, q, k, v, ones, short)
+        raises(
+            ValueError, ["segment_attention: out must be", "got [12, 1, 32]"],
+            memory.attend, 0, q, k, v, out=torch.empty(12, 1, 32),
+        )  # fmt: skip
+        got = [memory.attend(0, *layers[0][0])]
+        raises(RuntimeError, [f"end_chunk: chunk {chunk} must attend every layer", "layers [1]"], memory.end_chunk)
+        assert state(memory, chunk) == before
+        got.append(memory.attend(1, *layers[0][1]))
+        memory.end_chunk()
+        raises(RuntimeError, ["end_chunk: a chunk must be begun"], memory.end_chunk)
+        raises(RuntimeError, ["attend: a chunk must be begun"], memory.attend, 0, q, k, v)
+        assert same(got, expected)
+        assert memory.stats() == calm.stats()
+
+
+def test_too_few_or_too_many_tokens():
+    memory = make(tiny())
+    memory.begin_chunk(bad_poses("none"))
+    x = torch.zeros(11, HEAD_DIM)
+    raises(ValueError, ["attend: q must have the chunk's 12 tokens", "got 11"], memory.attend, 0, x, x, x)
+
+
+def test_poses_are_checked_in_every_mode_and_needed_in_one():
+    for mode in ("full", "sliding", "sink_recent"):
+        memory = make(tiny(mode=mode, bank_chunks=4))
+        raises(ValueError, ["begin_chunk: poses must be rigid"], memory.begin_chunk, bad_poses("scaled"))
+        assert memory.begin_chunk().chunk == 0
+
+
+def test_fov_needs_intrinsics():
+    memory = make(tiny(retrieval="fov"))
+    poses = bad_poses("none")
+    for intrinsics, error_type, parts in [
+        (None, ValueError, ["[2, 4]", "got None"]),
+        (np.ones((3, 4)), ValueError, ["[2, 4] or [4]", "got [3, 4]"]),
+        ([1.0, 1.0, 0.0, 1.0], ValueError, ["positive fx, fy, cx, cy", "0.0"]),
+        ([1.0, math.nan, 1.0, 1.0], ValueError, ["positive", "nan"]),
+        ("wide", TypeError, ["an array [2, 4] or [4]", "got str"]),
+    ]:
+        parts = ["begin_chunk: intrinsics must be", *parts]
+        raises(error_type, parts, memory.begin_chunk, poses, intrinsics=intrinsics)
+        assert memory.stats()["chunks"] == 0
+    for dtype in (torch.float32, torch.bfloat16):
+        assert memory.begin_chunk(poses, intrinsics=torch.tensor([10.0, 10, 5, 5], dtype=dtype)).chunk == 0
+        memory.abort_chunk()
+
+
+@pytest.mark.parametrize("mode", ["worldkv", "sliding"])
+def test_rope_positions_run_out(mode):
+    config = tiny(mode=mode, rope=Rope3D(HEAD_DIM, max_position=9))  # four chunks of 2, one position left over
+    memory, rollout = make(config), Rollout(config, 0, 4)
+    for _ in rollout.run(memory):
+        pass
+    before = state(memory, 4)
+    raises(RuntimeError, ["begin_chunk: chunk must be below 4", "got chunk 4"], memory.begin_chunk, rollout.poses[0])
+    assert state(memory, 4) == before
+    memory.reset()
+    assert memory.begin_chunk(rollout.poses[0]).chunk == 0
+
+
+def test_full_ends_with_its_pool():
+    config = tiny(mode="full", bank_chunks=3)
+    memory, rollout = make(config), Rollout(config, 0, 3)
+    for _ in rollout.run(memory):
+        pass
+    raises(RuntimeError, ["begin_chunk: chunk must be below 3", "mode 'full'", "got chunk 3"], memory.begin_chunk)
+    assert [memory.location(chunk) for chunk in range(3)] == ["recent"] * 3
+
+
+@pytest.mark.parametrize("choice", [[1, 1], [9], [1, 2, 3], [0]])
+def test_a_policy_that_selects_what_is_not_on_offer(choice):
+    class Wrong(PoseRetrieval):
+        def select(self, current, candidates, budget):
+            return choice if len(candidates) == 3 else []
+
+    config = tiny(retrieval=Wrong())
+    memory, rollout = make(config), Rollout(config, 0, 7)
+    for chunk in range(6):
+        rollout.chunk(memory, chunk)
+    before = state(memory, 6)
+    parts = ["begin_chunk: the retrieval policy must select up to 2", "[1, 2, 3]", f"got {choice}"]
+    raises(ValueError, parts, memory.begin_chunk, rollout.poses[6])
+    assert state(memory, 6) == before
+
+
+def test_unknown_backend():
+    memory = WorldMemory(tiny(), dtype=torch.float32, backend="metal")
+    memory.begin_chunk(bad_poses("none"))
+    x = torch.zeros(12, HEAD_DIM)
+    raises(ValueError, ["norm_rope_append: backend must be", "metal"], memory.attend, 0, x, x, x)
+
+
+def test_a_policy_that_drops_what_is_not_there():
+    """An error that names the choice; the chunk stays begun and nothing has changed, so it may be tried again."""
+
+    class Wrong(PoseRetrieval):
+        def drop(self, candidates):
+            return 77 if self.wrong else candidates[0][0]
+
+    policy = Wrong()
+    config = tiny(retrieval=policy, sink_frames=0, recent_frames=0, retrieved_chunks=1, bank_chunks=1)
+    memory, rollout = make(config), Rollout(config, 0, 2)
+    rollout.chunk(memory, 0)
+    memory.begin_chunk(rollout.poses[1])
+    memory.attend(0, *rollout.passes[1][0][0])
+    before, policy.wrong = state(memory, 1), True
+    for _ in range(2):
+        raises(ValueError, ["end_chunk: the retrieval policy must drop one of [0, 1]", "got 77"], memory.end_chunk)
+        assert state(memory, 1) == before
+    policy.wrong = False
+    memory.end_chunk()
+    assert (memory.location(0), memory.location(1)) == ("dropped", "bank")
