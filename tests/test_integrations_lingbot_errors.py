@@ -1,5 +1,6 @@
 """What the memory in LingBot-World-Fast's own code refuses, and that a refusal changes nothing."""
 
+import copy
 import types
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_guidance_by_two_forwards_is_refused_at_its_first_step():
     forward(model, 0, both=conditional)
     with pytest.raises(RuntimeError, match="classifier-free guidance"):
         forward(model, 0, both=unconditional)
+
+
+def test_a_copy_of_an_enabled_model_is_refused():
+    """It would run the original's weights."""
+    model = make_model()
+    handle = enable(model)
+    with pytest.raises(RuntimeError, match="lingbot: the model must be disabled before it is copied"):
+        copy.deepcopy(model)
+    handle.disable()
+    assert "forward" not in copy.deepcopy(model).__dict__
 
 
 def test_training_mode_and_gradients_are_refused():

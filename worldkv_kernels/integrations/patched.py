@@ -57,6 +57,10 @@ class PatchedModel:
     def __exit__(self, *error: object) -> None:
         self.disable()
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """A copy of the model takes its forwards along as they are: they would run this one's weights and memory."""
+        raise RuntimeError(f"{self._op}: the model must be disabled before it is copied, got one enabled")
+
     @torch.compiler.disable
     def _check_forward(self, given: dict[str, Any]) -> None:
         """Raise, with the memory as before, on a forward that the memory cannot serve."""
