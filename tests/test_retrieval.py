@@ -239,10 +239,9 @@ def overlap(a: np.ndarray, b: np.ndarray, near: float, far: float, count: int = 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(st.floats(-60, 60), st.floats(-3, 3), st.floats(-3, 3))
 def test_fov_overlap_by_dense_sampling(degrees, x, z):
-    """With 24 x 30 x 40 points within 0.04; with the default 4 x 6 x 5, a grid of steps of 1/4, within 0.2."""
     a, b = standing(0), standing(degrees, (x, 0.3, z))
     want = overlap(a[0], b[0], 1.0, 20.0)
-    for samples, tolerance in (((24, 30, 40), 0.04), ((4, 6, 5), 0.2)):
+    for samples, tolerance in ((20000, 0.01), (128, 0.05)):
         policy = FovRetrieval(depth_range=(1.0, 20.0), samples=samples)
         views = [policy.describe(poses, CAMERA) for poses in (a, b)]
         distance = policy.distances(views[:1], views[1:], views[0])[0, 0]
@@ -268,6 +267,18 @@ def test_fov_order():
     assert pick(policy, current, views, 6) == [4, 5, 2, 6, 3, 1]
     distances = policy.distances([current], list(views.values()), current)[0]
     assert all((distance < 1) == (abs(yaws[chunk]) < 67) for chunk, distance in zip(yaws, distances, strict=True))
+
+
+def test_fov_tells_small_motions_apart():
+    """Not in steps, as layers of a grid would that leave the view at once."""
+    policy = FovRetrieval()
+    current = policy.describe(standing(0), CAMERA)
+    turned = [policy.describe(standing(degrees), CAMERA) for degrees in (16, 12, 9, 6, 3, 1)]
+    assert pick(policy, current, dict(enumerate(turned)), 6) == [5, 4, 3, 2, 1, 0]
+    moved = [policy.describe(standing(0, (0, 0, z)), CAMERA) for z in (1.0, 0.1, 1e-4)]
+    # True distances, by 60,000 points: 0.198, 0.035, 0.000; those of 16 and 6 degrees 0.296 and 0.127.
+    assert pick(policy, current, dict(enumerate([*moved, turned[0], turned[3]])), 5) == [2, 1, 4, 0, 3]
+    assert policy.distances([current], moved, current)[0, 2] < 0.01
 
 
 @fuzz
@@ -314,6 +325,9 @@ def test_fov_image_size():
 def test_fov_errors(depth_range):
     with pytest.raises(ValueError, match="FovRetrieval: depth_range must be 0 < near < far, got"):
         FovRetrieval(depth_range=depth_range)
+    for samples in (0, 2.5, (4, 6, 5)):
+        with pytest.raises(ValueError, match="FovRetrieval: samples must be an integer of at least 1, got"):
+            FovRetrieval(samples=samples)
 
 
 # --- the published policy, and names ---
