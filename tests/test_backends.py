@@ -7,12 +7,15 @@ import pytest
 import torch
 from conftest import DEVICE
 
+from worldkv_kernels import Segment, Window, segment_attention
 from worldkv_kernels.cli import doctor, main
 from worldkv_kernels.ops import cuda, proven
 from worldkv_kernels.ops.backends import Backend, OpBackends, on_current_device
+from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS
 from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND
 from worldkv_kernels.ops.segment_attention import BACKENDS as ATTENTION
 
+CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")
 KIND = (torch.float32,)
 
@@ -33,7 +36,7 @@ def op(monkeypatch, tmp_path):
         def call(run):
             out = torch.full((4,), float("nan"))
             run(out)
-            return out
+            return {"out": out}
 
         return call
 
@@ -57,12 +60,12 @@ def test_an_unproven_cuda_kernel_is_not_taken_and_a_proven_one_is(op):
 @pytest.mark.parametrize("wrong", [1.1, float("nan")])
 def test_a_wrong_kernel_is_passed_over_with_one_warning(op, wrong):
     op.runs["triton"] = op.writes(wrong)
-    with pytest.warns(UserWarning, match="worldkv some_op: the triton kernel is not used on cuda:0: it differs"):
+    with pytest.warns(UserWarning, match="worldkv some_op: the triton kernel is not used on cuda:0: its out differs"):
         assert op.choose("auto", GPU, KIND) is op.runs["reference"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert op.choose("auto", GPU, KIND) is op.runs["reference"]
-    assert "it differs from the reference" in op.passed_over("triton", GPU, KIND)
+    assert "its out differs from the reference's" in op.passed_over("triton", GPU, KIND)
 
 
 def test_a_kernel_that_does_not_compile_is_passed_over(op):
@@ -99,6 +102,65 @@ def test_a_damaged_list_of_proofs_is_an_error(op):
     proven.user_list().write_text("[]")
     with pytest.raises(ValueError, match=r"proven.json must hold"):
         op.passed_over("cuda", GPU, KIND)
+
+
+def corrupted(run, spoil):
+    """`run`, and then `spoil` on what it was to write."""
+
+    def wrong(*tensors, **options):
+        run(*tensors, **options)
+        spoil(tensors)
+
+    return wrong
+
+
+OUT, LSE, MASS = 8, 9, 10  # places among segment_attention's tensors
+K_POOL, Q_OUT = 3, 5  # among those of norm_rope_append
+
+
+@pytest.mark.parametrize(
+    ("op", "output", "spoil"),
+    [
+        (ATTENTION, "out", lambda x: x[OUT].mul_(1.05)),
+        (ATTENTION, "out", lambda x: x[OUT][-1].zero_()),
+        (ATTENTION, "lse", lambda x: x[LSE].add_(0.02)),
+        (ATTENTION, "mass", lambda x: x[MASS].copy_(x[MASS].flip(0))),
+        (ATTENTION, "mass", lambda x: x[MASS].zero_()),
+        (APPEND, "q", lambda x: x[Q_OUT][-1].zero_()),
+        (APPEND, "k", lambda x: x[K_POOL].mul_(1.05)),
+        (APPEND, "rows beside", lambda x: x[K_POOL][35].zero_()),
+        (COMPRESS, "index", lambda x: x[4].add_(1)),
+        (COMPRESS, "v", lambda x: x[3][1, -1].zero_()),
+    ],
+)
+def test_the_check_looks_at_each_output_by_itself(monkeypatch, op, output, spoil):
+    kind = op.kinds[0] if op is not ATTENTION else (torch.bfloat16, 128, False, True, True, True)
+    assert kind[0] == torch.bfloat16
+    monkeypatch.setitem(op.loaded, "triton", op.run("reference"))
+    assert op.disagreement("triton", CPU, kind) is None
+    monkeypatch.setitem(op.loaded, "triton", corrupted(op.run("reference"), spoil))
+    assert op.disagreement("triton", CPU, kind).startswith(f"its {output} differs from the reference's ")
+
+
+@pytest.mark.parametrize("op", [ATTENTION, APPEND, COMPRESS], ids=lambda op: op.op)
+def test_autocast_touches_neither_the_reference_nor_the_check(op):
+    kind = next(kind for kind in reversed(op.kinds) if kind[0] == torch.float16)
+    want = op.small_case(CPU, kind)(op.run("reference"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case = op.small_case(CPU, kind)
+        got = case(op.run("reference"))
+        assert op.disagreement("reference", CPU, kind) is None
+    assert all(torch.equal(got[name].nan_to_num(), x.nan_to_num()) for name, x in want.items())
+
+
+def test_attention_from_pools_that_the_copy_engine_does_not_take_is_a_kind_of_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ATTENTION, "choose", lambda backend, device, kind: seen.append(kind) or (lambda *x, **y: None))
+    window, pool = Window([Segment(0, 100)], device=CPU), torch.zeros(128, 2, 64)
+    by_heads = torch.zeros(2, 128, 64).transpose(0, 1)
+    for pools in ((pool, pool), (pool, by_heads), (by_heads, pool), (pool[:, :1], by_heads[:, :1])):
+        segment_attention(torch.zeros(3, pools[0].shape[1], 64), *pools, window)
+    assert [kind[-1] for kind in seen] == [True, False, False, True]
 
 
 def test_the_gpu_of_the_tensors_is_made_current(monkeypatch):
@@ -145,7 +207,7 @@ def test_doctor_names_every_backend_and_why(tmp_path, capsys):
 
 def test_doctor_says_how_each_shape_is_launched(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(ATTENTION, "name", lambda requested, device, kind: "reference" if kind[-1] else "triton")
+    monkeypatch.setattr(ATTENTION, "name", lambda requested, device, kind: "reference" if kind[4] else "triton")
     shapes = {(f["keys"], f["extra"]): f["how"] for f in doctor._shapes(torch.device("cpu"))}  # an H200's launches
     tiles = "tiles of 128 queries x 128 keys by tensor descriptors, 8 warps, 3 stages; "
     assert shapes["40 x 4680 x 32760", ""] == tiles + "1452 of 1480 items whole, 28 in 9 parts each"

@@ -105,7 +105,7 @@ def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
     """Which backend attends over a model's window in bf16, and how it is launched."""
     heads, q_len, keys = SHAPES[model]
     has_shift, has_mass = extra == "rebase", extra == "mass"
-    backend = SEGMENT_ATTENTION.name("auto", device, (torch.bfloat16, 128, has_shift, False, has_mass))
+    backend = SEGMENT_ATTENTION.name("auto", device, (torch.bfloat16, 128, has_shift, False, has_mass, True))
     how = "-"
     if backend == "triton":
         from ..kernels import segment_attention as kernel

@@ -56,13 +56,13 @@ class OpBackends:
     """The implementations of one op, best first, and what is known of them in this process.
 
     `small_case(device, kind)` returns a call: given an implementation, it runs it on fresh small inputs of
-    that kind and returns its outputs as one flat float32 tensor. `kinds` are typical ones, for
-    `worldkv doctor`.
+    that kind, the same on every device, and returns its outputs by name. `tolerance(kind)` is for outputs of
+    the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`.
     """
 
     op: str
     backends: dict[str, Backend]
-    small_case: Callable[[torch.device, Kind], Callable[[Run], torch.Tensor]]
+    small_case: Callable[[torch.device, Kind], Callable[[Run], dict[str, torch.Tensor]]]
     tolerance: Callable[[Kind], float]
     kinds: tuple[Kind, ...]
     loaded: dict[str, Run] = field(default_factory=dict)
@@ -125,16 +125,49 @@ class OpBackends:
         return self.checked[key]
 
     def disagreement(self, name: str, device: torch.device, kind: Kind) -> str | None:
-        """Compare an implementation with the reference on a small case; the reason when they disagree."""
+        """Compare an implementation with the reference on a small case; the reason when they disagree.
+
+        The reference runs on the CPU: there no setting of the caller's, such as TF32, makes it less exact.
+        """
+        cpu = torch.device("cpu")
         try:
-            with on_current_device(device):
-                case = self.small_case(device, kind)
-                want, got = case(self.run("reference")), case(self.run(name))
+            with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+                want = self.small_case(cpu, kind)(self.run("reference"))
+                with on_current_device(device):
+                    got = self.small_case(device, kind)(self.run(name))
+            reasons = [differs(output, got[output].cpu(), x, self.tolerance(kind)) for output, x in want.items()]
         except Exception as error:  # a compiler or launch that fails must not take the program down
             return f"it failed on a small case: {type(error).__name__}: {error}"
-        error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
-        limit = self.tolerance(kind)
-        return None if error <= limit else f"it differs from the reference by {error:.2e}, more than {limit:.0e}"
+        return next(filter(None, reasons), None)
+
+
+def differs(output: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str | None:
+    """How an output differs from the reference's by more than it may; None when it does not.
+
+    Integers, and what the tolerance is 0 for, must be equal, with NaN where the reference has it. Else the relative
+    error in the 2-norm is limited by `tolerance`, or a tenth of it, 1e-5 at least, where 16-bit inputs give an fp32
+    output: that is rounded less.
+    """
+    if not tolerance or not want.is_floating_point():
+        wrong = ((got != want) & ~((got != got) & (want != want))).sum().item()
+        return f"its {output} differs from the reference's in {wrong} of {want.numel()} places" if wrong else None
+    if want.dtype == torch.float32:
+        tolerance = max(1e-5, tolerance / 10)
+    got, want = got.float(), want.float()
+    error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+    if error <= tolerance:
+        return None
+    return f"its {output} differs from the reference's by {error:.2e}, more than {tolerance:.0e}"
+
+
+def exact(reference: Run) -> Run:
+    """The reference outside the caller's autocast, which would have its products in 16 bits."""
+
+    def run(*tensors: torch.Tensor | None, **options: object) -> None:
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            reference(*tensors, **options)
+
+    return run
 
 
 def on_current_device(device: torch.device) -> AbstractContextManager:

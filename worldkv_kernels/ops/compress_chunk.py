@@ -10,7 +10,7 @@ import torch
 
 from ..reference.compress_chunk import compress_chunk as reference
 from . import cuda
-from .backends import Backend, OpBackends, on_current_device, register, triton_unavailable
+from .backends import Backend, OpBackends, exact, on_current_device, register, triton_unavailable
 from .checks import HEAD_DIMS, bad_value, check_tensor
 
 _OP = "compress_chunk"
@@ -192,7 +192,7 @@ def _load_triton() -> Callable[..., None]:
     return launch
 
 
-def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
+def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
     """Two layers of three frames of 40 tokens whose similarities are far apart, so that rounding moves no token."""
     dtype, head_dim, pooled, whole, _ = kind
     generator = torch.Generator().manual_seed(0)
@@ -204,12 +204,12 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     v = torch.randn(2, 120, 2, head_dim, generator=generator).to(device, dtype)
     keep = 40 if whole else 11
 
-    def call(run: Callable[..., None]) -> torch.Tensor:
+    def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
         kept = 40 + 2 * keep
         out_k, out_v = torch.full((2, 2, kept, 2, head_dim), float("nan"), dtype=dtype, device=device)
         index = torch.full((2, kept), -1, dtype=torch.int32, device=device)
         run(k, v, out_k, out_v, index, frames=3, keep=keep, pooled=pooled, anchor=1)
-        return torch.cat([x.float().flatten() for x in (index, out_k, out_v)])
+        return {"index": index, "k": out_k, "v": out_v}
 
     return call
 
@@ -219,7 +219,7 @@ BACKENDS = OpBackends(
     backends={
         "cuda": Backend(lambda: cuda.compress_chunk, cuda.unavailable, cuda.compress_unsupported),
         "triton": Backend(_load_triton, triton_unavailable),
-        "reference": Backend(lambda: reference),
+        "reference": Backend(lambda: exact(reference)),
     },
     small_case=_small_case,
     tolerance=lambda kind: 0.0,

@@ -10,7 +10,7 @@ import torch
 from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
 from . import cuda
-from .backends import Backend, OpBackends, dtype_tolerance, on_current_device, register, triton_unavailable
+from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 from .checks import HEAD_DIMS, bad_value, check_tensor, debug
 
 _OP = "norm_rope_append"
@@ -122,7 +122,8 @@ def _run(
 ) -> None:  # fmt: skip
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (q, k, v, k_pool, v_pool, q_out))
     aligned = aligned and all(w is None or w.data_ptr() % 16 == 0 for w in (q_weight, k_weight))
-    kind = (q.dtype, *k_pool.shape[1:], q_weight is not None, k_weight is not None, table is not None, aligned)
+    weights = (None if w is None else w.dtype for w in (q_weight, k_weight))
+    kind = (q.dtype, *k_pool.shape[1:], *weights, table is not None, round_before_rope, aligned)
     run = BACKENDS.choose(backend, q.device, kind)
     with on_current_device(q.device):
         run(
@@ -140,25 +141,29 @@ def _load_triton() -> Callable[..., None]:
     return launch
 
 
-def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
-    """Two frames of 3 x 5 tokens, into the middle of a NaN pool."""
-    dtype, heads, head_dim, has_q_weight, has_k_weight, has_rope, _ = kind
+def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
+    """Two frames of 3 x 5 tokens, into the middle of a NaN pool, of which the rest must stay as it is."""
+    dtype, heads, head_dim, q_weight_dtype, k_weight_dtype, has_rope, round_before_rope, _ = kind
     generator = torch.Generator().manual_seed(0)
     columns = heads * head_dim
     q, k, v = (torch.randn(30, columns, generator=generator).to(device, dtype) for _ in range(3))
-    weights = [torch.randn(columns, generator=generator).to(device, dtype) for _ in range(2)]
+    q_weight, k_weight = (
+        torch.randn(columns, generator=generator).to(device, of) if of is not None else None
+        for of in (q_weight_dtype, k_weight_dtype)
+    )
     rope = Rope3D(head_dim, max_position=64)
 
-    def call(run: Callable[..., None]) -> torch.Tensor:
+    def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
         pools = torch.full((2, 40, heads, head_dim), float("nan"), dtype=dtype, device=device)
         q_out = torch.full((30, heads, head_dim), float("nan"), dtype=dtype, device=device)
         run(
             q, k, v, pools[0], pools[1], q_out, rope.table(device) if has_rope else None, 5, 40,
             grid=(2, 3, 5), pairs=rope.pairs if has_rope else (0, 0, 0),
-            q_weight=weights[0] if has_q_weight else None, k_weight=weights[1] if has_k_weight else None,
-            eps=1e-6, round_before_rope=True,
+            q_weight=q_weight, k_weight=k_weight, eps=1e-6, round_before_rope=round_before_rope,
         )  # fmt: skip
-        return torch.cat([q_out.flatten(), pools[:, 5:35].flatten()]).float()
+        untouched = pools.isnan()
+        untouched[:, 5:35] = True
+        return {"q": q_out, "k": pools[0, 5:35], "v": pools[1, 5:35], "rows beside": untouched}
 
     return call
 
@@ -168,15 +173,15 @@ BACKENDS = OpBackends(
     backends={
         "cuda": Backend(lambda: cuda.norm_rope_append, cuda.unavailable, cuda.append_unsupported),
         "triton": Backend(_load_triton, triton_unavailable),
-        "reference": Backend(lambda: reference),
+        "reference": Backend(lambda: exact(reference)),
     },
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
     kinds=tuple(
-        (dtype, heads, head_dim, norm, norm, True, True)
+        (dtype, heads, head_dim, weight, weight, True, True, True)
         for dtype in (torch.bfloat16, torch.float16)
         for heads, head_dim in ((12, 128), (40, 128), (16, 64), (64, 128))
-        for norm in (True, False)
+        for weight in (dtype, torch.float32, None)
     ),
 )
 

@@ -11,7 +11,7 @@ import torch
 from ..memory.window import Segment, Window
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
-from .backends import Backend, OpBackends, dtype_tolerance, on_current_device, register, triton_unavailable
+from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 from .checks import HEAD_DIMS, bad_type, bad_value, check_tensor
 
 _OP = "segment_attention"
@@ -98,11 +98,19 @@ def _run(
     turns: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
     scale: float, has_shift: bool, backend: str,
 ) -> None:  # fmt: skip
-    kind = (q.dtype, q.shape[2], has_shift, lse is not None, mass is not None)
+    kind = (q.dtype, q.shape[2], has_shift, lse is not None, mass is not None, _rows_in_order(k_pool, v_pool))
     run = BACKENDS.choose(backend, q.device, kind)
     with on_current_device(q.device):
         tables = (tiles, tail_rows, ranges, num_segments, turns)
         run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift)
+
+
+def _rows_in_order(*pools: torch.Tensor) -> bool:
+    """Whether a row's heads follow each other, on multiples of 16 bytes: what sm_90's copy engine takes."""
+    return all(
+        (x.shape[1] == 1 or x.stride(1) == x.shape[2]) and x.data_ptr() % 16 == x.stride(0) * x.element_size() % 16 == 0
+        for x in pools
+    )
 
 
 def _triton_unsupported(kind: tuple) -> str | None:
@@ -117,12 +125,14 @@ def _load_triton() -> Callable[..., None]:
     return launch
 
 
-def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], torch.Tensor]:
+def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
     """200 queries, 2 heads, three segments with tails; unused rows are NaN. In two windows, of which the larger
     capacity lets a kernel cut the keys into parts."""
-    dtype, head_dim, has_shift, with_lse, with_mass = kind
+    dtype, head_dim, has_shift, with_lse, with_mass, rows_in_order = kind
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, 2, head_dim, generator=generator).to(device, dtype) for n in (200, 640, 640))
+    if not rows_in_order:
+        k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
     segments = [Segment(256, 300, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 128)]
     used = torch.zeros(640, dtype=torch.bool, device=device)
     for segment in segments:
@@ -130,15 +140,16 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     k[~used], v[~used] = float("nan"), float("nan")
     windows = [Window(segments, device=device, rope=Rope3D(head_dim), capacity=capacity) for capacity in (5, 32)]
 
-    def call(run: Callable[..., None]) -> torch.Tensor:
-        results = []
-        for window in windows:
+    def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
+        results = {}
+        for name, window in zip(("", " of a cut window"), windows, strict=True):
             out = torch.full_like(q, float("nan"))
             lse = torch.full((2, 200), float("nan"), device=device) if with_lse else None
             mass = torch.full((2, 3), float("nan"), device=device) if with_mass else None
             run(q, k, v, *window.tables, out, lse, mass, scale=head_dim**-0.5, has_shift=has_shift)
-            results += [x.float().flatten() for x in (out, lse, mass) if x is not None]
-        return torch.cat(results)
+            made = {f"out{name}": out, f"lse{name}": lse, f"mass{name}": mass}
+            results.update((output, x) for output, x in made.items() if x is not None)
+        return results
 
     return call
 
@@ -147,12 +158,12 @@ BACKENDS = OpBackends(
     op=_OP,
     backends={
         "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
-        "reference": Backend(lambda: reference),
+        "reference": Backend(lambda: exact(reference)),
     },
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
     kinds=tuple(
-        (dtype, head_dim, has_shift, with_extras, with_extras)
+        (dtype, head_dim, has_shift, with_extras, with_extras, True)
         for dtype in (torch.bfloat16, torch.float16)
         for head_dim in HEAD_DIMS
         for has_shift in (False, True)
