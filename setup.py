@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -52,7 +51,7 @@ class BuildCuda(build_ext):
         command = [nvcc, "-shared", "-O3", "-std=c++17", "-lineinfo", "--threads=0", "-cudart=static"]
         command += ["-Xcompiler=-fPIC,-fvisibility=hidden", f'-DWORLDKV_ARCHITECTURES="{",".join(ARCHS)}"']
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-        command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        command += [f"-I{pybind11.get_include()}", *(f"-I{folder}" for folder in self.include_dirs)]
         command += [str(ROOT / source) for source in extension.sources] + ["-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

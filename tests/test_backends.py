@@ -1,6 +1,7 @@
 """The choice of a backend: availability, the first-use check, the fallback, and what doctor says."""
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -177,8 +178,9 @@ def test_the_gpu_of_the_tensors_is_made_current(monkeypatch):
 def test_the_extension_says_what_it_lacks(monkeypatch):
     assert cuda.unavailable(torch.device("cpu")) == "it needs a GPU"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    monkeypatch.setattr(cuda, "architectures", lambda: [])
-    assert "not built" in cuda.unavailable(GPU)
+    monkeypatch.setitem(sys.modules, "worldkv_kernels._cuda", None)
+    assert "not built" in cuda.unavailable(GPU) and cuda.architectures() == []
+    monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(cuda, "architectures", lambda: ["80", "90a"])
     assert cuda.unavailable(GPU) is None  # sm_80 code runs on 8.9
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
@@ -222,6 +224,45 @@ def test_doctor_fails_when_a_backend_disagrees(monkeypatch, capsys):
     monkeypatch.setattr("worldkv_kernels.cli.doctor.OPS", (APPEND,))
     assert main(["doctor", "--device", str(DEVICE), "--check"]) == 1
     assert "it differs from the reference by 1" in capsys.readouterr().out
+
+
+def test_a_proof_is_noted_as_soon_as_an_op_has_it(monkeypatch, tmp_path, capsys, cuda_kernels):
+    """And of CUDA kernels alone: the next op's backend that agrees no more takes nothing back."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(proven, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(doctor, "OPS", (COMPRESS, APPEND))
+    for op in doctor.OPS:
+        monkeypatch.setattr(op, "kinds", op.kinds[:1])
+    checked, right = [], OpBackends.disagreement
+
+    def disagreement(op, name, device, kind):
+        checked.append((op.op, name))
+        assert op is COMPRESS or json.loads(proven.user_list().read_text()) == {"cuda": {"compress_chunk": ["sm_90"]}}
+        return right(op, name, device, kind) if op is COMPRESS else "its q differs"
+
+    monkeypatch.setattr(OpBackends, "disagreement", disagreement)
+    assert main(["doctor", "--device", str(DEVICE), "--prove"]) == 1
+    assert checked[:2] == [("compress_chunk", "cuda"), ("norm_rope_append", "cuda")]
+    assert DEVICE.type == "cuda" or len(checked) == 2
+    printed = capsys.readouterr().out
+    assert "compress_chunk: the CUDA kernel is proven on this machine" in printed
+    assert "norm_rope_append: the CUDA kernel is proven" not in printed and "its q differs" in printed
+    proven._lists.cache_clear()
+
+
+def test_where_no_cuda_kernel_runs_there_is_nothing_to_prove(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "OPS", (ATTENTION,))  # which has none
+    assert main(["doctor", "--device", "cpu", "--prove"]) == 0
+    assert "no CUDA kernel can run here, so there is nothing to prove" in capsys.readouterr().out
+
+
+def test_an_extension_that_does_not_load_says_why(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: cudaLaunchKernelExC")
+
+    monkeypatch.setattr(cuda.importlib, "import_module", broken)
+    assert cuda.architectures() == []
+    assert cuda.unavailable(GPU) == "the extension cannot be loaded: undefined symbol: cudaLaunchKernelExC"
 
 
 def test_bad_input_is_one_line_and_status_2(capsys):

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="compare every backend that can run here with the reference"
     )
     parser.add_argument(
-        "--prove", action="store_true", help="--check, and let auto take the CUDA kernels that agree, on this machine"
+        "--prove",
+        action="store_true",
+        help="compare the CUDA kernels with the reference, and let auto take those that agree, on this machine",
     )
     parser.add_argument("--json", help="where the findings go as JSON, - for stdout")
 
@@ -46,7 +48,16 @@ def run(args: argparse.Namespace) -> int:
     for name, value in where.items():
         print(f"{name.replace('_', ' '):16} {value}", file=out)
 
-    findings = [_finding(op, device, name, args.check or args.prove) for op in OPS for name in op.backends]
+    findings = []
+    for op, name in _backends():
+        prove = args.prove and name == "cuda"
+        checked, disagreement = _check(op, device, name) if args.check or prove else (0, None)
+        if prove and checked and not disagreement:  # at once: what comes later may fail
+            path = proven.record(op.op, device)
+            print(f"{op.op}: the CUDA kernel is proven on this machine, noted in {path}", file=out)
+        findings.append(_finding(op, device, name, checked, disagreement))
+    if args.prove and not any(f["checked"] for f in findings if f["backend"] == "cuda"):
+        print("no CUDA kernel can run here, so there is nothing to prove", file=out)
     columns = ["op", "backend", "auto", "here"]
     rows = [[f["op"], f["backend"], "takes it" if f["auto"] else "-", f["why"]] for f in findings]
     print(f"\n{table(columns, rows, left=4)}", file=out)
@@ -54,27 +65,33 @@ def run(args: argparse.Namespace) -> int:
     rows = [[f["model"], f["keys"], f["extra"] or "-", f["backend"], f["how"]] for f in shapes]
     print(f"\n{table(['segment_attention of', 'heads x queries x keys', 'and', 'by', 'how'], rows, left=5)}", file=out)
     disagree = [f for f in findings if f["disagreement"]]
-    if args.prove:
-        for finding in findings:
-            if finding["backend"] == "cuda" and finding["checked"] and not finding["disagreement"]:
-                path = proven.record(finding["op"], device)
-                print(f"{finding['op']}: the CUDA kernel is proven on this machine, noted in {path}", file=out)
     write_json(args.json, {"command": "doctor", "machine": where, "backends": findings, "shapes": shapes})
     return 1 if disagree else 0
 
 
-def _finding(op: OpBackends, device: torch.device, name: str, check: bool) -> dict[str, Any]:
+def _backends() -> list[tuple[OpBackends, str]]:
+    return [(op, name) for op in OPS for name in op.backends]
+
+
+def _check(op: OpBackends, device: torch.device, name: str) -> tuple[int, str | None]:
+    """On how many kinds of problem a backend was compared with the reference, and where they disagree."""
+    backend = op.backends[name]
+    if name == "reference" or backend.unavailable(device):
+        return 0, None
+    kinds = [kind for kind in op.kinds if backend.unsupported(kind) is None]
+    progress = Progress(f"{op.op} {name}", len(kinds))
+    for checked, kind in enumerate(kinds, 1):
+        disagreement = op.disagreement(name, device, kind)
+        progress.step()
+        if disagreement:
+            return checked, disagreement
+    return len(kinds), None
+
+
+def _finding(op: OpBackends, device: torch.device, name: str, checked: int, disagreement: str | None) -> dict[str, Any]:
     """What is to be said of one backend of one op."""
     kind = op.kinds[0]
     unavailable = op.backends[name].unavailable(device)
-    checked, disagreement = 0, None
-    if check and name != "reference" and not unavailable:
-        kinds = [one for one in op.kinds if op.backends[name].unsupported(one) is None]
-        progress = Progress(f"{op.op} {name}", len(kinds))
-        for one in kinds:
-            disagreement = disagreement or op.disagreement(name, device, one)
-            checked += 1
-            progress.step()
     chosen = op.run(name) is op.choose("auto", device, kind) if not unavailable else False
     passed_over = op.passed_over(name, device, kind)
     if disagreement:

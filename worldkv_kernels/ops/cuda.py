@@ -11,19 +11,28 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 def architectures() -> list[str]:
     """What the extension was compiled for, such as ["80", "90a"]; empty without the extension."""
+    return [] if missing() else importlib.import_module("worldkv_kernels._cuda").architectures.split(",")
+
+
+def missing() -> str | None:
+    """Why the extension cannot be imported; None when it can."""
     try:
-        return importlib.import_module("worldkv_kernels._cuda").architectures.split(",")
-    except ImportError:
-        return []
+        importlib.import_module("worldkv_kernels._cuda")
+    except ModuleNotFoundError:
+        return "the extension is not built (install where nvcc is, or see WORLDKV_CUDA in setup.py)"
+    except ImportError as error:  # it is there, and does not fit this Python or this system
+        return f"the extension cannot be loaded: {error}"
+    return None
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why the extension's kernels cannot run on `device`; None when they can."""
     if device.type != "cuda":
         return "it needs a GPU"
+    reason = missing()
+    if reason:
+        return reason
     built = architectures()
-    if not built:
-        return "the extension is not built (install where nvcc is, or see WORLDKV_CUDA in setup.py)"
     major, minor = torch.cuda.get_device_capability(device)
     # Machine code serves its own architecture, and without a letter also later minor revisions of it.
     exact = any(arch.rstrip("a") == f"{major}{minor}" for arch in built)
