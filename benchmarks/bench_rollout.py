@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -123,7 +123,12 @@ def warm_up(model: WorldModel, memory: Memory, config: Any) -> None:
 
 
 def measure_mode(
-    mode: str, model: WorldModel, case: RolloutCase, ceilings: Ceilings, wanted: list[torch.Tensor], flops_of: Any
+    mode: str,
+    model: WorldModel,
+    case: RolloutCase,
+    ceilings: Ceilings,
+    wanted: list[torch.Tensor] | None,
+    flops_of: Any,
 ) -> dict[str, Any]:
     """The figure of one mode. `wanted` is what the first chunks must be, `flops_of(tokens)` counts a pass."""
     on_gpu = model.device.type == "cuda"
@@ -141,6 +146,8 @@ def measure_mode(
     try:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(model.device)
+        if wanted is None:
+            raise RuntimeError("there was no room for anything to compare with")
         memory = make_memory(mode, model, case.chunks + 1)
         figure["error"] = relative_errors(first_chunks(model, memory), wanted)
         if not figure["error"] <= figure["error_limit"]:  # NaN is wrong
@@ -188,31 +195,45 @@ def steady_chunks(chunks: Sequence[RolloutChunk]) -> Sequence[RolloutChunk]:
     return chunks[min(first, len(chunks) // 2) :]
 
 
-def measure_case(case: RolloutCase, device: torch.device, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """One figure a mode, one mode after the other: two memories of a large model do not fit one device."""
+def yardstick(model: WorldModel, mode: str) -> list[torch.Tensor] | None:
+    """First chunks for the others to agree with; None, and a line on stderr, where the device is too small for them."""
+    try:
+        return first_chunks(model, make_memory(mode, model, CHECK_CHUNKS))
+    except torch.OutOfMemoryError as error:
+        print(f"nothing is compared with {mode}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return None
+    finally:
+        clear(model.device)
+
+
+def clear(device: torch.device) -> None:
+    """Free what a memory took: two of a large model do not fit one device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_case(case: RolloutCase, device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """One figure a mode as soon as it is there, the rival's first, since the others' are held against it."""
     model = build(case.of, device)
     controls = controls_of(model, 1)[0]
     matmuls = pass_flops(model, controls, 0)
     attention = pass_flops(model, controls, 1) - matmuls
 
     # Two implementations that share no code must agree: the ops, and the published path.
-    of_published = first_chunks(model, make_memory("published", model, CHECK_CHUNKS))
-    of_ops = first_chunks(model, make_memory("full", model, CHECK_CHUNKS)) if "published" in case.modes else None
-    figures = []
-    for mode in case.modes:
+    of_published = yardstick(model, "published")
+    of_ops = yardstick(model, "full") if "published" in case.modes or of_published is None else None
+    published: dict[str, Any] | None = None
+    for mode in sorted(case.modes, key=lambda mode: mode not in RIVALS):
         before = clocks(device)
-        wanted = of_ops if mode == "published" else of_published
+        wanted = of_ops if mode == "published" or of_published is None else of_published
         figure = measure_mode(mode, model, case, ceilings, wanted, lambda tokens: matmuls + attention * tokens)
-        figures.append({**figure, "clocks": (before, clocks(device))})
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    published = next((f for f in figures if f["is_rival"] and f["us"]), None)
-    if published:
-        for figure in figures:
-            if figure["us"]:
-                figure.update(rival=published["variant"], times_rival=published["us"] / figure["us"])
-    return figures
+        if figure["is_rival"] and figure["us"]:
+            published = figure
+        if published and figure["us"]:
+            figure.update(rival=published["variant"], times_rival=published["us"] / figure["us"])
+        yield {**figure, "clocks": (before, clocks(device))}
+        clear(device)
 
 
 def run(
@@ -236,14 +257,15 @@ def run(
     record = environment(device)
     figures = []
     for case in cases or (SMALL_CASES if small else CASES):
+        lines = {}
         with one_thread():
-            measured = measure_case(case, device, ceilings)
-        for figure in measured:
-            before, after = figure.pop("clocks")
-            line = {"bench": "rollout", **figure, "ceilings": asdict(ceilings)}
-            line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
-            append_json_line(json_path, line)
-            figures.append(line)
+            for figure in measure_case(case, device, ceilings):
+                before, after = figure.pop("clocks")
+                line = {"bench": "rollout", **figure, "ceilings": asdict(ceilings)}
+                line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
+                append_json_line(json_path, line)
+                lines[figure["variant"]] = line
+        figures += (lines[mode] for mode in case.modes)
     print(describe_ceilings(ceilings), file=sys.stderr, flush=True)
     return figures
 

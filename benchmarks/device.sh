@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go and without a network: install, doctor, tests, memory checker, proof, ceilings
-# and the benches of the ops. Three more runs, without the tests: whole models, the attention's configurations, and what
-# takes too long beside the rest.
+# Everything that wants a GPU, in one go and without a network. Installs the package, lets doctor compare the CUDA
+# kernels with the reference, and then does what is asked for, in the order asked for; the first three by default.
 #
-#   benchmarks/device.sh [--models | --tune | --fuzz] [--dry]
+#   benchmarks/device.sh [--check] [--ops] [--attention] [--tune] [--fuzz] [--models] [--dry]
 #
-# --models  one pass and rollouts of the models
-# --tune    which launch configuration of segment_attention is the fastest
-# --fuzz    1000 random windows on each backend of segment_attention, racecheck and synccheck
+# --check      tests that use the GPU, memory checker           (at most 5 minutes)
+# --ops        benches of append, compress and prefetch         (3)
+# --attention  bench of segment_attention                       (4)
+# --tune       which launch configuration of segment_attention is the fastest                             (5)
+# --fuzz       1000 random windows on each backend of segment_attention, racecheck and synccheck          (9)
+# --models     one pass and rollouts of the models; LingBot's published path wants a card of 120 GiB      (7)
+#
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
 # OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new
 #         temporary folder
 # PYTHON  the interpreter; python3 by default
-# BUDGET  seconds in all, 530 by default; no stage runs past it
+# BUDGET  seconds in all, 530 by default; no stage runs past it. What found no time left can be asked for by itself.
 # WORLDKV_COMMIT  the commit to record where the folder is no git repository
 #
 # A stage that fails is named in the summary and does not stop the others. Exit status: 0 when all went well, else 1.
@@ -26,14 +29,19 @@ case "$python" in
 esac
 budget=${BUDGET:-530}
 dry=0
-measures=ops
+parts=()
 for option in "$@"; do
     case "$option" in
         --dry) dry=1 ;;
-        --models | --tune | --fuzz) measures=${option#--} ;;
-        *) echo "device.sh: the options are --models, --tune, --fuzz and --dry, got $option" >&2; exit 2 ;;
+        --check | --ops | --attention | --tune | --fuzz | --models) parts+=("${option#--}") ;;
+        *)
+            echo "device.sh: the options are --check, --ops, --attention, --tune, --fuzz, --models and --dry," \
+                "got $option" >&2
+            exit 2
+            ;;
     esac
 done
+[ "${#parts[@]}" -gt 0 ] || parts=(check ops attention)
 if [ "$dry" = 1 ]; then
     export CUDA_VISIBLE_DEVICES=""
     out=${OUT:-$(mktemp -d)}
@@ -60,7 +68,6 @@ mkdir -p "$scratch/here" && cd "$scratch/here" || exit 1
 
 summary=""
 failed=0
-reserve=0  # seconds kept free for the stages still to come
 
 note() { # note STAGE WORDS...
     local stage=$1
@@ -76,7 +83,7 @@ skip() { # skip STAGE REASON...
 stage() { # stage NAME LIMIT COMMAND...
     local stage=$1 limit=$2 left status start=$SECONDS
     shift 2
-    left=$((budget - SECONDS - reserve))
+    left=$((budget - SECONDS))
     [ "$limit" -gt "$left" ] && limit=$left
     if [ "$limit" -lt 5 ]; then
         echo "== $stage: no time left"
@@ -86,7 +93,8 @@ stage() { # stage NAME LIMIT COMMAND...
     fi
     echo
     echo "== $stage (at most $limit s, $SECONDS s gone)"
-    timeout -k 5 "$limit" "$@"
+    # An interrupt, upon which pytest says what has failed so far; whoever started this may have it ignored.
+    timeout -s INT -k 10 "$limit" env --default-signal=INT "$@"
     status=$?
     case $status in
         0) note "$stage" "ok, $((SECONDS - start)) s" ;;
@@ -112,9 +120,14 @@ link_package() {
 }
 
 install_package() {
+    local arch
     if [ "$dry" = 0 ]; then
-        stage install 150 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps -e "$root" && return
-        echo "== pip could not install the package; the CUDA extension, if any, is not built"
+        arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+        case $arch in 90 | 100) arch+=a ;; esac
+        # With WORLDKV_CUDA=1 a build that fails is an error, and what nvcc said is printed.
+        stage install 150 env WORLDKV_CUDA=1 WORLDKV_CUDA_ARCHS="$arch" \
+            "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps -e "$root" && return
+        echo "== pip could not install the package: the CUDA extension, if any, is not built"
     fi
     if link_package; then
         note "install" "by links on PYTHONPATH"
@@ -136,30 +149,15 @@ print_environment() {
 export -f print_environment
 export python
 
-doctor() { # doctor STAGE LIMIT [--prove]
-    # Looked up in the source: a doctor that cannot even start must count as failed.
-    if grep -qs -- "${3:-run}" "$root/worldkv_kernels/cli/doctor.py"; then
-        stage "$1" "$2" "$python" -m worldkv_kernels.cli doctor "${@:3}"
-    else
-        skip "$1" "this version has no 'worldkv doctor${3:+ $3}'"
-    fi
-}
-
 run_tests() {
-    local pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=10 -p no:cacheprovider) file
-    local first=() others=()
-    "$python" -c "import xdist" 2>/dev/null && pytest+=(-n 4)
-    for file in "$root"/tests/test_*.py; do
-        case ${file##*/test_} in
-            compile.py | compile_cuda.py | benchmarks.py | cuda_on_host.py) ;;  # need no GPU, and take long
-            segment_attention* | compress_* | norm_rope_* | cuda_* | graphs* | backends* | arena* | bank* | prefetch* | \
-                window*)
-                first+=("$file") ;;
-            *) others+=("$file") ;;
-        esac
-    done
-    stage "tests on the GPU" 130 "${pytest[@]}" "${first[@]}"
-    stage "other tests" 60 "${pytest[@]}" "${others[@]}"
+    local pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=10 -p no:cacheprovider) processes
+    processes=$(nproc)
+    [ "$processes" -gt 12 ] && processes=12
+    "$python" -c "import xdist" 2>/dev/null && pytest+=(-n "$processes")
+    # The files in which something runs on the GPU.
+    stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
+        "$root"/tests/test_{cuda_schedules,graphs,norm_rope_append,segment_attention,segment_attention_triton}.py
+    stage "tests of models" 40 "${pytest[@]}" "$root"/tests/test_models_{tiny,matrix_game_2}.py -k "half_precision or dtype"
 }
 
 sanitize() { # sanitize LIMIT TOOL...
@@ -180,38 +178,32 @@ bench() { # bench LIMIT NAME [OPTIONS...]
     stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --json "$results" "${small[@]+"${small[@]}"}" "${@:3}"
 }
 
-check() {
+do_check() {
     if [ "$dry" = 1 ]; then
         skip tests "run pytest itself on a CPU"
         skip memcheck "needs a GPU"
-        skip prove "needs a GPU"
     else
         run_tests
         sanitize 60 memcheck
-        doctor prove 40 --prove
     fi
 }
 
-measure_ops() {
-    bench 200 segment_attention --core  # FlexAttention compiles anew for every case
+do_ops() {
     bench 70 norm_rope_append
     bench 40 compress_chunk
     bench 60 prefetch
 }
 
-measure_models() {
-    bench 90 chunk
-    small=("${small[@]:0:1}")  # a rollout makes the chunks it is told to, whatever the seconds
-    bench 220 rollout --model lingbot-world-fast --chunks 16 --modes worldkv,sliding_as_long,published
-    bench 90 rollout --model matrix-game-2 --chunks 24 --modes worldkv,sliding_as_long,full,published
+do_attention() {
+    bench 200 segment_attention --core  # FlexAttention compiles anew for every case
 }
 
-measure_tune() {
+do_tune() {
     [ "$dry" = 1 ] && export TRITON_INTERPRET=1
     stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --json "$results" "${small[@]+"${small[@]}"}"
 }
 
-measure_fuzz() {
+do_fuzz() {
     if [ "$dry" = 1 ]; then
         skip fuzz "needs a GPU"
         skip sanitizer "needs a GPU"
@@ -222,17 +214,25 @@ measure_fuzz() {
     sanitize 120 racecheck synccheck
 }
 
+do_models() {
+    bench 90 chunk
+    small=("${small[@]:0:1}")  # a rollout makes the chunks it is told to, whatever the seconds
+    bench 90 rollout --model matrix-game-2 --chunks 24 --modes worldkv,sliding_as_long,full,published
+    bench 220 rollout --model lingbot-world-fast --chunks 16 --modes worldkv,sliding_as_long,published
+}
+
 main() {
     local small=()
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
-    reserve=240
     install_package
     stage environment 30 bash -c print_environment
-    doctor doctor 60
-    [ "$measures" = ops ] && check
-    reserve=0
-    stage ceilings 40 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
-    "measure_$measures"
+    stage doctor 90 "$python" -m worldkv_kernels.cli doctor --prove
+    stage ceilings 30 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
+    local part all=("${small[@]+"${small[@]}"}")
+    for part in "${parts[@]}"; do
+        small=("${all[@]+"${all[@]}"}")
+        "do_$part"
+    done
 
     echo
     printf '%s' "$summary"

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.slots import SlotCache
 
 CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
 
 @pytest.fixture
@@ -124,6 +126,7 @@ def test_a_rival_with_wrong_rows_is_reported_and_not_timed(bench, monkeypatch, f
     assert calls == [0, 0]  # the check alone, once a case
 
 
+@interpreted
 @pytest.mark.parametrize("size", [1, 4096, 3 * 4096 + 5])
 def test_the_kernel_copies_all_and_nothing_past_the_end(load, bench, size):
     rivals = load("prefetch_rivals")
@@ -134,6 +137,7 @@ def test_the_kernel_copies_all_and_nothing_past_the_end(load, bench, size):
     assert bool(target[size:].isnan().all())
 
 
+@interpreted
 def test_rivals_from_pinned_memory_bring_the_rows(load, bench, monkeypatch):
     rivals = load("prefetch_rivals")
     host = torch.randn(2, 3, 2, 5, 2, 4)

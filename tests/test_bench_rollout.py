@@ -115,6 +115,41 @@ def test_a_wrong_memory_is_not_timed(load, cases, monkeypatch):
     assert "wrong: worldkv: relative error" in bench.table([ours, rival])
 
 
+def test_a_figure_is_written_as_soon_as_it_is_there(load, cases, monkeypatch, tmp_path):
+    bench, path = load("bench_rollout"), tmp_path / "out.jsonl"
+    measure = bench.measure_mode
+
+    def interrupted(mode, *args):
+        if mode == "worldkv":
+            raise KeyboardInterrupt
+        return measure(mode, *args)
+
+    monkeypatch.setattr(bench, "measure_mode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_small(bench, cases, json_path=path)
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert (line["variant"], line["status"], line["times_rival"]) == ("published", "timed", 1.0)
+
+
+def test_where_the_published_path_does_not_fit_ours_is_held_against_itself(load, cases, monkeypatch, capsys):
+    bench = load("bench_rollout")
+    make = bench.make_memory
+
+    def small_device(mode, *args):
+        if mode not in room_for:
+            raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+        return make(mode, *args)
+
+    monkeypatch.setattr(bench, "make_memory", small_device)
+    room_for = {"full", "worldkv"}
+    assert [f["status"] for f in run_small(bench, cases)] == ["timed", "skipped"]
+    assert "nothing is compared with published: CUDA out of memory\n" in capsys.readouterr().err
+    room_for = {"worldkv"}
+    ours, rival = run_small(bench, cases)
+    assert (ours["status"], rival["status"]) == ("failed", "skipped")
+    assert "no room for anything to compare with" in ours["reason"]
+
+
 def test_a_memory_of_nan_is_not_timed(load, cases, monkeypatch):
     bench = load("bench_rollout")
     attend = WorldMemory.attend
@@ -205,24 +240,25 @@ def rolled(tmp_path_factory):
 
 def test_figures_of_a_rollout(rolled):
     _, lines, printed = rolled
-    assert [line["variant"] for line in lines] == ["worldkv", "full", "published"]
-    assert [line["is_rival"] for line in lines] == [False, False, True]
+    assert [line["variant"] for line in lines] == ["published", "worldkv", "full"]
+    assert [line["is_rival"] for line in lines] == [True, False, False]
     for line in lines:
         assert line["bench"] == "rollout" and line["status"] == "timed" and line["error"] < 1e-5
         assert [chunk["chunk"] for chunk in line["per_chunk"]] == [0, 1, 2, 3, 4]
         assert line["us_20"] <= line["us"] <= line["us_80"]
         assert line["frames_per_second"] == pytest.approx(12 / (line["us"] * 1e-6))
-        assert line["times_rival"] == pytest.approx(lines[-1]["us"] / line["us"])
+        assert line["times_rival"] == pytest.approx(lines[0]["us"] / line["us"])
         assert line["tflop_s"] == pytest.approx(line["flops"] / line["us"] * 1e-6)
         assert line["bytes_by_kind"]["weights"] > 0 and line["bytes_by_kind"]["cache"] > 0
         parts = line["breakdown"]
         assert parts["wall"] == pytest.approx(sum(parts["kinds"].values()) + parts["idle"])
         assert parts["kinds"]["attention"] > 0 and parts["kinds"]["norm and rope"] > 0
         assert f"{line['frames_per_second']:.2f}" in printed and f"{1e3 * parts['wall']:.1f}" in printed
-    full = lines[1]["per_chunk"]
-    assert [chunk["tokens"] for chunk in full] == [(1 + i) * full[0]["tokens"] for i in range(5)]
-    assert lines[0]["breakdown"]["kinds"]["compression"] > 0 == lines[1]["breakdown"]["kinds"]["compression"]
-    assert lines[2]["breakdown"]["kinds"]["copies"] > 0
+    published, worldkv, full = lines
+    of_full = full["per_chunk"]
+    assert [chunk["tokens"] for chunk in of_full] == [(1 + i) * of_full[0]["tokens"] for i in range(5)]
+    assert worldkv["breakdown"]["kinds"]["compression"] > 0 == full["breakdown"]["kinds"]["compression"]
+    assert published["breakdown"]["kinds"]["copies"] > 0
 
 
 def test_the_trace_holds_a_late_chunk_of_each_mode(rolled):

@@ -2,11 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 from conftest import BENCHMARKS
 
+STUB = """#!/bin/sh
+echo "$*" >> "$COMMANDS"
+case "$*" in
+    *"${SLOW:-nothing slow}"*)
+        trap 'echo interrupted, and this is what failed; exit 1' INT
+        sleep 30 & wait ;;
+    *bench_norm*) exit 3 ;;
+    *bench_segment*) exit 124 ;;
+esac
+"""
 BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "prefetch"]
 
 
@@ -28,14 +39,19 @@ def test_device_script_runs_dry(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([results, log])
 
 
-def dry_run_with_a_stub(tmp_path, **variables):
+def dry_run_with_a_stub(tmp_path, *options, **variables):
     """With a program in the interpreter's place that fails one stage and is cut short in another."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *bench_norm*) exit 3;; *bench_segment*) exit 124;; esac\n')
+    python.write_text(STUB)
     python.chmod(0o755)
+    ignored = variables.pop("ignored", False)
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **variables}
-    script = str(BENCHMARKS / "device.sh")
-    return subprocess.run(["bash", script, "--dry"], env=environment, capture_output=True, text=True)
+    environment["COMMANDS"] = str(tmp_path / "commands")
+    return subprocess.run(
+        ["bash", str(BENCHMARKS / "device.sh"), "--dry", *options],
+        env=environment, capture_output=True, text=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+    )  # fmt: skip
 
 
 def test_device_script_goes_on_past_a_failing_stage(tmp_path):
@@ -50,6 +66,27 @@ def test_device_script_goes_on_past_a_failing_stage(tmp_path):
 def test_device_script_starts_nothing_past_its_budget(tmp_path):
     done = dry_run_with_a_stub(tmp_path, BUDGET="3")
     assert done.returncode == 1, done.stdout + done.stderr
-    # environment, doctor where there is one, ceilings and the benches
-    assert done.stdout.count("FAILED: no time left of 3 s") in (6, 7)
+    # environment, doctor, ceilings and the benches
+    assert done.stdout.count("FAILED: no time left of 3 s") == 7
     assert "(at most" not in done.stdout
+
+
+def test_device_script_does_what_it_is_asked_to_in_order(tmp_path):
+    done = dry_run_with_a_stub(tmp_path, "--models", "--ops", "--fuzz")
+    stages = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("== ") and " (at most" in line]
+    assert stages == [
+        "environment", "doctor", "ceilings", "chunk", "rollout", "rollout", "norm_rope_append", "compress_chunk",
+        "prefetch",
+    ]  # fmt: skip
+    assert "fuzz                 skipped: needs a GPU" in done.stdout
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert ["--seconds" in line for line in commands if "/bench_" in line] == [True, False, False, True, True, True]
+    done = dry_run_with_a_stub(tmp_path, "--everything")
+    assert done.returncode == 2 and "got --everything" in done.stderr
+
+
+def test_a_stage_that_runs_too_long_may_still_say_what_it_has(tmp_path):
+    """Also where the script was started with interrupts ignored, as a shell does in the background."""
+    done = dry_run_with_a_stub(tmp_path, "--ops", BUDGET="7", SLOW="doctor", ignored=True)
+    assert "interrupted, and this is what failed" in done.stdout
+    assert "doctor               FAILED: ran past its" in done.stdout

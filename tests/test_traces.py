@@ -1,6 +1,7 @@
 """Traces: what a kernel or an operation counts as, idle time, launches, copies; and the ranges they come from."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -178,6 +179,6 @@ def test_a_range_ends_with_an_exception():
 def test_the_environment_turns_ranges_on():
     done = subprocess.run(
         [sys.executable, "-c", "from worldkv_kernels import ranges; print(ranges.enable())"],
-        env={"PATH": "", "WORLDKV_RANGES": "1"}, capture_output=True, text=True, check=True,
+        env={**os.environ, "WORLDKV_RANGES": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "True\n"
