@@ -226,6 +226,7 @@ def test_doctor_fails_when_a_backend_disagrees(monkeypatch, capsys):
     assert "it differs from the reference by 1" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a CPU stands for the GPU here")
 def test_a_proof_is_noted_as_soon_as_an_op_has_it(monkeypatch, tmp_path, capsys, cuda_kernels):
     """And of CUDA kernels alone: the next op's backend that agrees no more takes nothing back."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -242,8 +243,7 @@ def test_a_proof_is_noted_as_soon_as_an_op_has_it(monkeypatch, tmp_path, capsys,
 
     monkeypatch.setattr(OpBackends, "disagreement", disagreement)
     assert main(["doctor", "--device", str(DEVICE), "--prove"]) == 1
-    assert checked[:2] == [("compress_chunk", "cuda"), ("norm_rope_append", "cuda")]
-    assert DEVICE.type == "cuda" or len(checked) == 2
+    assert checked == [("compress_chunk", "cuda"), ("norm_rope_append", "cuda")]
     printed = capsys.readouterr().out
     assert "compress_chunk: the CUDA kernel is proven on this machine" in printed
     assert "norm_rope_append: the CUDA kernel is proven" not in printed and "its q differs" in printed
