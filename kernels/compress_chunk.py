@@ -126,6 +126,11 @@ def gather_kernel(
             tl.store(out_v_row + column, v, mask=mask)
 
 
+def _wrong(what: str, wanted: str, *got: object) -> str:
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    return f"compress_chunk: {what} must be {wanted}, got {'; '.join(came)}"
+
+
 def compress_chunk(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -138,12 +143,39 @@ def compress_chunk(
     pooled: bool,
     anchor: int,
 ) -> None:
-    """Launch the kernels: four for all layers, or one where all is kept.
+    """Keep a chunk's anchor frame and, of its other frames, the tokens whose keys resemble that frame least.
 
-    k, v [layers, frames * frame_tokens, heads, head_dim], out_k, out_v [layers, kept, heads, head_dim], index int32
-    [layers, kept], contiguous; heads and head_dim dense, layers and rows of any stride. `keep` tokens per pruned frame.
+    The similarity of a token is <k, m> / (|k| |m| + 1e-8), m the mean of the anchor frame's keys, both over all
+    heads * head_dim numbers. Each other frame keeps its `keep` least similar tokens or, `pooled`, the other frames
+    together keep (frames - 1) * keep. Of equal similarities the earlier token is kept first; a NaN counts as most
+    similar. Each layer is pruned on its own. Four launches for all layers, or one where all is kept.
+
+    Args:
+        k, v: [layers, tokens, heads, head_dim], one dtype, bf16, fp16 or fp32; dense in heads and head_dim, layers and
+            tokens of any stride. tokens = frames * frame_tokens, in that order. At most 65535 layers, and fewer than
+            2**31 tokens outside the anchor frames of all layers. One layer is k[None].
+        out_k, out_v: [layers, kept, heads, head_dim] with kept = frame_tokens + (frames - 1) * min(keep, frame_tokens);
+            dtype and strides as for k. Written whole: the anchor frame, then the kept tokens in ascending order.
+        index: int32 [layers, kept], dense in its last dimension: which of the chunk's tokens each output row is.
+        frames: latent frames of the chunk. anchor: which of them is kept whole, from 0.
+        keep: tokens kept of each other frame, at least 1; from frame_tokens on, everything is kept.
+
+    Sums in fp32 in a fixed order: the same input gives the same bits. Any alignment will do; rows on multiples of 16
+    bytes are read and written in wider pieces. Allocates, a layer, 4 bytes a column and 8 a candidate, from torch's
+    allocator; does not synchronise. All tensors are on one GPU, which is the current one.
+
+    Raises ValueError or TypeError, before any launch, on shapes, dtypes and strides other than these and on numbers out
+    of range. Undefined, since not looked at: outputs that overlap each other or an input.
     """
+    if k.dim() != 4:
+        raise ValueError(_wrong("k", "[layers, tokens, heads, head_dim]", k))
     layers, tokens, heads, head_dim = k.shape
+    if frames < 1 or tokens % frames:
+        raise ValueError(_wrong("frames", f"a divisor of the {tokens} tokens", frames))
+    if not 0 <= anchor < frames:
+        raise ValueError(_wrong("anchor", f"from 0 to {frames - 1}", anchor))
+    if keep < 1:
+        raise ValueError(_wrong("keep", "at least 1", keep))
     columns = heads * head_dim
     frame_tokens = tokens // frames
     candidates = tokens - frame_tokens
@@ -154,16 +186,37 @@ def compress_chunk(
             f"compress_chunk: k must have fewer than 2**31 tokens outside the anchor frames of all layers for backend "
             f"'triton', got {layers} layers of {candidates}"
         )
+    rows = frame_tokens + (frames - 1) * min(keep, frame_tokens)
+    if v.shape != (layers, tokens, heads, head_dim):
+        raise ValueError(_wrong("v", f"[{layers}, {tokens}, {heads}, {head_dim}]", v))
+    if not out_k.shape == out_v.shape == (layers, rows, heads, head_dim):
+        raise ValueError(_wrong("out_k and out_v", f"[{layers}, {rows}, {heads}, {head_dim}]", out_k, out_v))
+    if index.shape != (layers, rows):
+        raise ValueError(_wrong("index", f"[{layers}, {rows}]", index))
+    if not k.dtype is v.dtype is out_k.dtype is out_v.dtype:
+        raise TypeError(_wrong("k, v, out_k and out_v", "of one dtype", k, v, out_k, out_v))
+    if index.dtype is not torch.int32:
+        raise TypeError(_wrong("index", "torch.int32", index))
+    layer_strides, row_strides = [], []
+    for x in (k, v, out_k, out_v):
+        stride_layer, stride_row, stride_head, stride_dim = x.stride()
+        if stride_dim != 1 or (heads > 1 and stride_head != head_dim):
+            raise ValueError(_wrong("k, v, out_k and out_v", "dense in their last two dimensions", k, v, out_k, out_v))
+        layer_strides.append(stride_layer)
+        row_strides.append(stride_row)
+    stride_index_layer, stride_index_row = index.stride()
+    if stride_index_row != 1 and rows > 1:
+        raise ValueError(_wrong("index", "dense in its last dimension", index))
     if not all_kept:
         mean = torch.empty((layers, columns), dtype=torch.float32, device=k.device)
         similarity = torch.empty((layers, candidates), dtype=torch.float32, device=k.device)
         kept = torch.empty((layers, candidates), dtype=torch.int32, device=k.device)
         anchor_mean_kernel[(triton.cdiv(columns, 32), layers)](
-            k, mean, anchor * frame_tokens, frame_tokens, columns, k.stride(0), k.stride(1),
+            k, mean, anchor * frame_tokens, frame_tokens, columns, layer_strides[0], row_strides[0],
             BLOCK_ROWS=256, BLOCK_COLUMNS=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         similarity_kernel[(triton.cdiv(candidates, 4), layers)](
-            k, mean, similarity, candidates, frame_tokens, anchor, columns, k.stride(0), k.stride(1),
+            k, mean, similarity, candidates, frame_tokens, anchor, columns, layer_strides[0], row_strides[0],
             BLOCK_TOKENS=4, BLOCK_COLUMNS=1024, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         groups = 1 if pooled else frames - 1
@@ -174,7 +227,6 @@ def compress_chunk(
         )  # fmt: skip
     gather_kernel[(tokens, layers)](
         k, v, kept, out_k, out_v, index, frame_tokens, anchor, columns,
-        k.stride(0), v.stride(0), out_k.stride(0), out_v.stride(0), index.stride(0),
-        k.stride(1), v.stride(1), out_k.stride(1), out_v.stride(1),
+        *layer_strides, stride_index_layer, *row_strides,
         ALL_KEPT=all_kept, BLOCK_TOKENS=1024, BLOCK_COLUMNS=1024, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

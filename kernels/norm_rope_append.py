@@ -10,6 +10,8 @@ arXiv 2104.09864, with the pairs split among three axes.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -102,9 +104,15 @@ def norm_rope_append_kernel(
         )  # fmt: skip
 
 
+@cache
 def heads_per_step(heads: int, head_dim: int) -> int:
     """How many heads a program handles at once: 1024 numbers keep 128 threads at 16 bytes each."""
     return min(triton.next_power_of_2(heads), 1024 // head_dim)
+
+
+def _wrong(what: str, wanted: str, *got: object) -> str:
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    return f"norm_rope_append: {what} must be {wanted}, got {'; '.join(came)}"
 
 
 def norm_rope_append(
@@ -125,16 +133,94 @@ def norm_rope_append(
     eps: float,
     round_before_rope: bool,
 ) -> None:
-    """Launch the kernel. q, k, v are [tokens, heads * head_dim]; `table` is [positions, head_dim / 2, 2]."""
-    tokens = q.shape[0]
-    _, heads, head_dim = k_pool.shape
+    """Normalise and turn q and k, and write q to `q_out`, k and v to the pool rows from `first_row` on: one launch.
+
+    x -> x / sqrt(mean(x^2) + eps) * weight over all heads * head_dim numbers of a token, where a weight is given; then
+    each pair (a, b) = (x[2i], x[2i + 1]) of a head -> (a cos - b sin, a sin + b cos) with cos and sin of the table's
+    pair i at the token's frame, row or column, where a table is given. v is copied.
+
+    Args:
+        q, k, v: [tokens, heads * head_dim], one dtype, bf16, fp16 or fp32; dense in the last dimension, tokens of any
+            stride, so that they may be slices of one projection. Used with head_dim 64 and 128 and up to 64 heads.
+        k_pool, v_pool: [rows, heads, head_dim], q_out: [tokens, heads, head_dim], all of q's dtype; dense in heads and
+            head_dim, rows and tokens of any stride.
+        table: fp32 [positions, head_dim / 2, 2], contiguous: cosine and sine of pair i's angle at each position,
+            commonly position * theta ** (-j / n) for the j-th of the n pairs of its axis. None for no rotation.
+        first_row: the pool row of the first token. start_frame: the position of its frame. Both int, or both int64
+            tensors [1] on q's device, which are read when the kernel runs, so that a captured graph serves any.
+        grid: (frames, height, width), tokens = frames * height * width in that order. Token t has the positions
+            start_frame + t // (height * width), t // width % height and t % width.
+        pairs: how many of a head's pairs turn by frame, then by row, then by column; not used without a table.
+        q_weight, k_weight: [heads * head_dim], contiguous, q's dtype or fp32; None for no norm.
+        eps: added to the mean square, not negative.
+        round_before_rope: round to q's dtype after the norm, and again after the weight where it has that dtype, as in
+            Wan; otherwise all is fp32 up to the last rounding.
+
+    Writes q_out and `tokens` rows of each pool, and nothing else; no tokens, nothing. Any alignment will do; rows on
+    multiples of 16 bytes are read and written in wider pieces. Deterministic; does not allocate or synchronise. All
+    tensors are on one GPU, which is the current one.
+
+    Raises ValueError or TypeError, before the launch, on shapes, dtypes and strides other than these, on rows outside
+    the pools and on positions outside the table. Undefined, since not looked at: a first_row or start_frame on the
+    device that leads there, and outputs that overlap each other or an input.
+    """
+    pool = k_pool.shape
+    if len(pool) != 3:
+        raise ValueError(_wrong("k_pool", "[rows, heads, head_dim]", k_pool))
+    rows, heads, head_dim = pool
+    columns = heads * head_dim
+    frames, height, width = grid
+    tokens = frames * height * width
+    if not q.shape == k.shape == v.shape == (tokens, columns):
+        raise ValueError(_wrong("q, k and v", f"[{tokens}, {columns}]", q, k, v))
+    if v_pool.shape != pool:
+        raise ValueError(_wrong("v_pool", f"[{rows}, {heads}, {head_dim}]", v_pool))
+    if q_out.shape != (tokens, heads, head_dim):
+        raise ValueError(_wrong("q_out", f"[{tokens}, {heads}, {head_dim}]", q_out))
+    if not q.dtype is k.dtype is v.dtype is q_out.dtype is k_pool.dtype is v_pool.dtype:
+        raise TypeError(_wrong("q, k, v, q_out, k_pool and v_pool", "of one dtype", q, k, v, q_out, k_pool, v_pool))
+    stride_q_token, stride_q_column = q.stride()
+    stride_k_token, stride_k_column = k.stride()
+    stride_v_token, stride_v_column = v.stride()
+    if not stride_q_column == stride_k_column == stride_v_column == 1:
+        raise ValueError(_wrong("q, k and v", "dense in their last dimension", q, k, v))
+    stride_q_out_token, stride_q_out_head, stride_q_out_dim = q_out.stride()
+    stride_k_pool_row, stride_k_pool_head, stride_k_pool_dim = k_pool.stride()
+    stride_v_pool_row, stride_v_pool_head, stride_v_pool_dim = v_pool.stride()
+    if not stride_q_out_dim == stride_k_pool_dim == stride_v_pool_dim == 1 or (
+        heads > 1 and not stride_q_out_head == stride_k_pool_head == stride_v_pool_head == head_dim
+    ):
+        wanted = "dense in their last two dimensions"
+        raise ValueError(_wrong("q_out, k_pool and v_pool", wanted, q_out, k_pool, v_pool))
+    for weight in (q_weight, k_weight):
+        if weight is not None and not (weight.shape == (columns,) and weight.is_contiguous()):
+            raise ValueError(_wrong("q_weight and k_weight", f"None or [{columns}], contiguous", q_weight, k_weight))
+    on_device = not isinstance(first_row, int)
+    if on_device or not isinstance(start_frame, int):
+        for position in (first_row, start_frame):
+            if not (isinstance(position, torch.Tensor) and position.dtype is torch.int64 and position.shape == (1,)):
+                wanted = "two ints or two torch.int64 tensors [1]"
+                raise TypeError(_wrong("first_row and start_frame", wanted, first_row, start_frame))
+    elif not 0 <= first_row <= rows - tokens:
+        raise ValueError(_wrong("first_row", f"from 0 to {rows - tokens}", first_row))
+    if table is not None:
+        shape = table.shape
+        positions, half = shape[0], head_dim // 2
+        if not (shape == (positions, half, 2) and table.dtype is torch.float32 and table.is_contiguous()):
+            raise ValueError(_wrong("table", f"torch.float32 [{positions}, {half}, 2], contiguous", table))
+        if not (0 < height <= positions and 0 < width <= positions):
+            raise ValueError(_wrong("grid", f"within the table's {positions} positions", grid))
+        if not (on_device or 0 <= start_frame <= positions - frames):
+            raise ValueError(_wrong("start_frame", f"from 0 to {positions - frames}", start_frame))
+        if pairs[0] + pairs[1] + pairs[2] != half:
+            raise ValueError(_wrong("pairs", f"three counts that add up to {half}", pairs))
     norm_rope_append_kernel[(tokens, 3)](
         q, k, v, q_weight, k_weight, table, q_out, k_pool, v_pool,
-        first_row, start_frame, grid[1], grid[2], eps,
-        q.stride(0), k.stride(0), v.stride(0), q_out.stride(0), k_pool.stride(0), v_pool.stride(0),
+        first_row, start_frame, height, width, eps,
+        stride_q_token, stride_k_token, stride_v_token, stride_q_out_token, stride_k_pool_row, stride_v_pool_row,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_HEADS=heads_per_step(heads, head_dim),
         PAIRS_TIME=pairs[0], PAIRS_HEIGHT=pairs[1],
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None,
         HAS_ROPE=table is not None, ROUND=round_before_rope,
-        DEVICE_POSITION=isinstance(first_row, torch.Tensor), num_warps=4, enable_fp_fusion=True,
+        DEVICE_POSITION=on_device, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

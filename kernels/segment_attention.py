@@ -7,13 +7,14 @@ softmax are wanted, the sum over a segment is written as the walk leaves its til
 items that would leave most of the processors idle in a last round are cut by keys into parts, each a program of its
 own, whose results a second kernel merges.
 
-The window's tables (int32, on the device, see `worldkv_kernels.memory.window.Window`):
+The window's tables (int32, on the device; `window_tables` makes them, `worldkv_kernels.Window` rewrites them in place):
     tiles         [capacity, 2]        first pool row and segment of each full tile, in segment order
     tail_rows     [128 * capacity, 2]  pool row and segment of what follows the full tiles of segments, in their order
     ranges        [capacity + 1, 4]    full tiles lo, hi and tail rows lo, hi: of the whole window, then of each segment
     num_segments  [1]
     turns         [capacity, head_dim / 2, 2] fp32: per segment and rotary pair, the cosine and sine of the
                                        angle by which a query is turned back for the segment's time shift
+`capacity` is in tiles of 128 rows, a segment's last one counted whole. What lies past the entries in use is not read.
 
 The online softmax is Milakov and Gimelshein's, arXiv 1805.02867, tiled as in FlashAttention-2, arXiv 2307.08691; the
 merge of parts is Flash-Decoding's, and cutting only what does not fill a round is after Stream-K, arXiv 2301.03598.
@@ -21,6 +22,7 @@ merge of parts is Flash-Decoding's, and cutting only what does not fill a round 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -361,6 +363,67 @@ def _tiles_of(pool: torch.Tensor, block_k: int) -> TensorDescriptor | None:
     return TensorDescriptor(pool, [rows, heads * head_dim], [pool.stride(0), 1], [block_k, head_dim])
 
 
+def window_tables(
+    segments: Sequence[tuple[int, int, int]],
+    frequencies: torch.Tensor | None = None,
+    *,
+    capacity: int | None = None,
+    device: torch.device | str,
+) -> tuple[torch.Tensor, ...]:
+    """The tables of a window of segments (first_row, num_rows, time_shift), for `segment_attention`.
+
+    Segments are contiguous pool rows, of any length from 1, in any order; rows that two segments name count twice.
+    Attention sees a segment's keys as if they were `time_shift` latent frames later: pair (2i, 2i + 1) of a head turned
+    further by time_shift * frequencies[i] radians.
+
+    Args:
+        frequencies: [head_dim / 2], best in float64: radians a latent frame, 0 for pairs that do not turn with time.
+            None where no segment is shifted; attention is then called with has_shift=False.
+        capacity: of the tables, in tiles of 128 rows; what the segments need by default. A captured graph sees another
+            window when its tables, made with the same capacity, are copied into those that it was captured with.
+
+    Returns tiles, tail_rows, ranges, num_segments, turns, as in the module's docstring, on `device`; built on the host.
+    Raises ValueError without segments, on a segment without rows, on rows below 0, on a shift without frequencies, and
+    on a capacity that is too small. That the rows are in the pool is the caller's to know.
+    """
+    tiles, tail_rows, ranges, needed = [], [], [], 0
+    for i, (first_row, num_rows, time_shift) in enumerate(segments):
+        if first_row < 0 or num_rows < 1:
+            wanted = "first_row >= 0 and num_rows >= 1"
+            raise ValueError(f"window_tables: segments[{i}] must have {wanted}, got {segments[i]}")
+        if time_shift and frequencies is None:
+            wanted = "time_shift 0 without frequencies"
+            raise ValueError(f"window_tables: segments[{i}] must have {wanted}, got {segments[i]}")
+        full_lo, tail_lo, first_tail = len(tiles), len(tail_rows), first_row + num_rows // TILE_ROWS * TILE_ROWS
+        tiles += [(row, i) for row in range(first_row, first_tail, TILE_ROWS)]
+        tail_rows += [(row, i) for row in range(first_tail, first_row + num_rows)]
+        ranges.append((full_lo, len(tiles), tail_lo, len(tail_rows)))
+        needed += triton.cdiv(num_rows, TILE_ROWS)
+    if not ranges:
+        raise ValueError("window_tables: segments must hold at least one, got none")
+    capacity = needed if capacity is None else capacity
+    if needed > capacity:
+        raise ValueError(f"window_tables: segments must fit capacity={capacity} tiles of 128 rows, got {needed}")
+    ranges.insert(0, (0, len(tiles), 0, len(tail_rows)))
+    tables = []
+    for rows, shape in ((tiles, (capacity, 2)), (tail_rows, (TILE_ROWS * capacity, 2)), (ranges, (capacity + 1, 4))):
+        table = torch.zeros(shape, dtype=torch.int32)
+        table[: len(rows)] = torch.tensor(rows, dtype=torch.int32).view(-1, shape[1])
+        tables.append(table)
+    turns = torch.zeros(1, 1, 2)
+    if frequencies is not None:
+        turns = torch.zeros(capacity, len(frequencies), 2)
+        angles = torch.tensor([time_shift for *_, time_shift in segments])[:, None] * frequencies.double().cpu()
+        turns[: len(segments)] = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+    tables += [torch.tensor([len(segments)], dtype=torch.int32), turns]
+    return tuple(table.to(device) for table in tables)
+
+
+def _wrong(what: str, wanted: str, *got: object) -> str:
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    return f"segment_attention: {what} must be {wanted}, got {'; '.join(came)}"
+
+
 def segment_attention(
     q: torch.Tensor,
     k_pool: torch.Tensor,
@@ -377,16 +440,74 @@ def segment_attention(
     scale: float,
     has_shift: bool,
 ) -> None:
-    """Launch the kernels. Shapes as in the module's docstring; `mass` is [heads, max_segments].
+    """Attend every query to every row of a window's segments, where they lie in the pool.
+
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h]) v[j, h] over the window's rows j, where R(d_j) turns a
+    key by its segment's time shift: the query is turned instead, back from the original q for each segment, and
+    rounded once to its dtype.
+
+    Args:
+        q, out: [q_len, heads, head_dim], bf16, fp16 or fp32, head_dim 64 or 128, at least one query and head; dense in
+            head_dim, tokens and heads of any stride. `out` is written whole.
+        k_pool, v_pool: [rows, heads, head_dim] with q's dtype, dense in head_dim. Rows outside the window never reach
+            a result, whatever they hold.
+        tiles, tail_rows, ranges, num_segments, turns: the window's tables, contiguous, as in the module's docstring.
+        lse: fp32 [heads, q_len], contiguous: the log-sum-exp of the scaled scores, natural log. None for none.
+        mass: fp32 [heads, max_segments]: the share of softmax weight on each segment, averaged over the queries. None
+            for none.
+        scale: positive; commonly 1 / sqrt(head_dim).
+        has_shift: whether queries are turned; `turns` is not read otherwise.
 
     Whether Q is turned and how many segments have a mass is fixed here, also for the replays of a captured graph:
     a replay with more segments leaves out the mass of the later ones, and with fewer gives those zero.
+
+    Softmax in fp32. Deterministic for one device, one capacity and the same segments in the same order. Any alignment
+    will do; the copy engine of sm_90 takes pools whose heads are dense in a row and whose rows start on multiples of 16
+    bytes, and other pools are read by pointers. Takes scratch from torch's allocator; does not synchronise. All tensors
+    are on one GPU, which is the current one, of compute capability 8.0 or newer.
+
+    Raises ValueError or TypeError, before any launch, on shapes, dtypes and strides other than these. Undefined, since
+    not looked at: tables that name rows outside the pool or no row at all, pool rows 2**24 elements apart or more,
+    and outputs that overlap each other or an input.
     """
-    q_len, heads, head_dim = q.shape
+    shape, pool = q.shape, k_pool.shape
+    if len(shape) != 3 or shape[2] not in (64, 128):
+        raise ValueError(_wrong("q", "[q_len, heads, head_dim] with head_dim 64 or 128", q))
+    q_len, heads, head_dim = shape
+    if not pool == v_pool.shape == (pool[0], heads, head_dim):
+        raise ValueError(_wrong("k_pool and v_pool", f"[{pool[0]}, {heads}, {head_dim}]", k_pool, v_pool))
+    if out.shape != shape:
+        raise ValueError(_wrong("out", f"[{q_len}, {heads}, {head_dim}]", out))
+    if not q.dtype is k_pool.dtype is v_pool.dtype is out.dtype:
+        raise TypeError(_wrong("q, k_pool, v_pool and out", "of one dtype", q, k_pool, v_pool, out))
+    stride_q_token, stride_q_head, stride_q_dim = q.stride()
+    stride_k_row, stride_k_head, stride_k_dim = k_pool.stride()
+    stride_v_row, stride_v_head, stride_v_dim = v_pool.stride()
+    stride_out_token, stride_out_head, stride_out_dim = out.stride()
+    if not stride_q_dim == stride_k_dim == stride_v_dim == stride_out_dim == 1:
+        raise ValueError(_wrong("q, k_pool, v_pool and out", "dense in head_dim", q, k_pool, v_pool, out))
+    shape = tiles.shape
+    capacity = shape[0]
+    if not (
+        shape == (capacity, 2) and tiles.is_contiguous()
+        and tail_rows.shape == (TILE_ROWS * capacity, 2) and tail_rows.is_contiguous()
+        and ranges.shape == (capacity + 1, 4) and ranges.is_contiguous() and num_segments.shape == (1,)
+        and tiles.dtype is tail_rows.dtype is ranges.dtype is num_segments.dtype is torch.int32
+    ):  # fmt: skip
+        wanted = f"torch.int32 [{capacity}, 2], [{TILE_ROWS * capacity}, 2], [{capacity + 1}, 4] and [1], contiguous"
+        tables = (tiles, tail_rows, ranges, num_segments)
+        raise ValueError(_wrong("tiles, tail_rows, ranges and num_segments", wanted, *tables))
+    half = head_dim // 2
+    if has_shift and not (
+        turns.shape == (capacity, half, 2) and turns.dtype is torch.float32 and turns.is_contiguous()
+    ):
+        raise ValueError(_wrong("turns", f"torch.float32 [{capacity}, {half}, 2], contiguous", turns))
+    if lse is not None and not (lse.shape == (heads, q_len) and lse.dtype is torch.float32 and lse.is_contiguous()):
+        raise ValueError(_wrong("lse", f"torch.float32 [{heads}, {q_len}], contiguous", lse))
     capability = device_capability(q.device)
     config = attention_config(capability, q.dtype, head_dim, has_shift, mass is not None)
     num_blocks = triton.cdiv(q_len, config.block_q)
-    num_whole, num_cut, parts = deal(num_blocks * heads, device_processors(q.device), len(tiles))
+    num_whole, num_cut, parts = deal(num_blocks * heads, device_processors(q.device), capacity)
     pieces = num_cut * parts
     scratch = dict(dtype=torch.float32, device=q.device)
     piece_out = torch.empty((pieces, config.block_q, head_dim), **scratch)
@@ -394,7 +515,9 @@ def segment_attention(
     segment_sums = block_mass = None
     max_segments = 0
     if mass is not None:
-        max_segments = mass.shape[1]
+        max_segments = mass.shape[-1]
+        if mass.shape != (heads, max_segments) or mass.dtype is not torch.float32:
+            raise ValueError(_wrong("mass", f"torch.float32 [{heads}, max_segments]", mass))
         segment_sums = torch.empty((num_whole + pieces, max_segments, 2, config.block_q), **scratch)
         block_mass = torch.empty((heads, max_segments, num_blocks), **scratch)
     k_tiles = v_tiles = None
@@ -407,8 +530,8 @@ def segment_attention(
         q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_lse, segment_sums, block_mass,
         tiles, tail_rows, ranges, num_segments, turns,
         q_len, scale * 1.4426950408889634, num_blocks, num_whole, num_cut, parts, max_segments,
-        q.stride(0), q.stride(1), k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
-        out.stride(0), out.stride(1),
+        stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
+        stride_out_token, stride_out_head,
         HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_TAIL=block_tail,
         HAS_SHIFT=has_shift, RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS, HOPPER=capability[0] == 9,
@@ -417,7 +540,7 @@ def segment_attention(
     if pieces:
         merge_pieces_kernel[(num_cut, head_dim // 32)](
             out, lse, piece_out, piece_lse, segment_sums, block_mass, num_segments,
-            q_len, num_blocks, num_whole, num_cut, parts, max_segments, out.stride(0), out.stride(1),
+            q_len, num_blocks, num_whole, num_cut, parts, max_segments, stride_out_token, stride_out_head,
             HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_DIMS=32,
             RETURN_LSE=lse is not None, RETURN_MASS=mass is not None, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip

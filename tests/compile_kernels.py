@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,7 +131,8 @@ def attention_launches():
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 80, head_dim, dtype=dtype, device="meta")
         pool = pool[:, ::2] if pointers else pool[:, :40]  # every other head: not for the copy engine
-        tables = [torch.empty(400, 4, dtype=torch.int32, device="meta")] * 4
+        shapes = ((400, 2), (400 * 128, 2), (401, 4), (1,))
+        tables = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
         turns = torch.empty(400, head_dim // 2, 2, device="meta")
         lse = torch.empty(40, 4680, device="meta") if mass else None
         share = torch.empty(40, 9, device="meta") if mass else None
@@ -153,12 +155,13 @@ def append_launches():
         pool = torch.empty(9999, heads, head_dim, dtype=dtype, device="meta")
         table = torch.empty(1024, head_dim // 2, 2, device="meta") if rope else None
         # Both ways of saying where: on the device, as WorldMemory does, and as numbers.
-        position = torch.empty(1, dtype=torch.int64, device="meta") if weight else 4736
+        where = [torch.empty(1, dtype=torch.int64, device="meta")] * 2 if weight else (4736, 9)
         scale = x[0] if weight else None
         yield (
             f"{str(dtype)[6:]} {heads}x{head_dim}{' norm' * weight}{' rope' * rope}",
-            lambda x=x, pool=pool, table=table, position=position, scale=scale: norm_rope_append.norm_rope_append(
-                x, x, x, pool, pool, pool[:4680], table, position, position, grid=(3, 30, 52), pairs=(22, 21, 21),
+            partial(
+                norm_rope_append.norm_rope_append, x, x, x, pool, pool, pool[:4680], table, *where, grid=(3, 30, 52),
+                pairs=(22, 21, 21) if head_dim == 128 else (12, 10, 10),
                 q_weight=scale, k_weight=scale, eps=1e-6, round_before_rope=True,
             ),
         )  # fmt: skip

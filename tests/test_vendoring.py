@@ -1,0 +1,374 @@
+"""Each file of kernels/ serves alone: copied, without worldkv_kernels, and called with what its docstring says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldkv_kernels import Rope3D, Segment, Window
+
+pytest.importorskip("triton", reason="triton is not installed")
+from worldkv_kernels.kernels import compress_chunk, norm_rope_append, segment_attention
+
+# --- a copy of one file, in a process that has no worldkv_kernels ---
+
+PRELUDE = """
+import sys
+sys.modules["worldkv_kernels"] = None
+import torch
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+def close(got, want):
+    return got.shape == want.shape and (got.double() - want).norm() <= 2e-6 * want.norm()
+
+def turned(x, angles):  # complex pairs (2i, 2i + 1)
+    x = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(x * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+"""
+
+SEGMENT_ATTENTION = """
+from segment_attention import segment_attention, window_tables
+
+segments = [(128, 300, 7), (0, 1, -3), (460, 128, 0)]
+rows = torch.cat([torch.arange(first, first + num) for first, num, _ in segments])
+shifts = torch.cat([torch.full((num,), shift) for _, num, shift in segments])
+of_segment = torch.cat([torch.full((num,), i) for i, (_, num, _) in enumerate(segments)])
+q = torch.randn(40, 2, 64)
+k_pool, v_pool = torch.full((2, 600, 2, 64), float("nan"))
+k_pool[rows], v_pool[rows] = torch.randn(2, len(rows), 2, 64)
+frequencies = torch.zeros(32)
+frequencies[:12] = 10000.0 ** (-torch.arange(12) / 12)
+
+for of_time, capacity in ((None, None), (frequencies, None), (frequencies, 32)):  # 32 tiles: keys cut into parts
+    used = segments if of_time is not None else [(first, num, 0) for first, num, _ in segments]
+    tables = window_tables(used, of_time, capacity=capacity, device="cpu")
+    out, lse, mass = torch.empty(40, 2, 64), torch.empty(2, 40), torch.empty(2, 3)
+    segment_attention(
+        q, k_pool, v_pool, *tables, out, lse, mass, scale=0.125, has_shift=of_time is not None
+    )
+    angles = shifts[:, None, None] * frequencies.double() * (of_time is not None)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), turned(k_pool[rows], angles)) * 0.125
+    p = scores.softmax(-1)
+    assert close(out, torch.einsum("hqk,khd->qhd", p, v_pool[rows].double()))
+    assert close(lse, scores.logsumexp(-1))
+    assert close(mass, torch.stack([p[..., of_segment == i].sum(-1).mean(-1) for i in range(3)], -1))
+"""
+
+NORM_ROPE_APPEND = """
+from norm_rope_append import norm_rope_append
+
+grid, pairs, start_frame, first_row = (2, 3, 5), (12, 10, 10), 4, 7
+frames, height, width = grid
+q, k, v = torch.randn(30, 3 * 128).split(128, dim=1)  # slices of one projection
+q_weight, k_weight = torch.randn(2, 128)
+rates = torch.cat([10000.0 ** (-torch.arange(n).double() / n) for n in pairs])
+angles = torch.arange(8)[:, None] * rates
+table = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+token = torch.arange(30)
+axes = token // (height * width) + start_frame, token // width % height, token % width
+positions = torch.cat([axis[:, None].expand(30, n) for axis, n in zip(axes, pairs)], dim=1)
+
+def normed(x, weight):
+    return x.double() * (x.double().square().mean(1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+
+def where(on_device):
+    return [torch.tensor([n]) for n in (first_row, start_frame)] if on_device else [first_row, start_frame]
+
+for whole in (True, False):  # with norm and rotation, without
+    for on_device in (True, False):
+        k_pool, v_pool = torch.full((2, 50, 2, 64), 3.0)
+        q_out = torch.empty(30, 2, 64)
+        norm_rope_append(
+            q, k, v, k_pool, v_pool, q_out, table if whole else None, *where(on_device), grid=grid, pairs=pairs,
+            q_weight=q_weight if whole else None, k_weight=k_weight if whole else None, eps=1e-6,
+            round_before_rope=True,
+        )
+        for got, x, weight in ((q_out, q, q_weight), (k_pool[7:37], k, k_weight)):
+            want = x.double().view(30, 2, 64)
+            if whole:
+                want = turned(normed(x, weight).view(30, 2, 64), (positions * rates)[:, None])
+            assert close(got, want)
+        assert torch.equal(v_pool[7:37], v.reshape(30, 2, 64))
+        for pool in (k_pool, v_pool):
+            assert (pool[:7] == 3).all() and (pool[37:] == 3).all()
+"""
+
+COMPRESS_CHUNK = """
+from compress_chunk import compress_chunk
+
+frames, frame_tokens, keep = 3, 20, 6
+pool_k, pool_v = torch.randn(2, 2, 100, 2, 64)
+k, v = pool_k[:, 8:68], pool_v[:, 9:69]  # two layers
+for pooled in (True, False):
+    for anchor in range(frames):
+        kept = frame_tokens + (frames - 1) * keep
+        out_k, out_v = torch.full((2, 2, kept + 1, 2, 64), 3.0)
+        index = torch.empty((2, kept), dtype=torch.int32)
+        compress_chunk(
+            k, v, out_k[:, :-1], out_v[:, :-1], index, frames=frames, keep=keep, pooled=pooled, anchor=anchor
+        )
+        for layer in range(2):
+            keys = k[layer].double().reshape(frames, frame_tokens, 128)
+            likeness = torch.cosine_similarity(keys, keys[anchor].mean(0), dim=-1)
+            likeness[anchor] = float("inf")
+            if pooled:
+                chosen = likeness.flatten().argsort()[: (frames - 1) * keep].tolist()
+            else:
+                others = [f for f in range(frames) if f != anchor]
+                chosen = [f * frame_tokens + i for f in others for i in likeness[f].argsort()[:keep].tolist()]
+            want = [*range(anchor * frame_tokens, (anchor + 1) * frame_tokens), *sorted(chosen)]
+            assert index[layer].tolist() == want
+            assert torch.equal(out_k[layer, :-1], k[layer][want]) and torch.equal(out_v[layer, :-1], v[layer][want])
+        assert (out_k[:, -1] == 3).all() and (out_v[:, -1] == 3).all()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "use"),
+    [(segment_attention, SEGMENT_ATTENTION), (norm_rope_append, NORM_ROPE_APPEND), (compress_chunk, COMPRESS_CHUNK)],
+    ids=["segment_attention", "norm_rope_append", "compress_chunk"],
+)
+def test_one_file_alone(tmp_path, module, use):
+    shutil.copy(Path(module.__file__), tmp_path)
+    (tmp_path / "use.py").write_text(PRELUDE + use)
+    done = subprocess.run(
+        [sys.executable, "use.py"], cwd=tmp_path, env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# --- the window's tables, which are built twice: in place by Window, and here for who has this file alone ---
+
+segment_lists = st.lists(
+    st.tuples(st.integers(0, 20000), st.integers(1, 700), st.integers(-60, 60)), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(segment_lists, st.integers(0, 3), st.booleans())
+def test_tables_are_those_of_a_window(segments, spare, shifted):
+    rope = Rope3D(64) if shifted else None
+    frequencies = torch.zeros(32, dtype=torch.float64)
+    frequencies[:12] = 10000.0 ** (-torch.arange(12, dtype=torch.float64) / 12)
+    if not shifted:
+        segments = [(first_row, num_rows, 0) for first_row, num_rows, _ in segments]
+    capacity = sum(-(-num_rows // 128) for _, num_rows, _ in segments) + spare
+    window = Window([Segment(*s) for s in segments], device="cpu", rope=rope, capacity=capacity)
+    *tables, turns = segment_attention.window_tables(
+        segments, frequencies if shifted else None, capacity=capacity if spare else None, device="cpu"
+    )
+    *want, want_turns = window.tables
+    for table, of_window in zip(tables, want, strict=True):
+        assert table.dtype == of_window.dtype and torch.equal(table, of_window)
+    assert turns.dtype == want_turns.dtype and turns.shape == want_turns.shape
+    assert (turns - want_turns).abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize(
+    ("segments", "wanted"),
+    [
+        ([], "segments must hold at least one, got none"),
+        ([(0, 5, 0), (-1, 5, 0)], "segments[1] must have first_row >= 0 and num_rows >= 1, got (-1, 5, 0)"),
+        ([(3, 0, 0)], "segments[0] must have first_row >= 0 and num_rows >= 1, got (3, 0, 0)"),
+        ([(0, 5, 2)], "segments[0] must have time_shift 0 without frequencies, got (0, 5, 2)"),
+        ([(0, 300, 0)], "segments must fit capacity=2 tiles of 128 rows, got 3"),
+    ],
+)
+def test_segments_that_make_no_tables(segments, wanted):
+    with pytest.raises(ValueError) as caught:
+        segment_attention.window_tables(segments, capacity=2, device="cpu")
+    assert str(caught.value) == f"window_tables: {wanted}"
+
+
+# --- what would be read or written past a tensor's end ---
+
+
+class Refuses:
+    """Stands for the kernels of a module: no launch may be reached."""
+
+    def __getitem__(self, grid):
+        raise AssertionError("launched")
+
+
+def check_refusal(monkeypatch, module, arguments, changes, error, wanted):
+    for name in list(vars(module)):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(module, name, Refuses())
+    op = module.__name__.rpartition(".")[2]
+    launch = getattr(module, op)
+    with pytest.raises(AssertionError, match="launched"):  # the arguments are right without the changes
+        launch(**arguments)
+    with pytest.raises(error) as caught:
+        launch(**{**arguments, **changes})
+    assert str(caught.value).startswith(f"{op}: {wanted}")
+
+
+TABLES = "tiles, tail_rows, ranges and num_segments must be torch.int32 [3, 2], [384, 2], [4, 4] and [1]"
+
+
+def attention_arguments():
+    k_pool, v_pool = torch.zeros(2, 300, 2, 64)
+    names = ("tiles", "tail_rows", "ranges", "num_segments")
+    tables = (torch.zeros(shape, dtype=torch.int32) for shape in ((3, 2), (384, 2), (4, 4), (1,)))
+    return dict(
+        q=torch.zeros(5, 2, 64), k_pool=k_pool, v_pool=v_pool, **dict(zip(names, tables, strict=True)),
+        turns=torch.zeros(3, 32, 2), out=torch.zeros(5, 2, 64), lse=torch.zeros(2, 5), mass=torch.zeros(2, 1),
+        scale=0.125, has_shift=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"q": torch.zeros(5, 128)}, ValueError, "q must be [q_len, heads, head_dim]"),
+        ({"q": torch.zeros(5, 2, 32)}, ValueError, "q must be [q_len, heads, head_dim] with head_dim 64 or 128"),
+        ({"q": torch.zeros(5, 2, 128)[..., ::2]}, ValueError, "q, k_pool, v_pool and out must be dense in head_dim"),
+        ({"k_pool": torch.zeros(300, 1, 64)}, ValueError, "k_pool and v_pool must be [300, 2, 64], got [300, 1, 64]"),
+        ({"k_pool": torch.zeros(300, 2, 32)}, ValueError, "k_pool and v_pool must be [300, 2, 64]"),
+        ({"k_pool": torch.zeros(300, 128)}, ValueError, "k_pool and v_pool must be [300, 2, 64]"),
+        ({"v_pool": torch.zeros(299, 2, 64)}, ValueError, "k_pool and v_pool must be [300, 2, 64]"),
+        (
+            {"v_pool": torch.zeros(300, 2, 64, 2)[..., 0]},
+            ValueError,
+            "q, k_pool, v_pool and out must be dense in head_dim",
+        ),
+        ({"v_pool": torch.zeros(300, 2, 64).half()}, TypeError, "q, k_pool, v_pool and out must be of one dtype"),
+        ({"out": torch.zeros(4, 2, 64)}, ValueError, "out must be [5, 2, 64], got [4, 2, 64]"),
+        ({"lse": torch.zeros(5, 2)}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
+        ({"lse": torch.zeros(5, 2).T}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
+        ({"lse": torch.zeros(2, 5).half()}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
+        ({"mass": torch.zeros(3, 1)}, ValueError, "mass must be torch.float32 [2, max_segments]"),
+        ({"tiles": torch.zeros(3, 2).long()}, ValueError, TABLES),
+        (
+            {"tiles": torch.zeros(4, 2).int()},
+            ValueError,
+            "tiles, tail_rows, ranges and num_segments must be torch.int32 [4, 2], [512, 2]",
+        ),  # of another capacity
+        ({"tiles": torch.zeros(2, 3).int().T}, ValueError, TABLES),
+        ({"tail_rows": torch.zeros(383, 2).int()}, ValueError, TABLES),
+        ({"ranges": torch.zeros(3, 4).int()}, ValueError, TABLES),
+        ({"num_segments": torch.ones(1).long()}, ValueError, TABLES),
+        ({"turns": torch.zeros(1, 1, 2)}, ValueError, "turns must be torch.float32 [3, 32, 2], contiguous"),
+        ({"turns": torch.zeros(3, 32, 2).double()}, ValueError, "turns must be torch.float32 [3, 32, 2], contiguous"),
+    ],
+)
+def test_attention_refuses(monkeypatch, changes, error, wanted):
+    check_refusal(monkeypatch, segment_attention, attention_arguments(), changes, error, wanted)
+
+
+def append_arguments():
+    q, k, v = torch.zeros(3, 12, 128)
+    k_pool, v_pool = torch.zeros(2, 20, 2, 64)
+    return dict(
+        q=q, k=k, v=v, k_pool=k_pool, v_pool=v_pool, q_out=torch.zeros(12, 2, 64), table=torch.zeros(8, 32, 2),
+        first_row=8, start_frame=6, grid=(2, 2, 3), pairs=(12, 10, 10), q_weight=torch.zeros(128),
+        k_weight=torch.zeros(128), eps=1e-6, round_before_rope=True,
+    )  # fmt: skip
+
+
+AT = torch.zeros(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"q": torch.zeros(11, 128)}, ValueError, "q, k and v must be [12, 128], got [11, 128]"),
+        ({"k": torch.zeros(12, 64)}, ValueError, "q, k and v must be [12, 128]"),
+        ({"k": torch.zeros(12, 2, 64)}, ValueError, "q, k and v must be [12, 128]"),
+        ({"v": torch.zeros(12, 256)[:, ::2]}, ValueError, "q, k and v must be dense in their last dimension"),
+        ({"v": torch.zeros(12, 128).half()}, TypeError, "q, k, v, q_out, k_pool and v_pool must be of one dtype"),
+        ({"k_pool": torch.zeros(20, 128)}, ValueError, "k_pool must be [rows, heads, head_dim]"),
+        ({"v_pool": torch.zeros(19, 2, 64)}, ValueError, "v_pool must be [20, 2, 64], got [19, 2, 64]"),
+        (
+            {"v_pool": torch.zeros(20, 3, 64)[:, ::2]},
+            ValueError,
+            "q_out, k_pool and v_pool must be dense in their last two dimensions",
+        ),
+        (
+            {"k_pool": torch.zeros(20, 64, 2).mT},
+            ValueError,
+            "q_out, k_pool and v_pool must be dense in their last two dimensions",
+        ),
+        ({"q_out": torch.zeros(11, 2, 64)}, ValueError, "q_out must be [12, 2, 64], got [11, 2, 64]"),
+        ({"grid": (2, 2, 2)}, ValueError, "q, k and v must be [8, 128], got [12, 128]"),
+        ({"grid": (2, -2, -3)}, ValueError, "grid must be within the table's 8 positions, got (2, -2, -3)"),
+        ({"first_row": 9}, ValueError, "first_row must be from 0 to 8, got 9"),
+        ({"first_row": -1}, ValueError, "first_row must be from 0 to 8, got -1"),
+        ({"start_frame": 7}, ValueError, "start_frame must be from 0 to 6, got 7"),
+        ({"start_frame": -1}, ValueError, "start_frame must be from 0 to 6, got -1"),
+        ({"first_row": AT}, TypeError, "first_row and start_frame must be two ints or two torch.int64"),
+        ({"start_frame": AT}, TypeError, "first_row and start_frame must be two ints"),
+        ({"first_row": AT, "start_frame": AT.int()}, TypeError, "first_row and start_frame must be two ints"),
+        ({"first_row": AT[:0], "start_frame": AT}, TypeError, "first_row and start_frame must be two ints"),
+        (
+            {"table": torch.zeros(8, 64, 2)},
+            ValueError,
+            "table must be torch.float32 [8, 32, 2], contiguous, got [8, 64, 2]",
+        ),
+        ({"table": torch.zeros(8, 32, 2).double()}, ValueError, "table must be torch.float32 [8, 32, 2], contiguous"),
+        ({"table": torch.zeros(8, 2, 32).mT}, ValueError, "table must be torch.float32 [8, 32, 2], contiguous"),
+        ({"table": torch.zeros(2, 32, 2), "start_frame": 0}, ValueError, "grid must be within the table's 2 positions"),
+        ({"pairs": (12, 10, 9)}, ValueError, "pairs must be three counts that add up to 32, got (12, 10, 9)"),
+        ({"q_weight": torch.zeros(64)}, ValueError, "q_weight and k_weight must be None or [128], contiguous"),
+        ({"k_weight": torch.zeros(256)[::2]}, ValueError, "q_weight and k_weight must be None or [128], contiguous"),
+    ],
+)
+def test_append_refuses(monkeypatch, changes, error, wanted):
+    check_refusal(monkeypatch, norm_rope_append, append_arguments(), changes, error, wanted)
+
+
+def compress_arguments():
+    k, v = torch.zeros(2, 3, 12, 2, 64)
+    out_k, out_v = torch.zeros(2, 3, 8, 2, 64)
+    index = torch.zeros(3, 8, dtype=torch.int32)
+    return dict(k=k, v=v, out_k=out_k, out_v=out_v, index=index, frames=3, keep=2, pooled=True, anchor=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"k": torch.zeros(12, 2, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], got [12, 2, 64]"),
+        ({"v": torch.zeros(3, 6, 2, 64)}, ValueError, "v must be [3, 12, 2, 64], got [3, 6, 2, 64]"),
+        ({"v": torch.zeros(3, 12, 2, 64).half()}, TypeError, "k, v, out_k and out_v must be of one dtype"),
+        (
+            {"k": torch.zeros(3, 12, 4, 64)[:, :, ::2]},
+            ValueError,
+            "k, v, out_k and out_v must be dense in their last two dimensions",
+        ),
+        (
+            {"v": torch.zeros(3, 12, 64, 2).mT},
+            ValueError,
+            "k, v, out_k and out_v must be dense in their last two dimensions",
+        ),
+        ({"frames": 5}, ValueError, "frames must be a divisor of the 12 tokens, got 5"),
+        ({"frames": 0}, ValueError, "frames must be a divisor of the 12 tokens, got 0"),
+        ({"anchor": 3}, ValueError, "anchor must be from 0 to 2, got 3"),
+        ({"anchor": -1}, ValueError, "anchor must be from 0 to 2, got -1"),
+        ({"keep": 0}, ValueError, "keep must be at least 1, got 0"),
+        ({"out_k": torch.zeros(3, 7, 2, 64)}, ValueError, "out_k and out_v must be [3, 8, 2, 64], got [3, 7, 2, 64]"),
+        (
+            {"keep": 9},
+            ValueError,
+            "out_k and out_v must be [3, 12, 2, 64], got [3, 8, 2, 64]",
+        ),  # a frame of 4 is kept whole
+        ({"out_v": torch.zeros(2, 8, 2, 64)}, ValueError, "out_k and out_v must be [3, 8, 2, 64]"),
+        (
+            {"out_v": torch.zeros(3, 8, 3, 64)[:, :, ::2]},
+            ValueError,
+            "k, v, out_k and out_v must be dense in their last two dimensions",
+        ),
+        ({"index": torch.zeros(3, 8).long()}, TypeError, "index must be torch.int32"),
+        ({"index": torch.zeros(3, 7).int()}, ValueError, "index must be [3, 8], got [3, 7]"),
+        ({"index": torch.zeros(3, 16).int()[:, ::2]}, ValueError, "index must be dense in its last dimension"),
+    ],
+)
+def test_compress_refuses(monkeypatch, changes, error, wanted):
+    check_refusal(monkeypatch, compress_chunk, compress_arguments(), changes, error, wanted)
