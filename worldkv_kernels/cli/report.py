@@ -74,7 +74,7 @@ def waiting(label: str) -> Iterator[None]:
         while not left.wait(_SILENCE):
             text = f"{label}: {time.monotonic() - started:.0f} s"
             print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-        if terminal:
+        if terminal and time.monotonic() - started > _SILENCE:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
