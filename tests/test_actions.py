@@ -276,6 +276,11 @@ def test_keys_of_the_other_games():
         ("W*0", "universal", "count must be a positive integer, as in .*, got 'W\\*0'"),
         ("W*2,", "universal", "count must be a positive integer, as in .*, got ''"),
         ("W*1.5", "universal", "count must be a positive integer"),
+        ("W*00", "universal", "count must be a positive integer, as in .*, got 'W\\*00'"),
+        ("W*9999999", "universal", "counts must be at most 100000 together, got 'W\\*9999999'"),
+        ("W*60000,S*40001", "universal", "counts must be at most 100000 together, got 'W\\*60000,S\\*40001'"),
+        pytest.param("W*" + "9" * 5000, "universal", "counts must be at most 100000 together", id="5000 digits"),
+        ("W*2", ["universal"], "layout must be one of universal, gta_drive, templerun, got \\['universal'\\]"),
         ("W*2", "minecraft", "layout must be one of universal, gta_drive, templerun, got 'minecraft'"),
     ],
 )
@@ -296,11 +301,43 @@ def test_spelling_errors(text, layout, message):
         ("pitch_limits", (-91, 80), "pitch_limits must be .*, got -91, 80"),
         ("pitch_limits", (-80, -1), "pitch_limits must be .*, got -80, -1"),
         ("pitch_limits", (-80, math.nan), "pitch_limits must be finite"),
+        ("yaw", 1e300, r"yaw must be from -1000000 to 1000000, got 1e\+300"),
+        ("walk", -1e308, r"walk must be from -1000000 to 1000000, got -1e\+308"),
+        ("run", 10**400, "run must be from .*, got 1000"),
+        ("yaw", "x", "yaw must be a number, got 'x'"),
+        ("turn", None, "turn must be a number, got None"),
+        ("pitch", (1, 2), r"pitch must be a number, got \(1, 2\)"),
+        ("walk", True, "walk must be a number, got True"),
+        ("pitch_limits", 5, "pitch_limits must be a pair of numbers, the lowest and the highest look, got 5"),
+        ("pitch_limits", (-80, 0, 80), r"pitch_limits must be a pair of numbers, .*, got \(-80, 0, 80\)"),
+        ("pitch_limits", (None, 80), r"pitch_limits must be a pair of numbers, .*, got \(None, 80\)"),
     ],
 )
 def test_scales_errors(field, value, message):
-    with pytest.raises(ValueError, match=f"ActionScales: {message}"):
+    error = TypeError if "number" in message else ValueError
+    with pytest.raises(error, match=f"ActionScales: {message}"):
         ActionScales(**{field: value})
+
+
+def test_the_largest_scales_can_be_integrated():
+    """For the longest spelled actions: positions and angles are integers, and these have room."""
+    largest = {field: 1e6 for field in ("yaw", "pitch", "walk", "run", "turn")}
+    integrator = ActionIntegrator(ActionScales(**largest, pitch_limits=[-90, np.float32(90)]))
+    integrator.restore(IntegratorState(rows=100_000, x=100_000 * 10**6 << 40, z=-(100_000 * 10**6) << 40))
+    poses = integrator.advance(np.ones((4, 2)), np.ones((4, 4)))
+    assert np.isfinite(poses).all() and poses[0, 0, 3] == pytest.approx(1e11, rel=1e-4)
+
+
+@pytest.mark.parametrize("scales", [5, {"yaw": 3}, ActionScales])
+def test_what_is_no_scales(scales):
+    with pytest.raises(TypeError, match="ActionIntegrator: scales must be ActionScales or None, got "):
+        ActionIntegrator(scales)
+
+
+@pytest.mark.parametrize("text", [None, 5, ["W*3"], b"W*3"])
+def test_actions_that_are_no_string(text):
+    with pytest.raises(TypeError, match=r"parse_actions: text must be actions such as W.*, got "):
+        parse_actions(text)
 
 
 def test_every_layout_has_scales_and_its_letters_name_its_columns():

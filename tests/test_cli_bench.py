@@ -31,6 +31,7 @@ def benched(tmp_path_factory):
     """One run of everything: its folder, its lines and what it printed."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("bench")
+    (folder / "new").mkdir()
     files = ["--json", str(folder / "new" / "out.jsonl"), "--plot", str(folder / "new" / "plots")]
     with pytest.MonkeyPatch.context() as patch:
         printed = []
@@ -184,6 +185,30 @@ def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, 
     ]
 
 
+def test_compare_as_json(tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", figure("same", 9, 10, 11), figure("slow", 9, 10, 11), figure("went", 9, 10, 11))
+    skipped = figure("never", None, None, None, status="skipped", reason="no GPU")
+    b = write(tmp_path / "b.jsonl", figure("same", 9, 10, 11), figure("slow", 12, 15, 16), skipped)
+    assert main(["bench", "compare", a, b, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert "beyond 20/80" in printed.err and "timed in neither: 1" in printed.err
+    key = {"bench": "op", "case": "a case"}
+    commits = ["0123456789ab"]
+    assert json.loads(printed.out) == {
+        "command": "bench compare", "devices": ["H200"],
+        "a": {"path": a, "commits": commits}, "b": {"path": b, "commits": commits},
+        "timed_in_both": [
+            {**key, "variant": "same", "us_a": 10, "us_b": 10, "b_over_a": 1, "beyond_20_80": None},
+            {**key, "variant": "slow", "us_a": 10, "us_b": 15, "b_over_a": 1.5, "beyond_20_80": "slower"},
+        ],
+        "timed_in_one": [{**key, "variant": "went", "in": "a", "why": "no such line in the other"}],
+        "timed_in_neither": 1,
+    }  # fmt: skip
+    assert main(["bench", "compare", a, b, "--json", str(tmp_path / "c.json")]) == 0
+    assert json.loads((tmp_path / "c.json").read_text()) == json.loads(printed.out)
+    assert "beyond 20/80" in capsys.readouterr().out
+
+
 def test_compare_refuses_other_devices_unless_told(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", figure("x", 1, 2, 3))
     b = write(tmp_path / "b.jsonl", figure("x", 1, 2, 3, device="H100"))
@@ -229,7 +254,9 @@ def test_compare_refuses_what_is_no_result_file(tmp_path, capsys, text, said):
         (["append", *QUICK, "--seconds", "0"], "--seconds must be above 0, got 0.0"),
         (["append", *QUICK, "--seconds", "nan"], "--seconds must be above 0, got nan"),
         (["append", *QUICK, "--seconds", "long"], "invalid float value: 'long'"),
-        (["append", *QUICK, "--json", "."], "directory"),
+        (["append", *QUICK, "--json", "."], "--json must be a file that can be written, got '.': Is a directory"),
+        (["append", *QUICK, "--json", "new/x"], "--json must be a file that can be written, got 'new/x': No such file"),
+        (["append", *QUICK, "--trace", "new/x"], "--trace must be a file that can be written, got 'new/x': No such"),
         (["append", *QUICK, "--plot", "a-file"], "a-file"),
         (["compare", "absent.jsonl", "a-file"], "absent.jsonl"),
         (["compare", "a-file"], "required: B"),
@@ -246,6 +273,14 @@ def test_bad_arguments_are_one_line(arguments, said, tmp_path, monkeypatch, caps
     assert status == 2
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert said in printed.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "a-file"]
+
+
+@pytest.mark.parametrize("name, takes", [("all", "about two minutes"), ("append", "half a minute at most")])
+def test_help_says_how_long_the_small_cases_take(name, takes, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", name, "--help"])
+    assert f"small cases, for a CPU; it takes {takes}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_matplotlib_the_extra_is_named_before_anything_runs(monkeypatch, tmp_path, capsys):

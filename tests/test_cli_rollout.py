@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from conftest import relative_error
 
 from worldkv_kernels import WorldMemory
-from worldkv_kernels.cli import main
+from worldkv_kernels.cli import main, report
 from worldkv_kernels.cli.rollout import find_revisits
 from worldkv_kernels.memory.config import MODES
 from worldkv_kernels.models.rollout import rollout
@@ -84,7 +85,8 @@ def test_table(rolled):
     for mode, row in rows.items():
         measured = result["modes"][mode]
         seconds = sum(chunk["seconds"] for chunk in measured["chunks"])
-        assert float(row["frames/s"]) == pytest.approx(9 * 12 / seconds, rel=0.01, abs=0.1)
+        assert float(row["frames/s"]) == pytest.approx(105 / seconds, rel=0.01, abs=0.1)  # 1 + 26 * 4
+        assert measured["frames_per_second"] == pytest.approx(105 / seconds)
         assert float(row["latents/s"]) == pytest.approx(9 * 3 / seconds, rel=0.01, abs=0.1)
     kept = {mode: result["modes"][mode]["kept_bytes"] for mode in rows}
     a_token = 2 * 128 * 4  # K and V of one layer in fp32
@@ -96,7 +98,8 @@ def test_table(rolled):
 
 def test_json(rolled):
     result, _, _ = rolled
-    assert list(result) == ["command", "machine", "trajectory", "model", "memory", "modes", "revisits"]
+    assert list(result) == ["command", "machine", "trajectory", "model", "memory", "interrupted", "modes", "revisits"]
+    assert result["interrupted"] is False
     assert result["machine"]["torch"] == torch.__version__
     assert result["trajectory"] == {
         "name": AWAY_AND_BACK, "frames": 108, "stride": 4, "latent_frames": 27, "chunks": 9
@@ -232,10 +235,10 @@ def test_each_option_reaches_the_memory(tmp_path):
     assert of_worldkv(tmp_path, *corner)["chunks"][8]["retrieved"] == [4, 5]
     assert of_worldkv(tmp_path, *corner, "--diversity", "1")["chunks"][8]["retrieved"] == [1, 5]
     chosen = {}
-    for policy in ("pose", "fov --depth-range 1 50", "fov --depth-range 0.5 9"):
+    for policy in ("pose", "fov --depth-range 0.5 9", "fov --depth-range 0.2 2"):
         turn = ["--trajectory", "forward*40,left*40,back*27", "--retrieved-chunks", "1", "--retrieval", *policy.split()]
         chosen[policy] = [chunk["retrieved"] for chunk in of_worldkv(tmp_path, *turn)["chunks"][6:]]
-    assert list(chosen.values()) == [[[3], [4], [5]], [[2], [4], [5]], [[2], [2], [1]]]
+    assert list(chosen.values()) == [[[3], [4], [5]], [[3], [2], [1]], [[3], [2], [2]]]
 
 
 def test_the_seed_is_that_of_weights_and_noise(tmp_path):
@@ -286,6 +289,14 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--seed", "-1"], "argument --seed: must be an integer of at least 0, got '-1'"),
         (["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32, got 'int8'"),
         (["--device", "abacus"], "--device must be a device of this machine, got 'abacus'"),
+        (["--backend", "abacus"], "--backend must be one of triton, reference, got 'abacus'"),
+        (["--threads", "100000"], r"--threads must be at most \d+, 4 to a processor, got 100000"),
+        (["--layers", "9999999"], "--model tiny must fit the .* that are free on cpu, got .* GiB of weights; change"),
+        (["--trajectory", "right*9999999"], r"trajectory: moves must be at most 100000 together, got 'right\*9999999'"),
+        (["--json", "no/x.json"], "--json must be a file that can be written, got 'no/x.json': No such file"),
+        (["--json", "."], "--json must be a file that can be written, got '.': Is a directory"),
+        (["--picture", "no/x.svg"], "--picture must be a file that can be written, got 'no/x.svg': No such file"),
+        (["--picture", "x.png"], "--picture must end in .svg, got 'x.png'"),
         (["--modes", "full", "--picture", "x.svg"], "--picture must go with --modes that include worldkv, got 'full'"),
     ],
 )
@@ -299,9 +310,45 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert re.fullmatch(f"worldkv rollout: {message}.*\n", err), err
 
 
-def test_an_unknown_backend_is_refused(capsys):
-    assert main([*SMALL, "--backend", "abacus"]) == 2
-    assert "backend must be None or one of" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (KeyboardInterrupt(), 130, "worldkv rollout: interrupted"),
+        (torch.OutOfMemoryError("no room"), 2, "worldkv rollout: no room"),
+    ],
+)
+def test_modes_that_are_complete_outlive_an_interruption(error, status, said, tmp_path, monkeypatch, capsys):
+    begin_chunk = WorldMemory.begin_chunk
+
+    def stop(memory, **options):
+        if memory.config.mode == "sliding" and memory.stats()["chunks"] == 1:
+            raise error
+        return begin_chunk(memory, **options)
+
+    monkeypatch.setattr(WorldMemory, "begin_chunk", stop)
+    path = tmp_path / "result.json"
+    assert main([*SMALL, "--chunks", "2", "--modes", "sliding", "--json", str(path)]) == status
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == said and "frames/s" not in out and not path.exists()
+    assert main([*SMALL, "--chunks", "2", "--modes", "full,worldkv,sliding", "--json", str(path)]) == status
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == said and "Traceback" not in err
+    result = json.loads(path.read_text())
+    assert result["interrupted"] is True and list(result["modes"]) == ["full", "worldkv"] == list(rows_of(out))
+    assert out.splitlines()[-1] == "interrupted: full, worldkv of full, worldkv, sliding are complete"
+
+
+def test_a_slow_chunk_says_so(monkeypatch, capsys):
+    denoise = TinyWorldModel.denoise
+
+    def slow(*args):
+        time.sleep(0.1)
+        return denoise(*args)
+
+    monkeypatch.setattr(TinyWorldModel, "denoise", slow)
+    monkeypatch.setattr(report, "_SILENCE", 0.1)
+    assert main([*SMALL, "--chunks", "1", "--modes", "full"]) == 0
+    assert "full: chunk 1 of 1: 0 s" in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real trajectory at {REAL}")

@@ -1,8 +1,10 @@
 """worldkv rollout with the real models: small by their variants' sizes, once at the real dimensions."""
 
 import argparse
+import dataclasses
 import json
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -12,8 +14,9 @@ from safetensors_files import write, write_sharded
 from test_cli_rollout import rows_of
 
 from worldkv_kernels import ActionIntegrator, ActionScales, WorldMemory, parse_actions
-from worldkv_kernels.cli import main, rollout_models
+from worldkv_kernels.cli import main, report, rollout_models
 from worldkv_kernels.memory import pool
+from worldkv_kernels.models import wan
 from worldkv_kernels.models.action_module import ActionConfig
 from worldkv_kernels.models.lingbot_camera import longest_step
 from worldkv_kernels.models.lingbot_config import LingBotConfig
@@ -71,9 +74,7 @@ def own_errors(model, *args, retrieval="pose", **options) -> list[float]:
     """Of worldkv against full, by the rollout itself."""
     latents = {}
     for mode in ("full", "worldkv"):
-        memory = WorldMemory(
-            model.config.memory(mode=mode, retrieval=retrieval, bank_chunks=11), dtype=torch.float32
-        )
+        memory = WorldMemory(model.config.memory(mode=mode, retrieval=retrieval, bank_chunks=11), dtype=torch.float32)
         latents[mode] = [chunk.latents for chunk in rollout(model, memory, *args, **options)]
     return [((a - b).norm() / b.norm()).item() for a, b in zip(latents["worldkv"], latents["full"], strict=True)]
 
@@ -261,6 +262,49 @@ def test_a_bank_that_does_not_fit_holds_fewer(small, tmp_path, monkeypatch, caps
         assert "WorldMemory: storage must fit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--random"], "got 69.1 GiB of weights; change --layers or --device or --dtype"),
+        (["--random", "--dtype", "bfloat16"], "got 34.9 GiB of weights; change --layers or --device"),
+        (["--random", "--layers", "1000000"], "GiB of weights; change --layers or --device or --dtype"),
+        (["--weights", "weights"], "got 69.1 GiB of weights; change --device or --dtype"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(arguments, said, tmp_path, monkeypatch, capsys):
+    """The 14B model of LingBot-World-Fast, of which nothing is allocated."""
+    monkeypatch.setattr(pool, "_free_host_bytes", lambda: 23 * 2**30)
+    monkeypatch.setattr(rollout_models, "make_model", lambda *args: pytest.fail("it went to work"))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "weights", {"head.head.bias": torch.zeros(64)})
+    assert main(["rollout", "--device", "cpu", "--model", "lingbot-world-fast", "--chunks", "1", *arguments]) == 2
+    out, err = capsys.readouterr()
+    wanted = "worldkv rollout: --model lingbot-world-fast must fit the 23.0 GiB that are free on cpu, got "
+    assert out == "" and err.startswith(wanted) and err.endswith(f"{said}\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("layers", [1, 47, 48, 50])
+def test_weights_are_counted_without_being_made(layers):
+    config = dataclasses.replace(SMALL["lingbot-world-fast"]["fast"], num_layers=layers)
+    model = LingBotWorldFast(config, device="meta", dtype=torch.bfloat16)
+    parameters = list(model.parameters())
+    want = (sum(one.numel() for one in parameters), sum(one.nbytes for one in parameters))
+    assert rollout_models._count("lingbot-world-fast", config, torch.bfloat16) == want
+
+
+def test_slow_weights_say_so(small, monkeypatch, capsys):
+    draw = wan.draw_parameters
+
+    def slow(*args):
+        time.sleep(0.3)
+        draw(*args)
+
+    monkeypatch.setattr(wan, "draw_parameters", slow)
+    monkeypatch.setattr(report, "_SILENCE", 0.1)
+    assert main(["rollout", "--device", "cpu", *LINGBOT, "--chunks", "1", "--modes", "full"]) == 0
+    assert re.search(r"^drawing 0\.\d million parameters: 0 s$", capsys.readouterr().err, re.M)
+
+
 def test_threads(small, tmp_path):
     options = [*MATRIX, "--chunks", "1", "--modes", "sliding"]
     before = torch.get_num_threads()
@@ -296,7 +340,9 @@ def test_threads(small, tmp_path):
         (["--scales", "yaw=9"], "--scales must go with --model matrix-game-2, got --model tiny"),
         ([*MATRIX, "--scales", "yaw=9,tilt=2"], "--scales must be numbers of yaw, .*, turn, such as .* got 'tilt=2'"),
         ([*MATRIX, "--scales", "yaw"], "--scales must be numbers of yaw, .* got 'yaw'"),
-        ([*MATRIX, "--scales", "walk=nan"], "ActionScales: walk must be finite, got nan"),
+        ([*MATRIX, "--scales", "walk=nan"], "--scales: walk must be finite, got nan"),
+        ([*MATRIX, "--scales", "yaw=1e300"], r"--scales: yaw must be from -1000000 to 1000000, got 1e\+300"),
+        ([*MATRIX, "--actions", "W*9999999"], "parse_actions: counts must be at most 100000 together, got 'W.999"),
         (["--actions", "W*9"], "--actions must go with --model matrix-game-2, got --model tiny"),
         ([*MATRIX, "--actions", "W9"], "parse_actions: an action's count must be a positive integer, .* got 'W9'"),
         ([*MATRIX, "--actions", "X*9"], "parse_actions: keys of 'universal' must be of W, S, .* got 'X'"),
@@ -321,7 +367,11 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, small, capsys):
 def test_weights_that_are_not_there_or_not_the_models(small, tmp_path, capsys):
     options = ["rollout", "--device", "cpu", "--model", "matrix-game-2", "--modes", "sliding", "--weights"]
     assert main([*options, str(tmp_path / "none")]) == 2
-    assert "checkpoint: must be an existing folder or .safetensors file, got" in capsys.readouterr().err
+    said = f"worldkv rollout: --weights must be an existing folder or .safetensors file, got {tmp_path / 'none'}\n"
+    assert capsys.readouterr() == ("", said)
+    assert main([*options, str(tmp_path)]) == 2
+    said = f"worldkv rollout: --weights {tmp_path} must hold .safetensors files, got none\n"
+    assert capsys.readouterr() == ("", said)
     write(tmp_path / "model.safetensors", {"head.head.bias": torch.zeros(64)})
     assert main([*options, str(tmp_path)]) == 2
     assert re.search(r"worldkv rollout: MatrixGame2: .*missing", capsys.readouterr().err)

@@ -16,7 +16,6 @@ skimage = pytest.importorskip("skimage", reason="scikit-image, which brings the 
 Image = pytest.importorskip("PIL.Image")
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def all_threads():
     threads = torch.get_num_threads()
@@ -88,7 +87,6 @@ def test_views_and_values_are_what_they_say():
         scene.keys(14.0).view(12, 20, -1)[:, :-1], scene.keys(10.0).view(12, 20, -1)[:, 1:], atol=1e-4, rtol=0
     )
 
-
     # What lies behind the camera resembles nothing before it.
     behind = (scene.keys(0.0) * scene.keys(180.0)).view(240, 3, 64).sum(dim=2)
     assert behind.abs().max() < 0.7
@@ -109,16 +107,35 @@ def test_pan_comes_back_and_revisits_are_old():
     [
         (["--frames", "91"], "--frames must be a positive multiple of 3, got 91"),
         (["--frames", "30"], "--frames must be enough to see a view again after 30 frames, got 30"),
-        (["--image", "nowhere.png"], "No such file or directory: 'nowhere.png'"),
+        (["--step", "nan"], "--step must be from 0.001 to 360 degrees, got nan"),
+        (["--step", "0"], "--step must be from 0.001 to 360 degrees, got 0.0"),
+        (["--step", "1e308"], "--step must be from 0.001 to 360 degrees, got 1e+308"),
+        (["--image", "nowhere.png"], "--image must be a picture that Pillow reads, got nowhere.png: No such file or"),
         (["--image", __file__], "--image must be a picture that Pillow reads"),
+        (["--backend", "abacus"], "--backend must be one of triton, reference, got 'abacus'"),
+        (["--picture", "nope/x.png"], "--picture must be a file that can be written, got 'nope/x.png': No such file"),
+        (["--picture", "x.zzz"], "--picture must end in .png or .jpg or .webp, got 'x.zzz'"),
+        (["--picture", "x.xbm"], "--picture must end in .png or .jpg or .webp, got 'x.xbm'"),  # black and white alone
+        (["--picture", "-"], "--picture must end in .png or .jpg or .webp, got '-'"),
+        (["--json", "nope/x.json"], "--json must be a file that can be written, got 'nope/x.json': No such file"),
+        (["--json", "."], "--json must be a file that can be written, got '.': Is a directory"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path):
-    arguments = [*arguments, "--picture", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
-    assert main(["recall", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("worldkv recall: ") and message.replace("'nowhere.png'", "") in error
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("worldkv_kernels.cli.recall.recall", lambda *args, **options: pytest.fail("it went to work"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["recall", "--picture", "a.png", "--json", "a.json", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"worldkv recall: {message}") and output.err.count("\n") == 1 and not output.out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_small_photograph_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (100, 1)).save("dot.png")
+    assert main(["recall", "--image", "dot.png"]) == 2
+    said = "worldkv recall: --image must be at least 64 pixels each way, got 100 x 1: dot.png\n"
+    assert capsys.readouterr() == ("", said)
 
 
 def test_recall_refuses_what_it_cannot_measure():

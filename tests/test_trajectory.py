@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from worldkv_kernels.memory.poses import as_poses
+from worldkv_kernels.memory.poses import as_poses, look_rotation
 from worldkv_kernels.trajectory import MOVES, latent_poses, load
 
 
@@ -51,6 +51,7 @@ def test_each_move(moves, forward, position):
 def test_one_frame_a_repeat_and_nothing_else():
     poses = load(" right*2 , forward*3 ").poses
     assert len(poses) == 1 + 2 + 3
+    assert len(load(",".join(["right*2,left*2"] * 50)).poses) == 201  # too long for the name of a folder
     steps = np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)
     np.testing.assert_allclose(steps, [0, 0, 0.1, 0.1, 0.1], atol=1e-15)
 
@@ -58,6 +59,25 @@ def test_one_frame_a_repeat_and_nothing_else():
 def test_the_way_back_has_the_very_same_orientations():
     poses = load("right*60,up*7,down*7,left*60").poses
     assert np.array_equal(poses, poses[::-1])
+
+
+def test_poses_are_those_of_a_plain_loop():
+    text = "right*40,forward*9,up*12,strafe_left*30,left*95,back*7,down*30,strafe_right*2,forward*50"
+    yaw = pitch = 0
+    position = np.zeros(3)
+    want = [np.eye(4)]
+    for part in text.split(","):
+        name, count = part.split("*")
+        for _ in range(int(count)):
+            yaw, pitch = yaw + MOVES[name][0], pitch + MOVES[name][1]
+            pose = np.eye(4)
+            pose[:3, :3] = look_rotation(math.radians(1) * yaw, math.radians(1) * pitch)
+            position = position + pose[:3, :3] @ (0.1 * MOVES[name][2], 0.0, 0.1 * MOVES[name][3])
+            pose[:3, 3] = position
+            want.append(pose)
+    poses = load(text).poses
+    assert np.array_equal(poses[:, :3, :3], np.stack(want)[:, :3, :3])
+    np.testing.assert_allclose(poses, np.stack(want), atol=1e-13)
 
 
 def test_step_sizes_are_parameters():
@@ -105,6 +125,10 @@ def test_latent_frames_are_one_more_than_a_quarter_of_the_moves():
         ("right*-3", "count must be a positive integer, .* got '-3'"),
         ("right*1.5", "count must be a positive integer, .* got '1.5'"),
         ("right*2*2", r"count must be a positive integer, .* got '2\*2'"),
+        ("right*00", "count must be a positive integer, .* got '00'"),
+        ("right*9999999", r"moves must be at most 100000 together, got 'right\*9999999'"),
+        ("right*60000,left*40001", r"moves must be at most 100000 together, got 'right\*60000,left\*40001'"),
+        pytest.param("up*" + "9" * 5000, r"moves must be at most 100000 together, got 'up\*9*$", id="5000 digits"),
         ("right*²", "count must be a positive integer, .* got '²'"),  # a digit to str.isdigit, not to int
         ("right", "must be an existing folder, or moves such as .*, got 'right'"),
         ("no/such/folder", "must be an existing folder, or moves such as .*, got 'no/such/folder'"),

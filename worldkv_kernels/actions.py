@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ MOUSE_STEP = 0.1  # of one look key, as in the published examples of Matrix-Game
 # Poses are counted in integers, so that opposite actions cancel to the last bit, and a turn wraps without rounding.
 _TURN = 1 << 48  # 360 degrees
 _UNIT = 1 << 40  # of length
+
+# Of each scale: far more than any game's, and far less than what the integers' conversion from floats can take.
+LARGEST_SCALE = 1e6
+MOST_ROWS = 100_000  # of spelled actions
 
 _EXAMPLE = "actions such as W*24,L*12,W+J*8"
 
@@ -76,6 +81,10 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+def _is_number(given: object) -> bool:
+    return isinstance(given, numbers.Real) and not isinstance(given, bool)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActionScales:
     """How far each action goes. No model publishes its own: measure them where the ratio of turns to steps matters.
@@ -88,7 +97,8 @@ class ActionScales:
     a frame at a mouse step of 0.1, 12.35 units a frame; the pitch limits, which it has not, are guessed.
     Retrieval by pose divides by the farthest candidate, so the unit of length is free.
 
-    Raises ValueError on a number that is not finite, or limits outside -90 .. 90 or without 0.
+    Raises TypeError on what is no number, or no pair of them; ValueError on a number that is not finite or beyond
+    -1,000,000 .. 1,000,000, or limits outside -90 .. 90 or without 0.
     """
 
     yaw: float = 15.0
@@ -101,8 +111,16 @@ class ActionScales:
     def __post_init__(self) -> None:
         for field in fields(self):
             got = getattr(self, field.name)
-            if not np.isfinite(got).all():
+            is_pair = field.name == "pitch_limits"
+            given = got if is_pair else (got,)
+            if not (isinstance(given, (tuple, list)) and len(given) == 1 + is_pair and all(map(_is_number, given))):
+                wanted = "a pair of numbers, the lowest and the highest look" if is_pair else "a number"
+                raise TypeError(f"ActionScales: {field.name} must be {wanted}, got {got!r:.60}")
+            if not all(-math.inf < number < math.inf for number in given):
                 raise ValueError(f"ActionScales: {field.name} must be finite, got {got}")
+            if not is_pair and abs(got) > LARGEST_SCALE:
+                bounds = f"from {-LARGEST_SCALE:.0f} to {LARGEST_SCALE:.0f}"
+                raise ValueError(f"ActionScales: {field.name} must be {bounds}, got {got!r:.60}")
         low, high = self.pitch_limits
         if not -90 <= low <= 0 <= high <= 90:
             raise ValueError(f"ActionScales: pitch_limits must be -90 <= low <= 0 <= high <= 90, got {low}, {high}")
@@ -143,12 +161,14 @@ class ActionIntegrator:
         scales: how far each action goes; None for the layout's in SCALES, which are guesses.
         layout: one of LAYOUTS, "universal", "gta_drive" or "templerun".
 
-    Raises ValueError on another layout.
+    Raises ValueError on another layout, TypeError on scales that are no ActionScales.
     """
 
     def __init__(self, scales: ActionScales | None = None, layout: str = "universal") -> None:
         self.layout = _layout("ActionIntegrator", layout)
         self.layout_name = layout
+        if not (scales is None or isinstance(scales, ActionScales)):
+            raise TypeError(f"ActionIntegrator: scales must be ActionScales or None, got {scales!r:.60}")
         self.scales = SCALES[layout] if scales is None else scales
         self.reset()
 
@@ -264,16 +284,21 @@ def parse_actions(text: str, layout: str = "universal") -> Actions:
     The first row stands twice, as the published examples have it: for frame 0, then for the frames counted; so
     the counts' sum plus one is the number of rows. Mouse and keyboard are float32, as the models take them.
 
-    Raises ValueError on another layout, an unknown letter, two of a group, or a count that is not a positive integer.
+    Raises ValueError on another layout, an unknown letter, two of a group, a count that is not a positive integer, or
+    counts of more than 100,000 together; TypeError on what is no string.
     """
     wanted = _layout("parse_actions", layout)
+    if not isinstance(text, str):
+        raise TypeError(f"parse_actions: text must be {_EXAMPLE}, got {text!r:.60}")
     rows: list[np.ndarray] = []
     for item in text.split(","):
         held, _, count = (piece.strip() for piece in item.partition("*"))
-        if not (count.isascii() and count.isdigit() and int(count) > 0):
+        if not (count.isascii() and count.isdigit() and count.strip("0")):
             raise ValueError(
                 f"parse_actions: an action's count must be a positive integer, as in {_EXAMPLE}, got {item.strip()!r}"
             )
+        if len(count) > len(str(MOST_ROWS)) or len(rows) + int(count) > MOST_ROWS:
+            raise ValueError(f"parse_actions: counts must be at most {MOST_ROWS} together, got {text!r:.60}")
         row = _row(wanted, [letter.strip().upper() for letter in held.split("+")], layout)
         rows += [row] * (int(count) + (not rows))
     array = np.stack(rows).astype(np.float32)
@@ -304,7 +329,7 @@ def _row(layout: Layout, letters: list[str], name: str) -> np.ndarray:
 
 
 def _layout(op: str, name: str) -> Layout:
-    if name not in LAYOUTS:
+    if not isinstance(name, str) or name not in LAYOUTS:
         raise ValueError(f"{op}: layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
     return LAYOUTS[name]
 

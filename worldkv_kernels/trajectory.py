@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ MOVES = {
 
 # fx, fy, cx, cy of a spelled trajectory: a 480 x 832 image that is 79.5 degrees wide.
 DEFAULT_INTRINSICS = (500.0, 500.0, 416.0, 240.0)
+
+MOST_FRAMES = 100_000  # of spelled moves
 
 _EXAMPLE = "moves such as right*90,left*90,forward*10"
 
@@ -47,9 +50,10 @@ def load(source: str | Path, *, turn_degrees: float = 1.0, move: float = 0.1) ->
     and steps are counted, not multiplied up, so a camera that turns back has exactly its old orientation.
 
     Raises ValueError when the string is neither a folder nor moves, a move is unknown, a count is not a positive
-    integer, a file is missing or unreadable, or the poses or intrinsics are misshapen, not finite or not rigid.
+    integer, the counts are more than 100,000 together, a file is missing or unreadable, or the poses or intrinsics are
+    misshapen, not finite or not rigid.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # Path.is_dir raises where a string of moves is too long for a name
         return _from_folder(Path(source))
     if isinstance(source, Path) or "*" not in source:
         raise ValueError(f"trajectory: must be an existing folder, or {_EXAMPLE}, got {str(source)!r}")
@@ -88,23 +92,24 @@ def _read(folder: Path, name: str, shape: str) -> np.ndarray:
 
 
 def _from_moves(text: str, turn: float, move: float) -> Trajectory:
-    yaw = pitch = 0  # in turns
-    position = np.zeros(3)
-    poses = [np.eye(4)]
+    steps, counts = [], []
     for part in text.split(","):
         name, _, count = (piece.strip() for piece in part.partition("*"))
         if name not in MOVES:
             raise ValueError(f"trajectory: a move must be one of {', '.join(MOVES)}, got {name!r} in {text!r}")
-        if not (count.isascii() and count.isdigit() and int(count) > 0):
+        if not (count.isascii() and count.isdigit() and count.strip("0")):
             raise ValueError(
                 f"trajectory: a move's count must be a positive integer, as in {name}*10, got {count!r} in {text!r}"
             )
-        yaw_step, pitch_step, x, z = MOVES[name]
-        for _ in range(int(count)):
-            yaw, pitch = yaw + yaw_step, pitch + pitch_step
-            pose = np.eye(4)
-            pose[:3, :3] = look_rotation(yaw * turn, pitch * turn)
-            position = position + pose[:3, :3] @ (x * move, 0.0, z * move)
-            pose[:3, 3] = position
-            poses.append(pose)
-    return Trajectory(np.stack(poses), np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), text)
+        if len(count) > len(str(MOST_FRAMES)) or sum(counts) + int(count) > MOST_FRAMES:
+            raise ValueError(f"trajectory: moves must be at most {MOST_FRAMES} together, got {text!r:.60}")
+        steps.append(MOVES[name])
+        counts.append(int(count))
+    added = np.repeat(np.array([(0, 0, 0, 0), *steps]), [1, *counts], axis=0)  # a row a frame, the first at rest
+    views, of_frame = np.unique(added[:, :2].cumsum(axis=0), axis=0, return_inverse=True)  # yaws and pitches in turns
+    rotations = np.stack([look_rotation(yaw * turn, pitch * turn) for yaw, pitch in views.tolist()])
+    poses = np.tile(np.eye(4), (len(added), 1, 1))
+    poses[:, :3, :3] = rotations[of_frame.reshape(-1)]
+    right, ahead = added[:, 2:].T * move
+    poses[:, :3, 3] = (poses[:, :3, 0] * right[:, None] + poses[:, :3, 2] * ahead[:, None]).cumsum(axis=0)
+    return Trajectory(poses, np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), text)

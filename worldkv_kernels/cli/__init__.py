@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import NoReturn
 
 import torch
 
 from .. import __version__
+from . import report
 
 COMMANDS = {
     "recall": "a photograph seen by a panning camera, remembered and recalled through the real ops",
@@ -27,7 +29,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand. Bad input is one line on stderr and exit status 2."""
+    """Run one subcommand.
+
+    Bad input is one line on stderr and exit status 2; Ctrl-C is one line and 130. Where nobody reads stdout any more,
+    it ends with 141 and no line, as a program does that the system's signal ends.
+    """
     parser = _Parser(prog="worldkv", description="World memory for video world models.")
     parser.add_argument("--version", action="version", version=f"worldkv_kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,7 +46,17 @@ def main(argv: list[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        report.writable("--json", args.json)  # of every command, so that none works for nothing
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        started = "\n" if sys.stderr.isatty() else ""  # of a line of progress
+        print(f"{started}worldkv {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return 141
     except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"worldkv {args.command}: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .report import table
+from .report import table, writable, write_json
 
 # What each name runs. A bench is a script of benchmarks/ with run(small=, device=, seconds=, json_path=) -> figures.
 BENCHES = {
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices = parser.add_subparsers(dest="what", required=True, metavar="BENCH")
     for name, summary in {"all": "all of these", **{n: summary for n, (_, summary) in BENCHES.items()}}.items():
         bench = choices.add_parser(name, help=summary)
-        bench.add_argument("--small", action="store_true", help="small cases, which a CPU finishes in seconds")
+        takes = "about two minutes" if name == "all" else "half a minute at most"
+        bench.add_argument("--small", action="store_true", help=f"small cases, for a CPU; it takes {takes}")
         bench.add_argument("--json", metavar="FILE", help="append one JSON line per figure, - for stdout")
         bench.add_argument("--plot", metavar="DIR", help="draw latency and share of the ceiling; needs matplotlib")
         bench.add_argument("--device", help="such as cuda:0 or cpu (default: the GPU where there is one)")
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare = choices.add_parser("compare", help="two files of --json side by side")
     compare.add_argument("a", metavar="A", help="a file that --json wrote")
     compare.add_argument("b", metavar="B", help="another; ratios are B over A")
+    compare.add_argument("--json", metavar="FILE", help="the comparison, - for stdout")
     compare.add_argument("--any", action="store_true", help="even if they come from different devices")
 
 
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seconds must be above 0, got {args.seconds}")
     common = script("common")
     device = common.device_for(args.device, small=args.small)
+    writable("--trace", args.trace)
     plots = None
     if args.plot is not None:
         plots = script("plots")
@@ -65,11 +68,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
     to_stdout = args.json == "-"
     path = None if to_stdout else args.json
-    if path is not None:  # refused now rather than after the first case
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
     if args.trace is not None:  # written anew, a case at a time
-        Path(args.trace).parent.mkdir(parents=True, exist_ok=True)
         Path(args.trace).write_text('{"traceEvents": []}')
     names = list(BENCHES) if args.what == "all" else [args.what]
     options = {"core": args.core} if args.what == "attention" else {}
@@ -115,30 +114,43 @@ def script(name: str) -> ModuleType:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    """Print what both files have timed, and the lines that have no partner."""
+    """Print what both files have timed, and the lines that have no partner; and all of it as JSON, if asked for."""
+    out = sys.stderr if args.json == "-" else sys.stdout
     a, b = _read(args.a), _read(args.b)
     devices = sorted({f["environment"]["device"] for f in (*a.values(), *b.values())})
     if len(devices) > 1 and not args.any:
         raise ValueError(f"the figures come from different devices: {', '.join(devices)}; --any compares them")
     columns = ["bench", "case", "variant", "us A", "us B", "B/A", "beyond 20/80"]
     rows, alone, untimed = [], [], 0
+    result: dict[str, Any] = {"command": "bench compare", "devices": devices, "timed_in_both": [], "timed_in_one": []}
     for key in dict.fromkeys([*a, *b]):
         first, second = a.get(key), b.get(key)
         in_a, in_b = (f is not None and f["status"] == "timed" for f in (first, second))
         if in_a and in_b:
             ratio = second["us"] / first["us"]
-            rows.append([*key, f"{first['us']:.1f}", f"{second['us']:.1f}", f"{ratio:.2f}", _mark(first, second)])
+            mark = _mark(first, second)
+            rows.append([*key, f"{first['us']:.1f}", f"{second['us']:.1f}", f"{ratio:.2f}", mark])
+            times = {"us_a": first["us"], "us_b": second["us"], "b_over_a": ratio, "beyond_20_80": mark or None}
+            result["timed_in_both"].append({**_named(key), **times})
         elif in_a or in_b:
-            alone.append(f"timed in {'A' if in_a else 'B'} only: {', '.join(key)}: {_why(second if in_a else first)}")
+            file, why = "A" if in_a else "B", _why(second if in_a else first)
+            alone.append(f"timed in {file} only: {', '.join(key)}: {why}")
+            result["timed_in_one"].append({**_named(key), "in": file.lower(), "why": why})
         else:
             untimed += 1
     for name, path, figures in (("A", args.a, a), ("B", args.b, b)):
         commits = sorted({str(f["environment"].get("commit"))[:12] for f in figures.values()})
-        print(f"{name}: {path}, commit {', '.join(commits)}")
-    print(f"{', '.join(devices)}\n")
-    print(table(columns, rows, left=3) if rows else "no figure was timed in both files")
-    print("\n".join(["", *alone, f"timed in neither: {untimed}"] if alone or untimed else []))
+        print(f"{name}: {path}, commit {', '.join(commits)}", file=out)
+        result[name.lower()] = {"path": path, "commits": commits}
+    print(f"{', '.join(devices)}\n", file=out)
+    print(table(columns, rows, left=3) if rows else "no figure was timed in both files", file=out)
+    print("\n".join(["", *alone, f"timed in neither: {untimed}"] if alone or untimed else []), file=out)
+    write_json(args.json, {**result, "timed_in_neither": untimed})
     return 0
+
+
+def _named(key: tuple[str, str, str]) -> dict[str, str]:
+    return dict(zip(("bench", "case", "variant"), key, strict=True))
 
 
 def _mark(a: Figure, b: Figure) -> str:

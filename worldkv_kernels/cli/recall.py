@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import numpy as np
 import torch
 
 from ..recall import CHUNK_FRAMES, MODES, RecallResult, Scene, pan_and_return, recall, revisited
-from .report import Progress, machine, parse_device, size, table, write_json
+from .report import Progress, check_backend, machine, parse_device, size, table, writable, write_json
+
+_LEAST_STEP, _LARGEST_STEP = 0.001, 360.0  # degrees; views are told apart to a millionth
+_LEAST_SIDE = 64  # pixels of a photograph
 
 PHOTOGRAPHS = {"coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "rocket.jpg", "cat": "chelsea.png"}
 
@@ -37,9 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.frames < 1 or args.frames % CHUNK_FRAMES:
         raise ValueError(f"--frames must be a positive multiple of {CHUNK_FRAMES}, got {args.frames}")
+    if not _LEAST_STEP <= args.step <= _LARGEST_STEP:
+        raise ValueError(f"--step must be from {_LEAST_STEP} to {_LARGEST_STEP:g} degrees, got {args.step}")
     device = parse_device(args.device)
+    check_backend(args.backend, device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     name, image = _load_image(args)
+    writable("--picture", args.picture, _formats(args.picture))
     yaws = pan_and_return(args.frames, args.step)
     again = revisited(yaws)
     if not len(again):
@@ -63,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
             )
         )  # fmt: skip
     print(_table(results), file=out)
-    _draw(args.picture, scene.view(yaws[again[-1]]).cpu().numpy(), results, int(again[-1]))
-    print(f"\nwrote {args.picture}: the view of frame {again[-1]}, as it is and as recalled, and the error", file=out)
     figures = {"image": name, "dtype": str(dtype)[6:], "frames": args.frames, "step_degrees": args.step}
     figures |= {"seed": args.seed, "revisited_frames": again.tolist(), "modes": _figures(results)}
     write_json(args.json, {"command": "recall", "machine": machine(device), **figures})
+    _draw(args.picture, scene.view(yaws[again[-1]]).cpu().numpy(), results, int(again[-1]))
+    print(f"\nwrote {args.picture}: the view of frame {again[-1]}, as it is and as recalled, and the error", file=out)
     return 0
 
 
@@ -75,7 +83,7 @@ def _load_image(args: argparse.Namespace) -> tuple[str, np.ndarray]:
     """The photograph's name and its pixels, float64 [height, width, 3] in 0..1."""
     if importlib.util.find_spec("PIL") is None or (not args.image and importlib.util.find_spec("skimage") is None):
         raise ImportError("recall needs scikit-image and Pillow: pip install 'worldkv-kernels[demo]'")
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if args.image:
         path, name = Path(args.image), Path(args.image).name
@@ -85,9 +93,26 @@ def _load_image(args: argparse.Namespace) -> tuple[str, np.ndarray]:
         path, name = Path(package.origin).parent / "data" / PHOTOGRAPHS[args.photo], f"the photograph '{args.photo}'"
     try:
         with Image.open(path) as file:
-            return name, np.asarray(file.convert("RGB"), dtype=np.float64) / 255
-    except UnidentifiedImageError as error:
-        raise ValueError(f"--image must be a picture that Pillow reads, got {path}") from error
+            pixels = np.asarray(file.convert("RGB"), dtype=np.float64) / 255
+    except OSError as error:
+        reason = f": {error.strerror}" if error.strerror else ""
+        raise ValueError(f"--image must be a picture that Pillow reads, got {path}{reason}") from error
+    height, width = pixels.shape[:2]
+    if min(height, width) < _LEAST_SIDE:
+        raise ValueError(f"--image must be at least {_LEAST_SIDE} pixels each way, got {width} x {height}: {path}")
+    return name, pixels
+
+
+def _formats(path: str) -> list[str]:
+    """The suffix of `path` if Pillow can write colours to such a file, else those of common formats."""
+    from PIL import Image
+
+    suffix = Path(path).suffix.lower()
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[suffix])
+        return [suffix]
+    except (KeyError, OSError, ValueError):
+        return [".png", ".jpg", ".webp"]
 
 
 def _table(results: list[RecallResult]) -> str:

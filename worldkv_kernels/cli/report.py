@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..ops.compress_chunk import BACKENDS as COMPRESS_CHUNK
+from ..ops.norm_rope_append import BACKENDS as NORM_ROPE_APPEND
+from ..ops.segment_attention import BACKENDS as SEGMENT_ATTENTION
+
+_SILENCE = 2.0  # seconds at most
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -51,9 +58,32 @@ class Progress:
         text = f"{self._label}: {self._done}/{self._total} {detail}"
         if self._terminal:
             print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif now - self._last > 2 or last:
+        elif now - self._last > _SILENCE or last:
             print(text, file=sys.stderr, flush=True)
             self._last = now
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """While inside, a line on stderr of the seconds so far, for work that cannot be counted; quick work says none."""
+    left = threading.Event()
+    terminal = sys.stderr.isatty()
+
+    def tell() -> None:
+        started = time.monotonic()
+        while not left.wait(_SILENCE):
+            text = f"{label}: {time.monotonic() - started:.0f} s"
+            print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        if terminal and time.monotonic() - started > _SILENCE:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        left.set()
+        teller.join()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -83,6 +113,37 @@ def parse_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {error}") from error
     return device
+
+
+def check_backend(name: str | None, device: torch.device) -> None:
+    """Raises ValueError when an op has no backend of that name, or none that runs on `device`."""
+    for op in (SEGMENT_ATTENTION, NORM_ROPE_APPEND, COMPRESS_CHUNK) if name is not None else ():
+        if name not in op.backends:
+            raise ValueError(f"--backend must be one of {', '.join(op.backends)}, got {name!r}")
+        reason = op.backends[name].unavailable(device)
+        if reason:
+            raise ValueError(f"--backend must be one that runs on {device}, got {name!r}: {reason}")
+
+
+def writable(argument: str, path: str | None, suffixes: Sequence[str] = ()) -> None:
+    """Raises ValueError naming the argument when `path` cannot be written; leaves nothing behind.
+
+    None is nothing to write; "-" is stdout, unless there must be one of `suffixes`.
+    """
+    if path is None or (path == "-" and not suffixes):
+        return
+    if suffixes and Path(path).suffix.lower() not in suffixes:
+        raise ValueError(f"{argument} must end in {' or '.join(suffixes)}, got {path!r}")
+    try:
+        file = Path(path).resolve()
+        is_there = file.exists()
+        if is_there and not (file.is_file() or file.is_dir()):
+            return  # a pipe or a device: opened when there is something to say
+        open(file, "a").close()
+        if not is_there:
+            file.unlink()
+    except OSError as error:
+        raise ValueError(f"{argument} must be a file that can be written, got {path!r}: {error.strerror}") from error
 
 
 def write_json(path: str | None, result: dict[str, Any]) -> None:

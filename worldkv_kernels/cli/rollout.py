@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ from .rollout_picture import picture
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHOWN_REVISITS = 5
+_THREADS_EACH = 4  # of a processor, at most: thousands of them hang or end the process
 
 
 class Revisit(NamedTuple):
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sink-frames", type=_integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=_integer(0), help="past latent frames kept whole (default: the model's own)")
     add("--retrieval", help="by pose, by fov, the overlap of the views, or by action, the pose that a player's actions "
-        "lead to (default: action for matrix-game-2, else pose)")
+        "lead to (default: action for matrix-game-2, else pose)")  # fmt: skip
     add("--depth-range", type=_number, nargs=2, metavar=("NEAR", "FAR"), help="of the views' overlap (default: 1 50)")
     add("--diversity", type=_number, default=0.0, help="0 to 1: avoid near-copies (default: %(default)s)")
     add("--rebase-time", action="store_true", help="turn retrieved and sink chunks in time next to the recent ones")
@@ -59,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help=f"{', '.join(_DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="such as cpu or cuda:0 (default: the first GPU, else the CPU)")
     add("--threads", type=_integer(1),
-        help="of the CPU (default: torch's own choice; 1 for the tiny model, whose tensors are too small to share)")
+        help="of the CPU (default: torch's own choice; 1 for the tiny model, whose tensors are too small to "
+             "share)")  # fmt: skip
     add("--backend", help="of the ops: reference, triton (default: the automatic choice)")
     add("--seed", type=_integer(0), default=0, help="of weights and noise (default: %(default)s)")
     add("--json", metavar="PATH", help="also write everything measured, chunk by chunk; - for stdout")
@@ -69,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Roll out in each mode, print the comparison, and write what was asked for."""
     threads = torch.get_num_threads()
+    most = _THREADS_EACH * (os.cpu_count() or 1)
+    if args.threads is not None and args.threads > most:
+        raise ValueError(f"--threads must be at most {most}, {_THREADS_EACH} to a processor, got {args.threads}")
     args.threads = args.threads or (1 if args.model == "tiny" else threads)
     torch.set_num_threads(args.threads)
     try:
@@ -79,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     device = report.parse_device(args.device)
+    report.check_backend(args.backend, device)
     modes = _modes(args.modes)
+    report.writable("--picture", args.picture, [".svg"])
     if args.picture and "worldkv" not in modes:
         raise ValueError(f"--picture must go with --modes that include worldkv, got {args.modes!r}")
     dtype = _DTYPES[_one_of("--dtype", args.dtype or ("float32" if device.type == "cpu" else "bfloat16"), _DTYPES)]
@@ -88,6 +96,7 @@ def _run(args: argparse.Namespace) -> int:
     chunks = _chunk_count(args, motion, config)
     policy = _policy(args, motion)
     memories = {mode: _memory_config(args, config, policy, mode, chunks) for mode in modes}
+    rollout_models.check_weights(args, config, device, dtype)
     say = functools.partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     say(_introduction(args, motion, chunks, config, device, dtype))
 
@@ -97,23 +106,26 @@ def _run(args: argparse.Namespace) -> int:
     along = motion.until(chunks * config.chunk_frames)
     results: dict[str, dict[str, Any]] = {}
     yardstick: list[torch.Tensor] = []
-    for mode in modes:
-        memory = _memory(memories[mode], args, say, device=device, dtype=dtype, backend=args.backend)
-        made = _made(mode, model, memory, along, args)
-        latents = [chunk.latents.cpu() for chunk in made]
-        yardstick = latents if mode == "full" else yardstick
-        errors = [_relative_error(*pair) for pair in zip(latents, yardstick, strict=True)] if yardstick else None
-        results[mode] = _result(made, errors, memory, config.chunk_frames * (args.stride or STRIDE))
-        del memory  # the next one may need its room
-        if mode == "worldkv" and args.picture:
-            Path(args.picture).write_text(picture(made, motion.name))
-            print(f"wrote {args.picture}", file=sys.stderr)
+    stopped: BaseException | None = None
+    try:
+        for mode in modes:
+            memory = _memory(memories[mode], args, say, device=device, dtype=dtype, backend=args.backend)
+            made = _made(mode, model, memory, along, args)
+            latents = [chunk.latents.cpu() for chunk in made]
+            yardstick = latents if mode == "full" else yardstick
+            errors = [_relative_error(*pair) for pair in zip(latents, yardstick, strict=True)] if yardstick else None
+            results[mode] = _result(made, errors, memory, args.stride or STRIDE)
+            del memory  # the next one may need its room
+            if mode == "worldkv" and args.picture:
+                Path(args.picture).write_text(picture(made, motion.name))
+                print(f"wrote {args.picture}", file=sys.stderr)
+    except (KeyboardInterrupt, Exception) as error:
+        if not results:
+            raise
+        stopped = error  # raised again when the modes that are complete have been written
 
-    say("\n" + _table(results, compared=bool(yardstick)))
     of_worldkv = results["worldkv"]["chunks"] if "worldkv" in results else []
     revisits = find_revisits(of_worldkv, along.poses, config.chunk_frames)
-    if revisits:
-        say("\n" + _retrieval_at_work(revisits))
     report.write_json(args.json, {
         "command": "rollout",
         "machine": {**report.machine(device), "threads": args.threads},
@@ -128,9 +140,16 @@ def _run(args: argparse.Namespace) -> int:
                 "order", "bank", "bank_chunks", "backend")},
             **{name: getattr(memories[modes[0]], name) for name in ("sink_frames", "recent_frames")},
         },
+        "interrupted": stopped is not None,
         "modes": results,
         "revisits": [revisit._asdict() for revisit in revisits],
     })  # fmt: skip
+    say("\n" + _table(results, compared=bool(yardstick)))
+    if revisits:
+        say("\n" + _retrieval_at_work(revisits))
+    if stopped is not None:
+        say(f"\ninterrupted: {', '.join(results)} of {', '.join(modes)} are complete")
+        raise stopped
     return 0
 
 
@@ -245,12 +264,16 @@ def _made(
     if model.device.type == "cuda":
         # Kernels are compiled and checked on first use: not what is to be timed. Long enough to retrieve.
         warm_up = (memory.config.sink_chunks + memory.config.recent_chunks + 3) * model.chunk_frames
-        for _ in chunks_along(motion.until(warm_up)):
-            pass
+        with report.waiting(f"{mode}: compiling and checking kernels"):
+            for _ in chunks_along(motion.until(warm_up)):
+                pass
         memory.reset()
     progress = report.Progress(mode, chunks)
     made = []
-    for chunk in chunks_along(motion):
+    rolling = chunks_along(motion)
+    for number in range(1, chunks + 1):
+        with report.waiting(f"{mode}: chunk {number} of {chunks}"):
+            chunk = next(rolling)
         made.append(chunk)
         progress.step(f"chunks, {chunk.plan.num_tokens} tokens attended, {chunk.seconds:.2f} s")
     return made
@@ -260,16 +283,14 @@ def _relative_error(latents: torch.Tensor, yardstick: torch.Tensor) -> float:
     return ((latents - yardstick).norm() / yardstick.norm()).item()
 
 
-def _result(
-    made: list[RolloutChunk], errors: list[float] | None, memory: WorldMemory, chunk_video_frames: int
-) -> dict[str, Any]:
-    """What was measured in one mode, ready for JSON."""
+def _result(made: list[RolloutChunk], errors: list[float] | None, memory: WorldMemory, stride: int) -> dict[str, Any]:
+    """What was measured in one mode, ready for JSON; latent frame 0 is one video frame, each other `stride` of them."""
     seconds = sum(chunk.seconds for chunk in made)
     tokens = [chunk.plan.num_tokens for chunk in made]
     latent_frames = len(made) * memory.config.chunk_frames
     return {
         "seconds": seconds,
-        "frames_per_second": len(made) * chunk_video_frames / seconds,
+        "frames_per_second": (stride * (latent_frames - 1) + 1) / seconds,
         "latents_per_second": latent_frames / seconds,
         "tokens_mean": sum(tokens) / len(tokens),
         "tokens_last": tokens[-1],

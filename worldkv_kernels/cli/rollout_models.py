@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from ..actions import SCALES, ActionIntegrator, Actions, ActionScales, parse_actions
+from ..memory.pool import free_bytes
+from ..models.checkpoint import read_layout
 from ..models.lingbot_camera import longest_step
 from ..models.lingbot_config import LingBotConfig
 from ..models.lingbot_world_fast import LingBotConditions, LingBotWorldFast
@@ -19,6 +21,7 @@ from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
 from ..models.tiny import TinyConfig, TinyWorldModel
 from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
+from . import report
 
 Config = TinyConfig | LingBotConfig | MatrixGameConfig
 
@@ -41,6 +44,8 @@ DEFAULT_ACTIONS = {
     "gta_drive": "W*24,W+D*60,Q*8,S+A*60,S*24",
     "templerun": "Q*24,Z*24,W*12,D*12,S*12,C*24,Q*24",
 }
+_CLASSES = {"tiny": TinyWorldModel, "lingbot-world-fast": LingBotWorldFast, "matrix-game-2": MatrixGame2}
+_COUNTED_LAYERS = 48  # of which weights are counted one by one; any past that are like the last
 STRIDE = 4  # video frames to a latent frame, of all these models' autoencoders
 
 
@@ -84,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser, integer: Any) -> None:
              f"right*90,left*90,forward*10 (default: {DEFAULT_TRAJECTORY})")  # fmt: skip
     add("--actions", metavar="KEYS",
         help="for matrix-game-2: keys held for video frames, such as W*24,L*12,W+J*8; W S A D walk, I K J L look, Q "
-             f"nothing (gta_drive: A D steer; templerun: W S Z C A D) (default: {DEFAULT_ACTIONS['universal']})")
+             "nothing (gta_drive: A D steer; templerun: W S Z C A D) "
+             f"(default: {DEFAULT_ACTIONS['universal']})")  # fmt: skip
     add("--scales", metavar="NAME=NUMBER,...",
         help="how far actions go, such as yaw=10,walk=5: yaw, pitch in degrees a unit of mouse, walk, run in units a "
              "frame, turn in degrees a frame (default: guesses; yaw=15,pitch=15,walk=12.35)")  # fmt: skip
@@ -139,22 +145,41 @@ def motion(args: argparse.Namespace) -> Motion:
     return Motion("actions", text, rows, poses, np.tile(DEFAULT_INTRINSICS, (len(poses), 1)), actions, integrator)
 
 
+def check_weights(args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError when the checkpoint cannot be read, or the weights do not fit the device's free memory."""
+    if args.weights:
+        try:
+            read_layout(args.weights)
+        except ValueError as error:
+            raise ValueError(str(error).replace("checkpoint:", "--weights", 1)) from error
+    _, needed = _count(args.model, config, dtype)
+    free = free_bytes(device)
+    if needed > free:
+        changes = ["--device"] if args.weights else ["--layers", "--device"]
+        changes += ["--dtype"] if dtype.itemsize > 2 else []
+        raise ValueError(
+            f"--model {args.model} must fit the {report.size(free)} that are free on {device}, got "
+            f"{report.size(needed)} of weights; change {' or '.join(changes)}"
+        )
+
+
 def make_model(
     args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[WorldModel, dict[str, Any]]:
     """The model, and what its weights are, ready for JSON. Raises as from_pretrained does."""
-    started = time.perf_counter()
     options = dict(device=device, dtype=dtype)
-    if args.model == "tiny":
-        model = TinyWorldModel(config, seed=args.seed, **options)
-    else:
-        made_of = LingBotWorldFast if args.model == "lingbot-world-fast" else MatrixGame2
-        if args.weights:
+    made_of = _CLASSES[args.model]
+    count, _ = _count(args.model, config, dtype)
+    started = time.perf_counter()
+    with report.waiting(f"{'loading' if args.weights else 'drawing'} {count / 1e6:,.1f} million parameters"):
+        if args.model == "tiny":
+            model = made_of(config, seed=args.seed, **options)
+        elif args.weights:
             model = made_of.from_pretrained(args.weights, config=config, **options)
         else:
             model = made_of.random(config, args.seed, **options)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     parameters = list(model.parameters())
     return model, {
         "weights": args.weights or "random",
@@ -169,6 +194,18 @@ def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
     return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot-world-fast" else None
 
 
+def _count(name: str, config: Config, dtype: torch.dtype) -> tuple[int, int]:
+    """How many parameters a model has, and their bytes, from its sizes alone."""
+    # The tiny model draws its weights when it is made, wherever that is.
+    most, device = (1, "cpu") if name == "tiny" else (_COUNTED_LAYERS, "meta")
+    counted = replace(config, num_layers=min(config.num_layers, most))
+    model = _CLASSES[name](counted, device=device, dtype=dtype)
+    more = config.num_layers - counted.num_layers
+    whole, last = list(model.parameters()), list(model.blocks[-1].parameters())
+    count = sum(of.numel() for of in whole) + more * sum(of.numel() for of in last)
+    return count, sum(of.nbytes for of in whole) + more * sum(of.nbytes for of in last)
+
+
 def _scales(args: argparse.Namespace) -> ActionScales:
     names = [field.name for field in fields(ActionScales) if field.name != "pitch_limits"]
     given = {}
@@ -180,7 +217,10 @@ def _scales(args: argparse.Namespace) -> ActionScales:
             name = None
         if name not in names:
             raise ValueError(f"--scales must be numbers of {', '.join(names)}, such as yaw=10,walk=5, got {part!r}")
-    return replace(SCALES[args.variant], **given)
+    try:
+        return replace(SCALES[args.variant], **given)
+    except ValueError as error:
+        raise ValueError(str(error).replace("ActionScales", "--scales", 1)) from error
 
 
 def _grid(text: str) -> tuple[int, int]:
