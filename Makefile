@@ -16,7 +16,7 @@ demo: install-demo
 	$(BIN)/worldkv rollout --picture rollout.svg
 
 test: install-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 install-demo install-test: install-%: $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || (echo "installing $(TORCH)" && $(BIN)/pip install --quiet $(TORCH))
