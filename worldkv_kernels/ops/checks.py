@@ -185,19 +185,24 @@ def check_apart(op: str, outputs: dict[str, torch.Tensor], inputs: dict[str, tor
     """
     if torch.compiler.is_compiling():
         return
-    of_outputs = {name: tensor.untyped_storage()._cdata for name, tensor in outputs.items()}
-    of_inputs = {name: tensor.untyped_storage()._cdata for name, tensor in inputs.items()}
-    written = set(of_outputs.values())
-    if len(written) == len(of_outputs) and written.isdisjoint(of_inputs.values()):
+    written = {tensor.untyped_storage()._cdata for tensor in outputs.values()}
+    if len(written) == len(outputs) and not any(x.untyped_storage()._cdata in written for x in inputs.values()):
         return
-    tensors, storages = {**outputs, **inputs}, {**of_outputs, **of_inputs}
-    names = list(tensors)  # outputs first
-    for i, name in enumerate(outputs):
-        for other in names[i + 1 :]:
-            if storages[other] == storages[name]:
-                here, there = (Pieces.of(x, _outermost(x)) for x in (tensors[name], tensors[other]))
+    tensors = [*outputs.items(), *inputs.items()]
+    for i, (name, tensor) in enumerate(tensors[: len(outputs)]):
+        for other_name, other in tensors[i + 1 :]:
+            if tensor.untyped_storage()._cdata == other.untyped_storage()._cdata and not _clearly_apart(tensor, other):
+                here, there = Pieces.of(tensor, _outermost(tensor)), Pieces.of(other, _outermost(other))
                 if here.meets(there):
-                    raise ValueError(f"{op}: {name} must not overlap {other}, got {here} and {there}")
+                    raise ValueError(f"{op}: {name} must not overlap {other_name}, got {here} and {there}")
+
+
+def _clearly_apart(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one dense tensor ends before another starts, such as K and V in one piece. `Pieces` cost more."""
+    if not (tensor.is_contiguous() and other.is_contiguous()):
+        return False
+    first, second = tensor.data_ptr(), other.data_ptr()
+    return first + tensor.nbytes <= second or second + other.nbytes <= first
 
 
 def _outermost(tensor: torch.Tensor) -> int:
