@@ -51,7 +51,8 @@ class MemoryConfig:
     drops one ("full" raises). None: what fits half of the memory that is free when the WorldMemory is made,
     at most what the rope's positions can number.
 
-    `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official().
+    `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official(); in mode "worldkv"
+    alone.
 
     Raises ValueError on a size or a choice that is out of range, TypeError on a count that is not an integer.
     """
@@ -196,6 +197,11 @@ class MemoryConfig:
     @property
     def recent_chunks(self) -> int:
         return self.recent_frames // self.chunk_frames
+
+    @property
+    def gap_chunks(self) -> int:
+        """Chunks between the recent ones and the bank, whole but unattended."""
+        return self.unattended_chunks if self.mode == "worldkv" else 0
 
     @property
     def host_bank_slots(self) -> int:

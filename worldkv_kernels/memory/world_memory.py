@@ -87,7 +87,7 @@ class WorldMemory:
             self._max_chunks = min(self._max_chunks, places)
             ring = self._max_chunks
         else:
-            ring = config.recent_chunks + config.unattended_chunks + 1
+            ring = config.recent_chunks + config.gap_chunks + 1
         on_host = config.has_bank and config.bank == "host"
         self._foresees = on_host and config.prefetch and getattr(self._policy, "stateless", False)
         bank_slots = (config.host_bank_slots if on_host else places) if config.has_bank else 0
@@ -106,7 +106,7 @@ class WorldMemory:
                 self._pool, bank_rows, tokens=config.banked_tokens, places=places, on_host=on_host, policy=self._policy
             )
         in_window = config.sink_chunks + (ring if config.mode == "full" else config.recent_chunks + 1)
-        in_window += config.unattended_chunks
+        in_window += config.gap_chunks
         capacity = in_window * tiles_of(whole) + config.retrieved_chunks * tiles_of(config.banked_tokens)
         self._window = Window(
             [Segment(0, 1)], device=self.device, rope=self._rope if config.rebase_time else None, capacity=capacity
@@ -293,7 +293,7 @@ class WorldMemory:
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
-        leaving = chunk - config.recent_chunks - config.unattended_chunks
+        leaving = chunk - config.recent_chunks - config.gap_chunks
         if self._bank is not None:
             self._descriptions[chunk] = self._view.description
             if config.bank_sink and chunk < config.sink_chunks:
@@ -339,7 +339,7 @@ class WorldMemory:
             return "sink"
         if self.config.mode == "full" or age <= self.config.recent_chunks:
             return "recent"
-        if age <= self.config.recent_chunks + self.config.unattended_chunks:
+        if age <= self.config.recent_chunks + self.config.gap_chunks:
             return "unattended"
         return "bank" if self._bank is not None and chunk in self._bank else "dropped"
 
@@ -394,7 +394,7 @@ class WorldMemory:
         config = self.config
         candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
         if begun is not None:
-            leaving = begun - config.recent_chunks - config.unattended_chunks
+            leaving = begun - config.recent_chunks - config.gap_chunks
             if leaving >= config.sink_chunks:
                 candidates.append((leaving, {**self._descriptions, begun: description}[leaving]))
         return candidates
@@ -432,7 +432,7 @@ class WorldMemory:
         attended = chunk if config.mode == "full" else config.recent_chunks
         # The published code leaves its gap as soon as something is retrieved; with no room for that, always.
         if not retrieved and config.retrieved_chunks:
-            attended += config.unattended_chunks
+            attended += config.gap_chunks
         recent = list(range(max(config.sink_chunks, chunk - attended, 0), chunk))
         # Chunk numbers at which retrieved and sink chunks would stand next to the recent ones.
         before = (recent[0] if recent else chunk) - len(retrieved)
