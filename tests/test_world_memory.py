@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -315,6 +318,50 @@ def test_the_baselines_leave_nothing_unattended(mode):
             memory.end_chunk()
     assert memories[0].stats() == memories[1].stats()
     assert [memories[0].location(chunk) for chunk in range(9)] == [memories[1].location(chunk) for chunk in range(9)]
+
+
+@pytest.mark.parametrize("bank", ["device", "host"])
+@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "torch.save"])
+def test_a_copy_between_chunks_goes_on_bitwise(bank, copied):
+    """And the original with it, each on storage of its own."""
+    config = tiny(num_layers=2, bank=bank, bank_chunks=4, rebase_time=True)
+    memory, rollout = make(config), Rollout(config, 11, 12)
+    for chunk in range(7):
+        rollout.chunk(memory, chunk)
+    again = copy_by(memory, copied)
+    assert again.stats() == memory.stats() and again.config == memory.config
+    for chunk in range(7, 12):
+        assert same(rollout.chunk(again, chunk), rollout.chunk(memory, chunk))
+    assert again.stats() == memory.stats() and memory.stats()["chunks_retrieved"] > 8
+    again.reset()
+    assert (again.stats()["chunks"], memory.stats()["chunks"]) == (0, 12)
+
+
+def copy_by(memory: WorldMemory, way: str) -> WorldMemory:
+    if way == "deepcopy":
+        return copy.deepcopy(memory)
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(memory))
+    file = io.BytesIO()
+    torch.save(memory, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_memory_on_a_gpu_is_not_copied(copied):
+    memory = make(tiny())
+    memory.device = torch.device("cuda:0")
+    with pytest.raises(RuntimeError, match=r"WorldMemory: a memory must be on a CPU to be .*, got one on cuda:0"):
+        copied(memory)
+
+
+def test_repr():
+    memory, rollout = make(tiny(bank="host", bank_chunks=4)), Rollout(tiny(), 0, 6)
+    for _ in rollout.run(memory):
+        pass
+    assert repr(memory) == "WorldMemory(worldkv, 6 chunks, 3 banked, 0.5 MiB on cpu and 0.0 MiB of host memory)"
+    assert repr(make(tiny(mode="sliding"))) == "WorldMemory(sliding, 0 chunks, 0 banked, 0.2 MiB on cpu)"
 
 
 class Newest:
