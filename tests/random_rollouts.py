@@ -163,6 +163,7 @@ def configs(draw, **fixed) -> MemoryConfig:
         bank_chunks=draw(st.sampled_from(bounds)),
         scale=draw(st.sampled_from([None, None, 0.2])),
         eps=draw(st.sampled_from([1e-6, 1e-2])),
+        unattended_chunks=draw(st.integers(0, 1)),
     )
     return MemoryConfig(**{**drawn, **fixed})
 

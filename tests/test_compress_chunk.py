@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, backends
@@ -241,6 +242,16 @@ def zeros(*shape, dtype=torch.float32):
         ({"anchor": 3}, ValueError, "anchor must be a frame from 0 to 2, got 3"),
         ({"out_k": zeros(45, 2, 64)}, ValueError, "out_k must be [46, 2, 64], got [45, 2, 64]"),
         ({"out_index": zeros(46)}, TypeError, "out_index must be torch.int32, got"),
+        ({"k": np.zeros((90, 2, 64))}, TypeError, "head_dim], got a numpy array [90, 2, 64] float64"),
+        ({"frames": "3"}, TypeError, "frames must be an integer, got '3'"),
+        ({"frames": None}, TypeError, "frames must be an integer, got None"),
+        ({"frames": 3.0}, TypeError, "frames must be an integer, got 3.0"),
+        ({"keep_ratio": "x"}, TypeError, "keep_ratio must be a number, got 'x'"),
+        ({"keep_ratio": None}, TypeError, "keep_ratio must be a number, got None"),
+        ({"keep_ratio": True}, TypeError, "keep_ratio must be a number, got True"),
+        ({"anchor": 1.5}, TypeError, "anchor must be an integer, got 1.5"),
+        ({"pooled": "no"}, TypeError, "pooled must be True or False, got 'no'"),
+        ({"backend": 1}, TypeError, "backend must be None or a name, got 1"),
         ({"backend": "nope"}, ValueError, "backend must be None or one of"),
     ],
 )

@@ -12,7 +12,8 @@ from test_compress_chunk import brute_force, float64_similarities, separated_key
 
 from worldkv_kernels import compress_chunk
 from worldkv_kernels.ops import cuda
-from worldkv_kernels.ops.compress_chunk import BACKENDS, _Layers
+from worldkv_kernels.ops.checks import Pieces
+from worldkv_kernels.ops.compress_chunk import BACKENDS
 
 BACKEND_NAMES = backends(BACKENDS)
 TOKENS, HEADS, HEAD_DIM = 42, 2, 64  # of three frames
@@ -225,8 +226,8 @@ class Placed:
 def test_overlap_is_found_where_it_is_and_nowhere_else(data, rows_lie_close, same_stride):
     """Against sets of bytes: exactly, where a layer's rows lie one after another; without fail, where they do not."""
     (a, a_cells, a_reached), (b, b_cells, b_reached) = (buffer_view(data, rows_lie_close) for _ in range(2))
-    meets = _Layers.of(a).meets(_Layers.of(b))
-    assert meets == _Layers.of(b).meets(_Layers.of(a)) == bool(a_reached & b_reached)
+    meets = Pieces.of(a).meets(Pieces.of(b))
+    assert meets == Pieces.of(b).meets(Pieces.of(a)) == bool(a_reached & b_reached)
     assert meets or not a_cells & b_cells
     assert not rows_lie_close or meets == bool(a_cells & b_cells)
 

@@ -309,6 +309,17 @@ def test_poses_that_are_missing_or_wrong_are_refused_at_once(poses, message):
         make(poses=poses)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_poses_and_intrinsics_are_the_memory_s_own(kind):
+    poses, intrinsics = POSES.copy(), INTRINSICS.copy()
+    chunks = make(poses=kind(poses), intrinsics=kind(intrinsics), retrieval="fov")
+    wanted = make(poses=POSES, intrinsics=INTRINSICS, retrieval="fov")
+    poses[:], intrinsics[:] = 0, -1
+    for chunk in range(6):
+        outputs, unchanged = run_chunk(chunks, chunk), run_chunk(wanted, chunk)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, unchanged, strict=True))
+
+
 def test_modes_without_retrieval_need_no_poses():
     chunks = make("sliding", poses=None)
     run_chunk(chunks, 0)

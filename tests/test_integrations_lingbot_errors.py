@@ -143,6 +143,28 @@ def test_a_config_of_another_model_is_refused(options, message):
     assert "forward" not in model.__dict__ and "forward" not in model.blocks[0].self_attn.__dict__
 
 
+@pytest.mark.parametrize("config", [None, {"num_layers": 2}, "worldkv"])
+def test_what_is_no_config_is_refused(config):
+    model = make_model()
+    message = f"lingbot.enable: config must be a MemoryConfig, such as lingbot.memory_config makes .* got {config!r}"
+    with pytest.raises(TypeError, match=message):
+        lingbot.enable(model, config, poses=POSES)
+    assert "forward" not in model.__dict__
+
+
+def test_restart_after_disable_is_refused():
+    model = make_model()
+    handle = enable(model)
+    assert repr(handle).startswith("LingBotMemory(enabled, WorldMemory(full, 0 chunks, 0 banked, ")
+    generate(model, 6)
+    handle.disable()
+    with pytest.raises(
+        RuntimeError, match="lingbot: restart must be called while the model is enabled, got a call aft"
+    ):
+        handle.restart(POSES)
+    assert handle.stats()["chunks"] == 2 and repr(handle).startswith("LingBotMemory(disabled, WorldMemory(full, 2 ")
+
+
 def test_models_of_other_classes_are_refused():
     other = make_model()
     other.blocks[1].self_attn = nn.Identity()

@@ -201,6 +201,8 @@ def test_enabled_once_and_disabled_once():
     handle.disable()
     with pytest.raises(RuntimeError, match="model must be enabled"):
         matrix_game.disable(model)
+    with pytest.raises(RuntimeError, match="matrix_game: restart must be called while the model is enabled"):
+        handle.restart()
     matrix_game.enable(model, config_of(model)).disable()
 
 

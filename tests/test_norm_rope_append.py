@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, backends, relative_error
@@ -146,6 +147,25 @@ def zeros(*shape, dtype=torch.float32):
         ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
         ({"out": zeros(30, 128)}, ValueError, "out must be [30, 2, 64], got [30, 128]"),
         ({"first_row": zeros(1, dtype=torch.int64)}, TypeError, "start_frame must be a tensor [1], got 0"),
+        ({"q": np.zeros((30, 128))}, TypeError, "q must be a tensor [tokens, 128], got a numpy array [30, 128] fl"),
+        ({"k_pool": np.zeros(3)}, ValueError, "k_pool must be a tensor [rows, heads, head_dim], got a numpy array [3]"),
+        ({"k_weight": zeros(128, dtype=torch.float64)}, TypeError, "k_weight must be torch.float32, got [128]"),
+        ({"grid": 12}, TypeError, "grid must be (frames, height, width) of integers, got 12"),
+        ({"grid": None}, TypeError, "grid must be (frames, height, width) of integers, got None"),
+        ({"grid": (2.0, 3, 5)}, TypeError, "grid must be (frames, height, width) of integers, got (2.0, 3, 5)"),
+        ({"eps": "x"}, TypeError, "eps must be a number, got 'x'"),
+        ({"eps": None}, TypeError, "eps must be a number, got None"),
+        ({"eps": math.inf}, ValueError, "eps must be finite and not negative, got inf"),
+        ({"round_before_rope": "no"}, TypeError, "round_before_rope must be True or False, got 'no'"),
+        ({"rope": "wan"}, TypeError, "rope must be a Rope3D or None, got 'wan'"),
+        ({"rope": 5}, TypeError, "rope must be a Rope3D or None, got 5"),
+        ({"first_row": "a"}, TypeError, "first_row must be an integer, got 'a'"),
+        ({"first_row": None}, TypeError, "first_row must be an integer, got None"),
+        ({"first_row": 1.5}, TypeError, "first_row must be an integer, got 1.5"),
+        ({"start_frame": None}, TypeError, "start_frame must be an integer, got None"),
+        ({"start_frame": 1.5}, TypeError, "start_frame must be an integer, got 1.5"),
+        ({"start_frame": None, "rope": None}, TypeError, "start_frame must be an integer, got None"),
+        ({"backend": 1}, TypeError, "backend must be None or a name, got 1"),
         ({"backend": "nope"}, ValueError, "backend must be None or one of"),
     ],
 )
@@ -155,6 +175,61 @@ def test_bad_arguments_are_named_and_nothing_is_written(changes, error, message)
         norm_rope_append(**arguments)
     assert message in str(caught.value)
     assert "k_pool" in changes or arguments["k_pool"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        ((41, 0), "first_row must be from 0 to 40 for 30 tokens in 70 rows, got 41"),
+        ((-1, 0), "first_row must be from 0 to 40 for 30 tokens in 70 rows, got -1"),
+        ((0, 99), "start_frame must be from 0 to 98 within the rope's positions, got 99"),
+        ((0, -1), "start_frame must be from 0 to 98 within the rope's positions, got -1"),
+    ],
+)
+def test_a_position_in_a_tensor_is_checked_on_a_cpu(position, message):
+    given = torch.tensor(position)
+    arguments = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in good().items()}
+    with pytest.raises(ValueError, match=message):
+        norm_rope_append(**{**arguments, "first_row": given[:1], "start_frame": given[1:]})
+    assert arguments["k_pool"].isnan().all()
+
+
+def columns(x, first):
+    return x[:, first : first + 128]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda pool, given: {"v_pool": given["k_pool"]}, "k_pool must not overlap v_pool"),
+        (lambda pool, given: {"k_pool": pool[:70], "v_pool": pool[69:139]}, "k_pool must not overlap v_pool"),
+        (lambda pool, given: {"k_pool": pool[:70], "q": pool[40:70].flatten(1)}, "k_pool must not overlap q"),
+        (lambda pool, given: {"v_pool": pool[:70], "k": pool[40:70].flatten(1)}, "v_pool must not overlap k"),
+        (lambda pool, given: {"v_pool": pool[:70], "v": pool[40:70].flatten(1)}, "v_pool must not overlap v"),
+        (lambda pool, given: {"v_pool": pool[:70], "out": pool[:30]}, "v_pool must not overlap out"),
+        (lambda pool, given: {"q": pool[:30].flatten(1), "out": pool[:30]}, "out must not overlap q"),
+        (lambda pool, given: {"out": given["k"].unflatten(1, (2, 64))}, "out must not overlap k"),
+    ],
+)
+def test_overlaps_are_refused(changes, message):
+    given = good()
+    with pytest.raises(ValueError, match=f"norm_rope_append: {message}, got .*bytes.* and .*bytes"):
+        norm_rope_append(**{**given, **changes(zeros(200, 2, 64), given)})
+
+
+def test_tensors_of_one_storage_that_lie_apart():
+    """Pools in one tensor, row by row or half by half, and q, k, v and out side by side in the rows of another."""
+    given = good()
+    want = norm_rope_append(**given)
+    for pools in (zeros(2, 70, 2, 64), zeros(70, 2, 2, 64).transpose(0, 1)):
+        wide = zeros(30, 4 * 128)
+        for i, name in enumerate("qkv"):
+            columns(wide, 128 * i).copy_(given[name])
+        parts = {name: columns(wide, 128 * i) for i, name in enumerate("qkv")}
+        out = columns(wide, 384).unflatten(1, (2, 64))
+        got = norm_rope_append(**{**given, **parts, "k_pool": pools[0], "v_pool": pools[1], "out": out})
+        assert torch.equal(got, want)
+        assert torch.equal(pools[0, :30], given["k_pool"][:30]) and torch.equal(pools[1, :30], given["v_pool"][:30])
 
 
 def test_debug_checks_positions_on_the_device(monkeypatch):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slow_memory import as_quaternion, quaternion_angle, rotation_mean
 
 from worldkv_kernels.memory.poses import _exp, _log, as_intrinsics, as_poses, geodesic_mean, mean_pose, rotation_angles
+from worldkv_kernels.memory.retrieval import PoseRetrieval, PublishedPoseRetrieval
 
 fuzz = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31)
@@ -229,12 +230,19 @@ def scaled(factor: float) -> np.ndarray:
         (torch.zeros(3, 16), ValueError, "must be [3, 4, 4], got [3, 16]"),
         (None, ValueError, "must be [3, 4, 4], got []"),
         (7.0, ValueError, "must be [3, 4, 4], got []"),
-        ("abc", TypeError, "must be an array [3, 4, 4], got str"),
-        ([[1, 2], [3]], TypeError, "must be an array [3, 4, 4], got list"),
+        ("abc", TypeError, "must be an array [3, 4, 4] of real numbers, got str"),
+        ([[1, 2], [3]], TypeError, "must be an array [3, 4, 4] of real numbers, got list"),
         (broken(_012=math.nan), ValueError, "must be finite, got nan"),
         (broken(_103=math.inf), ValueError, "must be finite, got inf"),
+        (broken(_103=-1e200), ValueError, "must be of numbers up to 1e+09, got 1e+200"),
+        (broken(_111=1e200), ValueError, "must be of numbers up to 1e+09, got 1e+200"),
+        (good() + 0j, TypeError, "must be an array [3, 4, 4] of real numbers, got ndarray of complex128"),
+        ((good() + 0j).tolist(), TypeError, "of real numbers, got list"),
+        (torch.from_numpy(good() + 0j), TypeError, "of real numbers, got Tensor of torch.complex128"),
+        (np.tile(np.eye(4, dtype=bool), (3, 1, 1)), TypeError, "of real numbers, got ndarray of bool"),
+        (torch.eye(4).bool().expand(3, 4, 4), TypeError, "of real numbers, got Tensor of torch.bool"),
         (scaled(1.001), ValueError, "must be rigid, a rotation, a translation and the row 0 0 0 1, got frame 2"),
-        (scaled(-1.0), ValueError, "got frame 2"),
+        (scaled(-1.0), ValueError, "got frame 2 with a reflection, of determinant -1, for a rotation"),
         (scaled(0.0), ValueError, "got frame 2"),
         (broken(_132=0.01), ValueError, "got frame 1"),
         (broken(_033=0.0), ValueError, "and last row [0.0, 0.0, 0.0, 0.0]"),
@@ -246,6 +254,25 @@ def test_poses_errors(poses, error_type, wanted):
         as_poses("begin_chunk", poses, 3)
     assert str(caught.value).startswith("begin_chunk: poses must be")
     assert wanted in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_poses_up_to_the_bound():
+    poses = good()
+    poses[:, :3, 3] = 1e9
+    for policy in (PoseRetrieval(), PublishedPoseRetrieval()):
+        far, near = (policy.describe(as_poses("op", each), None) for each in (poses, good()))
+        assert policy.select(near, [(0, far), (1, near)], 1) == [1]
+
+
+@pytest.mark.parametrize("check", [as_poses, lambda op, numbers: as_intrinsics(op, numbers, 4)])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_what_is_checked_is_a_copy(check, kind):
+    given_numbers = np.eye(4)[None] if check is as_poses else np.ones((4, 4))
+    got = check("op", kind(given_numbers))
+    want = got.copy()
+    given_numbers += 5
+    assert np.array_equal(got, want)
 
 
 def test_poses_of_any_number():
@@ -272,8 +299,10 @@ def test_intrinsics():
         ([1.0, -1.0, 1.0, 1.0], ValueError, "must be positive fx, fy, cx, cy in pixels, got [1.0, -1.0, 1.0, 1.0]"),
         ([1.0, math.inf, 1.0, 1.0], ValueError, "must be positive"),
         ([1.0, 1.0, math.nan, 1.0], ValueError, "must be positive"),
-        ("wide", TypeError, "must be an array [3, 4] or [4], got str"),
-        ([[1.0], [2.0, 3.0]], TypeError, "must be an array [3, 4] or [4], got list"),
+        ([True] * 4, TypeError, "must be an array [3, 4] or [4] of real numbers, got list"),
+        (np.full(4, 1j), TypeError, "must be an array [3, 4] or [4] of real numbers, got ndarray of complex128"),
+        ("wide", TypeError, "must be an array [3, 4] or [4] of real numbers, got str"),
+        ([[1.0], [2.0, 3.0]], TypeError, "must be an array [3, 4] or [4] of real numbers, got list"),
     ],
 )
 def test_intrinsics_errors(intrinsics, error_type, wanted):

@@ -99,6 +99,8 @@ def test_a_policy_with_a_state_is_not_asked_ahead():
         for chunk, poses in enumerate(jumps(3, 8)):
             walk(memory, chunk, poses)
         assert policy.calls == calls
+        on_device = memory.prefetch(jumps(3, 1)[0])
+        assert policy.calls == calls + stateless and bool(on_device) == stateless
 
 
 def test_prefetch_along_actions():

@@ -1,5 +1,8 @@
 """Rope3D against its complex definition."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +73,18 @@ def test_table_is_made_once_per_device():
     assert rope.table("cpu") is rope.table(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("remade", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
+def test_ropes_are_equal_by_value_and_a_copy_makes_its_own_table(remade):
+    rope = Rope3D(64, theta=500, max_position=16, pairs=[20, np.int64(6), 6])
+    table = rope.table("cpu")
+    again = remade(rope)
+    assert again == rope == Rope3D(64, 500.0, 16, (20, 6, 6)) and hash(again) == hash(rope)
+    assert again.table("cpu") is not table and torch.equal(again.table("cpu"), table)
+    assert rope.table("cpu") is table
+    others = [Rope3D(64, 500.0, 16, (6, 20, 6)), Rope3D(64, 501.0, 16, (20, 6, 6)), Rope3D(64, 500.0, 17, (20, 6, 6))]
+    assert all(rope != other for other in [*others, "wan", None])
+
+
 def test_repr_tells_it_apart():
     rope = Rope3D(64, 500.0, 16, (20, 6, 6))
     assert repr(rope) == "Rope3D(64, theta=500.0, max_position=16, pairs=(20, 6, 6))"
@@ -80,8 +95,9 @@ def test_repr_tells_it_apart():
     [
         (dict(head_dim=63), "head_dim must be even and at least 6, got 63"),
         (dict(head_dim=4), "head_dim must be even and at least 6, got 4"),
-        (dict(theta=1.0), "theta must be above 1, got 1.0"),
-        (dict(theta=float("nan")), "theta must be above 1, got nan"),
+        (dict(theta=1.0), "theta must be finite and above 1, got 1.0"),
+        (dict(theta=float("nan")), "theta must be finite and above 1, got nan"),
+        (dict(theta=float("inf")), "theta must be finite and above 1, got inf"),
         (dict(max_position=0), "max_position must be at least 1, got 0"),
         (dict(pairs=(22, 21, 20)), "pairs must be three counts that add up to 64, got (22, 21, 20)"),
         (dict(pairs=(65, 0, -1)), "pairs must be three counts that add up to 64, got (65, 0, -1)"),
@@ -90,5 +106,24 @@ def test_repr_tells_it_apart():
 )
 def test_errors(arguments, wanted):
     with pytest.raises(ValueError, match="Rope3D") as caught:
+        Rope3D(**arguments)
+    assert str(caught.value) == f"Rope3D: {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (dict(head_dim=64.0), "head_dim must be an integer, got 64.0"),
+        (dict(max_position=1.5), "max_position must be an integer, got 1.5"),
+        (dict(max_position=True), "max_position must be an integer, got True"),
+        (dict(pairs=(22.5, 20.5, 21)), "pairs[0] must be an integer, got 22.5"),
+        (dict(pairs=(22, 21, "21")), "pairs[2] must be an integer, got '21'"),
+        (dict(pairs=64), "pairs must be three counts that add up to 64, got 64"),
+        (dict(theta="10000"), "theta must be a number, got '10000'"),
+        (dict(theta=None), "theta must be a number, got None"),
+    ],
+)
+def test_type_errors(arguments, wanted):
+    with pytest.raises(TypeError, match="Rope3D") as caught:
         Rope3D(**arguments)
     assert str(caught.value) == f"Rope3D: {wanted}"

@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, backends, relative_error
@@ -257,6 +258,8 @@ BAD_TENSORS = [
     ("k_pool", torch.zeros(256, 2, 64, device="meta"), ValueError, "on "),
     ("v_pool", torch.zeros(255, 2, 64), ValueError, "[256, 2, 64]"),
     ("out", torch.zeros(8, 2, 65), ValueError, "[8, 2, 64]"),
+    ("q", np.zeros((800, 2, 64), np.float32), TypeError, "head_dim], got a numpy array [800, 2, 64] float32"),
+    ("q", [[0.0] * 64] * 99, TypeError, "0.0, ..."),
 ]
 
 
@@ -277,6 +280,11 @@ def test_bad_tensors_are_named(argument, value, error, wanted):
         ({"window": Window([Segment(250, 7)], device=DEVICE)}, ValueError, "pool's 256 rows, got 'last row 256'"),
         ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
         ({"scale": math.inf}, ValueError, "scale must be positive and finite, got inf"),
+        ({"scale": "x"}, TypeError, "scale must be a number, got 'x'"),
+        ({"scale": True}, TypeError, "scale must be a number, got True"),
+        ({"return_lse": "no"}, TypeError, "return_lse must be True or False, got 'no'"),
+        ({"return_mass": 1}, TypeError, "return_mass must be True or False, got 1"),
+        ({"backend": 1}, TypeError, "backend must be None or a name, got 1"),
         ({"backend": "tpu"}, ValueError, "backend must be None or one of 'triton', 'reference', got 'tpu'"),
         (
             {"window": Window([Segment(0, 9, 1)], device=DEVICE, rope=Rope3D(128))},
@@ -300,6 +308,41 @@ def test_inputs_that_want_a_gradient_are_refused_and_taken_without_one():
         segment_attention(q, pool, pool, window)
     with torch.no_grad():
         assert segment_attention(q, pool, pool, window).shape == q.shape
+
+
+def rows_of(pool, first=0, step=1):
+    return pool[first : first + 8 * step : step]
+
+
+@pytest.mark.parametrize(
+    ("out", "other"),
+    [
+        (lambda q, k, v: rows_of(k, 248), "k_pool"),
+        (lambda q, k, v: rows_of(v), "v_pool"),
+        (lambda q, k, v: rows_of(v, 3, 5), "v_pool"),
+        (lambda q, k, v: q, "q"),
+        (lambda q, k, v: q.view(2, 8, 64).transpose(0, 1), "q"),
+    ],
+    ids=["last rows", "rows", "every fifth row", "q", "q by heads"],
+)
+def test_an_out_over_an_input_is_refused(out, other):
+    q, k, v = (torch.ones(shape, device=DEVICE) for shape in GOOD.values())
+    window = Window([Segment(0, 9)], device=DEVICE)
+    with pytest.raises(ValueError, match=f"segment_attention: out must not overlap {other}, got .*bytes.* and "):
+        segment_attention(q, k, v, window, out=out(q, k, v))
+    assert all((x == 1).all() for x in (q, k, v))
+
+
+def test_an_out_beside_the_inputs_in_one_storage():
+    """Rows after a pool's, rows between a pool's, and the other half of q's."""
+    both = torch.randn(300, 2, 2, 64, device=DEVICE)
+    queries = torch.randn(2, 8, 2, 64, device=DEVICE)
+    window, k, v = Window([Segment(0, 9)], device=DEVICE), both[:256, 0], both[:256, 1]
+    want = segment_attention(queries[0], k, v, window)
+    pool = torch.randn(600, 2, 64, device=DEVICE)
+    pool[: 2 * 256 : 2] = k
+    for keys, out in ((k, both[256:264, 1]), (k, queries[1]), (pool[: 2 * 256 : 2], pool[1:17:2])):
+        assert torch.equal(segment_attention(queries[0], keys, v, window, out=out), want)
 
 
 def test_an_empty_window_cannot_be_made():

@@ -176,6 +176,28 @@ def test_capacity_errors():
             Window([(0, 300)], device="cpu", capacity=capacity)
     with pytest.raises(TypeError, match=r"Window: capacity must be an integer or None, got 3\.0"):
         Window([(0, 300)], device="cpu", capacity=3.0)
+    for segments, capacity, got in (([(0, 300)], 10**12, 10**12), ([(0, 2**31 - 256)] * 2, None, 2**25 - 4)):
+        with pytest.raises(ValueError, match=f"Window: capacity must be at most 16777216 tiles of 128 rows, got {got}"):
+            Window(segments, device="cpu", capacity=capacity)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error_type", "wanted"),
+    [
+        (dict(segments=5), TypeError, "segments must be a list of (first_row, num_rows, time_shift=0), got 5"),
+        (dict(segments=None), TypeError, "segments must be a list of (first_row, num_rows, time_shift=0), got None"),
+        (dict(rope="wan"), TypeError, "rope must be a Rope3D or None, got 'wan'"),
+        (dict(rope=5), TypeError, "rope must be a Rope3D or None, got 5"),
+        (dict(device="foo"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got 'foo': "),
+        (dict(device="cuda:99"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got"),
+        (dict(device="meta"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got 'meta'"),
+        (dict(device=1.5), TypeError, "device must be 'cpu' or a CUDA device that torch can use here, got 1.5"),
+    ],
+)
+def test_argument_errors(changes, error_type, wanted):
+    with pytest.raises(error_type, match=r"^Window: ") as caught:
+        Window(**{"segments": [(0, 300)], "device": "cpu", **changes})
+    assert wanted in str(caught.value)
 
 
 def test_repr():

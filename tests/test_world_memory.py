@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -39,9 +42,7 @@ def official_configs(draw) -> MemoryConfig:
     return dataclasses.replace(config, rope=ROPES[0])
 
 
-def check_against_slow(
-    config: MemoryConfig, seed: int, num_chunks: int, order: object = None, walk: str = ""
-) -> None:
+def check_against_slow(config: MemoryConfig, seed: int, num_chunks: int, order: object = None, walk: str = "") -> None:
     """Play a rollout to the memory and to the slow model; everything visible must agree, chunk by chunk."""
     memory, slow, rollout = make(config), SlowMemory(config, order), Rollout(config, seed, num_chunks, walk)
     token_bytes = 2 * 4 * config.num_layers * config.num_heads * config.head_dim  # K and V, fp32
@@ -96,7 +97,12 @@ def test_official_matches_the_slow_memory(config, seed, num_chunks):
 
 
 @fuzz(40)
-@given(configs(mode="worldkv", bank_chunks=MAX_CHUNKS, retrieved_chunks=MAX_CHUNKS, num_layers=1), seeds)
+@given(
+    configs(
+        mode="worldkv", bank_chunks=MAX_CHUNKS, retrieved_chunks=MAX_CHUNKS, num_layers=1, unattended_chunks=0
+    ),
+    seeds,
+)  # fmt: skip
 def test_every_past_chunk_is_in_exactly_one_place(config, seed):
     """With room for all, each past chunk is sink, recent or banked, and is attended exactly once."""
     memory, rollout = make(config), Rollout(config, seed, MAX_CHUNKS)
@@ -113,7 +119,7 @@ def test_every_past_chunk_is_in_exactly_one_place(config, seed):
 
 
 @fuzz(40)
-@given(configs(mode="worldkv"), seeds, st.data())
+@given(configs(mode="worldkv", unattended_chunks=0), seeds, st.data())
 def test_bounded_bank_drops_what_the_policy_says(config, seed, data):
     """Never more than bank_chunks, each drop counted, one chunk at a time, the newest never without reason."""
     bound = max(1, config.retrieved_chunks) + data.draw(st.integers(0, 2))
@@ -296,6 +302,66 @@ def test_equal_similarities_keep_the_earlier_token():
         memory.end_chunk()
         slow.end()
         assert slow.past[0].kept == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("mode", ["full", "sliding", "sink_recent"])
+def test_the_baselines_leave_nothing_unattended(mode):
+    """Of official() as of any other: no more than the recent frames, whatever is left out of "worldkv"."""
+    of_mode = dataclasses.replace(tiny(mode=mode, bank_chunks=9), unattended_chunks=1)
+    plain = dataclasses.replace(of_mode, unattended_chunks=0)
+    memories, rollout = [make(of_mode), make(plain)], Rollout(plain, 1, 9)
+    for chunk in range(9):
+        plans = [memory.begin_chunk(rollout.poses[chunk]) for memory in memories]
+        assert plans[0] == plans[1]
+        for memory in memories:
+            memory.attend(0, *rollout.passes[chunk][0][0])
+            memory.end_chunk()
+    assert memories[0].stats() == memories[1].stats()
+    assert [memories[0].location(chunk) for chunk in range(9)] == [memories[1].location(chunk) for chunk in range(9)]
+
+
+@pytest.mark.parametrize("bank", ["device", "host"])
+@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "torch.save"])
+def test_a_copy_between_chunks_goes_on_bitwise(bank, copied):
+    """And the original with it, each on storage of its own."""
+    config = tiny(num_layers=2, bank=bank, bank_chunks=4, rebase_time=True)
+    memory, rollout = make(config), Rollout(config, 11, 12)
+    for chunk in range(7):
+        rollout.chunk(memory, chunk)
+    again = copy_by(memory, copied)
+    assert again.stats() == memory.stats() and again.config == memory.config
+    for chunk in range(7, 12):
+        assert same(rollout.chunk(again, chunk), rollout.chunk(memory, chunk))
+    assert again.stats() == memory.stats() and memory.stats()["chunks_retrieved"] > 8
+    again.reset()
+    assert (again.stats()["chunks"], memory.stats()["chunks"]) == (0, 12)
+
+
+def copy_by(memory: WorldMemory, way: str) -> WorldMemory:
+    if way == "deepcopy":
+        return copy.deepcopy(memory)
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(memory))
+    file = io.BytesIO()
+    torch.save(memory, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_memory_on_a_gpu_is_not_copied(copied):
+    memory = make(tiny())
+    memory.device = torch.device("cuda:0")
+    with pytest.raises(RuntimeError, match=r"WorldMemory: a memory must be on a CPU to be .*, got one on cuda:0"):
+        copied(memory)
+
+
+def test_repr():
+    memory, rollout = make(tiny(bank="host", bank_chunks=4)), Rollout(tiny(), 0, 6)
+    for _ in rollout.run(memory):
+        pass
+    assert repr(memory) == "WorldMemory(worldkv, 6 chunks, 3 banked, 0.5 MiB on cpu and 0.0 MiB of host memory)"
+    assert repr(make(tiny(mode="sliding"))) == "WorldMemory(sliding, 0 chunks, 0 banked, 0.2 MiB on cpu)"
 
 
 class Newest:

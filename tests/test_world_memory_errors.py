@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("grid", (2, 3, 4), "(height, width)"),
         ("grid", (2.5, 3), "(height, width)"),
         ("grid", 5, "(height, width)"),
+        ("grid", (True, 3), "(height, width)"),
+        ("grid", ("2", 3), "(height, width)"),
         ("sink_frames", 3, "a multiple of chunk_frames=2"),
         ("sink_frames", -2, "a multiple of chunk_frames=2"),
         ("recent_frames", 5, "a multiple of chunk_frames=2"),
@@ -65,13 +69,54 @@ def test_config_errors(field, value, wanted):
     "field",
     [
         "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
-        "bank_chunks", "device_slots",
+        "unattended_chunks", "bank_chunks", "device_slots",
     ],
 )  # fmt: skip
 def test_config_counts_are_integers(field):
-    for value in (4.0, "4"):
+    for value in (4.0, "4", True):
         with pytest.raises(TypeError, match=f"MemoryConfig: {field} must be an integer, got {value!r}"):
             tiny(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["keep_ratio", "eps", "scale"])
+@pytest.mark.parametrize("value", ["x", None, True, [0.5]])
+def test_config_numbers_are_numbers(field, value):
+    if field == "scale" and value is None:
+        assert tiny(scale=None).scale is None
+        return
+    with pytest.raises(TypeError, match=re.escape(f"MemoryConfig: {field} must be a number, got {value!r}")):
+        tiny(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field", ["pooled", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink"]
+)
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_config_switches_are_true_or_false(field, value):
+    with pytest.raises(TypeError, match=f"MemoryConfig: {field} must be True or False, got {value!r}"):
+        tiny(**{field: value})
+
+
+@pytest.mark.parametrize("grid", [[2, 3], np.array([2, 3]), (np.int64(2), 3), torch.Size([2, 3])])
+def test_config_grid_becomes_a_tuple_and_counts_plain_integers(grid):
+    config = tiny(grid=grid, num_layers=np.int64(1))
+    assert config == tiny() and hash(config) == hash(tiny())
+    assert [type(number) for number in (*config.grid, config.num_layers)] == [int] * 3
+    assert pickle.loads(pickle.dumps(config)) == config  # with its rope
+
+
+@pytest.mark.parametrize(
+    ("changes", "error_type", "message"),
+    [
+        (dict(chunk_frames=0), ValueError, "chunk_frames must be at least 1, got 0"),
+        (dict(recent_frames="6"), TypeError, "recent_frames must be an integer, got '6'"),
+        (dict(retrieved_frames=None), TypeError, "retrieved_frames must be an integer, got None"),
+        (dict(clip_frames=81.0), TypeError, "clip_frames must be an integer, got 81.0"),
+    ],
+)
+def test_official_errors(changes, error_type, message):
+    with pytest.raises(error_type, match=f"^MemoryConfig.official: {message}$"):
+        MemoryConfig.official(**{"num_layers": 1, "num_heads": 1, "grid": (2, 3), **changes})
 
 
 def test_config_rebase_needs_a_rope():
@@ -86,9 +131,25 @@ def test_config_is_frozen_and_by_keyword():
         MemoryConfig(1, 1, (2, 3))
 
 
-def test_memory_dtype_error():
-    with pytest.raises(TypeError, match=r"WorldMemory: dtype must be .*float32, got torch\.float64"):
-        WorldMemory(tiny(), dtype=torch.float64)
+NO_SUCH_DEVICE = f"cuda:{torch.cuda.device_count()}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error_type", "message"),
+    [
+        (dict(dtype=torch.float64), TypeError, r"dtype must be .*float32, got torch\.float64"),
+        (dict(config=None), TypeError, "config must be a MemoryConfig, got None"),
+        (dict(config={"num_layers": 1}), TypeError, "config must be a MemoryConfig, got {'num_layers': 1}"),
+        (dict(device=NO_SUCH_DEVICE), ValueError, f"device must be 'cpu' or a CUDA .* here, got '{NO_SUCH_DEVICE}': "),
+        (dict(device="foo"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got 'foo': "),
+        (dict(device="meta"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got 'meta'"),
+        (dict(backend="zzz"), ValueError, "norm_rope_append: backend must be None or one of .*, got 'zzz'"),
+        (dict(backend=1), TypeError, "backend must be None or a name, got 1"),
+    ],
+)
+def test_memory_errors(arguments, error_type, message):
+    with pytest.raises(error_type, match=f"^WorldMemory: {message}"):
+        WorldMemory(**{"config": tiny(), **arguments})
 
 
 @pytest.mark.parametrize("bank", ["device", "host"])
@@ -206,6 +267,40 @@ def test_too_few_or_too_many_tokens():
     raises(ValueError, ["attend: q must have the chunk's 12 tokens", "got 11"], memory.attend, 0, x, x, x)
 
 
+def test_layers_and_chunks_are_integers_and_tensors_the_memory_s():
+    memory = make(tiny())
+    memory.begin_chunk(bad_poses("none"))
+    x = torch.zeros(12, HEAD_DIM)
+    for layer in ("0", None, 0.5, True):
+        raises(TypeError, [f"attend: layer must be an integer, got {layer!r}"], memory.attend, layer, x, x, x)
+        raises(TypeError, [f"pools: layer must be an integer, got {layer!r}"], memory.pools, layer)
+        raises(TypeError, [f"location: chunk must be an integer, got {layer!r}"], memory.location, layer)
+    for layer in (1, -1):
+        raises(ValueError, [f"pools: layer must be from 0 to 0, got {layer}"], memory.pools, layer)
+    half, elsewhere = x.bfloat16(), x.to("meta")
+    message = "attend: q must be of the memory's dtype torch.float32, got torch.bfloat16"
+    raises(TypeError, [message], memory.attend, 0, half, half, half)
+    message = "attend: q must be on the memory's device cpu, got meta"
+    raises(ValueError, [message], memory.attend, 0, elsewhere, elsewhere, elsewhere)
+    assert memory.attend(np.int64(0), x, x, x).shape == (12, 1, HEAD_DIM)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_debug_refuses_what_would_stay_in_the_memory(monkeypatch, name, value):
+    memory, x = make(tiny(num_layers=2)), torch.zeros(12, HEAD_DIM)
+    memory.begin_chunk(bad_poses("none"))
+    bad = x.clone()
+    bad[7, 5] = value
+    given = {**dict.fromkeys("qkv", x), name: bad}
+    memory.attend(1, **given)
+    monkeypatch.setenv("WORLDKV_DEBUG", "1")
+    memory.attend(1, x, x, x)
+    message = f"attend: {name} must be finite, got NaN or infinity in layer 1"
+    raises(ValueError, [message], memory.attend, 1, **given)
+    assert torch.isfinite(memory.pools(1)[0][:12]).all()
+
+
 def test_poses_are_checked_in_every_mode_and_needed_in_one():
     for mode in ("full", "sliding", "sink_recent"):
         memory = make(tiny(mode=mode, bank_chunks=4))
@@ -253,7 +348,7 @@ def test_full_ends_with_its_pool():
     assert [memory.location(chunk) for chunk in range(3)] == ["recent"] * 3
 
 
-@pytest.mark.parametrize("choice", [[1, 1], [9], [1, 2, 3], [0]])
+@pytest.mark.parametrize("choice", [[1, 1], [9], [1, 2, 3], [0], None, 1, ["1"], [1.0], [[1]]])
 def test_a_policy_that_selects_what_is_not_on_offer(choice):
     class Wrong(PoseRetrieval):
         def select(self, current, candidates, budget):
@@ -264,16 +359,13 @@ def test_a_policy_that_selects_what_is_not_on_offer(choice):
     for chunk in range(6):
         rollout.chunk(memory, chunk)
     before = state(memory, 6)
-    parts = ["begin_chunk: the retrieval policy must select up to 2", "[1, 2, 3]", f"got {choice}"]
-    raises(ValueError, parts, memory.begin_chunk, rollout.poses[6])
+    if choice in ([1, 1], [9], [1, 2, 3], [0]):
+        parts = ["begin_chunk: the retrieval policy must select up to 2", "[1, 2, 3]", f"got {choice}"]
+        raises(ValueError, parts, memory.begin_chunk, rollout.poses[6])
+    else:
+        parts = [f"begin_chunk: the retrieval policy must select a list of chunk numbers, got {choice!r}"]
+        raises(TypeError, parts, memory.begin_chunk, rollout.poses[6])
     assert state(memory, 6) == before
-
-
-def test_unknown_backend():
-    memory = WorldMemory(tiny(), dtype=torch.float32, backend="metal")
-    memory.begin_chunk(bad_poses("none"))
-    x = torch.zeros(12, HEAD_DIM)
-    raises(ValueError, ["norm_rope_append: backend must be", "metal"], memory.attend, 0, x, x, x)
 
 
 def test_a_policy_that_drops_what_is_not_there():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+
+from .ops.checks import as_integer, check_number
 
 
 class Rope3D:
@@ -14,10 +17,11 @@ class Rope3D:
     Pair i of an axis with n pairs turns by `position * theta ** (-i / n)`, in radians; the axes follow
     each other as time, height, width. `pairs` gives the complex pairs of each axis; by default
     (c - 2 * (c // 3), c // 3, c // 3) with c = head_dim // 2, as in Wan: 22, 21 and 21 for head_dim 128.
-    Positions run from 0 to `max_position - 1` on every axis.
+    Positions run from 0 to `max_position - 1` on every axis. Ropes of equal arguments are equal; a copy or a pickle
+    takes no table along.
 
-    Raises ValueError when head_dim is odd or below 6, theta is not above 1, max_position is not positive
-    or the pairs do not add up to head_dim // 2.
+    Raises ValueError when head_dim is odd or below 6, theta is not finite and above 1, max_position is not positive
+    or the pairs do not add up to head_dim // 2; TypeError when a count is not an integer, or theta not a number.
     """
 
     def __init__(
@@ -27,21 +31,24 @@ class Rope3D:
         max_position: int = 1024,
         pairs: tuple[int, int, int] | None = None,
     ) -> None:
-        if head_dim % 2 or head_dim < 6:
+        self.head_dim = as_integer("Rope3D", "head_dim", head_dim)
+        check_number("Rope3D", "theta", theta)
+        self.theta = float(theta)
+        self.max_position = as_integer("Rope3D", "max_position", max_position)
+        if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f"Rope3D: head_dim must be even and at least 6, got {head_dim}")
-        if not theta > 1:
-            raise ValueError(f"Rope3D: theta must be above 1, got {theta}")
-        if max_position < 1:
+        if not 1 < self.theta < math.inf:
+            raise ValueError(f"Rope3D: theta must be finite and above 1, got {theta}")
+        if self.max_position < 1:
             raise ValueError(f"Rope3D: max_position must be at least 1, got {max_position}")
-        half = head_dim // 2
+        half = self.head_dim // 2
         if pairs is None:
             pairs = (half - 2 * (half // 3), half // 3, half // 3)
-        if len(pairs) != 3 or sum(pairs) != half or min(pairs) < 0:
+        if not isinstance(pairs, Iterable):
+            raise TypeError(f"Rope3D: pairs must be three counts that add up to {half}, got {pairs!r}")
+        self.pairs = tuple(as_integer("Rope3D", f"pairs[{i}]", count) for i, count in enumerate(pairs))
+        if len(self.pairs) != 3 or sum(self.pairs) != half or min(self.pairs) < 0:
             raise ValueError(f"Rope3D: pairs must be three counts that add up to {half}, got {pairs}")
-        self.head_dim = head_dim
-        self.theta = float(theta)
-        self.max_position = int(max_position)
-        self.pairs = (int(pairs[0]), int(pairs[1]), int(pairs[2]))
         self._frequencies = np.concatenate(
             [self.theta ** (-np.arange(n, dtype=np.float64) / max(n, 1)) for n in self.pairs]
         )  # [head_dim / 2], radians per position
@@ -49,6 +56,18 @@ class Rope3D:
 
     def __repr__(self) -> str:
         return f"Rope3D({self.head_dim}, theta={self.theta}, max_position={self.max_position}, pairs={self.pairs})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_tables": {}}
+
+    def _key(self) -> tuple[object, ...]:
+        return self.head_dim, self.theta, self.max_position, self.pairs
 
     def table(self, device: torch.device | str) -> torch.Tensor:
         """Cosines and sines, fp32 [max_position, head_dim / 2, 2]; computed in float64, once per device."""

@@ -37,8 +37,8 @@ class Chunks:
         intrinsics: fx, fy, cx, cy in pixels, [4] or [n, 4]; None where retrieval needs none.
         actions: an Actions of all video frames, in place of poses where the memory retrieves by action.
 
-    Each of the three may also be a callable that gives what begin_chunk takes for a chunk number. It is called when
-    that chunk begins, and again if the chunk is dropped and made anew.
+    Arrays and tensors are copied. Each of the three may also be a callable that gives what begin_chunk takes for a
+    chunk number. It is called when that chunk begins, and again if the chunk is dropped and made anew.
 
     Raises ValueError or TypeError when what the memory needs is missing, or what is given is misshapen, not finite
     or not rigid.

@@ -65,15 +65,19 @@ def enable(
         config: of the model's sizes, see memory_config.
         poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates, in any unit of length: those that
             the pipeline computes its camera embedding from. Or a callable that gives the [chunk_frames, 4, 4] of a
-            chunk number. None where the mode needs none.
+            chunk number. None where the mode needs none. Version 1's pipeline and WorldKV's spread the clip's n poses
+            over the latent frames, by linspace(0, n - 1, latent frames), with n not cut to whole chunks; version 2's
+            takes every fourth of a clip that is cut first, which is what trajectory.latent_poses does. The two agree
+            for n = 81 and 357, but not for 161 (39 latent frames, 4.21 apart) or 361.
         intrinsics: fx, fy, cx, cy in pixels, [4], [n, 4] or a callable; None where retrieval needs none.
         dtype: of the keys and values; None for that of the q projection's weight. Under autocast, autocast's.
         backend: of the ops, see segment_attention.
 
     Returns a handle: `.memory`, `.stats()`, `.restart(poses)`, `.finish()`, `.disable()`; a context manager that
-    disables at its end. Raises before anything is changed: TypeError when the model is not of the published class,
-    ValueError when it does not agree with the config or the poses are missing or wrong, RuntimeError when it is enabled
-    already, something else has replaced its attention, or it runs in sequence parallel on more than one device.
+    disables at its end. Raises before anything is changed: TypeError when the model is not of the published class or
+    the config no MemoryConfig, ValueError when it does not agree with the config or the poses are missing or wrong,
+    RuntimeError when it is enabled already, something else has replaced its attention, or it runs in sequence parallel
+    on more than one device.
     """
     model = patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
@@ -101,7 +105,8 @@ class LingBotMemory(PatchedModel):
         self._told_of_retrieval = False
 
     def restart(self, poses: object = None, intrinsics: object = None) -> None:
-        """Forget the rollout; the next one goes along these poses, which are as enable's."""
+        """Forget the rollout; the next one goes along these poses, as enable's. RuntimeError once disabled."""
+        self._check_enabled("restart")
         self._chunks.restart(poses, intrinsics)
 
     @torch.compiler.disable

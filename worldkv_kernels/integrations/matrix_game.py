@@ -89,9 +89,9 @@ def enable(
         backend: of the ops, see segment_attention.
 
     Returns a handle: `.memory`, `.stats()`, `.restart(...)`, `.finish()`, `.disable()`; a context manager that disables
-    at its end. Raises before anything is changed: TypeError when the model is not of the published class, ValueError
-    when it does not agree with the config, or what retrieval needs is missing or wrong, RuntimeError when it is enabled
-    already or something else has replaced its attention.
+    at its end. Raises before anything is changed: TypeError when the model is not of the published class or the config
+    no MemoryConfig, ValueError when it does not agree with the config, or what retrieval needs is missing or wrong,
+    RuntimeError when it is enabled already or something else has replaced its attention.
     """
     model = patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
@@ -126,7 +126,8 @@ class MatrixGameMemory(PatchedModel):
         self._pressed = pressed
 
     def restart(self, *, actions: object = None, poses: object = None, intrinsics: object = None) -> None:
-        """Forget the rollout; the next one goes along these, which are as enable's."""
+        """Forget the rollout; the next one goes along these, which are as enable's. RuntimeError once disabled."""
+        self._check_enabled("restart")
         if actions is None and self._pressed.needed:
             actions = self._pressed.of
         self._chunks.restart(poses, intrinsics, actions=actions)

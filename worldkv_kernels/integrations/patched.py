@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..memory.config import MemoryConfig
+from ..ops.checks import describe
 from .chunks import Chunks
 
 ATTENTION = "CausalWanSelfAttention"
@@ -41,7 +42,8 @@ class PatchedModel:
         self._chunks.finish()
 
     def disable(self) -> None:
-        """Give the model its own attention back; does nothing the second time."""
+        """Give the model its own attention back; does nothing the second time. What the memory holds can still be read,
+        but not be gone on from."""
         for module, original in self._originals:
             if original is None:
                 del module.forward
@@ -50,6 +52,9 @@ class PatchedModel:
         if self._originals:
             self._originals = []
             delattr(self._model, _HANDLE)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'enabled' if self._originals else 'disabled'}, {self.memory!r})"
 
     def __enter__(self) -> PatchedModel:
         return self
@@ -80,6 +85,10 @@ class PatchedModel:
             raise ValueError(
                 f"{self._op}: x must be of {wanted} frames, rows and columns of tokens, as the config says, got {got}"
             )
+
+    def _check_enabled(self, op: str) -> None:
+        if not self._originals:
+            raise RuntimeError(f"{self._op}: {op} must be called while the model is enabled, got a call after disable")
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._originals.append((module, module.__dict__.get("forward")))
@@ -145,7 +154,10 @@ def check_free(op: str, model: nn.Module, attentions: list[nn.Module], allowed: 
 
 
 def check_sizes(op: str, model: nn.Module, attentions: list[nn.Module], config: MemoryConfig) -> None:
-    """Raise ValueError when the config's sizes or rope are not the model's."""
+    """Raise TypeError on what is no MemoryConfig, ValueError when its sizes or rope are not the model's."""
+    if not isinstance(config, MemoryConfig):
+        wanted = f"a MemoryConfig, such as {op}.memory_config makes of the model"
+        raise TypeError(f"{op}.enable: config must be {wanted}, got {describe(config)}")
     for field, value in sizes_of(attentions).items():
         got = getattr(config, field)
         if got != value:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..ops.checks import HEAD_DIMS
+from ..ops.checks import HEAD_DIMS, as_integer, check_bool, check_integer, check_number, is_integer
 from ..ops.compress_chunk import kept_tokens
 from ..rope import Rope3D
 from .retrieval import PublishedPoseRetrieval, RetrievalPolicy, make_policy
@@ -18,6 +20,7 @@ _INTEGERS = (
     "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
     "unattended_chunks",
 )  # fmt: skip
+_BOOLS = ("pooled", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink")
 ORDERS = ("time", "nearest_last", "nearest_first")
 
 
@@ -51,9 +54,11 @@ class MemoryConfig:
     drops one ("full" raises). None: what fits half of the memory that is free when the WorldMemory is made,
     at most what the rope's positions can number.
 
-    `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official().
+    `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official(); in mode "worldkv"
+    alone.
 
-    Raises ValueError on a size or a choice that is out of range, TypeError on a count that is not an integer.
+    Raises ValueError on a size or a choice that is out of range, TypeError on a count that is not an integer, a number
+    that is none, or a switch that is not True or False.
     """
 
     num_layers: int
@@ -89,15 +94,19 @@ class MemoryConfig:
 
         given = [field for field in ("bank_chunks", "device_slots") if getattr(self, field) is not None]
         for field in (*_INTEGERS, *given):
-            number = getattr(self, field)
-            if not hasattr(number, "__index__"):
-                raise TypeError(f"MemoryConfig: {field} must be an integer, got {number!r}")
+            object.__setattr__(self, field, as_integer("MemoryConfig", field, getattr(self, field)))
+        for field in ("keep_ratio", "eps", *(["scale"] if self.scale is not None else [])):
+            check_number("MemoryConfig", field, getattr(self, field))
+        for field in _BOOLS:
+            check_bool("MemoryConfig", field, getattr(self, field))
         for field in ("num_layers", "num_heads", "chunk_frames"):
             check(getattr(self, field) >= 1, field, "at least 1")
         check(self.num_heads <= 64, "num_heads", "at most 64")
         check(self.head_dim in HEAD_DIMS, "head_dim", "64 or 128")
-        sizes = isinstance(self.grid, (tuple, list)) and all(hasattr(n, "__index__") and n >= 1 for n in self.grid)
-        check(sizes and len(self.grid) == 2, "grid", "(height, width) of at least 1 token each")
+        grid = tuple(self.grid) if isinstance(self.grid, Iterable) else ()
+        sizes = len(grid) == 2 and all(is_integer(n) and n >= 1 for n in grid)
+        check(sizes, "grid", "(height, width) of at least 1 token each")
+        object.__setattr__(self, "grid", tuple(map(operator.index, grid)))
         for field in ("sink_frames", "recent_frames"):
             frames = getattr(self, field)
             whole = frames >= 0 and frames % self.chunk_frames == 0
@@ -153,6 +162,14 @@ class MemoryConfig:
         Raises ValueError where that code leaves a chunk outside its own window: when `clip_frames` is so short
         that no recent frames are left.
         """
+        counts = dict(
+            chunk_frames=chunk_frames, sink_frames=sink_frames, retrieved_frames=retrieved_frames,
+            recent_frames=recent_frames, **({} if clip_frames is None else {"clip_frames": clip_frames}),
+        )  # fmt: skip
+        for name, count in counts.items():
+            check_integer("MemoryConfig.official", name, count)
+        if chunk_frames < 1:
+            raise ValueError(f"MemoryConfig.official: chunk_frames must be at least 1, got {chunk_frames}")
         if clip_frames is not None:
             window = min(sink_frames + retrieved_frames + recent_frames, clip_frames)
             recent_frames = window - sink_frames - retrieved_frames
@@ -196,6 +213,11 @@ class MemoryConfig:
     @property
     def recent_chunks(self) -> int:
         return self.recent_frames // self.chunk_frames
+
+    @property
+    def gap_chunks(self) -> int:
+        """Chunks between the recent ones and the bank, whole but unattended."""
+        return self.unattended_chunks if self.mode == "worldkv" else 0
 
     @property
     def host_bank_slots(self) -> int:

@@ -8,50 +8,68 @@ import numpy as np
 import torch
 
 _RIGID_TOLERANCE = 1e-3  # of R^T R - I; poses in half precision pass, a scaled or sheared frame does not
+_FARTHEST = 1e9  # in any unit of length: its square is far from overflow, also in the float32 of the published code
 
 
 def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
-    """Check rigid camera-to-world poses and return them as float64 [frames, 4, 4].
+    """Check rigid camera-to-world poses and return a copy of them, float64 [frames, 4, 4].
 
-    Takes an array or a tensor (a tensor on a GPU is copied, which synchronises). Raises ValueError naming
-    `op` when the shape is wrong, a number is not finite, or a pose is not a rotation and a translation.
+    Takes an array or a tensor of real numbers (of a tensor on a GPU the copy synchronises). Raises ValueError naming
+    `op` when the shape is wrong, a number is not finite or beyond 1e9, or a pose is not a rotation and a translation,
+    TypeError on what is no array of real numbers.
     """
     wanted = f"[{frames if frames is not None else 'frames'}, 4, 4]"
-    try:
-        array = as_float64(poses)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{op}: poses must be an array {wanted}, got {type(poses).__name__}") from error
+    array = _as_real(op, "poses", f"an array {wanted}", poses)
     if array.ndim != 3 or array.shape[1:] != (4, 4) or (frames is not None and len(array) != frames) or not len(array):
         raise ValueError(f"{op}: poses must be {wanted}, got {list(array.shape)}")
     if not np.isfinite(array).all():
         raise ValueError(f"{op}: poses must be finite, got {array[~np.isfinite(array)][0]}")
+    if np.abs(array).max() > _FARTHEST:
+        raise ValueError(f"{op}: poses must be of numbers up to {_FARTHEST:.0e}, got {np.abs(array).max():.3g}")
     rotations = array[:, :3, :3]
     error = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
-    rigid = (error < _RIGID_TOLERANCE) & (np.linalg.det(rotations) > 0)
-    rigid &= np.abs(array[:, 3] - (0.0, 0.0, 0.0, 1.0)).max(axis=1) < _RIGID_TOLERANCE
+    turned = np.linalg.det(rotations) > 0
+    last_row = np.abs(array[:, 3] - (0.0, 0.0, 0.0, 1.0)).max(axis=1)
+    orthogonal, rigid = error < _RIGID_TOLERANCE, last_row < _RIGID_TOLERANCE
+    rigid &= orthogonal & turned
     if not rigid.all():
         frame = int(np.flatnonzero(~rigid)[0])
+        got = f"with |R^T R - I| = {error[frame]:.2g} and last row {array[frame, 3].tolist()}"
+        if orthogonal[frame] and not turned[frame]:
+            got = "with a reflection, of determinant -1, for a rotation"
         raise ValueError(
-            f"{op}: poses must be rigid, a rotation, a translation and the row 0 0 0 1, got frame {frame} "
-            f"with |R^T R - I| = {error[frame]:.2g} and last row {array[frame, 3].tolist()}"
+            f"{op}: poses must be rigid, a rotation, a translation and the row 0 0 0 1, got frame {frame} {got}"
         )
     return array
 
 
 def as_float64(numbers: object) -> np.ndarray:
-    """An array or tensor of any dtype, as a float64 array on the host."""
+    """A copy of an array or tensor of any real dtype, as a float64 array on the host; TypeError on complex numbers."""
     if isinstance(numbers, torch.Tensor):
-        return numbers.detach().cpu().double().numpy()
-    return np.asarray(numbers, dtype=np.float64)
+        if numbers.is_complex():
+            raise TypeError(f"must be of real numbers, got {numbers.dtype}")
+        return np.array(numbers.detach().cpu().double().numpy())
+    array = np.asarray(numbers)
+    if array.dtype.kind == "c":
+        raise TypeError(f"must be of real numbers, got {array.dtype}")
+    return np.array(array, dtype=np.float64)
+
+
+def _as_real(op: str, argument: str, wanted: str, numbers: object) -> np.ndarray:
+    """as_float64; raises TypeError naming `op` and `argument` on what is no array of real numbers, booleans too."""
+    try:
+        array = as_float64(numbers)
+        if (numbers if isinstance(numbers, torch.Tensor) else np.asarray(numbers)).dtype in (torch.bool, np.bool_):
+            raise TypeError("got booleans")
+    except (TypeError, ValueError) as error:
+        got = type(numbers).__name__ + (f" of {numbers.dtype}" if hasattr(numbers, "dtype") else "")
+        raise TypeError(f"{op}: {argument} must be {wanted} of real numbers, got {got}") from error
+    return array
 
 
 def as_intrinsics(op: str, intrinsics: object, frames: int) -> np.ndarray:
-    """Check pinhole intrinsics (fx, fy, cx, cy) in pixels and return them as float64 [frames, 4]."""
-    try:
-        array = as_float64(intrinsics)
-    except (TypeError, ValueError) as error:
-        wanted = f"an array [{frames}, 4] or [4]"
-        raise TypeError(f"{op}: intrinsics must be {wanted}, got {type(intrinsics).__name__}") from error
+    """Check pinhole intrinsics (fx, fy, cx, cy) in pixels and return a copy of them, float64 [frames, 4]."""
+    array = _as_real(op, "intrinsics", f"an array [{frames}, 4] or [4]", intrinsics)
     if array.shape == (4,):
         array = np.tile(array, (frames, 1))
     if array.shape != (frames, 4):
@@ -83,9 +101,7 @@ def rotation_angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _log(rotation: np.ndarray) -> np.ndarray:
     """Axis times angle of a rotation matrix."""
     angle = float(rotation_angles(rotation[None], np.eye(3)[None])[0, 0])
-    skew = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
-    )
+    skew = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
     if angle < 1e-6:
         return skew / 2
     if angle > math.pi - 1e-4:  # the skew part vanishes; the axis is in the symmetric one

@@ -25,7 +25,8 @@ class RetrievalPolicy(Protocol):
     """What WorldMemory asks of a policy. `candidates` are (chunk number, description), oldest first.
 
     A policy that has an attribute `stateless`, True, says that a call changes no later one: it is then also asked about
-    views that may come next, to prefetch what they would retrieve.
+    views that may come next, to prefetch what they would retrieve. One without it is asked once a chunk, by
+    begin_chunk, and WorldMemory.prefetch does nothing.
     """
 
     needs_intrinsics: bool

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..ops.checks import as_device, bad_type, is_integer
 from ..rope import Rope3D
 
 TILE_ROWS = 128
 _INT32_MAX = 2**31 - 1
+_MAX_TILES = 2**24  # whose rows are 2**31
 
 
 class Segment(NamedTuple):
@@ -37,8 +39,9 @@ class Window:
     segments have time shifts; attention then takes the path that turns queries, whatever the shifts, so
     that a captured graph serves every later window.
 
-    Raises ValueError when there is no segment, a segment is empty or starts below row 0, the capacity
-    is too small, or a time shift comes without a rope; TypeError when a number is not an integer.
+    Raises ValueError when there is no segment, a segment is empty or starts below row 0, the capacity is too small or
+    above 2**24, a time shift comes without a rope, or torch cannot use the device; TypeError when a number is not an
+    integer, or the rope no Rope3D.
     """
 
     @torch.inference_mode(False)  # tables made in inference mode could not be rewritten outside of it
@@ -50,13 +53,17 @@ class Window:
         rope: Rope3D | None = None,
         capacity: int | None = None,
     ) -> None:
+        if rope is not None and not isinstance(rope, Rope3D):
+            raise bad_type("Window", "rope", "a Rope3D or None", rope)
         checked = _checked(segments, rope)
-        try:
-            self.capacity = sum(tiles_of(s.num_rows) for s in checked) if capacity is None else operator.index(capacity)
-        except TypeError as error:
-            raise TypeError(f"Window: capacity must be an integer or None, got {capacity!r}") from error
+        needed = sum(tiles_of(s.num_rows) for s in checked)
+        if capacity is not None and not is_integer(capacity):
+            raise bad_type("Window", "capacity", "an integer or None", capacity)
+        self.capacity = needed if capacity is None else operator.index(capacity)
+        if self.capacity > _MAX_TILES:
+            raise ValueError(f"Window: capacity must be at most {_MAX_TILES} tiles of 128 rows, got {self.capacity}")
         self._check_capacity(checked)
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.device = as_device("Window", device)
         self.rope = rope
         self.has_shift = rope is not None
         turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
@@ -139,6 +146,8 @@ def _runs(first: np.ndarray, lengths: np.ndarray, ends: np.ndarray, step: int) -
 
 def _checked(segments: Iterable[Segment | tuple[int, ...]], rope: Rope3D | None) -> tuple[Segment, ...]:
     checked = []
+    if not isinstance(segments, Iterable):
+        raise bad_type("Window", "segments", "a list of (first_row, num_rows, time_shift=0)", segments)
     for i, given in enumerate(segments):
         try:
             segment = Segment(*(operator.index(number) for number in given))

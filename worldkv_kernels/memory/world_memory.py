@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops.checks import DTYPES
+from ..ops.checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, describe, readable
+from ..ops.compress_chunk import BACKENDS as COMPRESS_BACKENDS
 from ..ops.compress_chunk import compress_chunk
+from ..ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
 from ..ops.norm_rope_append import norm_rope_append
+from ..ops.segment_attention import BACKENDS as ATTENTION_BACKENDS
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from .bank import Bank
@@ -50,10 +54,17 @@ class WorldMemory:
 
     A memory on a GPU cannot be used in a child that its process forks: RuntimeError.
 
+    Between chunks, a memory on a CPU can be pickled and copied (pickle, copy.deepcopy; torch.load needs
+    weights_only=False); what is loaded goes on bit for bit as the original would. The policy and its descriptions must
+    allow it. A whole rollout needs what is its pipeline's too: the state of the generator of its noise, the caches of
+    the VAE and of the text, the chunk's number. A memory on a GPU raises RuntimeError: streams, events and page-locked
+    memory belong to their process.
+
     `integrator`, where retrieval is by action, stands at the end of the last chunk of history (in the baselines, which
     retrieve nothing, at the start); it is None for other retrieval.
 
-    Raises ValueError when the storage does not fit the memory that is free, with the numbers.
+    Raises ValueError when the storage does not fit the memory that is free, with the numbers, when torch cannot use
+    the device, or when an op has no such backend there; TypeError on another dtype, or what is no MemoryConfig.
     """
 
     @torch.inference_mode(False)  # storage made in inference mode could not be written outside of it
@@ -65,10 +76,13 @@ class WorldMemory:
         dtype: torch.dtype = torch.bfloat16,
         backend: str | None = None,
     ) -> None:
+        if not isinstance(config, MemoryConfig):
+            raise bad_type("WorldMemory", "config", "a MemoryConfig", config)
         if dtype not in DTYPES:
             raise TypeError(f"WorldMemory: dtype must be bfloat16, float16 or float32, got {dtype}")
         self.config = config
-        self.device = torch.empty(0, device=device).device
+        self.device = as_device("WorldMemory", device)
+        _check_backend(backend, self.device)
         self.dtype = dtype
         self._backend = backend
         self._rope = config.make_rope()
@@ -87,9 +101,10 @@ class WorldMemory:
             self._max_chunks = min(self._max_chunks, places)
             ring = self._max_chunks
         else:
-            ring = config.recent_chunks + config.unattended_chunks + 1
+            ring = config.recent_chunks + config.gap_chunks + 1
         on_host = config.has_bank and config.bank == "host"
-        self._foresees = on_host and config.prefetch and getattr(self._policy, "stateless", False)
+        self._may_ask_ahead = getattr(self._policy, "stateless", False)
+        self._foresees = on_host and config.prefetch and self._may_ask_ahead
         bank_slots = (config.host_bank_slots if on_host else places) if config.has_bank else 0
         slots = [(whole, config.sink_chunks), (whole, ring), (config.banked_tokens, bank_slots)]
         check_room(
@@ -106,7 +121,7 @@ class WorldMemory:
                 self._pool, bank_rows, tokens=config.banked_tokens, places=places, on_host=on_host, policy=self._policy
             )
         in_window = config.sink_chunks + (ring if config.mode == "full" else config.recent_chunks + 1)
-        in_window += config.unattended_chunks
+        in_window += config.gap_chunks
         capacity = in_window * tiles_of(whole) + config.retrieved_chunks * tiles_of(config.banked_tokens)
         self._window = Window(
             [Segment(0, 1)], device=self.device, rope=self._rope if config.rebase_time else None, capacity=capacity
@@ -199,11 +214,12 @@ class WorldMemory:
         use: all of them between chunks, `device_slots - retrieved_chunks` while one is begun. It changes no result:
         begin_chunk finds on the device what was guessed right, and copies the rest.
 
-        Returns the chunks that are now on the device or on their way; none without a bank. A policy object
-        has to describe the poses once more. Raises as begin_chunk does for its arguments.
+        Returns the chunks that are now on the device or on their way; none without a bank, nor with a policy object
+        that is not `stateless`, which being asked could change: see RetrievalPolicy. Another has to describe the poses
+        once more. Raises as begin_chunk does for its arguments, where it looks at them.
         """
         self._check_process("prefetch")
-        if self._bank is None:
+        if self._bank is None or not self._may_ask_ahead:
             return ()
         begun = self._plan.chunk if self._plan is not None else None
         start = self._view.after_actions if begun is not None else None
@@ -243,15 +259,23 @@ class WorldMemory:
 
         Returns [tokens, heads, head_dim]. For inference: call it under torch.no_grad() or torch.inference_mode().
         Raises RuntimeError when no chunk is begun, and in a graph capture when rows of the window may be on their way
-        (call `wait` before); ValueError or TypeError as norm_rope_append does.
+        (call `wait` before); ValueError or TypeError on another dtype or device than the memory's, and as
+        norm_rope_append does. Under WORLDKV_DEBUG=1 ValueError on a NaN or infinity in q, k or v, which would stay in
+        the memory for good.
         """
         if self._plan is None:
             raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")
-        if not 0 <= layer < self.config.num_layers:
-            raise ValueError(f"attend: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
-        tokens = self.config.chunk_tokens
-        if isinstance(q, torch.Tensor) and q.dim() == 2 and len(q) != tokens:
-            raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {len(q)}")
+        self._check_layer("attend", layer)
+        if isinstance(q, torch.Tensor):
+            tokens = self.config.chunk_tokens
+            if q.dim() == 2 and len(q) != tokens:
+                raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {len(q)}")
+            if q.dtype != self.dtype:
+                raise TypeError(f"attend: q must be of the memory's dtype {self.dtype}, got {q.dtype}")
+            if q.device != self.device:
+                raise ValueError(f"attend: q must be on the memory's device {self.device}, got {q.device}")
+        if debug():
+            _check_finite(layer, q=q, k=k, v=v)
         pool, config = self._pool, self.config
         if self._process is not None and not torch.compiler.is_compiling():
             self._check_process("attend")
@@ -293,7 +317,7 @@ class WorldMemory:
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
-        leaving = chunk - config.recent_chunks - config.unattended_chunks
+        leaving = chunk - config.recent_chunks - config.gap_chunks
         if self._bank is not None:
             self._descriptions[chunk] = self._view.description
             if config.bank_sink and chunk < config.sink_chunks:
@@ -328,10 +352,12 @@ class WorldMemory:
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V pools of a layer, [rows, heads, head_dim]."""
+        self._check_layer("pools", layer)
         return self._pool.k[layer], self._pool.v[layer]
 
     def location(self, chunk: int) -> str:
         """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""
+        chunk = as_integer("location", "chunk", chunk)
         if not 0 <= chunk < self._next_chunk:
             raise ValueError(f"location: chunk must be from 0 to {self._next_chunk - 1}, got {chunk}")
         age = self._next_chunk - chunk
@@ -339,7 +365,7 @@ class WorldMemory:
             return "sink"
         if self.config.mode == "full" or age <= self.config.recent_chunks:
             return "recent"
-        if age <= self.config.recent_chunks + self.config.unattended_chunks:
+        if age <= self.config.recent_chunks + self.config.gap_chunks:
             return "unattended"
         return "bank" if self._bank is not None and chunk in self._bank else "dropped"
 
@@ -379,7 +405,28 @@ class WorldMemory:
         config = self.config
         return 2 * config.num_layers * config.num_heads * config.head_dim * self.dtype.itemsize
 
+    def __repr__(self) -> str:
+        stats = self.stats()
+        on_host = f" and {stats['host_bytes'] / 2**20:.1f} MiB of host memory" if stats["host_bytes"] else ""
+        return (
+            f"WorldMemory({self.config.mode}, {stats['chunks']} chunks, {stats['chunks_banked']} banked, "
+            f"{stats['device_bytes'] / 2**20:.1f} MiB on {self.device}{on_host})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.device.type != "cpu":
+            raise RuntimeError(
+                f"WorldMemory: a memory must be on a CPU to be pickled or copied, got one on {self.device}"
+            )
+        return self.__dict__
+
     # --- parts of the above ---
+
+    def _check_layer(self, op: str, layer: object) -> None:
+        if type(layer) is not int:
+            layer = as_integer(op, "layer", layer)
+        if not 0 <= layer < self.config.num_layers:
+            raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
 
     def _check_process(self, op: str) -> None:
         if self._process not in (None, os.getpid()):
@@ -394,7 +441,7 @@ class WorldMemory:
         config = self.config
         candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
         if begun is not None:
-            leaving = begun - config.recent_chunks - config.unattended_chunks
+            leaving = begun - config.recent_chunks - config.gap_chunks
             if leaving >= config.sink_chunks:
                 candidates.append((leaving, {**self._descriptions, begun: description}[leaving]))
         return candidates
@@ -402,7 +449,13 @@ class WorldMemory:
     def _select(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]]) -> list[int]:
         """The policy's choice, best first, checked."""
         budget, known = self.config.retrieved_chunks, {c for c, _ in candidates}
-        chosen = list(self._policy.select(description, candidates, budget))
+        selected = self._policy.select(description, candidates, budget)
+        try:
+            chosen = [operator.index(chunk) for chunk in selected]
+        except TypeError as error:
+            raise TypeError(
+                f"{op}: the retrieval policy must select a list of chunk numbers, got {describe(selected)}"
+            ) from error
         if len(chosen) > budget or len(known.intersection(chosen)) != len(chosen):
             raise ValueError(
                 f"{op}: the retrieval policy must select up to {budget} different chunks of {sorted(known)}, "
@@ -432,7 +485,7 @@ class WorldMemory:
         attended = chunk if config.mode == "full" else config.recent_chunks
         # The published code leaves its gap as soon as something is retrieved; with no room for that, always.
         if not retrieved and config.retrieved_chunks:
-            attended += config.unattended_chunks
+            attended += config.gap_chunks
         recent = list(range(max(config.sink_chunks, chunk - attended, 0), chunk))
         # Chunk numbers at which retrieved and sink chunks would stand next to the recent ones.
         before = (recent[0] if recent else chunk) - len(retrieved)
@@ -474,3 +527,21 @@ class WorldMemory:
             self._bank.break_off(chunk)
             raise
         del self._descriptions[chunk]
+
+
+def _check_backend(backend: str | None, device: torch.device) -> None:
+    """Raise ValueError where an op has no such backend, or not on this device."""
+    check_backend("WorldMemory", backend)
+    if backend is None:
+        return
+    for backends in (APPEND_BACKENDS, ATTENTION_BACKENDS, COMPRESS_BACKENDS):
+        try:
+            backends.name(backend, device, None)
+        except ValueError as error:
+            raise ValueError(f"WorldMemory: {error}") from None
+
+
+def _check_finite(layer: int, **given: object) -> None:
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) and readable(x) and not torch.isfinite(x).all():
+            raise ValueError(f"attend: {name} must be finite, got NaN or infinity in layer {layer}")

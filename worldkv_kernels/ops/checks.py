@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -15,11 +19,24 @@ def debug() -> bool:
     return os.environ.get("WORLDKV_DEBUG") == "1"
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether a check may read this tensor: on a CPU yes, on a GPU, which synchronises, where `debug` says so.
+
+    Not while torch.compile traces, nor while a CUDA graph is captured.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or (debug() and not torch.cuda.is_current_stream_capturing())
+
+
 def describe(value: object) -> str:
-    """What came, in few words: shape, dtype, device and stride of a tensor, otherwise the value itself."""
+    """What came, in few words: shape and dtype of a tensor or an array, otherwise the value itself, cut if long."""
     if isinstance(value, torch.Tensor):
         return f"{list(value.shape)} {value.dtype} on {value.device} with stride {tuple(value.stride())}"
-    return repr(value)
+    if isinstance(value, np.ndarray):
+        return f"a numpy array {list(value.shape)} {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def bad_value(op: str, argument: str, wanted: str, got: object) -> ValueError:
@@ -28,6 +45,61 @@ def bad_value(op: str, argument: str, wanted: str, got: object) -> ValueError:
 
 def bad_type(op: str, argument: str, wanted: str, got: object) -> TypeError:
     return TypeError(f"{op}: {argument} must be {wanted}, got {describe(got)}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer of Python or numpy; True and False are none, nor is a tensor."""
+    if type(value) is int:
+        return True
+    return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_, torch.Tensor, np.ndarray))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of Python or numpy; True and False are none, nor is a tensor."""
+    if type(value) is float or type(value) is int:
+        return True
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_integer(op: str, argument: str, value: object) -> None:
+    if not is_integer(value):
+        raise bad_type(op, argument, "an integer", value)
+
+
+def as_integer(op: str, argument: str, value: object) -> int:
+    check_integer(op, argument, value)
+    return operator.index(value)
+
+
+def check_number(op: str, argument: str, value: object) -> None:
+    if not is_number(value):
+        raise bad_type(op, argument, "a number", value)
+
+
+def check_bool(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise bad_type(op, argument, "True or False", value)
+
+
+def check_backend(op: str, backend: object) -> None:
+    """Check the type alone: which names there are, and whether they run here, says the op's table."""
+    if backend is not None and not isinstance(backend, str):
+        raise bad_type(op, "backend", "None or a name", backend)
+
+
+def as_device(op: str, device: object) -> torch.device:
+    """The device of tensors made on `device`: "cuda" becomes "cuda:0". Raises ValueError where torch can make none, or
+    the ops have no kernel."""
+    wanted = "'cpu' or a CUDA device that torch can use here"
+    try:
+        found = torch.empty(0, device=device).device
+    except TypeError as error:
+        raise bad_type(op, "device", wanted, device) from error
+    except (RuntimeError, AssertionError) as error:  # what torch without CUDA raises, and CUDA without a GPU
+        raise ValueError(f"{op}: device must be {wanted}, got {device!r}: {str(error).splitlines()[0]}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise bad_value(op, "device", wanted, device)
+    return found
 
 
 def check_tensor(
@@ -54,7 +126,7 @@ def check_tensor(
     if like is not None and dtypes is DTYPES:
         dtypes = (like.dtype,)
     if tensor.dtype not in dtypes:
-        raise bad_type(op, argument, " or ".join(str(d) for d in dtypes), tensor)
+        raise bad_type(op, argument, " or ".join(map(str, dict.fromkeys(dtypes))), tensor)
     if tensor.requires_grad and torch.is_grad_enabled():
         wanted = "without requires_grad, since nothing flows back; use torch.no_grad()"
         raise ValueError(f"{op}: {argument} must be {wanted}, got requires_grad=True")
@@ -65,3 +137,74 @@ def check_tensor(
         if tensor.shape[dim] != 1 and tensor.stride(dim) != dense:
             raise bad_value(op, argument, f"contiguous in its last {inner} dimension(s)", tensor)
         dense *= tensor.shape[dim]
+
+
+class Pieces(NamedTuple):
+    """The bytes of a tensor, piece by piece along one dimension: where pieces start, and how far each reaches."""
+
+    starts: range
+    reach: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, dim: int = 0) -> Pieces:
+        """Along `dim`. A piece counts as all from its first byte to its last."""
+        first, size, count, strides = tensor.data_ptr(), tensor.element_size(), tensor.shape[dim], tensor.stride()
+        others = sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
+        reach = (1 + others - (count - 1) * strides[dim]) * size
+        step = strides[dim] * size
+        starts = range(first, first + count * step, step) if count > 1 and step else range(first, first + 1)
+        return cls(starts, reach)
+
+    def meets(self, other: Pieces) -> bool:
+        """Whether a piece of one and a piece of the other have a byte in common."""
+        starts, others = self.starts, other.starts
+        if starts[0] >= others[-1] + other.reach or others[0] >= starts[-1] + self.reach:
+            return False
+        if starts.step == others.step:
+            # How two pieces lie to each other follows from how many pieces they are apart: one stands for all.
+            others = range(others.start - (len(starts) - 1) * others.step, others.stop, others.step)
+            starts = starts[:1]
+        for start in starts:
+            first_to_end_later = max(0, (start - other.reach - others.start) // others.step + 1)
+            if first_to_end_later < len(others) and others[first_to_end_later] < start + self.reach:
+                return True
+        return False
+
+    def __str__(self) -> str:
+        if len(self.starts) == 1:
+            return f"bytes {(self.starts[0], self.starts[0] + self.reach)}"
+        return f"{len(self.starts)} x {self.reach} bytes, {self.starts.step} apart, from {self.starts[0]}"
+
+
+def check_apart(op: str, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError where an output shares bytes with another output or an input; no tensor may be empty.
+
+    Tensors of different storages are apart, which costs least and is the rule. In one storage addresses and strides
+    decide: a row counts as all from its first byte to its last, or a head where the heads are the farther apart. Does
+    nothing while torch.compile traces, when there are no addresses.
+    """
+    if torch.compiler.is_compiling():
+        return
+    written = {tensor.untyped_storage()._cdata for tensor in outputs.values()}
+    if len(written) == len(outputs) and not any(x.untyped_storage()._cdata in written for x in inputs.values()):
+        return
+    tensors = [*outputs.items(), *inputs.items()]
+    for i, (name, tensor) in enumerate(tensors[: len(outputs)]):
+        for other_name, other in tensors[i + 1 :]:
+            if tensor.untyped_storage()._cdata == other.untyped_storage()._cdata and not _clearly_apart(tensor, other):
+                here, there = Pieces.of(tensor, _outermost(tensor)), Pieces.of(other, _outermost(other))
+                if here.meets(there):
+                    raise ValueError(f"{op}: {name} must not overlap {other_name}, got {here} and {there}")
+
+
+def _clearly_apart(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one dense tensor ends before another starts, such as K and V in one piece. `Pieces` cost more."""
+    if not (tensor.is_contiguous() and other.is_contiguous()):
+        return False
+    first, second = tensor.data_ptr(), other.data_ptr()
+    return first + tensor.nbytes <= second or second + other.nbytes <= first
+
+
+def _outermost(tensor: torch.Tensor) -> int:
+    """The dimension whose pieces lie farthest from each other."""
+    return max(range(tensor.dim()), key=lambda dim: tensor.stride(dim) * (tensor.shape[dim] > 1))

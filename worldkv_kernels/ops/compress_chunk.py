@@ -11,7 +11,16 @@ import torch
 from ..reference.compress_chunk import compress_chunk as reference
 from . import cuda
 from .backends import Backend, OpBackends, exact, on_current_device, register, triton_unavailable
-from .checks import HEAD_DIMS, bad_value, check_tensor
+from .checks import (
+    HEAD_DIMS,
+    Pieces,
+    bad_value,
+    check_backend,
+    check_bool,
+    check_integer,
+    check_number,
+    check_tensor,
+)
 
 _OP = "compress_chunk"
 _MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
@@ -95,6 +104,11 @@ def compress_chunk(
     if layered and not 1 <= layers[0] <= _MAX_LAYERS:
         raise bad_value(_OP, "k", f"of 1 to {_MAX_LAYERS} layers", k)
     check_tensor(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k, inner=2)
+    check_integer(_OP, "frames", frames)
+    check_number(_OP, "keep_ratio", keep_ratio)
+    check_integer(_OP, "anchor", anchor)
+    check_bool(_OP, "pooled", pooled)
+    check_backend(_OP, backend)
     if frames < 1 or tokens < frames or tokens % frames:
         raise bad_value(_OP, "frames", f"a divisor of the {tokens} tokens", frames)
     if not 0 < keep_ratio <= 1:
@@ -119,43 +133,6 @@ def compress_chunk(
     return CompressedChunk(out_k, out_v, out_index)
 
 
-class _Layers(NamedTuple):
-    """The bytes of a tensor: where its layers start, and how far each reaches from there."""
-
-    starts: range
-    reach: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Layers:
-        """Of a tensor [layers, rows, heads, head_dim] that is dense in the last two."""
-        layers, rows, heads, head_dim = tensor.shape
-        first, size = tensor.data_ptr(), tensor.element_size()
-        reach = ((rows - 1) * tensor.stride(1) + heads * head_dim) * size
-        step = tensor.stride(0) * size
-        starts = range(first, first + layers * step, step) if layers > 1 and step else range(first, first + 1)
-        return cls(starts, reach)
-
-    def meets(self, other: _Layers) -> bool:
-        """Whether a layer of one and a layer of the other have a byte in common."""
-        starts, others = self.starts, other.starts
-        if starts[0] >= others[-1] + other.reach or others[0] >= starts[-1] + self.reach:
-            return False
-        if starts.step == others.step:
-            # How two layers lie to each other follows from how many layers they are apart: one stands for all.
-            others = range(others.start - (len(starts) - 1) * others.step, others.stop, others.step)
-            starts = starts[:1]
-        for start in starts:
-            first_to_end_later = max(0, (start - other.reach - others.start) // others.step + 1)
-            if first_to_end_later < len(others) and others[first_to_end_later] < start + self.reach:
-                return True
-        return False
-
-    def __str__(self) -> str:
-        if len(self.starts) == 1:
-            return f"bytes {(self.starts[0], self.starts[0] + self.reach)}"
-        return f"{len(self.starts)} x {self.reach} bytes, {self.starts.step} apart, from {self.starts[0]}"
-
-
 def _check_overlap(k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
     for name, out in (("out_k", out_k), ("out_v", out_v)):
         reach = out.shape[2] * out.shape[3]
@@ -163,7 +140,7 @@ def _check_overlap(k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v:
             if size > 1 and stride < reach:
                 raise bad_value(_OP, name, "of layers and rows that lie apart", out)
             reach += (size - 1) * stride
-    places = {name: _Layers.of(x) for name, x in (("out_k", out_k), ("out_v", out_v), ("k", k), ("v", v))}
+    places = {name: Pieces.of(x) for name, x in (("out_k", out_k), ("out_v", out_v), ("k", k), ("v", v))}
     for name in ("out_k", "out_v"):
         for other, place in places.items():
             if other != name and places[name].meets(place):

@@ -11,7 +11,19 @@ from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
 from . import cuda
 from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
-from .checks import HEAD_DIMS, bad_value, check_tensor, debug
+from .checks import (
+    HEAD_DIMS,
+    bad_type,
+    bad_value,
+    check_apart,
+    check_backend,
+    check_bool,
+    check_integer,
+    check_number,
+    check_tensor,
+    is_integer,
+    readable,
+)
 
 _OP = "norm_rope_append"
 
@@ -44,22 +56,25 @@ def norm_rope_append(
         q, k, v: [tokens, heads * head_dim] as the projections give them, bf16, fp16 or fp32, dense in the
             last dimension; they may be slices of one fused projection. tokens = frames * height * width,
             in that order; head_dim 64 or 128, at most 64 heads.
-        k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in heads and head_dim.
+        k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in heads and head_dim, apart from each
+            other and from q, k and v.
         first_row: the pool row of the first token. start_frame: its absolute latent frame. Both int, or
             both one-element int64 tensors on q's device, which are read when the kernel runs, so that a
-            captured CUDA graph serves every chunk; these are checked only under WORLDKV_DEBUG=1.
+            captured CUDA graph serves every chunk; on a GPU these are checked only under WORLDKV_DEBUG=1, and never
+            while torch.compile traces.
         rope: None for no rotation.
         grid: (frames, height, width) in tokens.
         q_weight, k_weight: [heads * head_dim], dtype of q or fp32; None for no norm.
         eps: added to the mean square.
         round_before_rope: round to the input's dtype after the norm, and after the weight where it has
             that dtype, as Wan's qk-norm does; otherwise everything is fp32 up to the last rounding.
-        out: where q goes, [tokens, heads, head_dim], contiguous; allocated when None.
+        out: where q goes, [tokens, heads, head_dim], contiguous, apart from all other tensors; allocated when None.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
     Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32 from a float64 table. Deterministic, does
-    not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that
-    wants a gradient, on rows outside the pool, on frames past the rope's max_position, and on a backend that is
+    not synchronise. Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that
+    wants a gradient, on rows outside the pool, on frames past the rope's max_position, on pools or an out that overlap
+    each other or q, k or v (from addresses and strides, not while torch.compile traces), and on a backend that is
     unknown or unavailable.
     """
     if not isinstance(k_pool, torch.Tensor) or k_pool.dim() != 3:
@@ -74,26 +89,34 @@ def norm_rope_append(
     check_tensor(_OP, "v", v, (tokens, columns), like=q)
     check_tensor(_OP, "k_pool", k_pool, (rows, heads, head_dim), like=q, inner=2)
     check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=q, inner=2)
+    if not (isinstance(grid, (tuple, list)) and all(map(is_integer, grid))):
+        raise bad_type(_OP, "grid", "(frames, height, width) of integers", grid)
     if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != tokens:
         raise bad_value(_OP, "grid", f"(frames, height, width) of {tokens} tokens in all", grid)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_tensor(_OP, name, weight, (columns,), like=q, dtypes=(q.dtype, torch.float32))
-    if not (eps >= 0 and math.isfinite(eps)):
+    check_number(_OP, "eps", eps)
+    if not 0 <= eps < math.inf:
         raise bad_value(_OP, "eps", "finite and not negative", eps)
+    check_bool(_OP, "round_before_rope", round_before_rope)
+    check_backend(_OP, backend)
+    if rope is not None and not isinstance(rope, Rope3D):
+        raise bad_type(_OP, "rope", "a Rope3D or None", rope)
     if rope is not None and rope.head_dim != head_dim:
         raise bad_value(_OP, "rope", f"for head_dim {head_dim}", rope)
     if rope is not None and max(grid[1:]) > rope.max_position:
         raise bad_value(_OP, "grid", f"within the rope's {rope.max_position} positions", grid)
-    position = None
+    position, known = None, True
     if isinstance(first_row, torch.Tensor) or isinstance(start_frame, torch.Tensor):
         for name, value in (("first_row", first_row), ("start_frame", start_frame)):
             check_tensor(_OP, name, value, (1,), like=q, dtypes=(torch.int64,))
-        position = (first_row, start_frame)
-        first_row = start_frame = 0
-        if debug():
-            first_row, start_frame = (int(value) for value in position)
-    if position is None or debug():
+        position, known = (first_row, start_frame), readable(q)
+        first_row, start_frame = (int(value) for value in position) if known else (0, 0)
+    else:
+        check_integer(_OP, "first_row", first_row)
+        check_integer(_OP, "start_frame", start_frame)
+    if known:
         if not 0 <= first_row <= rows - tokens:
             wanted = f"from 0 to {rows - tokens} for {tokens} tokens in {rows} rows"
             raise bad_value(_OP, "first_row", wanted, first_row)
@@ -104,6 +127,7 @@ def norm_rope_append(
         out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     else:
         check_tensor(_OP, "out", out, (tokens, heads, head_dim), like=q, inner=2)
+    check_apart(_OP, {"k_pool": k_pool, "v_pool": v_pool, "out": out}, {"q": q, "k": k, "v": v})
     torch.ops.worldkv.norm_rope_append(
         q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
         *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),

@@ -12,7 +12,16 @@ from ..memory.window import Segment, Window
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
 from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
-from .checks import HEAD_DIMS, bad_type, bad_value, check_tensor
+from .checks import (
+    HEAD_DIMS,
+    bad_type,
+    bad_value,
+    check_apart,
+    check_backend,
+    check_bool,
+    check_number,
+    check_tensor,
+)
 
 _OP = "segment_attention"
 
@@ -38,13 +47,14 @@ def segment_attention(
     Args:
         q: [q_len, heads, head_dim], bf16, fp16 or fp32, head_dim 64 or 128, dense in head_dim.
         k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in head_dim. Rows outside the
-            window are never read into the result, whatever they hold.
+            window are never read into the result, whatever they hold. The window's rows and q must be finite: an
+            infinite number in them may give NaN, also where its weight would be 0.
         window: the segments, on q's device. Order changes rounding only; rows named twice count twice.
         scale: positive; 1 / sqrt(head_dim) by default.
         return_lse: also return the log-sum-exp of the scaled scores, natural log, fp32 [heads, q_len].
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
-        out: where to write, [q_len, heads, head_dim] like q; allocated when None.
+        out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
         backend: "reference", "triton", or None for the automatic choice.
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: on one device
@@ -54,9 +64,10 @@ def segment_attention(
     once a part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the number of
     segments that it was captured with (later ones are left out, missing ones get zero).
 
-    Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that wants a gradient, on a
-    window that reaches past the pool, on a scale that is not positive and finite, and on a backend that is unknown
-    or unavailable.
+    Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
+    on a window that reaches past the pool, on a scale that is not positive and finite, on an out that overlaps an
+    input (from addresses and strides, not while torch.compile traces), and on a backend that is unknown or
+    unavailable.
     """
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
@@ -76,12 +87,18 @@ def segment_attention(
         raise bad_value(_OP, "window.rope", f"for head_dim {head_dim}", window.rope)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not (scale > 0 and math.isfinite(scale)):
-        raise bad_value(_OP, "scale", "positive and finite", scale)
+    else:
+        check_number(_OP, "scale", scale)
+        if not 0 < scale < math.inf:
+            raise bad_value(_OP, "scale", "positive and finite", scale)
+    check_bool(_OP, "return_lse", return_lse)
+    check_bool(_OP, "return_mass", return_mass)
+    check_backend(_OP, backend)
     if out is None:
         out = torch.empty((q_len, heads, head_dim), dtype=q.dtype, device=q.device)
     else:
         check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
+        check_apart(_OP, {"out": out}, {"q": q, "k_pool": k_pool, "v_pool": v_pool})
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
     torch.ops.worldkv.segment_attention(
