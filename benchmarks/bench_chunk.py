@@ -135,7 +135,7 @@ def prepare(case: ChunkCase, device: torch.device) -> Problem:
     """A model, and a full memory for every variant, each with the same chunk begun, and one much later."""
     model = build(case.of, device)
     config = memory_config("official", model, 0)
-    chunks = config.sink_chunks + config.recent_chunks + config.unattended_chunks + config.retrieved_chunks + 1
+    chunks = config.sink_chunks + config.recent_chunks + config.gap_chunks + config.retrieved_chunks + 1
     filled = {mode: Filled(mode, model, chunks) for mode in (*OURS, "published")}
     filled[f"worldkv, chunk {LATER}"] = Filled("worldkv", model, LATER)
     window = full_window(memory_config("worldkv", model, chunks))

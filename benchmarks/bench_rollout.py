@@ -116,7 +116,7 @@ def first_chunks(model: WorldModel, memory: Memory) -> list[torch.Tensor]:
 def warm_up(model: WorldModel, memory: Memory, config: Any) -> None:
     """Compile and check kernels: as many chunks as it takes until one has been pruned and one retrieved."""
     if model.device.type == "cuda":
-        chunks = config.sink_chunks + config.recent_chunks + config.unattended_chunks + 3
+        chunks = config.sink_chunks + config.recent_chunks + config.gap_chunks + 3
         for _ in stream(model, memory, controls_of(model, chunks), sigmas=CHECK_SIGMAS):
             pass
         memory.reset()

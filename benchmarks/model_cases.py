@@ -152,7 +152,7 @@ def _fitting(config: MemoryConfig, model: WorldModel) -> int:
     free = torch.cuda.mem_get_info(model.device)[0] - _MARGIN
     if config.mode == "full":
         return max(1, free // whole)
-    free -= (config.sink_chunks + config.recent_chunks + config.unattended_chunks + 1) * whole
+    free -= (config.sink_chunks + config.recent_chunks + config.gap_chunks + 1) * whole
     return max(_RETRIEVED, free // Pool.slot_bytes(config.banked_tokens, **sizes))
 
 
