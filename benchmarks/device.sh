@@ -93,8 +93,8 @@ stage() { # stage NAME LIMIT COMMAND...
     fi
     echo
     echo "== $stage (at most $limit s, $SECONDS s gone)"
-    # An interrupt, upon which pytest says what has failed so far; whoever started this may have it ignored.
-    timeout -s INT -k 10 "$limit" env --default-signal=INT "$@"
+    # An interrupt, upon which pytest says what has failed so far. Where it was ignored, timeout undoes that.
+    timeout -s INT -k 10 "$limit" "$@"
     status=$?
     case $status in
         0) note "$stage" "ok, $((SECONDS - start)) s" ;;
