@@ -9,7 +9,7 @@
 # --attention  bench of segment_attention                       (4)
 # --tune       which launch configuration of segment_attention is the fastest                             (5)
 # --fuzz       1000 random windows on each backend of segment_attention, racecheck and synccheck          (9)
-# --models     one pass and rollouts of the models; LingBot's published path wants a card of 120 GiB      (7)
+# --models     one pass and rollouts of the models; LingBot's published path wants more than 80 GB        (7)
 #
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
 # OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from worldkv_kernels.cli import doctor, main, report
+from worldkv_kernels.ops.all import check_every_backend
+
+CPU = torch.device("cpu")
 
 
 def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys):
@@ -69,9 +72,9 @@ def test_waiting_speaks_up_when_it_takes_long(monkeypatch, capsys):
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    report.check_backend(None, torch.device("cpu"))
-    report.check_backend("reference", torch.device("cpu"))
+    check_every_backend("--backend", None, CPU)
+    check_every_backend("--backend", "reference", CPU)
     with pytest.raises(ValueError, match="--backend must be one that runs on cpu, got 'triton': triton on a CPU needs"):
-        report.check_backend("triton", torch.device("cpu"))
+        check_every_backend("--backend", "triton", CPU)
     with pytest.raises(ValueError, match="--backend must be one of triton, reference, got 'cuda'"):
-        report.check_backend("cuda", torch.device("cpu"))
+        check_every_backend("--backend", "cuda", CPU)

@@ -1,6 +1,5 @@
 """Each file of kernels/ serves alone: copied, without worldkv_kernels, and called with what its docstring says."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,11 @@ sys.modules["worldkv_kernels"] = None
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_default_device(device)
 
 def close(got, want):
-    return got.shape == want.shape and (got.double() - want).norm() <= 2e-6 * want.norm()
+    return got.shape == want.shape and (got.double() - want).norm() <= 1e-5 * want.norm()
 
 def turned(x, angles):  # complex pairs (2i, 2i + 1)
     x = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
@@ -48,7 +49,7 @@ frequencies[:12] = 10000.0 ** (-torch.arange(12) / 12)
 
 for of_time, capacity in ((None, None), (frequencies, None), (frequencies, 32)):  # 32 tiles: keys cut into parts
     used = segments if of_time is not None else [(first, num, 0) for first, num, _ in segments]
-    tables = window_tables(used, of_time, capacity=capacity, device="cpu")
+    tables = window_tables(used, of_time, capacity=capacity, device=device)
     out, lse, mass = torch.empty(40, 2, 64), torch.empty(2, 40), torch.empty(2, 3)
     segment_attention(
         q, k_pool, v_pool, *tables, out, lse, mass, scale=0.125, has_shift=of_time is not None
@@ -138,10 +139,8 @@ for pooled in (True, False):
 def test_one_file_alone(tmp_path, module, use):
     shutil.copy(Path(module.__file__), tmp_path)
     (tmp_path / "use.py").write_text(PRELUDE + use)
-    done = subprocess.run(
-        [sys.executable, "use.py"], cwd=tmp_path, env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    # In this process's environment: conftest asks for Triton's interpreter where there is no GPU.
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
 from .memory.poses import as_float64, look_rotation
+from .ops.checks import is_number
 
 MOUSE_STEP = 0.1  # of one look key, as in the published examples of Matrix-Game-2
 
@@ -81,10 +81,6 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def _is_number(given: object) -> bool:
-    return isinstance(given, numbers.Real) and not isinstance(given, bool)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ActionScales:
     """How far each action goes. No model publishes its own: measure them where the ratio of turns to steps matters.
@@ -113,7 +109,7 @@ class ActionScales:
             got = getattr(self, field.name)
             is_pair = field.name == "pitch_limits"
             given = got if is_pair else (got,)
-            if not (isinstance(given, (tuple, list)) and len(given) == 1 + is_pair and all(map(_is_number, given))):
+            if not (isinstance(given, (tuple, list)) and len(given) == 1 + is_pair and all(map(is_number, given))):
                 wanted = "a pair of numbers, the lowest and the highest look" if is_pair else "a number"
                 raise TypeError(f"ActionScales: {field.name} must be {wanted}, got {got!r:.60}")
             if not all(-math.inf < number < math.inf for number in given):

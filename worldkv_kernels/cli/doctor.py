@@ -9,13 +9,10 @@ from typing import Any
 import torch
 
 from ..ops import cuda, proven
+from ..ops.all import OPS, SEGMENT_ATTENTION
 from ..ops.backends import OpBackends
-from ..ops.compress_chunk import BACKENDS as COMPRESS_CHUNK
-from ..ops.norm_rope_append import BACKENDS as NORM_ROPE_APPEND
-from ..ops.segment_attention import BACKENDS as SEGMENT_ATTENTION
 from .report import Progress, machine, parse_device, table, write_json
 
-OPS = (SEGMENT_ATTENTION, NORM_ROPE_APPEND, COMPRESS_CHUNK)
 # Heads, queries of a chunk, and keys of a window, all with head_dim 128: what segment_attention is mostly asked for.
 SHAPES = {
     "LingBot-World-Fast, 480 x 832": (40, 4680, 32_760),

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..ops.all import check_every_backend
 from ..recall import CHUNK_FRAMES, MODES, RecallResult, Scene, pan_and_return, recall, revisited
-from .report import Progress, check_backend, machine, parse_device, size, table, writable, write_json
+from .report import Progress, machine, parse_device, size, table, writable, write_json
 
 _LEAST_STEP, _LARGEST_STEP = 0.001, 360.0  # degrees; views are told apart to a millionth
 _LEAST_SIDE = 64  # pixels of a photograph
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if not _LEAST_STEP <= args.step <= _LARGEST_STEP:
         raise ValueError(f"--step must be from {_LEAST_STEP} to {_LARGEST_STEP:g} degrees, got {args.step}")
     device = parse_device(args.device)
-    check_backend(args.backend, device)
+    check_every_backend("--backend", args.backend, device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     name, image = _load_image(args)
     writable("--picture", args.picture, _formats(args.picture))

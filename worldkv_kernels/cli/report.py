@@ -15,9 +15,6 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..ops.compress_chunk import BACKENDS as COMPRESS_CHUNK
-from ..ops.norm_rope_append import BACKENDS as NORM_ROPE_APPEND
-from ..ops.segment_attention import BACKENDS as SEGMENT_ATTENTION
 
 _SILENCE = 2.0  # seconds at most
 
@@ -113,16 +110,6 @@ def parse_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {error}") from error
     return device
-
-
-def check_backend(name: str | None, device: torch.device) -> None:
-    """Raises ValueError when an op has no backend of that name, or none that runs on `device`."""
-    for op in (SEGMENT_ATTENTION, NORM_ROPE_APPEND, COMPRESS_CHUNK) if name is not None else ():
-        if name not in op.backends:
-            raise ValueError(f"--backend must be one of {', '.join(op.backends)}, got {name!r}")
-        reason = op.backends[name].unavailable(device)
-        if reason:
-            raise ValueError(f"--backend must be one that runs on {device}, got {name!r}: {reason}")
 
 
 def writable(argument: str, path: str | None, suffixes: Sequence[str] = ()) -> None:

@@ -20,6 +20,7 @@ from ..memory.poses import mean_pose, rotation_angles
 from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.world_memory import WorldMemory
 from ..models.rollout import RolloutChunk, WorldModel, rollout
+from ..ops.all import check_every_backend
 from . import report, rollout_models
 from .rollout_models import STRIDE, Config, Motion
 from .rollout_picture import picture
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     device = report.parse_device(args.device)
-    report.check_backend(args.backend, device)
+    check_every_backend("--backend", args.backend, device)
     modes = _modes(args.modes)
     report.writable("--picture", args.picture, [".svg"])
     if args.picture and "worldkv" not in modes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,6 +195,7 @@ def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
     return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot-world-fast" else None
 
 
+@cache
 def _count(name: str, config: Config, dtype: torch.dtype) -> tuple[int, int]:
     """How many parameters a model has, and their bytes, from its sizes alone."""
     # The tiny model draws its weights when it is made, wherever that is.

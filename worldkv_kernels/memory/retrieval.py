@@ -157,7 +157,7 @@ class FovRetrieval(NearestPolicy):
     M. Roberts 2018): on a grid, whole layers of points leave the view at once, and unlike overlaps come out equal.
 
     `depth_range` (near, far) is in the poses' units. `image_size` (height, width) in pixels defaults to
-    twice the principal point. `samples`: points of a view; with 128 the overlap is right to about 0.03.
+    twice the principal point. `samples`: points of a view; with 128 the overlap is right within 0.05.
 
     A full bank goes by pose: of two views that show the same from two sides, both stay.
     """

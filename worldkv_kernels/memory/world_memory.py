@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops.all import check_every_backend
 from ..ops.checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, describe, readable
-from ..ops.compress_chunk import BACKENDS as COMPRESS_BACKENDS
 from ..ops.compress_chunk import compress_chunk
-from ..ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
 from ..ops.norm_rope_append import norm_rope_append
-from ..ops.segment_attention import BACKENDS as ATTENTION_BACKENDS
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from .bank import Bank
@@ -82,7 +80,8 @@ class WorldMemory:
             raise TypeError(f"WorldMemory: dtype must be bfloat16, float16 or float32, got {dtype}")
         self.config = config
         self.device = as_device("WorldMemory", device)
-        _check_backend(backend, self.device)
+        check_backend("WorldMemory", backend)
+        check_every_backend("WorldMemory: backend", backend, self.device)
         self.dtype = dtype
         self._backend = backend
         self._rope = config.make_rope()
@@ -527,18 +526,6 @@ class WorldMemory:
             self._bank.break_off(chunk)
             raise
         del self._descriptions[chunk]
-
-
-def _check_backend(backend: str | None, device: torch.device) -> None:
-    """Raise ValueError where an op has no such backend, or not on this device."""
-    check_backend("WorldMemory", backend)
-    if backend is None:
-        return
-    for backends in (APPEND_BACKENDS, ATTENTION_BACKENDS, COMPRESS_BACKENDS):
-        try:
-            backends.name(backend, device, None)
-        except ValueError as error:
-            raise ValueError(f"WorldMemory: {error}") from None
 
 
 def _check_finite(layer: int, **given: object) -> None:
