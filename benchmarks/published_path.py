@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from worldkv_kernels import MemoryConfig
-from worldkv_kernels.memory.poses import as_poses
 from worldkv_kernels.memory.retrieval import PublishedPoseRetrieval
+from worldkv_kernels.poses import as_poses
 from worldkv_kernels.ranges import phase
 
 _OFFICIAL = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_compress_chunk import brute_force, float64_similarities, separated_keys
 
 from worldkv_kernels import compress_chunk
+from worldkv_kernels.checks import Pieces
 from worldkv_kernels.ops import cuda
-from worldkv_kernels.ops.checks import Pieces
 from worldkv_kernels.ops.compress_chunk import BACKENDS
 
 BACKEND_NAMES = backends(BACKENDS)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import as_quaternion, quaternion_angle, rotation_mean
 
-from worldkv_kernels.memory.poses import _exp, _log, as_intrinsics, as_poses, geodesic_mean, mean_pose, rotation_angles
 from worldkv_kernels.memory.retrieval import PoseRetrieval, PublishedPoseRetrieval
+from worldkv_kernels.poses import _exp, _log, as_intrinsics, as_poses, geodesic_mean, mean_pose, rotation_angles
 
 fuzz = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31)

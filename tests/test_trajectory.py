@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from worldkv_kernels.memory.poses import as_poses, look_rotation
+from worldkv_kernels.poses import as_poses, look_rotation
 from worldkv_kernels.trajectory import MOVES, latent_poses, load
 
 

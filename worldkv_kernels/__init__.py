@@ -3,10 +3,10 @@
 from .actions import ActionIntegrator, Actions, ActionScales, parse_actions
 from .memory.config import MemoryConfig
 from .memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
-from .memory.window import Segment, Window
 from .memory.world_memory import ChunkPlan, WorldMemory
 from .ops import CompressedChunk, compress_chunk, norm_rope_append, segment_attention
 from .rope import Rope3D
+from .window import Segment, Window
 
 __version__ = "0.1.0"
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .memory.poses import as_float64, look_rotation
-from .ops.checks import is_number
+from .checks import is_number
+from .poses import as_float64, look_rotation
 
 MOUSE_STEP = 0.1  # of one look key, as in the published examples of Matrix-Game-2
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from .ops.checks import as_integer, check_number
+from .checks import as_integer, check_number
 
 
 class Rope3D:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .memory.poses import as_intrinsics, as_poses, look_rotation
+from .poses import as_intrinsics, as_poses, look_rotation
 
 # What one frame of each move adds: yaw and pitch in turns of `turn_degrees`, then x (right) and z (forward) in `move`.
 MOVES = {

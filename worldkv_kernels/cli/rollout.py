@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from ..memory.config import MODES, ORDERS, MemoryConfig
-from ..memory.poses import mean_pose, rotation_angles
 from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.world_memory import WorldMemory
 from ..models.rollout import RolloutChunk, WorldModel, rollout
 from ..ops.all import check_every_backend
+from ..poses import mean_pose, rotation_angles
 from . import report, rollout_models
 from .rollout_models import STRIDE, Config, Motion
 from .rollout_picture import picture

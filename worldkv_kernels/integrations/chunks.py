@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..actions import as_actions, video_frames
-from ..memory.poses import as_intrinsics, as_poses
 from ..memory.retrieval import make_policy
 from ..memory.world_memory import WorldMemory
+from ..poses import as_intrinsics, as_poses
 
 
 class Chunks:

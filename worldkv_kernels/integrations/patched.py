@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import describe
 from ..memory.config import MemoryConfig
-from ..ops.checks import describe
 from .chunks import Chunks
 
 ATTENTION = "CausalWanSelfAttention"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..ops.checks import HEAD_DIMS, as_integer, check_bool, check_integer, check_number, is_integer
+from ..checks import HEAD_DIMS, as_integer, check_bool, check_integer, check_number, is_integer
 from ..ops.compress_chunk import kept_tokens
 from ..rope import Rope3D
 from .retrieval import PublishedPoseRetrieval, RetrievalPolicy, make_policy

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .window import TILE_ROWS
+from ..window import TILE_ROWS
 
 
 def slot_rows(tokens: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..actions import ActionIntegrator
-from .poses import mean_pose, rotation_angles
+from ..poses import mean_pose, rotation_angles
 
 # Scores within this of the best are as good as the best, so that float noise between views that are the same
 # (standing still, a closed loop) is a tie, and ties go to the older chunk. Not by rounding the scores: noise

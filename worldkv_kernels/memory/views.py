@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..actions import IntegratorState, as_actions
+from ..poses import as_intrinsics, as_poses, mean_pose
 from .config import MemoryConfig
-from .poses import as_intrinsics, as_poses, mean_pose
 from .retrieval import ActionRetrieval, RetrievalPolicy
 
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, describe, readable
 from ..ops.all import check_every_backend
-from ..ops.checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, describe, readable
 from ..ops.compress_chunk import compress_chunk
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
+from ..window import Segment, Window, tiles_of
 from .bank import Bank
 from .config import MemoryConfig
 from .pool import Pool
@@ -23,7 +24,6 @@ from .retrieval import make_policy
 from .room import bank_places, check_room
 from .slots import COUNTS
 from .views import View, Views
-from .window import Segment, Window, tiles_of
 
 
 class ChunkPlan(NamedTuple):

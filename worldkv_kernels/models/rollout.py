@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ..actions import ActionIntegrator, Actions, video_frames
-from ..memory.poses import as_intrinsics, as_poses
 from ..memory.world_memory import ChunkPlan, WorldMemory
+from ..poses import as_intrinsics, as_poses
 from ..ranges import phase
 
 # Noise levels of LingBot-World-Fast: steps 0, 179, 358, 679 of a 1000-step flow schedule with shift 10.

@@ -8,10 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..reference.compress_chunk import compress_chunk as reference
-from . import cuda
-from .backends import Backend, OpBackends, exact, on_current_device, register, triton_unavailable
-from .checks import (
+from ..checks import (
     HEAD_DIMS,
     Pieces,
     bad_value,
@@ -21,6 +18,9 @@ from .checks import (
     check_number,
     check_tensor,
 )
+from ..reference.compress_chunk import compress_chunk as reference
+from . import cuda
+from .backends import Backend, OpBackends, exact, on_current_device, register, triton_unavailable
 
 _OP = "compress_chunk"
 _MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them

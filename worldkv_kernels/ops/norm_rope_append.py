@@ -7,11 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..reference.norm_rope_append import norm_rope_append as reference
-from ..rope import Rope3D
-from . import cuda
-from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
-from .checks import (
+from ..checks import (
     HEAD_DIMS,
     bad_type,
     bad_value,
@@ -24,6 +20,10 @@ from .checks import (
     is_integer,
     readable,
 )
+from ..reference.norm_rope_append import norm_rope_append as reference
+from ..rope import Rope3D
+from . import cuda
+from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "norm_rope_append"
 

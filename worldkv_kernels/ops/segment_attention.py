@@ -8,11 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..memory.window import Segment, Window
-from ..reference.segment_attention import segment_attention as reference
-from ..rope import Rope3D
-from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
-from .checks import (
+from ..checks import (
     HEAD_DIMS,
     bad_type,
     bad_value,
@@ -22,6 +18,10 @@ from .checks import (
     check_number,
     check_tensor,
 )
+from ..reference.segment_attention import segment_attention as reference
+from ..rope import Rope3D
+from ..window import Segment, Window
+from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "segment_attention"
 

@@ -1,0 +1,167 @@
+"""The window: which pool rows a query attends to, as tables that a kernel walks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .checks import as_device, bad_type, is_integer
+from .rope import Rope3D
+
+TILE_ROWS = 128
+_INT32_MAX = 2**31 - 1
+_MAX_TILES = 2**24  # whose rows are 2**31
+
+
+class Segment(NamedTuple):
+    """Contiguous pool rows attended as one piece; `time_shift` in latent frames, may be negative."""
+
+    first_row: int
+    num_rows: int
+    time_shift: int = 0
+
+
+def tiles_of(num_rows: int) -> int:
+    """How many tiles of 128 rows a segment of `num_rows` takes."""
+    return -(-num_rows // TILE_ROWS)
+
+
+class Window:
+    """The segments that every query attends to, in order, kept on the device at fixed addresses.
+
+    `update` rewrites the tables in place, so a captured CUDA graph sees the new window. Segments may be
+    of any length from one row, in any order, and may overlap: a row that two segments name counts twice.
+    `capacity` is in tiles of 128 rows and defaults to what the first segments need. Only with a `rope` may
+    segments have time shifts; attention then takes the path that turns queries, whatever the shifts, so
+    that a captured graph serves every later window.
+
+    Raises ValueError when there is no segment, a segment is empty or starts below row 0, the capacity is too small or
+    above 2**24, a time shift comes without a rope, or torch cannot use the device; TypeError when a number is not an
+    integer, or the rope no Rope3D.
+    """
+
+    @torch.inference_mode(False)  # tables made in inference mode could not be rewritten outside of it
+    def __init__(
+        self,
+        segments: Iterable[Segment | tuple[int, ...]],
+        *,
+        device: torch.device | str,
+        rope: Rope3D | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        if rope is not None and not isinstance(rope, Rope3D):
+            raise bad_type("Window", "rope", "a Rope3D or None", rope)
+        checked = _checked(segments, rope)
+        needed = sum(tiles_of(s.num_rows) for s in checked)
+        if capacity is not None and not is_integer(capacity):
+            raise bad_type("Window", "capacity", "an integer or None", capacity)
+        self.capacity = needed if capacity is None else operator.index(capacity)
+        if self.capacity > _MAX_TILES:
+            raise ValueError(f"Window: capacity must be at most {_MAX_TILES} tiles of 128 rows, got {self.capacity}")
+        self._check_capacity(checked)
+        self.device = as_device("Window", device)
+        self.rope = rope
+        self.has_shift = rope is not None
+        turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
+        on_gpu = self.device.type == "cuda"
+        self._device_tables = {
+            "tiles": torch.zeros((self.capacity, 2), dtype=torch.int32, device=self.device),
+            "tail_rows": torch.zeros((self.capacity * TILE_ROWS, 2), dtype=torch.int32, device=self.device),
+            "ranges": torch.zeros((self.capacity + 1, 4), dtype=torch.int32, device=self.device),
+            "num_segments": torch.zeros(1, dtype=torch.int32, device=self.device),
+            "turns": torch.zeros(turns, dtype=torch.float32, device=self.device),
+        }
+        self._host_tables = {
+            name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu)
+            for name, table in self._device_tables.items()
+        }
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self.segments: tuple[Segment, ...] = ()
+        self._load(checked)
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        """What a kernel reads, always at the same addresses; kernels/segment_attention.py says what is in each.
+
+        tiles int32 [capacity, 2], tail_rows int32 [128 * capacity, 2], ranges int32 [capacity + 1, 4], num_segments
+        int32 [1], turns fp32 [capacity, head_dim / 2, 2], or [1, 1, 2] without a rope.
+        """
+        return tuple(self._device_tables.values())
+
+    def update(self, segments: Iterable[Segment | tuple[int, ...]]) -> None:
+        """Replace the segments. Copies asynchronously on the current stream; the old window stays on error."""
+        self._load(_checked(segments, self.rope))
+
+    def _check_capacity(self, segments: tuple[Segment, ...]) -> None:
+        needed = sum(tiles_of(s.num_rows) for s in segments)
+        if needed > self.capacity:
+            raise ValueError(f"Window: segments must fit capacity={self.capacity} tiles of 128 rows, got {needed}")
+
+    def _load(self, segments: tuple[Segment, ...]) -> None:
+        self._check_capacity(segments)
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy out of the pinned tables; long done in practice
+        host = {name: table.numpy() for name, table in self._host_tables.items()}
+        first = np.array([s.first_row for s in segments], dtype=np.int64)
+        rows = np.array([s.num_rows for s in segments], dtype=np.int64)
+        full, tail = rows // TILE_ROWS, rows % TILE_ROWS
+        full_hi, tail_hi = np.cumsum(full), np.cumsum(tail)
+        num_full, num_tail = int(full_hi[-1]), int(tail_hi[-1])
+        segment = np.arange(len(segments))
+        host["tiles"][:num_full, 0] = _runs(first, full, full_hi, TILE_ROWS)
+        host["tiles"][:num_full, 1] = np.repeat(segment, full)
+        host["tail_rows"][:num_tail, 0] = _runs(first + full * TILE_ROWS, tail, tail_hi, 1)
+        host["tail_rows"][:num_tail, 1] = np.repeat(segment, tail)
+        host["ranges"][0] = (0, num_full, 0, num_tail)
+        host["ranges"][1 : 1 + len(segments)] = np.stack([full_hi - full, full_hi, tail_hi - tail, tail_hi], axis=1)
+        host["num_segments"][0] = len(segments)
+        used = {"tiles": num_full, "tail_rows": num_tail, "ranges": 1 + len(segments), "num_segments": 1}
+        if self.rope is not None:
+            used["turns"] = len(segments)
+            for i, segment in enumerate(segments):
+                host["turns"][i] = self.rope.turn(segment.time_shift)
+        for name, count in used.items():
+            if count:
+                self._device_tables[name][:count].copy_(self._host_tables[name][:count], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self.device))
+        self.segments = segments
+        self.num_segments = len(segments)
+        self.num_tokens = int(rows.sum())
+        self.last_row = int((first + rows).max()) - 1
+
+    def __repr__(self) -> str:
+        return f"Window({self.num_segments} segments, {self.num_tokens} tokens, capacity={self.capacity} tiles)"
+
+
+def _runs(first: np.ndarray, lengths: np.ndarray, ends: np.ndarray, step: int) -> np.ndarray:
+    """From each of `first`, as many numbers as `lengths` says, `step` apart; `ends` is the running sum of lengths."""
+    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    return np.repeat(first, lengths) + within * step
+
+
+def _checked(segments: Iterable[Segment | tuple[int, ...]], rope: Rope3D | None) -> tuple[Segment, ...]:
+    checked = []
+    if not isinstance(segments, Iterable):
+        raise bad_type("Window", "segments", "a list of (first_row, num_rows, time_shift=0)", segments)
+    for i, given in enumerate(segments):
+        try:
+            segment = Segment(*(operator.index(number) for number in given))
+        except TypeError as error:
+            raise TypeError(
+                f"Window: segments[{i}] must be (first_row, num_rows, time_shift=0) of integers, got {given!r}"
+            ) from error
+        if segment.first_row < 0 or segment.num_rows < 1 or sum(segment[:2]) > _INT32_MAX:
+            raise ValueError(
+                f"Window: segments[{i}] must have first_row >= 0, num_rows >= 1 and end below row 2**31, got {segment}"
+            )
+        if segment.time_shift and rope is None:
+            raise ValueError(f"Window: segments[{i}] has time_shift={segment.time_shift}, which needs rope=, got None")
+        checked.append(segment)
+    if not checked:
+        raise ValueError("Window: segments must hold at least one segment, got none")
+    return tuple(checked)
