@@ -17,6 +17,7 @@ from torch import nn
 
 from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
+from ..tracing import untraced
 from . import patched
 from .chunks import Chunks
 from .patched import PatchedModel
@@ -109,7 +110,7 @@ class LingBotMemory(PatchedModel):
         self._check_enabled("restart")
         self._chunks.restart(poses, intrinsics)
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         super()._check_forward(given)
         if given.get("retrieval_kv") is not None and not self._told_of_retrieval:
