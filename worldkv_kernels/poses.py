@@ -122,6 +122,21 @@ def _exp(vector: np.ndarray) -> np.ndarray:
     return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
 
 
+def interpolated(poses: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Poses [m, 4, 4] at frame numbers `frames` [m], which may lie between those of `poses` [n, 4, 4], from 0 to n - 1.
+
+    In between, translations lie on the straight line and rotations on the shortest arc, both at even speed (slerp, for
+    rotations). At a whole number it is that frame's pose, to the bit.
+    """
+    before = np.floor(frames).astype(np.int64)
+    made = poses[before]
+    for place in np.flatnonzero(frames != before):
+        one, other, part = made[place].copy(), poses[before[place] + 1], frames[place] - before[place]
+        made[place, :3, 3] += part * (other[:3, 3] - one[:3, 3])
+        made[place, :3, :3] = one[:3, :3] @ _exp(part * _log(one[:3, :3].T @ other[:3, :3]))
+    return made
+
+
 def geodesic_mean(rotations: np.ndarray) -> np.ndarray:
     """The rotation with the least sum of squared angles to `rotations` [n, 3, 3] (Karcher's mean).
 
