@@ -12,6 +12,7 @@ from ..actions import as_actions, video_frames
 from ..memory.retrieval import make_policy
 from ..memory.world_memory import WorldMemory
 from ..poses import as_intrinsics, as_poses
+from ..tracing import untraced
 
 
 class Chunks:
@@ -98,7 +99,7 @@ class Chunks:
             self._inside = False
         self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
 
-    @torch.compiler.disable  # what happens once a chunk, or rests on Python state, is not for tracing
+    @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
     def attend(
         self,
         layer: int,
@@ -153,7 +154,7 @@ class Chunks:
         self._timestep: object = None  # of the last pass
         self._stream: int | None = None
 
-    @torch.compiler.disable
+    @untraced
     def _enter(self, current_start: int, timestep: object, stream: int | None) -> None:
         config = self.memory.config
         chunk, rest = divmod(int(current_start), config.chunk_tokens)

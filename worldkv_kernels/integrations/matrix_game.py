@@ -18,6 +18,7 @@ from ..actions import LAYOUTS, ActionIntegrator, Actions, video_frames
 from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
+from ..tracing import untraced
 from . import patched
 from .chunks import Chunks
 from .patched import PatchedModel
@@ -130,7 +131,7 @@ class MatrixGameMemory(PatchedModel):
             actions = self._pressed.of
         self._chunks.restart(poses, intrinsics, actions=actions)
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         if not given.get("kv_cache"):
             raise RuntimeError(f"{_OP}: forward must have the pipeline's kv_cache, got none, as in training")

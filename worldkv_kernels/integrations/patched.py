@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checks import describe
 from ..memory.config import MemoryConfig
+from ..tracing import untraced
 from .chunks import Chunks
 
 ATTENTION = "CausalWanSelfAttention"
@@ -66,7 +67,7 @@ class PatchedModel:
         """A copy of the model takes its forwards along as they are: they would run this one's weights and memory."""
         raise RuntimeError(f"{self._op}: the model must be disabled before it is copied, got one enabled")
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         """Raise, with the memory as before, on a forward that the memory cannot serve."""
         model, config = self._model, self.memory.config
@@ -97,7 +98,6 @@ class PatchedModel:
     def _forward_of(self, original: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
         """The model's forward, with its chunk begun before it."""
 
-        @torch.compiler.disable(recursive=False)  # the original may be compiled, this may not
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = _by_name(signature, args, kwargs)
             self._check_forward(given)
@@ -108,7 +108,7 @@ class PatchedModel:
                     _release(cache)
                 return original(*args, **kwargs)
 
-        return forward
+        return untraced(forward, recursive=False)  # the original may be compiled, this may not
 
 
 def disable(op: str, model: nn.Module) -> None:
@@ -183,7 +183,7 @@ def _weight(norm: nn.Module) -> torch.Tensor | None:
     return getattr(norm, "weight", None)  # None of the Identity that stands for no norm
 
 
-@torch.compiler.disable
+@untraced
 def _release(cache: dict[str, Any]) -> None:
     """Free the storage of a published cache; code that would go on from it then fails instead of reading zeros."""
     for name in ("k", "v"):
@@ -192,7 +192,7 @@ def _release(cache: dict[str, Any]) -> None:
             cache[name] = tensor.new_empty((tensor.shape[0], 0, *tensor.shape[2:]))
 
 
-@torch.compiler.disable
+@untraced
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by their names, also where the callee takes them as **kwargs."""
     given = dict(signature.bind(*args, **kwargs).arguments)
