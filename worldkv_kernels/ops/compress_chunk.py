@@ -11,11 +11,11 @@ import torch
 from ..checks import (
     HEAD_DIMS,
     Pieces,
+    as_number,
     bad_value,
     check_backend,
     check_bool,
     check_integer,
-    check_number,
     check_tensor,
 )
 from ..reference.compress_chunk import compress_chunk as reference
@@ -105,7 +105,7 @@ def compress_chunk(
         raise bad_value(_OP, "k", f"of 1 to {_MAX_LAYERS} layers", k)
     check_tensor(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k, inner=2)
     check_integer(_OP, "frames", frames)
-    check_number(_OP, "keep_ratio", keep_ratio)
+    keep_ratio = as_number(_OP, "keep_ratio", keep_ratio)
     check_integer(_OP, "anchor", anchor)
     check_bool(_OP, "pooled", pooled)
     check_backend(_OP, backend)

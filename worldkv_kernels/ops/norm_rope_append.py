@@ -9,13 +9,13 @@ import torch
 
 from ..checks import (
     HEAD_DIMS,
+    as_number,
     bad_type,
     bad_value,
     check_apart,
     check_backend,
     check_bool,
     check_integer,
-    check_number,
     check_tensor,
     is_integer,
     readable,
@@ -96,7 +96,7 @@ def norm_rope_append(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_tensor(_OP, name, weight, (columns,), like=q, dtypes=(q.dtype, torch.float32))
-    check_number(_OP, "eps", eps)
+    eps = as_number(_OP, "eps", eps)
     if not 0 <= eps < math.inf:
         raise bad_value(_OP, "eps", "finite and not negative", eps)
     check_bool(_OP, "round_before_rope", round_before_rope)
@@ -123,6 +123,8 @@ def norm_rope_append(
         if rope is not None and not 0 <= start_frame <= rope.max_position - grid[0]:
             last = rope.max_position - grid[0]
             raise bad_value(_OP, "start_frame", f"from 0 to {last} within the rope's positions", start_frame)
+        if not -(2**63) <= start_frame < 2**63:
+            raise bad_value(_OP, "start_frame", "an integer of 64 bits", start_frame)
     if out is None:
         out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     else:
