@@ -29,6 +29,8 @@ from small_lingbot import (
 
 from worldkv_kernels import MemoryConfig
 from worldkv_kernels.integrations import lingbot
+from worldkv_kernels.trajectory import Trajectory, load
+from worldkv_kernels.trajectory import latent_poses as trajectory_poses
 
 # --- the same latents ---
 
@@ -184,6 +186,38 @@ def test_the_two_lines_as_they_are_documented(lines):
     assert relative_error(pipe.generate(*at_480_x_832), wanted) < 1e-5
     assert model._worldkv.stats()["chunks"] == 1
     lingbot.disable(model)
+
+
+# --- poses of a clip ---
+
+CLIP = load("right*50,up*20,forward*40,strafe_left*30,left*150,down*19,back*61").poses  # 371
+
+
+@pytest.mark.parametrize(
+    "frame_num, chunk_frames", [(81, 3), (161, 3), (162, 3), (361, 3), (1000, 3), (161, 4), (9, 3)]
+)
+def test_latent_poses_are_those_of_the_pipeline(frame_num, chunk_frames):
+    wanted = pipeline.latent_poses(torch.from_numpy(CLIP), frame_num, chunk_frames)
+    got = lingbot.latent_poses(torch.from_numpy(CLIP).float(), frame_num, chunk_frames=chunk_frames)
+    assert got.shape == wanted.shape and got.dtype == np.float64
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+    named = trajectory_poses(
+        Trajectory(CLIP[:frame_num], np.ones((len(CLIP[:frame_num]), 4)), ""), chunk_frames=chunk_frames
+    )
+    np.testing.assert_allclose(named[0], wanted, atol=1e-6)
+
+
+def test_latent_poses_refuse_less_than_a_chunk_and_what_is_no_pose():
+    for poses, frame_num, message in (
+        (CLIP[:8], 81, r"poses and frame_num must be at least 9 video frames, .* got 8 and 81"),
+        (CLIP, 8, r"got 371 and 8"),
+        (CLIP, 0, "frame_num must be at least 1, got 0"),
+        (2 * CLIP, 81, "poses must be rigid"),
+    ):
+        with pytest.raises(ValueError, match=f"lingbot.latent_poses: .*{message}"):
+            lingbot.latent_poses(poses, frame_num)
+    with pytest.raises(TypeError, match=r"lingbot\.latent_poses: frame_num must be an integer, got 81\.0"):
+        lingbot.latent_poses(CLIP, 81.0)
 
 
 # --- rollouts that start again, break off or go another way ---

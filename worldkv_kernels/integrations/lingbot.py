@@ -12,18 +12,23 @@ import inspect
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..checks import as_integer
 from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
+from ..poses import as_poses, interpolated
 from ..tracing import untraced
+from ..trajectory import latent_frames
 from . import patched
 from .chunks import Chunks
 from .patched import PatchedModel
 
 _OP = "lingbot"
 _MODEL = "LingBot-World-Fast's WanModelFast (a pipeline's .model)"
+_STRIDE = 4  # video frames to a latent frame
 _SEQUENCE_PARALLEL = "sp_attn_forward_causal"  # what the published code puts in the attention's place
 
 
@@ -35,6 +40,34 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int], **options: Any) ->
     """
     attentions = patched.attentions_of(_OP, patched.unwrapped(model), _MODEL)
     return MemoryConfig(**{**patched.sizes_of(attentions), **options}, grid=grid)
+
+
+def latent_poses(poses: object, frame_num: int, *, chunk_frames: int = 3) -> np.ndarray:
+    """The poses [f, 4, 4] of the latent frames of a clip, as the published pipelines compute them: `enable`'s `poses`.
+
+    Versions 1 and 2 and WorldKV's copy cut the clip's n poses to the last one that ends a latent frame, 4 m + 1 of
+    them, not to whole chunks; then they spread the latent frames of whole chunks evenly over them, the last one at
+    the last pose. Rotations are interpolated by slerp, translations linearly.
+
+    Args:
+        poses: camera-to-world [n, 4, 4], one a video frame: a clip's poses.npy.
+        frame_num: video frames to be made, as given to `generate`; those of the clip where it has fewer.
+        chunk_frames: latent frames of a chunk, `generate`'s chunk_size.
+
+    Raises ValueError where that is less than a chunk, or a pose is not rigid; TypeError on what is no integer.
+    """
+    poses = as_poses(f"{_OP}.latent_poses", poses)
+    for name, count in (("frame_num", frame_num), ("chunk_frames", chunk_frames)):
+        if as_integer(f"{_OP}.latent_poses", name, count) < 1:
+            raise ValueError(f"{_OP}.latent_poses: {name} must be at least 1, got {count}")
+    frames = latent_frames(min(len(poses), frame_num), _STRIDE, chunk_frames)
+    if not len(frames):
+        least = _STRIDE * (chunk_frames - 1) + 1
+        raise ValueError(
+            f"{_OP}.latent_poses: poses and frame_num must be at least {least} video frames, a chunk of {chunk_frames} "
+            f"latent ones, got {len(poses)} and {frame_num}"
+        )
+    return interpolated(poses, frames)
 
 
 def enable(
@@ -66,10 +99,8 @@ def enable(
         config: of the model's sizes, see memory_config.
         poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates, in any unit of length: those that
             the pipeline computes its camera embedding from. Or a callable that gives the [chunk_frames, 4, 4] of a
-            chunk number. None where the mode needs none. Version 1's pipeline and WorldKV's spread the clip's n poses
-            over the latent frames, by linspace(0, n - 1, latent frames), with n not cut to whole chunks; version 2's
-            takes every fourth of a clip that is cut first, which is what trajectory.latent_poses does. The two agree
-            for n = 81 and 357, but not for 161 (39 latent frames, 4.21 apart) or 361.
+            chunk number. None where the mode needs none. A clip's poses.npy has one a video frame: give
+            latent_poses(poses, frame_num).
         intrinsics: fx, fy, cx, cy in pixels, [4], [n, 4] or a callable; None where retrieval needs none.
         dtype: of the keys and values; None for that of the q projection's weight. Under autocast, autocast's.
         backend: of the ops, see segment_attention.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 
@@ -26,6 +27,36 @@ from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_curre
 _OP = "segment_attention"
 
 
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[False] = False, return_mass: Literal[False] = False,
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[True], return_mass: Literal[False] = False,
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[False] = False, return_mass: Literal[True],
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[True], return_mass: Literal[True],
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: bool = False, return_mass: bool = False,
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]: ...  # fmt: skip
 def segment_attention(
     q: torch.Tensor,
     k_pool: torch.Tensor,
