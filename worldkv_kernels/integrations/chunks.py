@@ -265,5 +265,5 @@ def _equal(one: object, other: object) -> bool:
     """Whether two timesteps are the same; an unknown one may be."""
     if one is None or other is None:
         return True
-    one, other = (torch.as_tensor(timestep).detach().cpu().double() for timestep in (one, other))
+    one, other = (torch.as_tensor(t, dtype=torch.float32, device="cpu").detach() for t in (one, other))
     return one.shape == other.shape and torch.equal(one, other)
