@@ -229,7 +229,7 @@ def table(figures: Iterable[dict[str, Any]], *, short: bool = False) -> str:
 def parse_device(name: str | None) -> torch.device:
     """The named device with its index, or the first GPU, or the CPU. Raises ValueError when it is not there."""
     try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.empty(0, dtype=torch.uint8, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {_first_line(error)}") from error
 
