@@ -70,10 +70,10 @@ def test_in_full_mode_it_is_the_model_with_a_cache_as_long_as_the_clip(variant, 
     assert torch.equal(latents(pipeline(model), given, 5, mode=variant), published)
 
 
-@pytest.mark.parametrize("variant", ["universal", "templerun"])
-def test_in_sliding_mode_it_is_the_published_window(variant):
+@pytest.mark.parametrize("variant, window", [("universal", 6), ("gta_drive", 4), ("templerun", 6), ("templerun", 8)])
+def test_in_sliding_mode_it_is_the_published_window(variant, window):
     given = conditions(*actions_of(variant, 5))
-    model = plain_model(variant)
+    model = plain_model(variant, window)
     published = latents(pipeline(model), given, 5, mode=variant)
     made, _ = run(lambda model: matrix_game.enable(model, config_of(model, "sliding")), model, given, 5, mode=variant)
     assert relative_error(made, published) < 1e-5
@@ -241,7 +241,7 @@ def test_the_two_lines_at_the_published_size_of_a_frame():
     assert handle.memory.config.grid == (22, 40)
 
 
-@pytest.mark.parametrize("variant, window, recent", [("universal", 6, 3), ("gta_drive", 4, 3), ("templerun", 9, 6)])
+@pytest.mark.parametrize("variant, window, recent", [("universal", 6, 3), ("gta_drive", 4, 1), ("templerun", 9, 6)])
 def test_the_config_follows_the_model(variant, window, recent):
     model = plain_model(variant, window)
     config = matrix_game.memory_config(model)

@@ -14,6 +14,7 @@ from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
 from ..poses import as_intrinsics, as_poses
+from ..tracing import untraced
 
 
 class Chunks:
@@ -121,7 +122,7 @@ class Chunks:
             self._inside = False
         self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
 
-    @torch.compiler.disable  # what happens once a chunk, or rests on Python state, is not for tracing
+    @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
     def attend(
         self,
         layer: int,
@@ -212,7 +213,7 @@ class Chunks:
         self._of_first: list[object] = []  # the streams of chunk 0, held so that another one has another id
         self._broken_off = False  # by an exception inside the last pass
 
-    @torch.compiler.disable
+    @untraced
     def _enter(self, current_start: int, stream: object) -> None:
         config = self.config
         chunk, rest = divmod(int(current_start), config.chunk_tokens)

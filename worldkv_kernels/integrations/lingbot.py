@@ -20,6 +20,7 @@ from torch import nn
 from ..checks import as_integer
 from ..memory.config import MemoryConfig
 from ..poses import as_poses, interpolated
+from ..tracing import untraced
 from ..trajectory import latent_frames
 from . import patched
 from .chunks import Chunks
@@ -171,7 +172,7 @@ class LingBotMemory(PatchedModel):
         self._check_enabled("restart")
         self._chunks.restart(poses, intrinsics)
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         super()._check_forward(given)
         if given.get("retrieval_kv") is not None:

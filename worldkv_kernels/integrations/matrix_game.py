@@ -17,6 +17,7 @@ from torch import nn
 from ..actions import LAYOUTS, ActionIntegrator, Actions, video_frames
 from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
+from ..tracing import untraced
 from . import patched
 from .chunks import Chunks
 from .patched import PatchedModel
@@ -30,11 +31,10 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int] = (22, 40), **optio
     """The MemoryConfig of a model of the published class; `options` are the rest of its fields.
 
     grid is (height, width) in tokens of one latent frame: the published 352 x 640 pixels over 16; `enable` without a
-    config takes that of the rollout's latents. Without options there
-    is no sink, the recent frames are the past ones of the model's own window, rounded up to chunks (3 of its 6, and 3
-    of gta_drive's 4), and retrieval is by action, in the layout of the model's keys and by the scales guessed for it.
-    A window of 6 frames is what the model was trained with: to it all that is retrieved is far, rebase_time brings it
-    nearer.
+    config takes that of the rollout's latents. Without options there is no sink, the recent frames are the past ones of
+    the model's own window (3 of its 6; of gta_drive's 4 the last frame of the chunk before), and retrieval is by
+    action, in the layout of the model's keys and by the scales guessed for it. That window is what the model was
+    trained with: to it all that is retrieved is far, rebase_time brings it nearer.
 
     Raises TypeError when the model is not of that class, ValueError when its keys are of no layout and no retrieval is
     given, and what MemoryConfig raises.
@@ -43,9 +43,7 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int] = (22, 40), **optio
     attentions = patched.attentions_of(_OP, model, _MODEL)
     fields = {**patched.sizes_of(attentions), "chunk_frames": _CHUNK_FRAMES, "sink_frames": 0, **options}
     if "recent_frames" not in options and model.local_attn_size > 0:
-        chunk = fields["chunk_frames"]
-        past = max(0, model.local_attn_size - chunk)
-        fields["recent_frames"] = -(-past // chunk) * chunk
+        fields["recent_frames"] = max(0, model.local_attn_size - fields["chunk_frames"])
     if "retrieval" not in options:
         fields["retrieval"] = ActionRetrieval(ActionIntegrator(layout=_layout_of(model)))
     return MemoryConfig(**fields, grid=grid)
@@ -148,7 +146,7 @@ class MatrixGameMemory(PatchedModel):
             actions = self._pressed.of
         self._chunks.restart(poses, intrinsics, actions=actions)
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         if not given.get("kv_cache"):
             raise RuntimeError(f"{_OP}: forward must have the pipeline's kv_cache, got none, as in training")

@@ -15,6 +15,7 @@ from ..checks import DTYPES, check_backend, describe
 from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
 from ..ops.all import OPS
+from ..tracing import untraced
 from .chunks import Chunks
 
 ATTENTION = "CausalWanSelfAttention"
@@ -110,7 +111,7 @@ class PatchedModel:
         """A copy of the model takes its forwards along as they are: they would run this one's weights and memory."""
         raise RuntimeError(f"{self._op}: the model must be disabled before it is copied, got one enabled")
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         """Raise, with the memory as before, on a forward that the memory cannot serve."""
         model, config = self._model, self._chunks.config
@@ -156,7 +157,7 @@ class PatchedModel:
         if not self._originals:
             raise RuntimeError(f"{self._op}: {op} must be called while the model is enabled, got a call after disable")
 
-    @torch.compiler.disable
+    @untraced
     @torch.inference_mode(False)  # what is made in inference mode could not be resized outside of it
     def _release(self, cache: dict[str, Any]) -> None:
         """Free the storage of a published cache; code that would go on from it then fails instead of reading zeros."""
@@ -175,7 +176,6 @@ class PatchedModel:
     def _forward_of(self, original: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
         """The model's forward, with its chunk begun before it."""
 
-        @torch.compiler.disable(recursive=False)  # the original may be compiled, this may not
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = _by_name(signature, args, kwargs)
             self._check_forward(given)
@@ -186,7 +186,7 @@ class PatchedModel:
                     self._release(cache)
                 return original(*args, **kwargs)
 
-        return forward
+        return untraced(forward, recursive=False)  # the original may be compiled, this may not
 
 
 def disable(op: str, model: nn.Module) -> None:
@@ -314,7 +314,7 @@ def _weight(norm: nn.Module) -> torch.Tensor | None:
     return getattr(norm, "weight", None)  # None of the Identity that stands for no norm
 
 
-@torch.compiler.disable
+@untraced
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by their names, also where the callee takes them as **kwargs."""
     given = dict(signature.bind(*args, **kwargs).arguments)
