@@ -58,7 +58,8 @@ def test_sigmas():
     assert flow_sigmas((0, 1, 2), shift=3, num_train_timesteps=4) == (1, 2.25 / 2.5, 1.5 / 2)
     assert LingBotConfig.fast().sigmas == pytest.approx([1, 8.21 / 8.389, 6.42 / 6.778, 3.21 / 3.889])
     assert tuple(round(sigma, 3) for sigma in LingBotConfig.fast().sigmas) == SIGMAS
-    assert LingBotConfig.v2_14b().sigmas == LingBotConfig.v2_1_3b().sigmas == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8])
+    launched = pytest.approx([1, 30 / 31, 10 / 11, 10 / 13])  # the published levels 999, 967, 908, 768
+    assert LingBotConfig.v2_14b().sigmas == LingBotConfig.v2_1_3b().sigmas == launched
     assert make_model(replace(CONFIG, sigmas=(1.0, 0.5))).sigmas == (1.0, 0.5)
 
 

@@ -12,6 +12,7 @@ GROUND_FLOOR = {
     "checks": set(),
     "ranges": set(),
     "rope": {"checks"},
+    "tracing": set(),
     "window": {"checks", "rope"},
     "poses": set(),
     "actions": {"checks", "poses"},

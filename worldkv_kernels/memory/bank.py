@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
+from ..checks import describe
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .slots import COUNTS, SlotCache
@@ -103,6 +106,23 @@ class Bank:
             self._cache.drop(chunk)
 
     # --- into the window ---
+
+    def select(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+        """The policy's choice of up to `budget` candidates, best first, checked; errors name `op`."""
+        known = {chunk for chunk, _ in candidates}
+        selected = self._policy.select(description, candidates, budget)
+        try:
+            chosen = [operator.index(chunk) for chunk in selected]
+        except TypeError as error:
+            raise TypeError(
+                f"{op}: the retrieval policy must select a list of chunk numbers, got {describe(selected)}"
+            ) from error
+        if len(chosen) > budget or len(known.intersection(chosen)) != len(chosen):
+            raise ValueError(
+                f"{op}: the retrieval policy must select up to {budget} different chunks of {sorted(known)}, "
+                f"got {chosen}"
+            )
+        return chosen
 
     def request(self, chunks: list[int]) -> list[int]:
         """Begin to bring in these banked chunks; returns the pool rows at which they start.

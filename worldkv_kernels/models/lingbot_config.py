@@ -96,8 +96,9 @@ class LingBotConfig:
 
     @classmethod
     def v2_14b(cls, **overrides: Any) -> LingBotConfig:
-        """Version 2 at 14B: 4 evenly spaced steps with shift 5, a window of 18 frames, 6 of them the sink."""
-        of_version = dict(sigmas=flow_sigmas((0, 250, 500, 750), shift=5), sink_frames=6, recent_frames=9)
+        """Version 2 at 14B, as it is launched: 4 evenly spaced steps with shift 10 (its function's own default is 5), a
+        window of 18 frames, 6 of them the sink."""
+        of_version = dict(sigmas=flow_sigmas((0, 250, 500, 750), shift=10), sink_frames=6, recent_frames=9)
         return cls(**{**of_version, **overrides})
 
     @classmethod

@@ -20,7 +20,7 @@ from ..checks import (
 )
 from ..reference.compress_chunk import compress_chunk as reference
 from . import cuda
-from .backends import Backend, OpBackends, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, exact, on_current_device, register, triton_unavailable
 
 _OP = "compress_chunk"
 _MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
@@ -126,7 +126,7 @@ def compress_chunk(
     check_tensor(_OP, "out_k", out_k, (*kept, heads, head_dim), like=k, inner=2)
     check_tensor(_OP, "out_v", out_v, (*kept, heads, head_dim), like=k, inner=2)
     check_tensor(_OP, "out_index", out_index, kept, like=k, dtypes=(torch.int32,), inner=len(kept))
-    torch.ops.worldkv.compress_chunk(
+    OPS.compress_chunk(
         k, v, out_k, out_v, out_index, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
         backend or "auto",
     )  # fmt: skip

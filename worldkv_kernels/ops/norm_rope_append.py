@@ -23,7 +23,7 @@ from ..checks import (
 from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
 from . import cuda
-from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "norm_rope_append"
 
@@ -128,7 +128,7 @@ def norm_rope_append(
     else:
         check_tensor(_OP, "out", out, (tokens, heads, head_dim), like=q, inner=2)
     check_apart(_OP, {"k_pool": k_pool, "v_pool": v_pool, "out": out}, {"q": q, "k": k, "v": v})
-    torch.ops.worldkv.norm_rope_append(
+    OPS.norm_rope_append(
         q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
         *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),
         q_weight, k_weight, eps, round_before_rope, backend or "auto",
