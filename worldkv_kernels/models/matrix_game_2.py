@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .matrix_game_config import MatrixGameConfig
 from .rollout import Controls
 
 _OP = "MatrixGame2"
+_KEYBOARD_EMBEDDING = re.compile(r"blocks\.([0-9]{1,6})\.action_model\.keyboard_embed\.0\.weight")
 
 
 class MatrixGameConditions(NamedTuple):
@@ -269,11 +271,8 @@ class MatrixGame2(Denoiser):
 
 def _with_actions_of(layout: Mapping[str, StoredTensor], fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config.json with the actions that a checkpoint's tensors are for."""
-    embeddings = {
-        int(name.split(".")[1]): stored.shape
-        for name, stored in layout.items()
-        if name.startswith("blocks.") and name.endswith(".action_model.keyboard_embed.0.weight")
-    }
+    named = ((_KEYBOARD_EMBEDDING.fullmatch(name), stored.shape) for name, stored in layout.items())
+    embeddings = {int(found[1]): shape for found, shape in named if found and len(shape) == 2}
     if not embeddings:
         return fields  # then loading tells what is missing
     of_tensors = {
