@@ -175,7 +175,7 @@ sanitize() { # sanitize LIMIT TOOL...
 }
 
 bench() { # bench LIMIT NAME [OPTIONS...]
-    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --json "$results" "${small[@]+"${small[@]}"}" "${@:3}"
+    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --jsonl "$results" "${small[@]+"${small[@]}"}" "${@:3}"
 }
 
 do_check() {
@@ -200,7 +200,7 @@ do_attention() {
 
 do_tune() {
     [ "$dry" = 1 ] && export TRITON_INTERPRET=1
-    stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --json "$results" "${small[@]+"${small[@]}"}"
+    stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --jsonl "$results" "${small[@]+"${small[@]}"}"
 }
 
 do_fuzz() {
@@ -217,8 +217,8 @@ do_fuzz() {
 do_models() {
     bench 90 chunk
     small=("${small[@]:0:1}")  # a rollout makes the chunks it is told to, whatever the seconds
-    bench 90 rollout --model matrix-game-2 --chunks 24 --modes worldkv,sliding_as_long,full,published
-    bench 220 rollout --model lingbot-world-fast --chunks 16 --modes worldkv,sliding_as_long,published
+    bench 90 rollout --model matrix_game_2 --chunks 24 --only worldkv,sliding_as_long,full,published
+    bench 220 rollout --model lingbot_world_fast --chunks 16 --only worldkv,sliding_as_long,published
 }
 
 main() {
@@ -227,7 +227,7 @@ main() {
     install_package
     stage environment 30 bash -c print_environment
     stage doctor 90 "$python" -m worldkv_kernels.cli doctor --prove
-    stage ceilings 30 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
+    stage ceilings 30 "$python" "$root/benchmarks/common.py" --jsonl "$results" "${small[@]:0:1}"
     local part all=("${small[@]+"${small[@]}"}")
     for part in "${parts[@]}"; do
         small=("${all[@]+"${all[@]}"}")
