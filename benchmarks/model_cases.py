@@ -71,24 +71,26 @@ def _matrix_game(**sizes: Any) -> MatrixGameConfig:
     return MatrixGameConfig(**{"action_layers": tuple(range(layers // 2)), **sizes})
 
 
-# The config of each model's variants, the first by default, and what makes the model of one.
+# The config of each model's variants, the first by default, and the class.
 MODELS = {
     "tiny": ({"tiny": TinyConfig}, TinyWorldModel),
-    "lingbot_world_fast": ({"fast": LingBotConfig.fast, "v2-1.3b": LingBotConfig.v2_1_3b}, LingBotWorldFast.random),
-    "matrix_game_2": ({"universal": _matrix_game}, MatrixGame2.random),
+    "lingbot_world_fast": ({"fast": LingBotConfig.fast, "v2-1.3b": LingBotConfig.v2_1_3b}, LingBotWorldFast),
+    "matrix_game_2": ({"universal": _matrix_game}, MatrixGame2),
 }
 
 
 def build(case: ModelCase, device: torch.device) -> WorldModel:
     """The case's model with random weights, bf16 on a GPU and fp32 on a CPU. Raises ValueError on an unknown model."""
     config = case.config()
-    return MODELS[case.model][1](config, device=device, dtype=DTYPES[device.type])
+    made_of = MODELS[case.model][1]
+    draw = made_of if made_of is TinyWorldModel else made_of.random  # the tiny model has no other weights
+    return draw(config, device=device, dtype=DTYPES[device.type])
 
 
 def weights_of(case: ModelCase, dtype: torch.dtype) -> int:
     """Bytes of the weights of a case with `layers`, from its sizes: three layers and one tell what two more take."""
     few = [replace(case, layers=layers) for layers in (1, 3)]
-    # The tiny model draws its weights when it is made, wherever that is.
+    # The tiny model draws its weights when it is made.
     on = "cpu" if case.model == "tiny" else "meta"
     one, three = (weight_bytes(MODELS[case.model][1](of.config(), device=on, dtype=dtype)) for of in few)
     return one + (case.layers - 1) * (three - one) // 2
