@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from worldkv_kernels import MemoryConfig
-from worldkv_kernels.memory.retrieval import PublishedPoseRetrieval
+from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval
 from worldkv_kernels.poses import as_poses
 from worldkv_kernels.ranges import phase
 
@@ -364,8 +364,8 @@ def _check_official(config: MemoryConfig) -> None:
         got = getattr(config, field)
         if got != wanted:
             raise ValueError(f"PublishedMemory: {field} must be {wanted!r}, as of MemoryConfig.official, got {got!r}")
-    if not isinstance(config.retrieval, PublishedPoseRetrieval):
-        wanted = "a PublishedPoseRetrieval, as of MemoryConfig.official"
+    if not isinstance(config.retrieval, OfficialPoseRetrieval):
+        wanted = "an OfficialPoseRetrieval, as of MemoryConfig.official"
         raise ValueError(f"PublishedMemory: retrieval must be {wanted}, got {config.retrieval!r}")
 
 

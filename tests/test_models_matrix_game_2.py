@@ -133,7 +133,8 @@ def test_published_sizes():
     assert universal.dim == 1536 and MatrixGame2(universal, device="meta").latent_shape == (16, 44, 80)
     memory = universal.memory()
     assert (memory.sink_frames, memory.recent_frames, memory.mode, memory.frame_tokens) == (0, 3, "worldkv", 880)
-    assert gta.memory(recent_frames=0, mode="sliding").recent_frames == 0
+    assert [config.recent_frames for config in (universal, gta, templerun)] == [3, 1, 3]
+    assert MatrixGameConfig.universal(chunk_frames=1).recent_frames == 5
 
 
 def published_json(variant, **changes):
@@ -167,7 +168,7 @@ def test_config_of_a_published_folder(variant):
     assert MatrixGameConfig.from_published(fields, **GIVEN) == small(variant)
     assert MatrixGameConfig.from_published(published_json(variant, local_attn_size=None), **GIVEN) == small(variant)
     wider = MatrixGameConfig.from_published(published_json(variant, local_attn_size=11), **GIVEN)
-    assert wider.recent_frames == 9 and wider.actions.local_frames == 11
+    assert wider.recent_frames == 8 and wider.actions.local_frames == 11
 
 
 @pytest.mark.parametrize(

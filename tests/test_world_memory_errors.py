@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pickle
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
     [
         ("num_layers", 0, "at least 1"),
         ("num_heads", 0, "at least 1"),
-        ("num_heads", 65, "at most 64"),
+        ("num_heads", 129, "at most 128"),
         ("chunk_frames", 0, "at least 1"),
         ("head_dim", 96, "64 or 128"),
         ("grid", (0, 3), "at least 1 token"),
@@ -31,9 +32,9 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("grid", 5, "(height, width)"),
         ("grid", (True, 3), "(height, width)"),
         ("grid", ("2", 3), "(height, width)"),
-        ("sink_frames", 3, "a multiple of chunk_frames=2"),
-        ("sink_frames", -2, "a multiple of chunk_frames=2"),
-        ("recent_frames", 5, "a multiple of chunk_frames=2"),
+        ("grid", (2, 2**31), "(height, width)"),
+        ("sink_frames", -2, "at least 0"),
+        ("recent_frames", -1, "at least 0"),
         ("retrieved_chunks", -1, "at least 0"),
         ("unattended_chunks", -1, "at least 0"),
         ("keep_ratio", 0.0, "above 0 and at most 1"),
@@ -65,17 +66,33 @@ def test_config_errors(field, value, wanted):
     assert message.endswith(f"got {value!r}")
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
-        "unattended_chunks", "bank_chunks", "device_slots",
-    ],
+COUNTS = (
+    "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
+    "unattended_chunks", "bank_chunks", "device_slots",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("field", COUNTS)
 def test_config_counts_are_integers(field):
     for value in (4.0, "4", True):
         with pytest.raises(TypeError, match=f"MemoryConfig: {field} must be an integer, got {value!r}"):
             tiny(**{field: value})
+
+
+@pytest.mark.parametrize("field", COUNTS)
+def test_config_counts_are_no_larger_than_memory_could_hold(field):
+    for value in (2**31, 10**400, 10**5000):  # of the last, Python prints no digits
+        with pytest.raises(ValueError, match=f"^MemoryConfig: {field} must be at most 2147483647, got"):
+            tiny(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["keep_ratio", "eps", "scale"])
+def test_config_numbers_are_such_as_a_float_holds(field):
+    for value in (10**400, -(10**400), Fraction(10**400, 3), 10**5000):
+        with pytest.raises(ValueError, match=f"^MemoryConfig: {field} must be a number that a float can hold, got"):
+            tiny(**{field: value})
+    assert type(getattr(tiny(**{field: np.float32(0.5)}), field)) is float
+    assert getattr(tiny(**{field: Fraction(1, 4)}), field) == 0.25
 
 
 @pytest.mark.parametrize("field", ["keep_ratio", "eps", "scale"])
@@ -108,15 +125,46 @@ def test_config_grid_becomes_a_tuple_and_counts_plain_integers(grid):
 @pytest.mark.parametrize(
     ("changes", "error_type", "message"),
     [
-        (dict(chunk_frames=0), ValueError, "chunk_frames must be at least 1, got 0"),
+        (dict(chunk_frames=0), ValueError, "chunk_frames must be from 1 to 2147483647, got 0"),
+        (dict(chunk_frames=10**5000, recent_frames=6), ValueError, "chunk_frames must be from .* too long to print"),
+        (dict(recent_frames=-(10**5000)), ValueError, "recent_frames, .*, got int too long to print .*"),
         (dict(recent_frames="6"), TypeError, "recent_frames must be an integer, got '6'"),
-        (dict(retrieved_frames=None), TypeError, "retrieved_frames must be an integer, got None"),
+        (dict(retrieved_frames=18.0), TypeError, "retrieved_frames must be an integer, got 18.0"),
+        (dict(bank_chunks="5"), TypeError, "bank_chunks must be an integer, got '5'"),
         (dict(clip_frames=81.0), TypeError, "clip_frames must be an integer, got 81.0"),
     ],
 )
 def test_official_errors(changes, error_type, message):
     with pytest.raises(error_type, match=f"^MemoryConfig.official: {message}$"):
         MemoryConfig.official(**{"num_layers": 1, "num_heads": 1, "grid": (2, 3), **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "followed"),  # sink_frames, recent_frames, retrieved_chunks
+    [
+        (dict(), (3, 6, 6)),
+        (dict(chunk_frames=4), (4, 8, 6)),
+        (dict(chunk_frames=1, sink_frames=3), (3, 2, 6)),
+        (dict(chunk_frames=4, recent_frames=3), (4, 3, 6)),
+        (dict(bank_chunks=4), (3, 6, 4)),
+        (dict(device_slots=3, bank_chunks=4, bank="host"), (3, 6, 3)),
+        (dict(bank_chunks=4, mode="full"), (3, 6, 6)),  # there it is how many chunks there can be
+    ],
+)
+def test_config_what_is_not_given_follows(given, followed):
+    config = MemoryConfig(**{"num_layers": 1, "num_heads": 1, "grid": (2, 3), **given})
+    assert (config.sink_frames, config.recent_frames, config.retrieved_chunks) == followed
+    assert {type(frames) for frames in (config.sink_frames, config.recent_frames, config.retrieved_chunks)} == {int}
+    assert dataclasses.replace(config) == config
+    assert dataclasses.replace(config, chunk_frames=5).sink_frames == config.sink_frames
+
+
+def test_config_given_bounds_are_what_is_refused_not_what_follows():
+    sizes = dict(num_layers=1, num_heads=1, grid=(2, 3))
+    with pytest.raises(ValueError, match=r"^MemoryConfig: bank_chunks must be None or at least 1, got -1$"):
+        MemoryConfig(**sizes, bank_chunks=-1)
+    with pytest.raises(ValueError, match=r"^MemoryConfig: device_slots must be None or at least 1 .*, got 0$"):
+        MemoryConfig(**sizes, device_slots=0)
 
 
 def test_config_rebase_needs_a_rope():

@@ -224,7 +224,7 @@ class FovRetrieval(NearestPolicy):
         return (ahead & (u >= 0) & (u <= width) & (v >= 0) & (v <= height)).mean(axis=1)
 
 
-class PublishedPoseRetrieval:
+class OfficialPoseRetrieval:
     """What the published code computes, faults included; for MemoryConfig.official().
 
     Rotation matrices are averaged and not projected back, the angle is an acos in float32, and both terms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,8 @@ from .wan import PATCH
 # Steps 1000, 666, 333 and 1000, 750, 500, 250 of the published schedule, which counts down.
 _THREE_STEPS = flow_sigmas((0, 334, 667), shift=5)
 _FOUR_STEPS = flow_sigmas((0, 250, 500, 750), shift=5)
+
+_OF_THE_ACTIONS: Any = None  # of recent_frames, where they are not given
 
 # What the published configs may say and the model always does.
 _PUBLISHED_CONSTANTS = {"model_type": "i2v", "sink_size": 0}
@@ -37,7 +38,8 @@ class MatrixGameConfig:
 
     `grid` is (height, width) in tokens of one latent frame: 16 x 16 pixels each. `action_layers` are the blocks with
     an action module, of the sizes in `actions`. `sigmas`: the noise levels of the denoising passes. `sink_frames` and
-    `recent_frames` (past ones, in latent frames) are the model's own window, `memory`'s default.
+    `recent_frames` (past ones, in latent frames) are the model's own window, `memory`'s default; by default no sink and
+    what the actions' local_frames leave beside the current chunk.
 
     Raises ValueError when a size is below 1 or odd where it must be even, head_dim is not 64 or 128, an action layer
     is not a block, or the actions' local_frames are fewer than chunk_frames.
@@ -59,7 +61,7 @@ class MatrixGameConfig:
     action_layers: tuple[int, ...] = tuple(range(15))
     sigmas: tuple[float, ...] = _THREE_STEPS
     sink_frames: int = 0
-    recent_frames: int = 3
+    recent_frames: int = _OF_THE_ACTIONS
 
     def __post_init__(self) -> None:
         sizes = ("ffn_dim", "latent_channels", "condition_channels", "image_tokens", "image_dim", "frequency_dim")
@@ -77,6 +79,8 @@ class MatrixGameConfig:
                 f"MatrixGameConfig: actions must have local_frames of at least chunk_frames={self.chunk_frames}, "
                 f"got {self.actions.local_frames}"
             )
+        if self.recent_frames is None:
+            object.__setattr__(self, "recent_frames", self.actions.local_frames - self.chunk_frames)
         self.memory()  # checks the rest
 
     @classmethod
@@ -86,11 +90,7 @@ class MatrixGameConfig:
 
     @classmethod
     def gta_drive(cls, **overrides: Any) -> MatrixGameConfig:
-        """Drives by W, S and steers by the mouse.
-
-        Its published window of 4 frames begins inside a chunk. The action modules have it; a memory keeps whole
-        chunks, so `recent_frames` is 3, which makes 6, and 0 would leave a chunk alone.
-        """
+        """Drives by W, S and steers by the mouse; a window of 4 frames, which begins inside a chunk."""
         return cls(**{"actions": ActionConfig(keyboard_dim=2, local_frames=4), **overrides})
 
     @classmethod
@@ -132,8 +132,6 @@ class MatrixGameConfig:
             found["condition_channels"] = fields["in_dim"] - fields["out_dim"]
         if "blocks" in of_actions:
             found["action_layers"] = tuple(of_actions["blocks"])
-        chunk_frames = overrides.get("chunk_frames", cls.chunk_frames)
-        found["recent_frames"] = math.ceil((actions.local_frames - chunk_frames) / chunk_frames) * chunk_frames
         found["sigmas"] = _THREE_STEPS if actions.mouse_dim else _FOUR_STEPS
         return cls(**{**found, "actions": actions, **overrides})
 
