@@ -199,10 +199,10 @@ def test_the_two_lines_as_they_are_documented(lines):
     [
         (18, 6, 3, (6, 9)),
         (18, 0, 3, (0, 15)),
-        (16, 4, 3, (6, 9)),
+        (16, 4, 3, (4, 9)),
         (6, 6, 3, (6, 0)),
-        (18, 6, 4, (8, 8)),
-        (-1, 6, 3, (3, 6)),
+        (18, 6, 4, (6, 8)),
+        (-1, 0, 3, (3, 6)),
     ],
 )
 def test_the_config_follows_the_models_window(window, sink, chunk_frames, wanted):
