@@ -76,7 +76,7 @@ class Window:
             "turns": torch.zeros(turns, dtype=torch.float32, device=self.device),
         }
         self._host_tables = {
-            name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu)
+            name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu, device="cpu")
             for name, table in self._device_tables.items()
         }
         self._copied = torch.cuda.Event() if on_gpu else None

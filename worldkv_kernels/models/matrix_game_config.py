@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory.config import MemoryConfig
 from .action_module import ROWS, ActionConfig
+from .checkpoint import abbreviated, check_fields
 from .lingbot_config import flow_sigmas
 from .wan import PATCH
 
@@ -108,13 +110,19 @@ class MatrixGameConfig:
         describes what the model has not.
         """
         of_actions = fields.get("action_config") or {}
+        if not isinstance(of_actions, dict):
+            got = reprlib.repr(of_actions)
+            raise ValueError(f"MatrixGameConfig: config.json must have action_config an object, got {got}")
         for found, constants in ((fields, _PUBLISHED_CONSTANTS), (of_actions, _PUBLISHED_ACTION_CONSTANTS)):
             for name, wanted in constants.items():
                 if name in found and found[name] != wanted:
-                    raise ValueError(f"MatrixGameConfig: config.json must have {name} {wanted}, got {found[name]}")
+                    got = reprlib.repr(found[name])
+                    raise ValueError(f"MatrixGameConfig: config.json must have {name} {wanted}, got {got}")
         missing = [name for name in ("num_layers", "num_heads", "dim", "ffn_dim") if name not in fields]
         if missing:
-            raise ValueError(f"MatrixGameConfig: config.json must have {', '.join(missing)}, got {', '.join(fields)}")
+            got = abbreviated([*fields])
+            raise ValueError(f"MatrixGameConfig: config.json must have {', '.join(missing)}, got {got}")
+        _check_published(fields, of_actions)
         sizes = {ours: of_actions[theirs] for theirs, ours in _PUBLISHED_ACTION_FIELDS.items() if theirs in of_actions}
         if "keyboard_hidden_dim" in of_actions and "heads_num" in of_actions:
             sizes["head_dim"] = of_actions["keyboard_hidden_dim"] // of_actions["heads_num"]
@@ -150,3 +158,20 @@ class MatrixGameConfig:
             sink_frames=self.sink_frames, recent_frames=self.recent_frames,
         )  # fmt: skip
         return MemoryConfig(**{**of_model, **options})
+
+
+def _check_published(fields: dict[str, Any], of_actions: dict[str, Any]) -> None:
+    """Raise ValueError where a field that `from_published` reads is none that a model has."""
+    op, numbers = "MatrixGameConfig", dict(least=0, kinds=(int, float))
+    sizes = [name for name in (*_PUBLISHED_FIELDS, "dim", "in_dim", "local_attn_size") if name != "eps"]
+    check_fields(op, fields, sizes)
+    check_fields(op, fields, ["eps"], **numbers)
+    of_one = [name for name in _PUBLISHED_ACTION_FIELDS if name not in ("mouse_dim_in", "rope_theta")]
+    check_fields(op, of_actions, [*of_one, "keyboard_hidden_dim"])
+    check_fields(op, of_actions, ["mouse_dim_in"], least=0)
+    check_fields(op, of_actions, ["rope_theta"], **numbers)
+    for name, fewest in (("blocks", 0), ("rope_dim_list", 1)):
+        found = of_actions.get(name, [0])
+        right = isinstance(found, list) and len(found) >= fewest and all(type(n) is int for n in found)
+        if not right:
+            raise ValueError(f"{op}: config.json must have {name} a list of integers, got {reprlib.repr(found)}")

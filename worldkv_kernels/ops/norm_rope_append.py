@@ -172,9 +172,10 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     dtype, heads, head_dim, q_weight_dtype, k_weight_dtype, has_rope, round_before_rope, _ = kind
     generator = torch.Generator().manual_seed(0)
     columns = heads * head_dim
-    q, k, v = (torch.randn(30, columns, generator=generator).to(device, dtype) for _ in range(3))
+    fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
+    q, k, v = (torch.randn(30, columns, **fp32).to(device, dtype) for _ in range(3))
     q_weight, k_weight = (
-        torch.randn(columns, generator=generator).to(device, of) if of is not None else None
+        torch.randn(columns, **fp32).to(device, of) if of is not None else None
         for of in (q_weight_dtype, k_weight_dtype)
     )
     rope = Rope3D(head_dim, max_position=64)
