@@ -191,6 +191,50 @@ def test_the_two_lines_as_they_are_documented(lines):
     lingbot.disable(model)
 
 
+# --- what the model was made with ---
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "chunk_frames", "wanted"),
+    [
+        (18, 6, 3, (6, 9)),
+        (18, 0, 3, (0, 15)),
+        (16, 4, 3, (6, 9)),
+        (6, 6, 3, (6, 0)),
+        (18, 6, 4, (8, 8)),
+        (-1, 6, 3, (3, 6)),
+    ],
+)
+def test_the_config_follows_the_models_window(window, sink, chunk_frames, wanted):
+    model = make_model(local_attn_size=window, sink_size=sink)
+    config = lingbot.memory_config(model, grid=GRID, chunk_frames=chunk_frames)
+    assert (config.sink_frames, config.recent_frames) == wanted and config.chunk_frames == chunk_frames
+    config = lingbot.memory_config(model, grid=GRID, recent_frames=12, sink_frames=3)
+    assert (config.sink_frames, config.recent_frames) == (3, 12)
+
+
+def test_a_model_with_a_window_has_it_in_the_memory_too():
+    wanted, shorter = (generate(make_model(), window=window, sink_size=3) for window in (12, 9))
+    model = make_model(local_attn_size=12, sink_size=3)
+    lingbot.enable(model, mode="sink_recent")
+    assert relative_error(generate(model), wanted) < 1e-5
+    assert relative_error(shorter, wanted) > 1e-2
+
+
+def test_a_max_attention_size_that_would_cut_the_window_is_told_of_once():
+    model = make_model()
+    own = generate(model, 9)
+    assert relative_error(generate(model, 9, max_attention_size=20), own) > 1e-2
+    enable(model)
+    with pytest.warns(
+        UserWarning, match="lingbot: max_attention_size is not used, got 20 tokens: the memory's"
+    ) as told:
+        got = generate(model, 9, max_attention_size=20)
+    assert len(told) == 1 and relative_error(got, own) < 1e-5
+    generate(model, 9, max_attention_size=54)  # of the whole cache: nothing to tell
+    generate(model, 9)
+
+
 # --- poses of a clip ---
 
 CLIP = load("right*50,up*20,forward*40,strafe_left*30,left*150,down*19,back*61").poses  # 371
@@ -221,6 +265,27 @@ def test_latent_poses_refuse_less_than_a_chunk_and_what_is_no_pose():
             lingbot.latent_poses(poses, frame_num)
     with pytest.raises(TypeError, match=r"lingbot\.latent_poses: frame_num must be an integer, got 81\.0"):
         lingbot.latent_poses(CLIP, 81.0)
+
+
+AS_VIDEO_FRAMES = "lingbot: poses must be of the latent frames, got 371 for a rollout of 24"
+
+
+def test_a_clips_own_poses_are_told_of_in_the_first_forward_where_the_cache_is_of_the_whole_clip():
+    model = make_model()
+    with enable(model, CLIP, **WORLDKV) as handle:
+        with pytest.warns(UserWarning, match=AS_VIDEO_FRAMES):
+            forward(model, 0)
+        handle.restart(lingbot.latent_poses(CLIP, 93))
+        generate(model)
+
+
+def test_a_clips_own_poses_are_told_of_at_the_end_where_the_cache_is_a_window():
+    model = make_model()
+    handle = enable(model, CLIP, **WORLDKV)
+    generate(model, window=9)
+    with pytest.warns(UserWarning, match=AS_VIDEO_FRAMES):
+        handle.disable()
+    assert "forward" not in model.__dict__
 
 
 # --- rollouts that start again, break off or go another way ---

@@ -323,11 +323,32 @@ def test_fov_image_size():
 
 @pytest.mark.parametrize("depth_range", [(0.0, 1.0), (2.0, 2.0), (5.0, 1.0), (-1.0, 4.0)])
 def test_fov_errors(depth_range):
-    with pytest.raises(ValueError, match="FovRetrieval: depth_range must be 0 < near < far, got"):
+    with pytest.raises(ValueError, match=r"^FovRetrieval: depth_range must be 0 < near < far < infinity, got"):
         FovRetrieval(depth_range=depth_range)
-    for samples in (0, 2.5, (4, 6, 5)):
-        with pytest.raises(ValueError, match="FovRetrieval: samples must be an integer of at least 1, got"):
-            FovRetrieval(samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("depth_range", (1e-300, 1e300), ValueError, "depth_range must be 0 < near < far < infinity, got"),
+        ("depth_range", (1, 10**400), ValueError, "depth_range must be a number that a float can hold, got 1000"),
+        ("depth_range", 5, TypeError, r"depth_range must be two numbers \(near, far\), got 5"),
+        ("depth_range", ("1", 2), TypeError, r"depth_range must be two numbers \(near, far\), got \('1', 2\)"),
+        ("image_size", (0, 5), ValueError, r"image_size must be a height and a width above 0, got \(0, 5\)"),
+        ("image_size", (5, 10**400), ValueError, "image_size must be a number that a float can hold, got 1000"),
+        ("image_size", (5, 5, 3), TypeError, r"image_size must be two numbers \(height, width\), got \(5, 5, 3\)"),
+        ("samples", 0, ValueError, "samples must be from 1 to 65536, got 0"),
+        ("samples", 10**400, ValueError, "samples must be from 1 to 65536, got 1000"),
+        ("samples", 2.5, TypeError, "samples must be an integer, got 2.5"),
+        ("samples", True, TypeError, "samples must be an integer, got True"),
+        ("diversity", 10**400, ValueError, "diversity must be a number that a float can hold, got 1000"),
+        ("diversity", "much", TypeError, "diversity must be a number, got 'much'"),
+        ("diversity", math.nan, ValueError, "diversity must be from 0 to 1, got nan"),
+    ],
+)
+def test_fov_arguments(argument, value, error, message):
+    with pytest.raises(error, match=f"^FovRetrieval: {message}"):
+        FovRetrieval(**{argument: value})
 
 
 # --- the published policy, and names ---

@@ -231,6 +231,8 @@ def bad_poses(what: str) -> object:
         return poses[0]
     if what == "nan":
         poses[1, 0, 3] = math.nan
+    if what == "huge":
+        return [[[10**400] * 4] * 4] * 2
     if what == "scaled":
         poses[1, :3, :3] *= 1.01
     if what == "mirrored":
@@ -247,6 +249,7 @@ def errors_of_begin() -> list:
         ("frames", ValueError, [wanted + "[2, 4, 4]", "got [1, 4, 4]"]),
         ("flat", ValueError, [wanted + "[2, 4, 4]", "got [4, 4]"]),
         ("nan", ValueError, [wanted + "finite", "got nan"]),
+        ("huge", ValueError, [wanted + "an array [2, 4, 4] of numbers that a float can hold", "got [[[1000"]),
         ("scaled", ValueError, [wanted + "rigid", "got frame 1"]),
         ("mirrored", ValueError, [wanted + "rigid", "got frame 1"]),
         ("row", ValueError, [wanted + "rigid", "got frame 0", "0.5"]),
@@ -396,7 +399,7 @@ def test_full_ends_with_its_pool():
     assert [memory.location(chunk) for chunk in range(3)] == ["recent"] * 3
 
 
-@pytest.mark.parametrize("choice", [[1, 1], [9], [1, 2, 3], [0], None, 1, ["1"], [1.0], [[1]]])
+@pytest.mark.parametrize("choice", [[1, 1], [9], [1, 2, 3], [0], None, 1, ["1"], [1.0], [[1]], [True]])
 def test_a_policy_that_selects_what_is_not_on_offer(choice):
     class Wrong(PoseRetrieval):
         def select(self, current, candidates, budget):
@@ -421,7 +424,7 @@ def test_a_policy_that_drops_what_is_not_there():
 
     class Wrong(PoseRetrieval):
         def drop(self, candidates):
-            return 77 if self.wrong else candidates[0][0]
+            return self.choice if self.wrong else candidates[0][0]
 
     policy = Wrong()
     config = tiny(retrieval=policy, sink_frames=0, recent_frames=0, retrieved_chunks=1, bank_chunks=1)
@@ -430,8 +433,16 @@ def test_a_policy_that_drops_what_is_not_there():
     memory.begin_chunk(rollout.poses[1])
     memory.attend(0, *rollout.passes[1][0][0])
     before, policy.wrong = state(memory, 1), True
-    for _ in range(2):
-        raises(ValueError, ["end_chunk: the retrieval policy must drop one of [0, 1]", "got 77"], memory.end_chunk)
+    for choice, error_type in (
+        (77, ValueError),
+        (77, ValueError),
+        (True, TypeError),
+        (0.0, TypeError),
+        (None, TypeError),
+    ):
+        policy.choice = choice
+        parts = ["end_chunk: the retrieval policy must drop one of [0, 1]", f"got {choice}"]
+        raises(error_type, parts, memory.end_chunk)
         assert state(memory, 1) == before
     policy.wrong = False
     memory.end_chunk()

@@ -105,7 +105,7 @@ def as_device(op: str, device: object) -> torch.device:
     the ops have no kernel."""
     wanted = "'cpu' or a CUDA device that torch can use here"
     try:
-        found = torch.empty(0, device=device).device
+        found = torch.empty(0, dtype=torch.uint8, device=device).device
     except TypeError as error:
         raise bad_type(op, "device", wanted, device) from error
     except (RuntimeError, AssertionError) as error:  # what torch without CUDA raises, and CUDA without a GPU

@@ -115,7 +115,7 @@ def enable(
     warning: the memory retrieves, by its config. The text's cache is as ever.
 
     Args:
-        model: a WanModelFast, in eval mode. One wrapped by torch.compile, FSDP or DDP is unwrapped.
+        model: a WanModelFast, in eval mode. It may be wrapped by torch.compile, or in one process by FSDP.
         config: of the model's sizes, see memory_config. None for memory_config(model, grid=..., **fields) with the grid
             of the rollout's latents.
         poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates, in any unit of length: those that
@@ -137,7 +137,7 @@ def enable(
     model is enabled already, something else has replaced its attention, or it runs in sequence parallel on more than
     one device.
     """
-    model = patched.unwrapped(model)
+    wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
     patched.check_free(_OP, model, attentions, allowed=(_SEQUENCE_PARALLEL,))
     _check_alone(attentions)
@@ -147,7 +147,7 @@ def enable(
     patched.check_choices(_OP, dtype, backend)
     chunks = Chunks(_OP, config, poses, intrinsics)
     return LingBotMemory(
-        _OP, model, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend,
+        _OP, wrapper, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend,
         signature=inspect.signature(model.forward),
     )  # fmt: skip
 

@@ -81,7 +81,7 @@ def enable(
     rollout counts. That copies them to the host, which synchronises once a chunk.
 
     Args:
-        model: a CausalWanModel, in eval mode. One wrapped by torch.compile, FSDP or DDP is unwrapped.
+        model: a CausalWanModel, in eval mode. It may be wrapped by torch.compile, or in one process by FSDP.
         config: of the model's sizes; None for memory_config(model, grid=..., **fields) with the grid of the rollout's
             latents, retrieving by pose where poses are given and no retrieval.
         actions: an Actions of all video frames, mouse [n, 2] and keyboard [n, keys], or a callable that gives the rows
@@ -102,7 +102,7 @@ def enable(
     config does not agree with the model, a grid is in pixels, or what retrieval needs is missing or wrong; RuntimeError
     when the model is enabled already or something else has replaced its attention.
     """
-    model = patched.unwrapped(model)
+    wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
     patched.check_free(_OP, model, attentions)
     keep_grid = config is not None or grid is not None
@@ -119,7 +119,7 @@ def enable(
     # The published forward takes anything, and hands it on to this one.
     signature = inspect.signature(getattr(model, "_forward_inference", model.forward))
     return MatrixGameMemory(
-        _OP, model, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend, signature=signature,
+        _OP, wrapper, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend, signature=signature,
         pressed=pressed,
     )  # fmt: skip
 

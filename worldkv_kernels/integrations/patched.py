@@ -44,20 +44,21 @@ class PatchedModel:
         backend: str | None,
         signature: inspect.Signature,
     ) -> None:
-        """`attentions` of the model, `chunks` still without a memory; `keep_grid`: to that of the chunks' config.
-        `signature` is that of the code behind the model's forward; `op` names the integration in errors."""
+        """`model` as the pipeline calls it, perhaps a wrapper, its `attentions`, `chunks` still without a memory.
+        `keep_grid`: to that of the chunks' config. `signature` is that of the code behind the model's forward; `op`
+        names the integration in errors."""
         self._op = op
-        self._model = model
+        self._model = unwrapped(model)
         self._attentions = attentions
         self._chunks = chunks
         self._keep_grid, self._dtype, self._backend = keep_grid, dtype, backend
-        self._patch_size = tuple(model.patch_size)
+        self._patch_size = tuple(self._model.patch_size)
         self._released: list[tuple[weakref.ref[torch.Tensor], torch.Size]] = []
         self._originals: list[tuple[nn.Module, Any]] = []
         for layer, attention in enumerate(attentions):
             self._replace(attention, _attention_of(attention, layer, chunks))
         self._replace(model, self._forward_of(model.forward, signature))
-        setattr(model, _HANDLE, self)
+        setattr(self._model, _HANDLE, self)
 
     @property
     def memory(self) -> WorldMemory:
@@ -194,6 +195,14 @@ def disable(op: str, model: nn.Module) -> None:
     if handle is None:
         raise RuntimeError(f"{op}.disable: model must be enabled, got one that is not")
     handle.disable()
+
+
+def called(model: nn.Module) -> nn.Module:
+    """The module whose forward is to be replaced. What torch.compile made of it would go on with the one it has seen;
+    other wrappers copy the caches on their way in."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod
+    return model
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

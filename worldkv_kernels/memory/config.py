@@ -12,10 +12,10 @@ from ..checks import (
     HEAD_DIMS,
     MAX_HEADS,
     as_integer,
-    as_number,
     bad_value,
     check_bool,
     check_integer,
+    check_number,
     describe,
     is_integer,
 )
@@ -123,8 +123,9 @@ class MemoryConfig:
         for field, value in follows.items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
-        for field in ("keep_ratio", "eps", *(["scale"] if self.scale is not None else [])):
-            object.__setattr__(self, field, as_number("MemoryConfig", field, getattr(self, field)))
+        numbers = ("keep_ratio", "eps", *(["scale"] if self.scale is not None else []))
+        for field in numbers:
+            check_number("MemoryConfig", field, getattr(self, field))
         for field in _BOOLS:
             check_bool("MemoryConfig", field, getattr(self, field))
         for field in ("num_layers", "num_heads", "chunk_frames"):
@@ -154,6 +155,8 @@ class MemoryConfig:
         else:
             check(self.rope in ("wan", None), "rope", "a Rope3D, 'wan' or None")
         check(not (self.rebase_time and self.rope is None), "rebase_time", "False where there is no rope")
+        for field in numbers:
+            object.__setattr__(self, field, float(getattr(self, field)))
 
     @classmethod
     def official(

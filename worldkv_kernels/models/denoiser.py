@@ -54,7 +54,7 @@ class Denoiser(nn.Module, ABC):
         self.chunk_frames = config.chunk_frames
         self.latent_shape = (config.latent_channels, wan.PATCH[1] * config.grid[0], wan.PATCH[2] * config.grid[1])
         self.sigmas = config.sigmas
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, dtype=torch.uint8, device=device).device
         self.dtype = dtype
         dim, in_channels = config.dim, config.latent_channels + config.condition_channels
         with torch.device("meta"):
@@ -150,7 +150,7 @@ class Denoiser(nn.Module, ABC):
         """
         if image is None:
             shape = (2, self.config.condition_channels, *self.latent_shape[1:])
-            frames = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1))
+            frames = wan.normal(shape, self.seed + 1)
             frames[0, :_MASK_CHANNELS], frames[1, :_MASK_CHANNELS] = 1, 0
         else:
             frames = image.transpose(0, 1)

@@ -149,7 +149,7 @@ class MatrixGame2(Denoiser):
         turns = frame_turns(actions, *local)
         buffers.local_turns[:attended].copy_(turns)
         buffers.turns.copy_(turns[-frames:])
-        buffers.rows.copy_(torch.arange(start_frame, end) % actions.local_frames)
+        buffers.rows.copy_(torch.arange(start_frame, end, dtype=torch.int64, device="cpu") % actions.local_frames)
         last = len(of_rollout.image_latents) - 1
         image = torch.stack([of_rollout.image_latents[min(frame, last)] for frame in range(start_frame, end)])
         buffers.patches.copy_(wan.patchify(image))
@@ -265,7 +265,7 @@ class MatrixGame2(Denoiser):
         """The given ones, or the stand-in: [image_tokens, image_dim]."""
         if tokens is None:
             shape = (self.config.image_tokens, self.config.image_dim)
-            tokens = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+            tokens = wan.normal(shape, self.seed)
         return tokens.to(self.device, self.dtype)
 
 

@@ -9,13 +9,13 @@ import torch
 
 from ..checks import (
     HEAD_DIMS,
+    as_number,
     bad_type,
     bad_value,
     check_apart,
     check_backend,
     check_bool,
     check_integer,
-    check_number,
     check_tensor,
     is_integer,
     readable,
@@ -96,7 +96,7 @@ def norm_rope_append(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_tensor(_OP, name, weight, (columns,), like=q, dtypes=(q.dtype, torch.float32))
-    check_number(_OP, "eps", eps)
+    eps = as_number(_OP, "eps", eps)
     if not 0 <= eps < math.inf:
         raise bad_value(_OP, "eps", "finite and not negative", eps)
     check_bool(_OP, "round_before_rope", round_before_rope)
@@ -123,6 +123,8 @@ def norm_rope_append(
         if rope is not None and not 0 <= start_frame <= rope.max_position - grid[0]:
             last = rope.max_position - grid[0]
             raise bad_value(_OP, "start_frame", f"from 0 to {last} within the rope's positions", start_frame)
+        if not -(2**63) <= start_frame < 2**63:
+            raise bad_value(_OP, "start_frame", "an integer of 64 bits", start_frame)
     if out is None:
         out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     else:
@@ -170,9 +172,10 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     dtype, heads, head_dim, q_weight_dtype, k_weight_dtype, has_rope, round_before_rope, _ = kind
     generator = torch.Generator().manual_seed(0)
     columns = heads * head_dim
-    q, k, v = (torch.randn(30, columns, generator=generator).to(device, dtype) for _ in range(3))
+    fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
+    q, k, v = (torch.randn(30, columns, **fp32).to(device, dtype) for _ in range(3))
     q_weight, k_weight = (
-        torch.randn(columns, generator=generator).to(device, of) if of is not None else None
+        torch.randn(columns, **fp32).to(device, of) if of is not None else None
         for of in (q_weight_dtype, k_weight_dtype)
     )
     rope = Rope3D(head_dim, max_position=64)
