@@ -196,6 +196,17 @@ def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, 
     ]
 
 
+def test_compare_reads_documents_and_lines(tmp_path, capsys):
+    figures = [figure("same", 9, 10, 11), figure("slow", 9, 10, 11)]
+    lines = write(tmp_path / "a.jsonl", *figures)
+    one = write(tmp_path / "one.jsonl", figures[0])  # a line that is a document by itself, too
+    (tmp_path / "b.json").write_text(json.dumps({"command": "bench op", "figures": figures}, indent=2))
+    document = str(tmp_path / "b.json")
+    for a, b in ((lines, document), (document, lines), (document, document), (one, document)):
+        assert main(["bench", "compare", a, b]) == 0
+        assert row(capsys.readouterr().out, "same") == ["same", "10.0", "10.0", "1.00"]
+
+
 def test_compare_as_json(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", figure("same", 9, 10, 11), figure("slow", 9, 10, 11), figure("went", 9, 10, 11))
     skipped = figure("never", None, None, None, status="skipped", reason="no GPU")
