@@ -274,6 +274,7 @@ def test_compare_refuses_what_is_no_result_file(tmp_path, capsys, text, said):
 
 
 SHAPE = ["segment_attention", "--device", "cpu", "--shape"]
+APPEND_SHAPE = ["norm_rope_append", "--device", "cpu", "--shape"]
 APPEND = ["norm_rope_append", *QUICK]
 ROLLOUT = ["rollout", *QUICK]
 
@@ -303,6 +304,7 @@ ROLLOUT = ["rollout", *QUICK]
         ([*APPEND, "--json", "x", "--csv", "./x"], "--csv must be another file than --json, got './x' for both"),
         ([*APPEND, "--plot", "a-file"], "--plot must be a folder that can be written, got 'a-file': File exists"),
         ([*APPEND, "--plot", "a-file/x"], "--plot must be a folder that can be written, got 'a-file/x': Not a dir"),
+        ([*APPEND_SHAPE, "heads=1,grid=1x1x1", "--small"], "--shape must go without --small and --core"),
         ([*APPEND, "--case", "("], "--case must be a regular expression, got '(': missing ), unterminated subpattern"),
         ([*APPEND, "--case", "none"], '--case must be found in one of: "30 tokens x 2 x 128, float32", '),
         (
@@ -342,11 +344,11 @@ ROLLOUT = ["rollout", *QUICK]
         ([*SHAPE, "heads=24,q=1,window=1x2147483647"], "--shape 24 heads, 1 queries, 2147483647 keys, window 1x214748"),
         ([*SHAPE, "heads=1,q=2147483647,window=1x1"], " GiB that are free on cpu, got "),
         (
-            ["norm_rope_append", "--device", "cpu", "--shape", "heads=2,grid=3x0x2"],
+            [*APPEND_SHAPE, "heads=2,grid=3x0x2"],
             "--shape: grid must be frames x hei",
         ),
         (
-            ["norm_rope_append", "--device", "cpu", "--shape", "heads=2,grid=999999x9999x9"],
+            [*APPEND_SHAPE, "heads=2,grid=999999x9999x9"],
             " that are free on cpu, got ",
         ),
         (
