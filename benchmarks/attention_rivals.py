@@ -82,7 +82,7 @@ def whole_page(index: torch.Tensor) -> int:
         if len(index) % size == 0:
             pages = index.view(-1, size)
             first = pages[:, :1]
-            within = torch.arange(size, device=index.device)
+            within = torch.arange(size, dtype=torch.int64, device=index.device)
             if bool((first % size == 0).all()) and torch.equal(pages, first + within):
                 break
         size //= 2

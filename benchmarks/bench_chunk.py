@@ -98,7 +98,8 @@ class CheckedMemory:
         pools = self.memory.pools(layer)
         for pool, exact in zip(pools, scratch, strict=True):
             self.errors.append(relative_error(pool[current.first_row :][: current.num_rows], exact))
-        rows = torch.cat([torch.arange(s.first_row, s.first_row + s.num_rows) for s in window.segments]).to(q.device)
+        ranges = ((s.first_row, s.first_row + s.num_rows) for s in window.segments)
+        rows = torch.cat([torch.arange(*of_segment, dtype=torch.int64, device=q.device) for of_segment in ranges])
         of_heads = [x.transpose(0, 1)[None] for x in (turned, *(pool[rows] for pool in pools))]
         want = scaled_dot_product_attention(*of_heads, scale=config.scale)[0].transpose(0, 1)
         self.errors.append(relative_error(got, want))

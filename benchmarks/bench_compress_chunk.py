@@ -128,8 +128,10 @@ def published_compress(
         chosen = cosine.flatten().topk(keep * (frames - 1), largest=False).indices.sort().values
     else:
         lowest = cosine.topk(keep, dim=1, largest=False).indices.sort(dim=1).values
-        chosen = (lowest + torch.arange(frames - 1, device=k.device)[:, None] * frame_tokens).flatten()
-    index = torch.cat([torch.arange(frame_tokens, device=k.device), chosen + frame_tokens])
+        chosen = (
+            lowest + torch.arange(frames - 1, dtype=torch.int64, device=k.device)[:, None] * frame_tokens
+        ).flatten()
+    index = torch.cat([torch.arange(frame_tokens, dtype=torch.int64, device=k.device), chosen + frame_tokens])
     v_wide = v.float()
     return wide.flatten(0, 1)[index].to(k.dtype), v_wide[index].to(v.dtype), index
 
@@ -148,7 +150,9 @@ def selection_error(
     anchor, chosen = index[:frame_tokens], index[frame_tokens:]
     in_range = bool(((chosen >= frame_tokens) & (chosen < case.tokens)).all())
     ascending = bool((chosen.diff() > 0).all())
-    if not (in_range and ascending and torch.equal(anchor, torch.arange(frame_tokens, device=k.device))):
+    if not (
+        in_range and ascending and torch.equal(anchor, torch.arange(frame_tokens, dtype=torch.int64, device=k.device))
+    ):
         return math.inf
     if not (torch.equal(out_k, k[index]) and torch.equal(out_v, v[index])):
         return math.inf
@@ -187,7 +191,7 @@ def prepare(case: CompressCase, device: torch.device) -> Problem:
     chunks, outs, indexes = [], [], []
     for _ in range(sets):
         shape = (2, case.layers, case.tokens, case.heads, case.head_dim)
-        chunks.append(torch.randn(shape, generator=generator, device=device).to(case.dtype))
+        chunks.append(torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype))
         outs.append(torch.empty((2, case.layers, kept, *shape[3:]), dtype=case.dtype, device=device))
         indexes.append(torch.empty((case.layers, kept), dtype=torch.int32, device=device))
 

@@ -90,8 +90,9 @@ def append_bytes(grid: Sequence[int], heads: int, head_dim: int, itemsize: int, 
 def positions(grid: Sequence[int], start_frame: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Frame, row and column of each token, [tokens] each."""
     frames, height, width = grid
-    axes = (torch.arange(start_frame, start_frame + frames), torch.arange(height), torch.arange(width))
-    return tuple(axis.flatten().to(device) for axis in torch.meshgrid(*axes, indexing="ij"))
+    ranges = ((start_frame, start_frame + frames), (0, height), (0, width))
+    axes = (torch.arange(*of_axis, dtype=torch.int64, device=device) for of_axis in ranges)
+    return tuple(axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
 
 
 def token_angles(case: AppendCase, rope: Rope3D, device: torch.device) -> torch.Tensor:
@@ -153,7 +154,7 @@ def prepare(case: AppendCase, device: torch.device) -> Problem:
     generator = torch.Generator(device=device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(case.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype)
 
     inputs = [tuple(random(tokens, columns) for _ in range(3)) for _ in range(sets)]
     weights = (1 + 0.1 * random(columns), 1 + 0.1 * random(columns))
@@ -164,7 +165,7 @@ def prepare(case: AppendCase, device: torch.device) -> Problem:
     ]
     outs = [torch.empty((tokens, case.heads, case.head_dim), dtype=case.dtype, device=device) for _ in range(sets)]
     written = slice(FIRST_ROW, FIRST_ROW + tokens)
-    rows = torch.arange(FIRST_ROW, FIRST_ROW + tokens, device=device)
+    rows = torch.arange(FIRST_ROW, FIRST_ROW + tokens, dtype=torch.int64, device=device)
     angles = token_angles(case, rope, device)
     cos, sin = angles.cos().float().unsqueeze(1), angles.sin().float().unsqueeze(1)
 

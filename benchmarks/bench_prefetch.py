@@ -80,10 +80,10 @@ class Banked:
             policy=PoseRetrieval(),
         )  # fmt: skip
         shape = (case.chunks, case.layers, 2, case.tokens, case.heads, case.head_dim)
-        self.rows = torch.empty(shape, dtype=case.dtype)  # set 0 as it has to arrive
+        self.rows = torch.empty(shape, dtype=case.dtype, device="cpu")  # set 0 as it has to arrive
         generator = torch.Generator(device=device).manual_seed(0)
         for chunk in range(SETS * case.chunks):
-            data = torch.randn(shape[1:], generator=generator, device=device).to(case.dtype)
+            data = torch.randn(shape[1:], generator=generator, dtype=torch.float32, device=device).to(case.dtype)
             first = self.bank.row_to_fill(chunk, None)
             self.pool.k[:, first : first + case.tokens] = data[:, 0]
             self.pool.v[:, first : first + case.tokens] = data[:, 1]

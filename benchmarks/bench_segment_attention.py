@@ -299,7 +299,9 @@ class Inputs:
         self.windows = {
             False: Window(self.plain, device=device), True: Window(self.shifted, device=device, rope=self.rope)
         }  # fmt: skip
-        self.index = torch.cat([torch.arange(first, first + count) for first, count, _ in self.plain]).to(device)
+        self.index = torch.cat(
+            [torch.arange(first, first + count, dtype=torch.int64, device="cpu") for first, count, _ in self.plain]
+        ).to(device)
         self.exact = cache(self._exact)
         self.gathered = cache(self._gathered)
 

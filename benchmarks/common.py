@@ -261,7 +261,7 @@ def parse_device(name: str | None) -> torch.device:
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda:N, got {name!r}")
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, dtype=torch.uint8, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {_first_line(error)}") from error
 

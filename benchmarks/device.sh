@@ -226,7 +226,7 @@ main() {
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
     install_package
     stage environment 30 bash -c print_environment
-    stage doctor 90 "$python" -m worldkv_kernels.cli doctor --prove
+    stage doctor 90 "$python" -m worldkv_kernels doctor --prove
     stage ceilings 30 "$python" "$root/benchmarks/common.py" --jsonl "$results" "${small[@]:0:1}"
     local part all=("${small[@]+"${small[@]}"}")
     for part in "${parts[@]}"; do

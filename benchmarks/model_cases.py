@@ -195,7 +195,7 @@ def pass_flops(model: WorldModel, controls: Controls, window_tokens: int) -> int
         of_rollout = model.prepare_rollout(None, controls.poses[0], (1.0, 0.0))
         of_chunk = model.prepare_chunk(of_rollout, 0, controls)
         alone.begin_chunk(controls.poses)
-        latents = torch.zeros((model.chunk_frames, *model.latent_shape), device=model.device)
+        latents = torch.zeros((model.chunk_frames, *model.latent_shape), dtype=torch.float32, device=model.device)
         with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
             model.denoise(latents, 0, of_chunk, alone)
     queries = config.chunk_frames * config.grid[0] * config.grid[1]

@@ -410,7 +410,7 @@ def test_it_runs_from_an_installed_package(tmp_path):
         shutil.copytree(ROOT / source, installed / target, ignore=ignored, dirs_exist_ok=True)
     (tmp_path / "here").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "worldkv_kernels.cli", "bench", "compress_chunk", *QUICK, "--jsonl", "out.jsonl"],
+        [sys.executable, "-m", "worldkv_kernels", "bench", "compress_chunk", *QUICK, "--jsonl", "out.jsonl"],
         cwd=tmp_path / "here", env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "WORLDKV_COMMIT": "abc"},
         capture_output=True, text=True,
     )  # fmt: skip

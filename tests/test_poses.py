@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import as_quaternion, quaternion_angle, rotation_mean
 
-from worldkv_kernels.memory.retrieval import PoseRetrieval, PublishedPoseRetrieval
+from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval, PoseRetrieval
 from worldkv_kernels.poses import (
     _exp,
     _log,
@@ -18,6 +18,7 @@ from worldkv_kernels.poses import (
     as_poses,
     convention_hint,
     geodesic_mean,
+    interpolated,
     mean_pose,
     rotation_angles,
 )
@@ -271,7 +272,7 @@ def test_poses_errors(poses, error_type, wanted):
 def test_poses_up_to_the_bound():
     poses = good()
     poses[:, :3, 3] = 1e9
-    for policy in (PoseRetrieval(), PublishedPoseRetrieval()):
+    for policy in (PoseRetrieval(), OfficialPoseRetrieval()):
         far, near = (policy.describe(as_poses("op", each), None) for each in (poses, good()))
         assert policy.select(near, [(0, far), (1, near)], 1) == [1]
 
@@ -321,6 +322,25 @@ def test_intrinsics_errors(intrinsics, error_type, wanted):
         as_intrinsics("begin_chunk", intrinsics, 3)
     assert str(caught.value).startswith("begin_chunk: intrinsics must be")
     assert wanted in str(caught.value)
+
+
+@fuzz
+@given(seeds)
+def test_interpolated_poses_lie_on_the_way_at_even_speed(seed):
+    rng = np.random.default_rng(seed)
+    poses = np.tile(np.eye(4), (4, 1, 1))
+    poses[:, :3, :3] = [random_rotation(rng, math.pi * 0.49) for _ in poses]
+    poses[:, :3, 3] = rng.normal(size=(4, 3))
+    part = rng.uniform()
+    got = interpolated(poses, np.array([2 + part, 3.0, 0.0]))
+    as_poses("test", got)
+    assert np.array_equal(got[1:], poses[[3, 0]])
+    np.testing.assert_allclose(got[0, :3, 3], (1 - part) * poses[2, :3, 3] + part * poses[3, :3, 3], atol=1e-12)
+    whole, done, left = (
+        rotation_angles(one[None, :3, :3], other[None, :3, :3]).item()
+        for one, other in ((poses[2], poses[3]), (poses[2], got[0]), (got[0], poses[3]))
+    )
+    assert done == pytest.approx(part * whole, abs=1e-7) and left == pytest.approx((1 - part) * whole, abs=1e-7)
 
 
 GL = np.diag([1.0, -1.0, -1.0, 1.0])

@@ -12,8 +12,9 @@ GROUND_FLOOR = {
     "checks": set(),
     "ranges": set(),
     "rope": {"checks"},
+    "tracing": set(),
     "window": {"checks", "rope"},
-    "poses": set(),
+    "poses": {"checks"},
     "actions": {"checks", "poses"},
     "trajectory": {"poses"},
 }

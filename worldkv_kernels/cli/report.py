@@ -106,7 +106,7 @@ def parse_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.uint8, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {error}") from error
     return device

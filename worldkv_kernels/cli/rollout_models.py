@@ -131,7 +131,9 @@ def motion(args: argparse.Namespace) -> Motion:
             if getattr(args, name):
                 raise ValueError(f"--{name} must go with --model matrix-game-2, got --model {args.model}")
         trajectory = load(args.trajectory or DEFAULT_TRAJECTORY)
-        poses, intrinsics = latent_poses(trajectory, args.stride or STRIDE)
+        # LingBot-World's pipelines spread the latent frames of whole chunks over the clip.
+        chunk_frames = LingBotConfig.chunk_frames if _CLASSES[args.model] is LingBotWorldFast else 1
+        poses, intrinsics = latent_poses(trajectory, args.stride or STRIDE, chunk_frames=chunk_frames)
         return Motion("trajectory", trajectory.name, len(trajectory.poses), poses, intrinsics, None, None)
     for name in ("trajectory", "stride"):
         if getattr(args, name):
