@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what was wrong in one line, without the usage of every argument before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {report.brief(message)}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
+    report.begin(quiet=getattr(args, "quiet", False))
     try:
         report.writable("--json", args.json)  # of every command, so that none works for nothing
         status = args.run(args)
@@ -58,5 +59,5 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 141
     except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"worldkv {args.command}: {error}", file=sys.stderr)
+        print(f"worldkv {args.command}: {report.brief(error)}", file=sys.stderr)
         return 2
