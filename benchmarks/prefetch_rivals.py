@@ -84,8 +84,8 @@ def kernel(host: torch.Tensor, pin: Pin, device: torch.device) -> Run:
 
 
 RIVALS = {
-    "pageable, per layer": pageable,
-    "pinned, per layer": pinned,
-    "pinned, one copy": one_copy,
-    "pinned, Triton reads": kernel,
+    "pageable per layer": pageable,
+    "pinned per layer": pinned,
+    "pinned one copy": one_copy,
+    "pinned read by Triton": kernel,
 }

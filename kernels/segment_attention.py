@@ -22,6 +22,7 @@ merge of parts is Flash-Decoding's, and cutting only what does not fill a round 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILE_ROWS = 128
 _LN_2 = tl.constexpr(0.6931471805599453)
+_LARGE = tl.constexpr(2.0**28)
 
 
 @triton.jit
@@ -53,17 +55,24 @@ def _turned_query(q_ptrs, turns_ptr, segment, mask_q, BLOCK_Q: tl.constexpr, HEA
 
 @triton.jit
 def _attend_block(
-    q, k, v, valid, row_max, row_sum, acc, softmax_scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, valid, row_max, row_sum, acc, scale_log2, scale_power, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A step of the online softmax over k, v [rows, HEAD_DIM], of which those not `valid` are left out.
 
     Also returns what to multiply earlier sums by, the weights [BLOCK_Q, rows], and their sum a row.
+
+    A weight is exp2(score * scale_log2 - new_max) by a fused multiply-add, which rounds once; new_max is the largest
+    product, rounded, and how far it was rounded is a factor common to a row's weights: up to _LARGE within 2**8, which
+    fp16 holds. Beyond, scale_power stands for scale_log2, the next power of two, whose products are exact: the largest
+    score weighs 1, and all lower ones, whose products differ by 16 or more there, below 2**-16 with either scale.
     """
     scores = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, rows]
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * softmax_scale_log2)
-    p = tl.math.exp2(scores * softmax_scale_log2 - new_max[:, None])
+    block_max = tl.max(scores, 1)
+    scale = tl.where(tl.abs(block_max * scale_log2) < _LARGE, scale_log2, scale_power)
+    new_max = tl.maximum(row_max, block_max * scale)
+    p = tl.math.exp2(tl.fma(scores, scale[:, None], -new_max[:, None]))
     rescale = tl.math.exp2(row_max - new_max)
     block_sum = tl.sum(p, 1)
     acc = acc * rescale[:, None]
@@ -73,9 +82,9 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
 def segment_attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_sums_ptr, mass_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_sums_ptr, segment_sums_ptr, mass_ptr,
     tiles_ptr, tail_rows_ptr, ranges_ptr, num_segments_ptr, turns_ptr,
-    q_len, softmax_scale_log2, num_blocks, num_whole, num_cut, parts, max_segments,
+    q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
     stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_TAIL: tl.constexpr,
@@ -165,7 +174,7 @@ def segment_attention_kernel(
                         k = tl.load(k_base + (cols[:, None] * stride_k_row + dims[None, :]))
                         v = tl.load(v_base + (cols[:, None] * stride_v_row + dims[None, :]))
                     row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
-                        q, k, v, None, row_max, row_sum, acc, softmax_scale_log2, False, PRECISION
+                        q, k, v, None, row_max, row_sum, acc, scale_log2, scale_power, False, PRECISION
                     )
                     if RETURN_MASS:
                         # Where the walk leaves a segment, its sum so far and the maximum that it is relative to.
@@ -186,7 +195,7 @@ def segment_attention_kernel(
                 k = tl.load(k_ptr + tail_row * stride_k_row + dims[None, :], mask=valid[:, None], other=0.0)
                 v = tl.load(v_ptr + tail_row * stride_v_row + dims[None, :], mask=valid[:, None], other=0.0)
                 row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
-                    q, k, v, valid, row_max, row_sum, acc, softmax_scale_log2, True, PRECISION
+                    q, k, v, valid, row_max, row_sum, acc, scale_log2, scale_power, True, PRECISION
                 )
                 if RETURN_MASS:
                     of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)
@@ -199,31 +208,41 @@ def segment_attention_kernel(
                         tl.store(sum_ptrs, before + tl.sum(tl.where(of_row[None, :] == segment, p, 0.0), 1))
                         tl.store(sum_ptrs + BLOCK_Q, row_max)
 
-    # Normalise and store: the item, or this piece of it, which may have met no key.
-    lse = row_max + tl.math.log2(row_sum)
-    out = acc * (1.0 / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
+    # Store: this piece of an item as it is, which may have met no key, or the item, normalised.
     if program >= num_whole:
-        piece_rows = (program - num_whole).to(tl.int64) * BLOCK_Q + in_block
-        tl.store(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :], out)
-        tl.store(piece_lse_ptr + piece_rows, lse)
+        piece = (program - num_whole).to(tl.int64)
+        piece_rows = piece * BLOCK_Q + in_block
+        tl.store(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :], acc)
+        sum_ptrs = piece_sums_ptr + piece * 2 * BLOCK_Q + in_block
+        tl.store(sum_ptrs, row_sum)
+        tl.store(sum_ptrs + BLOCK_Q, row_max)
     else:
+        out = acc * (1.0 / row_sum)[:, None]
         out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
         tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
         if RETURN_LSE:
-            tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse * _LN_2, mask=rows < q_len)
+            lse = _log_sum_exp(row_max, row_sum, scale_log2, scale_power)
+            tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse, mask=rows < q_len)
         if RETURN_MASS:
             # The same threads wrote these rows; the barrier makes that true of every layout.
             tl.debug_barrier()
             _store_mass(
                 mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_sums_ptr, 0,
-                0, 1, lse, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
+                0, 1, row_max, row_sum, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
             )  # fmt: skip
 
 
 @triton.jit
+def _log_sum_exp(row_max, row_sum, scale_log2, scale_power):
+    """The natural logarithm of a row's sum, of which row_max is a logarithm to base 2, in `_attend_block`'s scale."""
+    row_max = tl.where(tl.abs(row_max) < _LARGE, row_max, row_max * (scale_log2 / scale_power))
+    return (row_max + tl.math.log2(row_sum)) * _LN_2
+
+
+@triton.jit
 def _store_mass(
-    mass_ptr, stride_mass_segment, segment_sums_ptr, first_program, stride_program, programs, lse, mask, num_segments,
-    max_segments, BLOCK_Q: tl.constexpr,
+    mass_ptr, stride_mass_segment, segment_sums_ptr, first_program, stride_program, programs, row_max, row_sum, mask,
+    num_segments, max_segments, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Per segment, the shares of its softmax weight summed over a block's rows; of parts in several programs, too."""
     with_mass = tl.minimum(num_segments, max_segments)
@@ -234,14 +253,15 @@ def _store_mass(
                 program = first_program + i * stride_program
                 sum_row = segment_sums_ptr + (program * max_segments + segment).to(tl.int64) * 2 * BLOCK_Q
                 sum_ptrs = sum_row + tl.arange(0, BLOCK_Q)
-                share += tl.load(sum_ptrs) * tl.math.exp2(tl.load(sum_ptrs + BLOCK_Q) - lse)
-        tl.store(mass_ptr + segment * stride_mass_segment, tl.sum(tl.where(mask, share, 0.0), 0))
+                share += tl.load(sum_ptrs) * tl.math.exp2(tl.load(sum_ptrs + BLOCK_Q) - row_max)
+        tl.store(mass_ptr + segment * stride_mass_segment, tl.sum(tl.where(mask, share / row_sum, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
 def merge_pieces_kernel(
-    out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, segment_sums_ptr, mass_ptr, num_segments_ptr,
-    q_len, num_blocks, num_whole, num_cut, parts, max_segments, stride_out_token, stride_out_head,
+    out_ptr, lse_ptr, piece_out_ptr, piece_sums_ptr, segment_sums_ptr, mass_ptr, num_segments_ptr,
+    q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
+    stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DIMS: tl.constexpr,
     RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
 ):  # fmt: skip
@@ -256,27 +276,29 @@ def merge_pieces_kernel(
 
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     for part in range(0, parts):
-        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
-        row_max = tl.maximum(row_max, tl.load(piece_lse_ptr + piece_rows))
+        sum_ptrs = piece_sums_ptr + (part * num_cut + cut).to(tl.int64) * 2 * BLOCK_Q + in_block
+        row_max = tl.maximum(row_max, tl.load(sum_ptrs + BLOCK_Q))
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DIMS], tl.float32)
     for part in range(0, parts):
-        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
-        weight = tl.math.exp2(tl.load(piece_lse_ptr + piece_rows) - row_max)
-        row_sum += weight
+        piece = (part * num_cut + cut).to(tl.int64)
+        piece_rows = piece * BLOCK_Q + in_block
+        sum_ptrs = piece_sums_ptr + piece * 2 * BLOCK_Q + in_block
+        weight = tl.math.exp2(tl.load(sum_ptrs + BLOCK_Q) - row_max)
+        row_sum += weight * tl.load(sum_ptrs)
         acc += weight[:, None] * tl.load(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :])
 
     out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
     out = acc * (1.0 / row_sum)[:, None]
     tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=rows[:, None] < q_len)
     if tl.program_id(1) == 0:
-        lse = row_max + tl.math.log2(row_sum)
         if RETURN_LSE:
-            tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse * _LN_2, mask=rows < q_len)
+            lse = _log_sum_exp(row_max, row_sum, scale_log2, scale_power)
+            tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse, mask=rows < q_len)
         if RETURN_MASS:
             _store_mass(
                 mass_ptr + head.to(tl.int64) * max_segments * num_blocks + block, num_blocks, segment_sums_ptr,
-                item, num_cut, parts, lse, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
+                item, num_cut, parts, row_max, row_sum, rows < q_len, tl.load(num_segments_ptr), max_segments, BLOCK_Q,
             )  # fmt: skip
 
 
@@ -407,15 +429,16 @@ def window_tables(
     ranges.insert(0, (0, len(tiles), 0, len(tail_rows)))
     tables = []
     for rows, shape in ((tiles, (capacity, 2)), (tail_rows, (TILE_ROWS * capacity, 2)), (ranges, (capacity + 1, 4))):
-        table = torch.zeros(shape, dtype=torch.int32)
-        table[: len(rows)] = torch.tensor(rows, dtype=torch.int32).view(-1, shape[1])
+        table = torch.zeros(shape, dtype=torch.int32, device="cpu")
+        table[: len(rows)] = torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, shape[1])
         tables.append(table)
-    turns = torch.zeros(1, 1, 2)
+    turns = torch.zeros(1, 1, 2, dtype=torch.float32, device="cpu")
     if frequencies is not None:
-        turns = torch.zeros(capacity, len(frequencies), 2)
-        angles = torch.tensor([time_shift for *_, time_shift in segments])[:, None] * frequencies.double().cpu()
+        turns = torch.zeros(capacity, len(frequencies), 2, dtype=torch.float32, device="cpu")
+        shifts = torch.tensor([time_shift for *_, time_shift in segments], dtype=torch.int64, device="cpu")
+        angles = shifts[:, None] * frequencies.double().cpu()
         turns[: len(segments)] = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
-    tables += [torch.tensor([len(segments)], dtype=torch.int32), turns]
+    tables += [torch.tensor([len(segments)], dtype=torch.int32, device="cpu"), turns]
     return tuple(table.to(device) for table in tables)
 
 
@@ -455,16 +478,18 @@ def segment_attention(
         lse: fp32 [heads, q_len], contiguous: the log-sum-exp of the scaled scores, natural log. None for none.
         mass: fp32 [heads, max_segments]: the share of softmax weight on each segment, averaged over the queries. None
             for none.
-        scale: positive; commonly 1 / sqrt(head_dim).
+        scale: from 1e-25 to 1e25; commonly 1 / sqrt(head_dim).
         has_shift: whether queries are turned; `turns` is not read otherwise.
 
     Whether Q is turned and how many segments have a mass is fixed here, also for the replays of a captured graph:
     a replay with more segments leaves out the mass of the later ones, and with fewer gives those zero.
 
-    Softmax in fp32. Deterministic for one device, one capacity and the same segments in the same order. Any alignment
-    will do; the copy engine of sm_90 takes pools whose heads are dense in a row and whose rows start on multiples of 16
-    bytes, and other pools are read by pointers. Takes scratch from torch's allocator; does not synchronise. All tensors
-    are on one GPU, which is the current one, of compute capability 8.0 or newer.
+    q . k and softmax in fp32. From there on the size of the scores costs no digit, up to 1e38 with the scale, which no
+    fp16 reaches; lse is rounded to fp32 where it is written. Deterministic for one device, one capacity and the same
+    segments in the same order. Any alignment will do; the copy engine of sm_90 takes pools whose heads are dense in a
+    row and whose rows start on multiples of 16 bytes, and other pools are read by pointers. Takes scratch from torch's
+    allocator; does not synchronise. All tensors are on one GPU, which is the current one, of compute capability 8.0 or
+    newer.
 
     Raises ValueError or TypeError, before any launch, on shapes, dtypes and strides other than these. Undefined, since
     not looked at: tables that name rows outside the pool or no row at all, pool rows 2**24 elements apart or more,
@@ -511,7 +536,7 @@ def segment_attention(
     pieces = num_cut * parts
     scratch = dict(dtype=torch.float32, device=q.device)
     piece_out = torch.empty((pieces, config.block_q, head_dim), **scratch)
-    piece_lse = torch.empty((pieces, config.block_q), **scratch)
+    piece_sums = torch.empty((pieces, 2, config.block_q), **scratch)
     segment_sums = block_mass = None
     max_segments = 0
     if mass is not None:
@@ -525,11 +550,13 @@ def segment_attention(
         k_tiles, v_tiles = _tiles_of(k_pool, config.block_k), _tiles_of(v_pool, config.block_k)
         if k_tiles is None or v_tiles is None:
             k_tiles = v_tiles = None
+    scale_log2 = scale * 1.4426950408889634
+    scale_power = 2.0 ** math.ceil(math.log2(scale_log2))
     block_tail = config.block_k if has_shift else min(config.block_k, 64)
     segment_attention_kernel[(num_whole + pieces,)](
-        q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_lse, segment_sums, block_mass,
+        q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_sums, segment_sums, block_mass,
         tiles, tail_rows, ranges, num_segments, turns,
-        q_len, scale * 1.4426950408889634, num_blocks, num_whole, num_cut, parts, max_segments,
+        q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
         stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
         stride_out_token, stride_out_head,
         HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_TAIL=block_tail,
@@ -539,8 +566,9 @@ def segment_attention(
     )  # fmt: skip
     if pieces:
         merge_pieces_kernel[(num_cut, head_dim // 32)](
-            out, lse, piece_out, piece_lse, segment_sums, block_mass, num_segments,
-            q_len, num_blocks, num_whole, num_cut, parts, max_segments, stride_out_token, stride_out_head,
+            out, lse, piece_out, piece_sums, segment_sums, block_mass, num_segments,
+            q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
+            stride_out_token, stride_out_head,
             HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_DIMS=32,
             RETURN_LSE=lse is not None, RETURN_MASS=mass is not None, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip

@@ -37,6 +37,19 @@ def pytest_configure(config):
             raise pytest.UsageError(
                 f"the interpreter of triton 3.6 needs numpy below 2.4, got numpy {numpy}: pip install 'numpy<2.4'"
             )
+        if triton.startswith("3.6."):
+            fuse_multiply_add()
+
+
+def fuse_multiply_add():
+    """Has the interpreter of triton 3.6 round a tl.fma of fp32 once, as a GPU does and later interpreters do."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
 
 
 @pytest.fixture(scope="session")

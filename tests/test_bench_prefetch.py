@@ -113,16 +113,16 @@ def test_a_fetch_of_what_is_there_already_is_wrong(bench, monkeypatch):
     ids=["swapped", "another layer's v", "one number"],
 )
 def test_a_rival_with_wrong_rows_is_reported_and_not_timed(bench, monkeypatch, fault):
-    right, calls = bench.RIVALS["pageable, per layer"], []
+    right, calls = bench.RIVALS["pageable per layer"], []
 
     def wrong(host, pin, device):
         run = right(host, pin, device)
         return lambda i: (calls.append(i), fault(run(i)))[1]
 
-    monkeypatch.setitem(bench.RIVALS, "pageable, per layer", wrong)
+    monkeypatch.setitem(bench.RIVALS, "pageable per layer", wrong)
     statuses = measured(bench)
     assert statuses["Bank.fetch"] == {"timed"}
-    assert statuses["pageable, per layer"] == {"wrong"}
+    assert statuses["pageable per layer"] == {"wrong"}
     assert calls == [0, 0]  # the check alone, once a case
 
 
@@ -212,9 +212,9 @@ def test_the_one_beside_starts_first_and_lasts_longer(problem, streams):
         queued[name] = " ".join(streams)
     assert queued == {
         "Bank.fetch": "fetch",
-        "Bank.fetch, matmuls beside": "side waits for main [ mm mm mm mm mm mm ] fetch",
+        "Bank.fetch beside matmuls": "side waits for main [ mm mm mm mm mm mm ] fetch",
         "matmuls": "mm mm",
-        "matmuls, Bank.fetch beside": "side waits for main [ fetch ] mm mm",
+        "matmuls beside Bank.fetch": "side waits for main [ fetch ] mm mm",
     }
     streams.clear()
     problem.settle()

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from worldkv_kernels.cli import doctor, main, report
+from worldkv_kernels.cli import brief, doctor, main, report
 from worldkv_kernels.ops.all import check_every_backend
 
 CPU = torch.device("cpu")
@@ -124,8 +124,8 @@ def test_json_has_no_word_for_infinity(tmp_path):
 
 
 def test_an_error_is_one_line_of_a_length_to_be_read():
-    assert report.brief(ValueError("one\ntwo")) == "one" and report.brief(ValueError()) == "ValueError"
-    line = report.brief("a" * 5000 + "b" * 5000)
+    assert brief(ValueError("one\ntwo")) == "one" and brief(ValueError()) == "ValueError"
+    line = brief("a" * 5000 + "b" * 5000)
     assert len(line) < 700 and line.startswith("aaa") and line.endswith("bbb")
 
 

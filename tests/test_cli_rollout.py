@@ -320,8 +320,6 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--diversity", "2"], "--diversity must be from 0 to 1, got 2"),
         (["--diversity", "x"], "argument --diversity: must be a number, got 'x'"),
         (["--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, got 0"),
-        (["--sink-frames", "4"], "--sink-frames must be a multiple of chunk_frames=3, got 4"),
-        (["--recent-frames", "2"], "--recent-frames must be a multiple of chunk_frames=3, got 2"),
         (["--retrieved-chunks", "-1"], "argument --retrieved-chunks: must be an integer of at least 0, got '-1'"),
         (["--bank-chunks", "5"], "--bank-chunks must be None or at least 6, got 5"),
         (["--bank", "cloud"], "--bank must be 'device' or 'host', got 'cloud'"),

@@ -358,7 +358,6 @@ def test_threads(small, tmp_path):
         ([*MATRIX, "--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval action"),
         ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of at least 1 token each, got '22'"),
         ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of at least 1 token each, got '0,2'"),
-        ([*MATRIX, "--recent-frames", "4"], "--recent-frames must be a multiple of chunk_frames=3, got 4"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, small, capsys):

@@ -18,6 +18,7 @@ from small_lingbot import (
     TEXT,
     TOKENS,
     WORLDKV,
+    KeepsItsCaches,
     caches,
     enable,
     forward,
@@ -141,8 +142,8 @@ def test_half_precision_weights_get_a_memory_of_their_dtype():
     exact, model = generate(make_model()), make_model(torch.bfloat16)
     unpatched = relative_error(generate(model), exact)
     handle = enable(model)
-    assert handle.memory.dtype is torch.bfloat16
     assert relative_error(generate(model), exact) < 2 * unpatched
+    assert handle.memory.dtype is torch.bfloat16
 
 
 def test_no_qk_norm_is_no_qk_norm():
@@ -178,14 +179,60 @@ def documented_lines():
 
 @pytest.mark.parametrize("lines", documented_lines())
 def test_the_two_lines_as_they_are_documented(lines):
+    """At the size that 480p has for an image of 720 x 1280, unless the lines say another."""
     model = make_model(dim=64, num_heads=1, num_layers=1, ffn_dim=64)
-    at_480_x_832 = TEXT, torch.randn(20, 3, 60, 104), torch.randn(1, 384, 3, 60, 104), pipeline_noise, [(1.0, 1000.0)]
+    rows = 60 if "grid=(30, 52)" in lines else 58
+    given = TEXT, torch.randn(20, 3, rows, 104), torch.randn(1, 384, 3, rows, 104), pipeline_noise, [(1.0, 1000.0)]
     pipe = pipeline.WanI2VFast(model)
-    wanted = pipe.generate(*at_480_x_832)
-    exec(lines, {"pipe": pipe, "poses": POSES})
-    assert relative_error(pipe.generate(*at_480_x_832), wanted) < 1e-5
+    wanted = pipe.generate(*given)
+    exec(lines, {"pipe": pipe, "poses": CLIP, "frame_num": 9})
+    assert relative_error(pipe.generate(*given), wanted) < 1e-5
     assert model._worldkv.stats()["chunks"] == 1
     lingbot.disable(model)
+
+
+# --- what the model was made with ---
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "chunk_frames", "wanted"),
+    [
+        (18, 6, 3, (6, 9)),
+        (18, 0, 3, (0, 15)),
+        (16, 4, 3, (6, 9)),
+        (6, 6, 3, (6, 0)),
+        (18, 6, 4, (8, 8)),
+        (-1, 6, 3, (3, 6)),
+    ],
+)
+def test_the_config_follows_the_models_window(window, sink, chunk_frames, wanted):
+    model = make_model(local_attn_size=window, sink_size=sink)
+    config = lingbot.memory_config(model, grid=GRID, chunk_frames=chunk_frames)
+    assert (config.sink_frames, config.recent_frames) == wanted and config.chunk_frames == chunk_frames
+    config = lingbot.memory_config(model, grid=GRID, recent_frames=12, sink_frames=3)
+    assert (config.sink_frames, config.recent_frames) == (3, 12)
+
+
+def test_a_model_with_a_window_has_it_in_the_memory_too():
+    wanted, shorter = (generate(make_model(), window=window, sink_size=3) for window in (12, 9))
+    model = make_model(local_attn_size=12, sink_size=3)
+    lingbot.enable(model, mode="sink_recent")
+    assert relative_error(generate(model), wanted) < 1e-5
+    assert relative_error(shorter, wanted) > 1e-2
+
+
+def test_a_max_attention_size_that_would_cut_the_window_is_told_of_once():
+    model = make_model()
+    own = generate(model, 9)
+    assert relative_error(generate(model, 9, max_attention_size=20), own) > 1e-2
+    enable(model)
+    with pytest.warns(
+        UserWarning, match="lingbot: max_attention_size is not used, got 20 tokens: the memory's"
+    ) as told:
+        got = generate(model, 9, max_attention_size=20)
+    assert len(told) == 1 and relative_error(got, own) < 1e-5
+    generate(model, 9, max_attention_size=54)  # of the whole cache: nothing to tell
+    generate(model, 9)
 
 
 # --- poses of a clip ---
@@ -220,14 +267,43 @@ def test_latent_poses_refuse_less_than_a_chunk_and_what_is_no_pose():
         lingbot.latent_poses(CLIP, 81.0)
 
 
+AS_VIDEO_FRAMES = "lingbot: poses must be of the latent frames, got 371 for a rollout of 24"
+
+
+def test_a_clips_own_poses_are_told_of_in_the_first_forward_where_the_cache_is_of_the_whole_clip():
+    model = make_model()
+    with enable(model, CLIP, **WORLDKV) as handle:
+        with pytest.warns(UserWarning, match=AS_VIDEO_FRAMES):
+            forward(model, 0)
+        handle.restart(lingbot.latent_poses(CLIP, 93))
+        generate(model)
+
+
+def test_a_clips_own_poses_are_told_of_at_the_end_where_the_cache_is_a_window():
+    model = make_model()
+    handle = enable(model, CLIP, **WORLDKV)
+    generate(model, window=9)
+    with pytest.warns(UserWarning, match=AS_VIDEO_FRAMES):
+        handle.disable()
+    assert "forward" not in model.__dict__
+
+
 # --- rollouts that start again, break off or go another way ---
 
 
-def test_a_second_rollout_starts_from_an_empty_memory():
+@pytest.mark.parametrize("again", [True, False])
+def test_a_second_rollout_starts_from_an_empty_memory(again):
     model = make_model()
     handle = enable(model, **WORLDKV)
     first, stats = generate(model), handle.stats()
-    assert torch.equal(generate(model), first)
+    if again:
+        handle.restart(POSES)
+        assert torch.equal(generate(model), first)
+    else:
+        with pytest.warns(UserWarning, match="lingbot: a new rollout goes along the poses of the one before") as told:
+            assert torch.equal(generate(model), first)
+        assert len(told) == 1
+        assert torch.equal(generate(model), first)
     assert handle.stats() == stats
 
 
@@ -258,6 +334,7 @@ def test_an_exception_inside_a_forward_leaves_the_memory_as_before_its_chunk(cal
     model = make_model()
     handle = enable(model, **WORLDKV)
     wanted = generate(model)
+    handle.restart(POSES)
     calls = []
 
     def fail(*_):
@@ -270,7 +347,7 @@ def test_an_exception_inside_a_forward_leaves_the_memory_as_before_its_chunk(cal
         generate(model)
     assert handle.memory.stats()["chunks"] == handle.stats()["chunks"] == call // 5
     hook.remove()
-    assert torch.equal(generate(model), wanted)
+    assert torch.equal(generate(model), wanted)  # and nothing is said of the poses: it may be the same rollout
 
 
 def test_a_chunk_that_failed_can_be_made_again():
@@ -299,15 +376,41 @@ def test_the_models_own_code_does_not_go_on_from_a_past_that_it_has_not():
     forward(model, 0, both=both)
     forward(model, 0, 0.0, both=both)
     handle.disable()
-    with pytest.raises(RuntimeError, match="must match the existing size"):
-        forward(model, 1, both=both)
+    assert forward(model, 1, both=both).isnan().all()
     assert torch.equal(generate(model), wanted)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_after_disable_a_pipeline_that_keeps_its_caches_is_as_before(inference_mode):
+    model = make_model()
+    pipe, fresh = KeepsItsCaches(model), KeepsItsCaches(model)
+    wanted = generate(model, pipe=pipe, window=9, sink_size=3)
+    with torch.inference_mode(inference_mode), enable(model) as handle:
+        for of_clip in (pipe, fresh):  # one that ran before, one whose caches were never used
+            generate(model, pipe=of_clip, window=9, sink_size=3)
+            assert all(cache[name].numel() == 0 for cache in of_clip.kept[0] for name in ("k", "v"))
+        assert handle.stats()["chunks"] == CHUNKS
+    for of_clip in (pipe, fresh):
+        assert torch.equal(generate(model, pipe=of_clip, window=9, sink_size=3), wanted)
+
+
+def test_caches_that_the_pipeline_has_dropped_are_not_given_back(monkeypatch):
+    model = make_model()
+    given_back, resize = [], torch.Tensor.resize_
+    monkeypatch.setattr(torch.Tensor, "resize_", lambda x, shape: given_back.append(x) or resize(x, shape))
+    with enable(model):
+        both = caches()
+        for chunk in range(2):
+            forward(model, chunk, both=both)
+        generate(model, 6)
+    assert len(given_back) == 4 and all(any(x is cache[name] for x in given_back) for cache in both[0] for name in "kv")
 
 
 def test_a_warm_up_forward_is_no_part_of_the_rollout():
     model = make_model()
     handle = enable(model, **WORLDKV)
     wanted = generate(model)
+    handle.restart(POSES)
     forward(model, 0, 500.0)
     assert torch.equal(generate(model), wanted)
     assert handle.stats()["chunks"] == CHUNKS
@@ -346,9 +449,11 @@ def test_inference_mode_will_do():
     model = make_model()
     handle = enable(model, **WORLDKV)
     wanted, stats = generate(model), handle.stats()
+    handle.restart(POSES)
     with torch.inference_mode():
         got = generate(model)
     assert torch.equal(got, wanted) and handle.stats() == stats
+    handle.restart(POSES)
     assert torch.equal(generate(model), wanted)
 
 

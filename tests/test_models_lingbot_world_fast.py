@@ -114,6 +114,11 @@ def test_published_configs():
         LingBotConfig.from_published({"num_layers": 2, "eps": 1e-6})
     with pytest.raises(ValueError, match=r"config.json must have patch_size \[1, 2, 2\], got \[1, 1, 1\]"):
         LingBotConfig.from_published({**PUBLISHED, "patch_size": [1, 1, 1]})
+    for value in (2**21, 0, 2.0, True, None, [2]):
+        with pytest.raises(ValueError, match=r"config.json must have num_heads an integer from 1 to 1048576, got"):
+            LingBotConfig.from_published({**PUBLISHED, "num_heads": value})
+    with pytest.raises(ValueError, match=r"config.json must have eps a number from 0 to 1048576, got inf"):
+        LingBotConfig.from_published({**PUBLISHED, "eps": math.inf})
 
 
 # --- names, shapes, dtypes ---
@@ -550,6 +555,10 @@ def test_checkpoints_of_another_model_are_told(tmp_path):
         ValueError, match=r"got 6 misshapen: blocks.0.ffn.0.weight \[192, 128\] for \[96, 128\], .* 1 more"
     ):
         LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, ffn_dim=96, **options)
+    with pytest.raises(ValueError, match=r"checkpoint must hold the tensors of 1000000 layers, got \d+"):
+        LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, num_layers=1_000_000, **options)
+    with pytest.raises(ValueError, match=r"got 6 misshapen"):  # told before so much memory is asked for
+        LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, ffn_dim=2**40, **options)
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"x.safetensors must have the \d+ bytes that its header says, got \d+"):
         LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, **options)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import as_quaternion, quaternion_angle, rotation_mean
 
-from worldkv_kernels.memory.retrieval import PoseRetrieval, PublishedPoseRetrieval
+from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval, PoseRetrieval
 from worldkv_kernels.poses import (
     _exp,
     _log,
@@ -272,7 +272,7 @@ def test_poses_errors(poses, error_type, wanted):
 def test_poses_up_to_the_bound():
     poses = good()
     poses[:, :3, 3] = 1e9
-    for policy in (PoseRetrieval(), PublishedPoseRetrieval()):
+    for policy in (PoseRetrieval(), OfficialPoseRetrieval()):
         far, near = (policy.describe(as_poses("op", each), None) for each in (poses, good()))
         assert policy.select(near, [(0, far), (1, near)], 1) == [1]
 

@@ -175,6 +175,76 @@ def test_mass_is_a_share_and_lse_is_natural(backend):
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
+def exact_scores(num_rows, dtype=torch.float32, seed=0):
+    """q, k and v whose scores fp32 holds exactly: of the first query 64 * 100003 with half of the keys, and 64 or 128
+    less with the others. In fp16 64 * 30000 * 2**15, and the others far below."""
+    generator = torch.Generator().manual_seed(seed)
+    below = torch.randint(0, 3, (num_rows, 1, 1), generator=generator)
+    below[::2] = 0
+    signs = torch.randint(0, 2, (9, 1, 64), generator=generator) * 2 - 1
+    if dtype == torch.float16:
+        q, k = 3e4 * signs, 2.0**15 * signs[0] * (1 - 2 * (below > 0).float())
+    else:
+        q, k = signs.float(), (100003.0 - below) * signs[0]
+    return q.to(DEVICE, dtype), k.to(DEVICE, dtype), torch.randn(num_rows, 1, 64, generator=generator).to(DEVICE, dtype)
+
+
+# From where the weights differ little to where they are 0 or 1; about 2**28 the kernel takes the other scale.
+SIZES = (1e3, 1e5, 1e7, 1.7e8, 1.9e8, 1e9, 3e14, 1e30)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("size", SIZES)
+def test_scores_of_any_size(backend, size):
+    segments = [Segment(0, 200), Segment(260, 40), Segment(210, 1)]
+    q, k, v = exact_scores(300)
+    scale = size / (64 * 100003)
+    out, lse, mass = segment_attention(
+        q, k, v, make_window(segments, 64), scale=scale, return_lse=True, return_mass=True, backend=backend
+    )
+    for have, want in zip((out, lse, mass), brute_force(q, k, v, segments, scale), strict=True):
+        assert relative_error(have, want) <= 2e-6
+    assert (mass.sum(1) - 1).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("scale", [None, 1e-9, 1e25])
+def test_the_largest_numbers_of_half_precision(backend, scale):
+    segments = [Segment(0, 200), Segment(260, 40), Segment(210, 1)]
+    q, k, v = exact_scores(300, torch.float16)
+    out, lse, mass = segment_attention(
+        q, k, v, make_window(segments, 64), scale=scale, return_lse=True, return_mass=True, backend=backend
+    )
+    want_out, want_lse, want_mass = brute_force(q, k, v, segments, scale)
+    assert relative_error(out, want_out) <= 1e-3
+    assert relative_error(lse, want_lse) <= 2e-6 and relative_error(mass, want_mass) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_a_large_value_behind_no_weight_stays_there(backend):
+    q, k = torch.ones(3, 1, 64, device=DEVICE), torch.zeros(140, 1, 64, device=DEVICE)
+    k[70:] = -100 / 64
+    v = torch.ones(140, 1, 64, device=DEVICE)
+    v[70:] = 1e33
+    out, mass = segment_attention(
+        q, k, v, Window([Segment(0, 70), Segment(70, 70)], device=DEVICE), scale=1.0, return_mass=True, backend=backend
+    )
+    torch.testing.assert_close(out, torch.ones_like(out))
+    torch.testing.assert_close(mass, torch.tensor([[1.0, 0.0]], device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("scale", [1e-25, 1e-9, 1e9, 1e25])
+def test_scales_at_the_ends_of_their_range(backend, scale):
+    segments = [Segment(0, 130), Segment(140, 3)]
+    q, k, v = exact_scores(150)
+    got = segment_attention(
+        q, k, v, make_window(segments, 64), scale=scale, return_lse=True, return_mass=True, backend=backend
+    )
+    for have, want in zip(got, brute_force(q, k, v, segments, scale), strict=True):
+        assert relative_error(have, want) <= 2e-6
+
+
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_large_scores_do_not_overflow(backend):
     check(backend, 9, 1, 64, [Segment(0, 200), Segment(260, 40)], scale=300.0, limit=2e-4, return_mass=True)

@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICE, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_segment_attention import brute_force, make_pool, make_window
+from test_segment_attention import SIZES, brute_force, exact_scores, make_pool, make_window
 
 from worldkv_kernels import Segment, Window, segment_attention
 from worldkv_kernels.ops.segment_attention import BACKENDS
@@ -110,6 +110,21 @@ def test_pieces_of_very_different_weight(monkeypatch, poisoned_scratch):
     out, lse = segment_attention(q, k, v, window, scale=100.0, return_lse=True, backend="triton")
     want_out, want_lse, _ = brute_force(q, k, v, segments, scale=100.0)
     assert relative_error(out, want_out) <= 2e-4 and relative_error(lse, want_lse) <= 2e-6
+
+
+@runs
+@pytest.mark.parametrize("size", SIZES)
+def test_pieces_of_scores_of_any_size(monkeypatch, poisoned_scratch, size):
+    """Three parts, of which one meets no key, merge to what float64 says: no digit goes with the scores' size."""
+    segments = [Segment(0, 200), Segment(260, 40), Segment(210, 1)]
+    q, k, v = exact_scores(300)
+    monkeypatch.setattr(kernel, "deal", lambda *_: Deal(0, 1, 3))
+    scale = size / (64 * 100003)
+    got = segment_attention(
+        q, k, v, make_window(segments, 64), scale=scale, return_lse=True, return_mass=True, backend="triton"
+    )
+    for have, want in zip(got, brute_force(q, k, v, segments, scale), strict=True):
+        assert relative_error(have, want) <= 2e-6
 
 
 @runs

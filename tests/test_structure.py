@@ -14,7 +14,7 @@ GROUND_FLOOR = {
     "rope": {"checks"},
     "tracing": set(),
     "window": {"checks", "rope"},
-    "poses": set(),
+    "poses": {"checks"},
     "actions": {"checks", "poses"},
     "trajectory": {"poses"},
 }

@@ -22,7 +22,7 @@ def tune(load):
 def test_candidates_are_checked_and_timed_beside_the_shipped_one(tune, tmp_path, capsys):
     results = tmp_path / "tune.jsonl"
     choose = kernel.attention_config
-    assert tune.main(["--small", "--device", "cpu", "--seconds", "0.01", "--json", str(results)]) == 0
+    assert tune.main(["--small", "--device", "cpu", "--seconds", "0.01", "--jsonl", str(results)]) == 0
     assert kernel.attention_config is choose
     figures = [json.loads(line) for line in results.read_text().splitlines()]
     by_case = {f["case"]: [g["variant"] for g in figures if g["case"] == f["case"]] for f in figures}

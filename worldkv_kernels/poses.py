@@ -7,6 +7,8 @@ import math
 import numpy as np
 import torch
 
+from .checks import bad_value
+
 _RIGID_TOLERANCE = 1e-3  # of R^T R - I; poses in half precision pass, a scaled or sheared frame does not
 _FARTHEST = 1e9  # in any unit of length: its square is far from overflow, also in the float32 of the published code
 # Of convention_hint: steps of a clip that may have one, cosine of one that goes ahead, share of one that goes sideways.
@@ -58,11 +60,14 @@ def as_float64(numbers: object) -> np.ndarray:
 
 
 def _as_real(op: str, argument: str, wanted: str, numbers: object) -> np.ndarray:
-    """as_float64; raises TypeError naming `op` and `argument` on what is no array of real numbers, booleans too."""
+    """as_float64; naming `op` and `argument`, raises TypeError on what is no array of real numbers, booleans too, and
+    ValueError on numbers too large for it."""
     try:
         array = as_float64(numbers)
         if (numbers if isinstance(numbers, torch.Tensor) else np.asarray(numbers)).dtype in (torch.bool, np.bool_):
             raise TypeError("got booleans")
+    except OverflowError as error:
+        raise bad_value(op, argument, f"{wanted} of numbers that a float can hold", numbers) from error
     except (TypeError, ValueError) as error:
         got = type(numbers).__name__ + (f" of {numbers.dtype}" if hasattr(numbers, "dtype") else "")
         raise TypeError(f"{op}: {argument} must be {wanted} of real numbers, got {got}") from error

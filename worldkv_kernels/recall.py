@@ -72,8 +72,8 @@ class Scene:
             raise ValueError(f"Scene: image must be [height >= 64, width >= 64, 3], got {list(image.shape)}")
         self.panorama = torch.from_numpy(np.concatenate([image, image[:, ::-1]], axis=1)).to(device, torch.float32)
         generator = torch.Generator().manual_seed(seed)
-        frequencies = BANDWIDTH * torch.randn(3, HEADS * HEAD_DIM // 2, generator=generator)
-        self._frequencies = frequencies.to(device)
+        frequencies = torch.randn(3, HEADS * HEAD_DIM // 2, generator=generator, dtype=torch.float32, device="cpu")
+        self._frequencies = (BANDWIDTH * frequencies).to(device)
 
     def view(self, yaw: float) -> torch.Tensor:
         """The picture at a yaw in degrees, [rows * PATCH, columns * PATCH, 3] in 0..1, by bilinear sampling."""
@@ -81,9 +81,9 @@ class Scene:
         rows, columns = GRID[0] * PATCH, GRID[1] * PATCH
         device = self.panorama.device
         degrees = DEGREES_PER_PATCH / PATCH
-        across = (torch.arange(columns, device=device) + 0.5 - columns / 2) * degrees + yaw
+        across = _centres(columns, device) * degrees + yaw
         per_degree = min(width / 360, height / (GRID[0] * DEGREES_PER_PATCH))
-        down = height / 2 + (torch.arange(rows, device=device) + 0.5 - rows / 2) * degrees * per_degree - 0.5
+        down = height / 2 + _centres(rows, device) * degrees * per_degree - 0.5
         x, y = across.remainder(360) / 360 * width - 0.5, down.clamp(0, height - 1)
         x0, y0 = x.floor(), y.floor()
         fx, fy = (x - x0)[None, :, None], (y - y0)[:, None, None]
@@ -96,8 +96,8 @@ class Scene:
     def keys(self, yaw: float) -> torch.Tensor:
         """Unit features of every patch's direction, [rows * columns, HEADS * HEAD_DIM]."""
         device = self.panorama.device
-        elevation = torch.deg2rad((torch.arange(GRID[0], device=device) + 0.5 - GRID[0] / 2) * DEGREES_PER_PATCH)
-        azimuth = torch.deg2rad((torch.arange(GRID[1], device=device) + 0.5 - GRID[1] / 2) * DEGREES_PER_PATCH + yaw)
+        elevation = torch.deg2rad(_centres(GRID[0], device) * DEGREES_PER_PATCH)
+        azimuth = torch.deg2rad(_centres(GRID[1], device) * DEGREES_PER_PATCH + yaw)
         elevation, azimuth = torch.meshgrid(elevation, azimuth, indexing="ij")
         directions = torch.stack(
             [azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], dim=-1
@@ -105,6 +105,11 @@ class Scene:
         phases = (directions @ self._frequencies).view(-1, HEADS, HEAD_DIM // 2)
         features = torch.cat([phases.cos(), phases.sin()], dim=2) * (2 / HEAD_DIM) ** 0.5
         return features.reshape(-1, HEADS * HEAD_DIM)
+
+
+def _centres(count: int, device: torch.device) -> torch.Tensor:
+    """Of `count` things of width 1 side by side, around 0: fp32 [count]."""
+    return torch.arange(count, dtype=torch.float32, device=device) + 0.5 - count / 2
 
 
 def to_values(view: torch.Tensor) -> torch.Tensor:

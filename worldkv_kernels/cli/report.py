@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from .. import __version__
+from . import brief
 
 _SILENCE, _LONGEST_SILENCE = 2.0, 300.0  # seconds from one line of progress to the next, at first and at most
 _MOST_INTEGER = 2**31 - 1  # of an argument without a bound of its own
 _MOST_SEED = 2**64 - 1  # that torch takes
-_LONGEST_LINE = 600  # characters of an error
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -139,14 +139,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def brief(error: object) -> str:
-    """An error's first line, without the middle of one too long to be read."""
-    lines = str(error).splitlines()
-    line = lines[0] if lines else type(error).__name__
-    half = _LONGEST_LINE // 2
-    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
-
-
 def integer(least: int, most: int = _MOST_INTEGER) -> Callable[[str], int]:
     """An argument's converter to an integer from `least` to `most`."""
 
@@ -182,7 +174,7 @@ def parse_device(name: str | None) -> torch.device:
         if device.type == "cpu" and not device.index:
             return torch.device("cpu")
         if device.type == "cuda":
-            torch.empty(0, device=device)
+            torch.empty(0, dtype=torch.uint8, device=device)
             return device
     except (RuntimeError, AssertionError) as error:
         reason = f": {brief(error)}" if name.startswith("cuda") else ""

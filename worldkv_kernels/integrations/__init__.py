@@ -49,3 +49,11 @@ print(chunks.stats()["chunks"])  # 7
 diffusers (0.42.1) has no Wan model with a KV cache over chunks for an attention processor to attach to. Its
 AnyFlowFARTransformer3DModel is causal, but keeps unrotated keys and old frames at another patch size.
 """
+
+from types import ModuleType
+
+from ..lazy import submodule
+
+
+def __getattr__(name: str) -> ModuleType:
+    return submodule(__name__, name)

@@ -124,9 +124,10 @@ class WorldMemory:
         Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError
         when a chunk is already begun or the frames would pass the rope's positions (or, in mode "full", the
         pool), ValueError when the poses or actions are missing, misshapen, not rigid or not finite, or
-        are what this retrieval does not take, or a policy object selects what is not on offer; the memory is
-        then as before. With a host bank, the copies of what is missing on the device are begun, then, under
-        `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it did.
+        are what this retrieval does not take, or a policy object selects what is not on offer, TypeError when
+        that is no list of chunk numbers; the memory is then as before. With a host bank, the copies of what is missing
+        on the device are begun, then, under `MemoryConfig.prefetch`, those of what the next chunk would retrieve if
+        the camera went on as it did.
         """
         if self._plan is not None:
             raise RuntimeError(
@@ -264,7 +265,8 @@ class WorldMemory:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
 
         Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
-        ValueError when a policy object gives up a chunk that is not in a full bank; the chunk is then still begun.
+        ValueError when a policy object gives up a chunk that is not in a full bank, TypeError when that is no chunk
+        number; the chunk is then still begun.
         When pruning itself fails, it is still begun, to be ended again or dropped; what a full bank gave up is gone.
         """
         self._check_process("end_chunk")

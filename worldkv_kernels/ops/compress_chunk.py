@@ -11,16 +11,16 @@ import torch
 from ..checks import (
     HEAD_DIMS,
     Pieces,
+    as_number,
     bad_value,
     check_backend,
     check_bool,
     check_integer,
-    check_number,
     check_tensor,
 )
 from ..reference.compress_chunk import compress_chunk as reference
 from . import cuda
-from .backends import Backend, OpBackends, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, exact, on_current_device, register, triton_unavailable
 
 _OP = "compress_chunk"
 _MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
@@ -105,7 +105,7 @@ def compress_chunk(
         raise bad_value(_OP, "k", f"of 1 to {_MAX_LAYERS} layers", k)
     check_tensor(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k, inner=2)
     check_integer(_OP, "frames", frames)
-    check_number(_OP, "keep_ratio", keep_ratio)
+    keep_ratio = as_number(_OP, "keep_ratio", keep_ratio)
     check_integer(_OP, "anchor", anchor)
     check_bool(_OP, "pooled", pooled)
     check_backend(_OP, backend)
@@ -126,7 +126,7 @@ def compress_chunk(
     check_tensor(_OP, "out_k", out_k, (*kept, heads, head_dim), like=k, inner=2)
     check_tensor(_OP, "out_v", out_v, (*kept, heads, head_dim), like=k, inner=2)
     check_tensor(_OP, "out_index", out_index, kept, like=k, dtypes=(torch.int32,), inner=len(kept))
-    torch.ops.worldkv.compress_chunk(
+    OPS.compress_chunk(
         k, v, out_k, out_v, out_index, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
         backend or "auto",
     )  # fmt: skip
@@ -173,12 +173,12 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     """Two layers of three frames of 40 tokens whose similarities are far apart, so that rounding moves no token."""
     dtype, head_dim, pooled, whole, _ = kind
     generator = torch.Generator().manual_seed(0)
-    base, noise = torch.randn(2, 1, 2, head_dim, generator=generator)
-    order = torch.stack([torch.randperm(120, generator=generator) for _ in range(2)])
-    share = torch.linspace(-1, 1, 120)[order].view(2, 120, 1, 1)
+    base, noise = torch.randn(2, 1, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu")
+    order = torch.stack([torch.randperm(120, generator=generator, dtype=torch.int64, device="cpu") for _ in range(2)])
+    share = torch.linspace(-1, 1, 120, dtype=torch.float32, device="cpu")[order].view(2, 120, 1, 1)
     share[:, 40:80] = 1.0  # the anchor frame
     k = (base * share + noise * (1 - share.abs())).to(device, dtype)
-    v = torch.randn(2, 120, 2, head_dim, generator=generator).to(device, dtype)
+    v = torch.randn(2, 120, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
     keep = 40 if whole else 11
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:

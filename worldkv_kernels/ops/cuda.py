@@ -6,18 +6,19 @@ import importlib
 
 import torch
 
+_EXTENSION = f"{__package__.rpartition('.')[0]}._cuda"  # of this copy of the package, whatever its name
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def architectures() -> list[str]:
     """What the extension was compiled for, such as ["80", "90a"]; empty without the extension."""
-    return [] if missing() else importlib.import_module("worldkv_kernels._cuda").architectures.split(",")
+    return [] if missing() else importlib.import_module(_EXTENSION).architectures.split(",")
 
 
 def missing() -> str | None:
     """Why the extension cannot be imported; None when it can."""
     try:
-        importlib.import_module("worldkv_kernels._cuda")
+        importlib.import_module(_EXTENSION)
     except ModuleNotFoundError:
         return "the extension is not built (install where nvcc is, or see WORLDKV_CUDA in setup.py)"
     except ImportError as error:  # it is there, and does not fit this Python or this system
@@ -80,7 +81,7 @@ def norm_rope_append(
 ) -> None:
     """Launch csrc/append on the current stream. Takes what `append_unsupported` lets through."""
     on_device = isinstance(first_row, torch.Tensor)
-    importlib.import_module("worldkv_kernels._cuda").norm_rope_append(
+    importlib.import_module(_EXTENSION).norm_rope_append(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), q_out=q_out.data_ptr(),
         k_pool=k_pool.data_ptr(), v_pool=v_pool.data_ptr(),
         q_weight=_address(q_weight), k_weight=_address(k_weight), table=_address(table),
@@ -121,7 +122,7 @@ def compress_chunk(
     if keep < frame_tokens and frames > 1:  # the mean key, a number a candidate, a counter a group, and one more
         words = layers * (heads * head_dim + tokens - frame_tokens + (1 if pooled else frames - 1)) + 1
     workspace = torch.empty(words, dtype=torch.int32, device=k.device)
-    importlib.import_module("worldkv_kernels._cuda").compress_chunk(
+    importlib.import_module(_EXTENSION).compress_chunk(
         k=k.data_ptr(), v=v.data_ptr(), out_k=out_k.data_ptr(), out_v=out_v.data_ptr(), index=index.data_ptr(),
         workspace=workspace.data_ptr(), workspace_bytes=4 * words,
         stride_k_layer=k.stride(0), stride_v_layer=v.stride(0),

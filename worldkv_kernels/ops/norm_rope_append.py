@@ -9,13 +9,13 @@ import torch
 
 from ..checks import (
     HEAD_DIMS,
+    as_number,
     bad_type,
     bad_value,
     check_apart,
     check_backend,
     check_bool,
     check_integer,
-    check_number,
     check_tensor,
     is_integer,
     readable,
@@ -23,7 +23,7 @@ from ..checks import (
 from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
 from . import cuda
-from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "norm_rope_append"
 
@@ -96,7 +96,7 @@ def norm_rope_append(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_tensor(_OP, name, weight, (columns,), like=q, dtypes=(q.dtype, torch.float32))
-    check_number(_OP, "eps", eps)
+    eps = as_number(_OP, "eps", eps)
     if not 0 <= eps < math.inf:
         raise bad_value(_OP, "eps", "finite and not negative", eps)
     check_bool(_OP, "round_before_rope", round_before_rope)
@@ -123,12 +123,14 @@ def norm_rope_append(
         if rope is not None and not 0 <= start_frame <= rope.max_position - grid[0]:
             last = rope.max_position - grid[0]
             raise bad_value(_OP, "start_frame", f"from 0 to {last} within the rope's positions", start_frame)
+        if not -(2**63) <= start_frame < 2**63:
+            raise bad_value(_OP, "start_frame", "an integer of 64 bits", start_frame)
     if out is None:
         out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     else:
         check_tensor(_OP, "out", out, (tokens, heads, head_dim), like=q, inner=2)
     check_apart(_OP, {"k_pool": k_pool, "v_pool": v_pool, "out": out}, {"q": q, "k": k, "v": v})
-    torch.ops.worldkv.norm_rope_append(
+    OPS.norm_rope_append(
         q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
         *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),
         q_weight, k_weight, eps, round_before_rope, backend or "auto",
@@ -170,9 +172,10 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     dtype, heads, head_dim, q_weight_dtype, k_weight_dtype, has_rope, round_before_rope, _ = kind
     generator = torch.Generator().manual_seed(0)
     columns = heads * head_dim
-    q, k, v = (torch.randn(30, columns, generator=generator).to(device, dtype) for _ in range(3))
+    fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
+    q, k, v = (torch.randn(30, columns, **fp32).to(device, dtype) for _ in range(3))
     q_weight, k_weight = (
-        torch.randn(columns, generator=generator).to(device, of) if of is not None else None
+        torch.randn(columns, **fp32).to(device, of) if of is not None else None
         for of in (q_weight_dtype, k_weight_dtype)
     )
     rope = Rope3D(head_dim, max_position=64)

@@ -22,7 +22,7 @@ from ..checks import (
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
 from ..window import Segment, Window
-from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "segment_attention"
 
@@ -132,7 +132,7 @@ def segment_attention(
         check_apart(_OP, {"out": out}, {"q": q, "k_pool": k_pool, "v_pool": v_pool})
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
-    torch.ops.worldkv.segment_attention(
+    OPS.segment_attention(
         q, k_pool, v_pool, *window.tables, out, lse, mass, scale, window.has_shift, backend or "auto",
     )  # fmt: skip
     if lse is None and mass is None:
@@ -178,7 +178,8 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     capacity lets a kernel cut the keys into parts."""
     dtype, head_dim, has_shift, with_lse, with_mass, rows_in_order = kind
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, 2, head_dim, generator=generator).to(device, dtype) for n in (200, 640, 640))
+    fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
+    q, k, v = (torch.randn(n, 2, head_dim, **fp32).to(device, dtype) for n in (200, 640, 640))
     if not rows_in_order:
         k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
     segments = [Segment(256, 300, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 128)]
@@ -192,8 +193,8 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
         results = {}
         for name, window in zip(("", " of a cut window"), windows, strict=True):
             out = torch.full_like(q, float("nan"))
-            lse = torch.full((2, 200), float("nan"), device=device) if with_lse else None
-            mass = torch.full((2, 3), float("nan"), device=device) if with_mass else None
+            lse = torch.full((2, 200), float("nan"), dtype=torch.float32, device=device) if with_lse else None
+            mass = torch.full((2, 3), float("nan"), dtype=torch.float32, device=device) if with_mass else None
             run(q, k, v, *window.tables, out, lse, mass, scale=head_dim**-0.5, has_shift=has_shift)
             made = {f"out{name}": out, f"lse{name}": lse, f"mass{name}": mass}
             results.update((output, x) for output, x in made.items() if x is not None)

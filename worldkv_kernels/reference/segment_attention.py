@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import threshold_
 
 _TILE_ROWS = 128
 _MAX_SCORES = 1 << 24  # scores held at once, so that a long window does not need gigabytes
-# Weights below exp(-70) = 4e-31 of the largest vanish in any dtype, but denormals slow a CPU a hundredfold.
-_LOG_NOTHING = -70.0
+# Weights below exp(-70) of the largest are 0: denormals, which products come to as well, slow a CPU a hundredfold.
+_LOG_NOTHING, _NOTHING = -70.0, 4e-31  # exp(-70) is 3.98e-31
 
 
 def segment_attention(
@@ -44,15 +45,16 @@ def segment_attention(
                 # Rounded once to the input's dtype, as every backend reads it.
                 turned = [t.to(q.dtype).to(wide) for t in turned]
                 parts = [t @ part.T for t, part in zip(turned, k.split(lengths), strict=True)]
-                scores = torch.cat(parts, dim=1) * scale
+                scores = torch.cat(parts, dim=1)
             else:
-                scores = query @ k.T * scale
+                scores = query @ k.T
             row_max = scores.amax(dim=1, keepdim=True)
-            p = scores.sub_(row_max).clamp_min_(_LOG_NOTHING).exp_()
+            # The scale after the difference, which is exact where it matters: large scores lose no digit.
+            p = threshold_(scores.sub_(row_max).mul_(scale).clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
             row_sum = p.sum(dim=1, keepdim=True)
             out[first : first + step, head] = ((p @ v) / row_sum).to(out.dtype)
             if lse is not None:
-                lse[head, first : first + step] = (row_max + row_sum.log()).squeeze(1)
+                lse[head, first : first + step] = (row_max * scale + row_sum.log()).squeeze(1)
             if mass is not None:
                 of_segments = torch.stack([part.sum(dim=1) for part in p.split(lengths, dim=1)], dim=1)
                 shares.append((of_segments / row_sum).sum(dim=0))
@@ -67,7 +69,7 @@ def _segment_rows(
     tiles, tail_rows = tiles[:, 0].cpu(), tail_rows[:, 0].cpu()
     segments = []
     for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + int(num_segments)].tolist():
-        full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS)
+        full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS, dtype=torch.int64, device="cpu")
         segments.append(torch.cat([full.flatten(), tail_rows[tail_lo:tail_hi]]))
     return segments
 
