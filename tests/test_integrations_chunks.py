@@ -358,6 +358,7 @@ def rollout_of(chunks, count):
 OF_VIDEO_FRAMES = "test: poses must be of the latent frames, got 21 for a rollout of 6: as many as if they were of vide"
 
 
+@ALONG_THE_SAME
 @pytest.mark.parametrize("end", [Chunks.finish, lambda chunks: chunks.restart(POSES), lambda chunks: chunks.take(None)])
 def test_poses_that_may_be_of_video_frames_are_told_of_when_the_rollout_is_over(end):
     chunks = make(poses=load("right*20").poses)
