@@ -24,7 +24,7 @@ def missing() -> str | None:
         importlib.import_module(_EXTENSION)
     except ModuleNotFoundError:
         why = f": {_NOTE.read_text().strip()}" if _NOTE.exists() else ""
-        return f"the extension is not built{why} (WORLDKV_CUDA=1 at installation insists on it)"
+        return f"the extension is not built{why} (WORLDKV_CUDA=1 pip install --no-cache-dir insists on it)"
     except ImportError as error:  # it is there, and does not fit this Python or this system
         return f"the extension cannot be loaded: {error}"
     return None
