@@ -7,7 +7,9 @@ pixels. No weights and no positions are involved, so what comes back depends on 
 window holds the tokens that were made when the camera looked there before.
 
 Each chunk is attended twice, as a world model would: first with empty keys and grey values in its own rows,
-which recalls the view from the window alone, then with its true ones, which become history.
+which recalls the view from the window alone, then with what becomes history. Of a view that is new to the camera that
+is the truth; of one that it has seen before it is what was recalled, since a world model has nothing else to go on:
+what a window has lost stays lost.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ class RecallMode:
 MODES = (
     RecallMode("full KV", {"mode": "full"}),
     RecallMode("sliding window", {"mode": "sliding"}),
-    RecallMode("WorldKV", {"keep_ratio": 1.0}),
-    RecallMode("WorldKV pruned 0.5", {"keep_ratio": 0.5}),
-    RecallMode("WorldKV pruned 0.25", {"keep_ratio": 0.25}),
+    RecallMode("WorldKV, keep_ratio 1 (all)", {"mode": "worldkv", "keep_ratio": 1.0}),
+    RecallMode("WorldKV, keep_ratio 0.5 (two thirds)", {"mode": "worldkv", "keep_ratio": 0.5}),
+    RecallMode("WorldKV, keep_ratio 0.25 (half)", {"mode": "worldkv", "keep_ratio": 0.25}),
 )
 
 
@@ -53,9 +55,9 @@ MODES = (
 class RecallResult:
     """What one memory recalled. Per-view lists cover the revisited views alone, in order of time."""
 
-    name: str
-    psnr: list[float] = field(default_factory=list)  # dB, pixels from 0 to 1
-    tokens: list[int] = field(default_factory=list)  # attended by each query, the view's own chunk included
+    mode: RecallMode
+    psnr: list[float] = field(default_factory=list)  # dB, pixels from 0 to 1; 100 at most
+    tokens_attended: list[int] = field(default_factory=list)  # by each query, the view's own chunk included
     retrieved: list[list[int]] = field(default_factory=list)  # per chunk of the rollout
     kept_bytes: int = 0
     seconds: float = 0.0
@@ -131,7 +133,7 @@ def pan_and_return(frames: int, degrees_per_frame: float, start: float = 80.0) -
 
 
 def revisited(yaws: np.ndarray, least_gap: int = 30) -> np.ndarray:
-    """Frames whose view was seen before, last at least `least_gap` frames ago."""
+    """Frames whose view was seen before, last at least `least_gap` frames ago; 1 for all that was seen before."""
     seen: dict[float, int] = {}
     frames = []
     for frame, yaw in enumerate(np.round(yaws, 6)):
@@ -166,7 +168,7 @@ def recall(
     """
     if len(yaws) == 0 or len(yaws) % CHUNK_FRAMES:
         raise ValueError(f"recall: yaws must be a multiple of {CHUNK_FRAMES} frames, got {len(yaws)}")
-    again = set(revisited(yaws).tolist())
+    again, seen = set(revisited(yaws).tolist()), set(revisited(yaws, 1).tolist())
     if not again:
         raise ValueError(f"recall: yaws must come back to a view after 30 frames or more, got {len(yaws)} frames")
     device = scene.panorama.device
@@ -178,7 +180,7 @@ def recall(
     )  # fmt: skip
     memory = WorldMemory(config, device=device, dtype=dtype, backend=backend)
     poses = yaw_poses(yaws)
-    result = RecallResult(mode.name)
+    result = RecallResult(mode)
     started = time.perf_counter()
     for chunk in range(chunks):
         frames = range(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
@@ -187,14 +189,16 @@ def recall(
         plan = memory.begin_chunk(poses[frames.start : frames.stop])
         nothing = torch.zeros_like(keys)
         recalled = memory.attend(0, keys, nothing, nothing).flatten(1).float()
-        memory.attend(0, keys, keys, torch.cat([to_values(view) for view in truth]).to(dtype))
+        pictures = [to_view(values) for values in recalled.chunk(CHUNK_FRAMES)]
+        past = [of if frame in seen else view for frame, of, view in zip(frames, pictures, truth, strict=True)]
+        memory.attend(0, keys, keys, torch.cat([to_values(view) for view in past]).to(dtype))
         memory.end_chunk()
         result.retrieved.append(list(plan.retrieved))
-        for frame, values, view in zip(frames, recalled.chunk(CHUNK_FRAMES), truth, strict=True):
+        for frame, picture, view in zip(frames, pictures, truth, strict=True):
             if frame in again:
-                picture = to_view(values)
-                result.psnr.append(float(-10 * torch.log10((picture - view).square().mean())))
-                result.tokens.append(plan.num_tokens)
+                error = (picture - view).square().mean().clamp_min(1e-10)
+                result.psnr.append(float(-10 * torch.log10(error)))
+                result.tokens_attended.append(plan.num_tokens)
                 result.last_view = picture.cpu().numpy()
         on_chunk(chunk)
     result.seconds = time.perf_counter() - started

@@ -18,11 +18,22 @@ COMMANDS = {
 }
 
 
+_LONGEST_LINE = 600  # characters of an error
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what was wrong in one line, without the usage of every argument before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {brief(message)}\n")
+
+
+def brief(error: object) -> str:
+    """An error's first line, without the middle of one too long to be read."""
+    lines = str(error).splitlines()
+    line = lines[0] if lines else type(error).__name__
+    half = _LONGEST_LINE // 2
+    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,9 +56,10 @@ def main(argv: list[str] | None = None) -> int:
                 subparser.set_defaults(run=command.run)
         args = parser.parse_args(argv)
         said = f"worldkv {args.command}"
-        from .report import writable
+        from . import report
 
-        writable("--json", args.json)  # of every command, so that none works for nothing
+        report.begin(quiet=getattr(args, "quiet", False))
+        report.writable("--json", args.json)  # of every command, so that none works for nothing
         status = args.run(args)
         sys.stdout.flush()
         return status
@@ -61,5 +73,5 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
-        print(f"{said}: {error}", file=sys.stderr)
+        print(f"{said}: {brief(error)}", file=sys.stderr)
         return 2
