@@ -106,6 +106,8 @@ def test_json_is_one_document_and_jsonl_appends(tmp_path, capsys):
     assert "x rival" in printed.err
     assert [json.loads(line) for line in lines.read_text().splitlines()[1:]] == document["figures"]
     path = tmp_path / "out.json"
+    assert main([*asked[:-2], "--quiet", "--csv", str(tmp_path / "out.csv")]) == 0
+    assert capsys.readouterr().err == ""
     assert main([*asked[:-2], "--json", str(path)]) == main([*asked[:-2], "--json", str(path)]) == 0
     assert len(json.loads(path.read_text())["figures"]) == len(document["figures"])  # written anew
     assert "x rival" in capsys.readouterr().out
