@@ -11,7 +11,6 @@ import gc
 import math
 import statistics
 import sys
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -44,6 +43,7 @@ from shapes import check_room
 from timing import Ceilings, describe_ceilings, measure_ceilings, one_thread, percentile, roof
 from traces import ORDER, Breakdown, breakdown, recorded
 
+from worldkv_kernels.cli.report import Progress, note
 from worldkv_kernels.cli.report import table as text_table
 from worldkv_kernels.models.rollout import RolloutChunk, WorldModel, stream
 
@@ -88,16 +88,14 @@ class Rollout:
 
 
 def roll_out(model: WorldModel, memory: Memory, case: RolloutCase, label: str) -> Rollout:
-    """Time `case.chunks` chunks, then trace one more. Progress every two seconds on stderr."""
+    """Time `case.chunks` chunks, then trace one more, with progress on stderr."""
     done = Rollout()
     made = stream(model, memory, controls_of(model, case.chunks + 1))
-    said = time.monotonic()
+    progress = Progress(label, case.chunks)
     try:
         for chunk in islice(made, case.chunks):
             done.chunks.append(chunk._replace(latents=None))
-            if time.monotonic() - said > 2:
-                said = time.monotonic()
-                print(f"{label}: chunk {len(done.chunks)}/{case.chunks}", file=sys.stderr, flush=True)
+            progress.step("chunks")
         with recorded(label, model.device, keep=trace_file()) as events:
             next(made)
     except (RuntimeError, torch.OutOfMemoryError) as error:  # a pool that is full, a device that is
@@ -273,7 +271,7 @@ def run(
                 append_json_line(jsonl_path, line)
                 lines[figure["variant"]] = line
         figures += (lines[mode] for mode in case.modes)
-    print(describe_ceilings(ceilings), file=sys.stderr, flush=True)
+    note(describe_ceilings(ceilings))
     return figures
 
 

@@ -27,6 +27,7 @@ from traces import recorded
 
 from worldkv_kernels.cli import main as command
 from worldkv_kernels.cli.bench_compare import read_figures
+from worldkv_kernels.cli.report import note
 
 COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
 
@@ -319,7 +320,7 @@ def run_cases(
     figures = []
     for number, case in enumerate(cases, 1):
         start = time.perf_counter()
-        print(f"{bench} {number}/{len(cases)}: {case}", end="", file=sys.stderr, flush=True)
+        note(f"{bench} {number}/{len(cases)}: {case}", end="")
         before = clocks(device)
         with one_thread():
             measured = _measure_case(case, prepare, device, ceilings, seconds, only)
@@ -331,8 +332,8 @@ def run_cases(
             line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
             append_json_line(jsonl_path, line)
             figures.append(line)
-        print(f": {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    print(describe_ceilings(ceilings), file=sys.stderr, flush=True)
+        note(f": {time.perf_counter() - start:.1f} s")
+    note(describe_ceilings(ceilings))
     return figures
 
 

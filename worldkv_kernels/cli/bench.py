@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .bench_compare import compare
-from .report import writable, write_json
+from .report import add_quiet, note, writable, write_json
 
 # Each is a script of benchmarks/, bench_<name>, with CASES, SMALL_CASES, variants_of(case, device) -> {name: whether a
 # rival}, and run(small=, device=, seconds=, jsonl_path=, cases=, only=) -> figures.
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bench.add_argument("--device", help="such as cuda:0 or cpu (default: the GPU where there is one)")
         bench.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up (default: 1)")
         bench.add_argument("--trace", metavar="FILE", help="write a trace that Perfetto opens: one more call of each")
+        add_quiet(bench)
         if name in SHAPES:
             bench.add_argument("--shape", metavar="KEY=VALUE,...", action="append", default=[],
                                help=f"a case of one's own in place of the others, such as {SHAPES[name]}; may be given "
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json == "-" else sys.stdout
     figures: list[Figure] = []
     for number, (name, bench, options) in enumerate(planned, 1):
-        print(f"bench {number}/{len(planned)}: {name}", file=sys.stderr, flush=True)
+        note(f"bench {number}/{len(planned)}: {name}")
         with common.tracing(args.trace):
             measured = bench.run(
                 small=args.small, device=device, seconds=args.seconds, jsonl_path=args.jsonl, **options
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     _write(args, figures)
     if plots is not None:
         for written in plots.draw(figures, args.plot):
-            print(f"wrote {written}", file=sys.stderr)
+            note(f"wrote {written}")
     return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
 
 
@@ -218,7 +219,7 @@ def _write(args: argparse.Namespace, figures: Sequence[Figure]) -> None:
             rows = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
             rows.writeheader()
             rows.writerows({**figure, **figure["environment"]} for figure in figures)
-        print(f"wrote {args.csv}", file=sys.stderr)
+        note(f"wrote {args.csv}")
     if args.trace is not None:
-        print(f"wrote {args.trace}", file=sys.stderr)
+        note(f"wrote {args.trace}")
     write_json(args.json, {"command": f"bench {args.what}", "figures": list(figures)})

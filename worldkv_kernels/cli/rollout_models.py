@@ -32,7 +32,7 @@ Config = TinyConfig | LingBotConfig | MatrixGameConfig
 MODELS = {
     "tiny": {"tiny": TinyConfig},
     "lingbot_world_fast": {
-        "fast": LingBotConfig.fast, "v2_14b": LingBotConfig.v2_14b, "v2_1_3b": LingBotConfig.v2_1_3b,
+        "fast": LingBotConfig.fast, "v2-14b": LingBotConfig.v2_14b, "v2-1.3b": LingBotConfig.v2_1_3b,
     },
     "matrix_game_2": {
         "universal": MatrixGameConfig.universal, "gta_drive": MatrixGameConfig.gta_drive,
