@@ -356,8 +356,8 @@ def test_threads(small, tmp_path):
         ([*MATRIX, "--actions", "W*7"], "--actions must have at least 9 video frames .* got 2 latent frames"),
         (["--retrieval", "action"], "--retrieval action must go with --model matrix_game_2, got --model tiny"),
         ([*MATRIX, "--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval action"),
-        ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of at least 1 token each, got '22'"),
-        ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of at least 1 token each, got '0,2'"),
+        ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '22'"),
+        ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '0,2'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, small, capsys):

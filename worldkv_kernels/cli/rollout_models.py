@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ..models.matrix_game_2 import MatrixGame2
 from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
 from ..models.tiny import TinyConfig, TinyWorldModel
+from ..rope import Rope3D
 from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
 from . import report
 
@@ -48,6 +50,7 @@ DEFAULT_ACTIONS = {
     "templerun": "Q*24,Z*24,W*12,D*12,S*12,C*24,Q*24",
 }
 _CLASSES = {"tiny": TinyWorldModel, "lingbot_world_fast": LingBotWorldFast, "matrix_game_2": MatrixGame2}
+_MOST_ROWS = Rope3D().max_position  # of tokens, or columns
 _COUNTED_LAYERS = 48  # of which weights are counted one by one; any past that are like the last
 STRIDE = 4  # video frames to a latent frame, of all these models' autoencoders
 
@@ -242,6 +245,6 @@ def _naming(argument: str, where: str) -> Iterator[None]:
 
 def _grid(text: str) -> tuple[int, int]:
     sizes = [part.strip() for part in text.split(",")]
-    if len(sizes) != 2 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"must be height,width of at least 1 token each, got {text!r}")
+    if len(sizes) != 2 or not all(re.fullmatch("[0-9]{1,9}", size) and 0 < int(size) <= _MOST_ROWS for size in sizes):
+        raise argparse.ArgumentTypeError(f"must be height,width of 1 to {_MOST_ROWS} tokens each, got {text!r:.60}")
     return int(sizes[0]), int(sizes[1])
