@@ -27,12 +27,14 @@ from traces import recorded
 
 from worldkv_kernels.cli import main as command
 from worldkv_kernels.cli.bench_compare import read_figures
-from worldkv_kernels.cli.report import note
+from worldkv_kernels.cli.report import note, writable
 
 COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
 
 # Relative error in the 2-norm above which a variant is reported and not timed.
 ERROR_LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+MOST_SECONDS = 3600.0
 
 _trace_to: str | Path | None = None  # set by `tracing`
 
@@ -264,6 +266,12 @@ def parse_device(name: str | None) -> torch.device:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {_first_line(error)}") from error
 
 
+def check_seconds(seconds: float) -> None:
+    """Raise ValueError on a time that is none, or longer than anyone waits for a case."""
+    if not 0 < seconds <= MOST_SECONDS:  # no NaN either
+        raise ValueError(f"--seconds must be above 0 and at most {MOST_SECONDS:g}, got {seconds}")
+
+
 def device_for(name: str | None, *, small: bool) -> torch.device:
     """`parse_device`; raises ValueError where the full cases are asked of a CPU, too."""
     device = parse_device(name)
@@ -356,12 +364,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", metavar="FILE", help="print the figures of a file and measure nothing")
     parser.add_argument("--short", action="store_true", help="in the table, of the rivals only the fastest")
     args = parser.parse_args(argv)
-    if args.table:
-        print(table(measured_in(args.table), short=args.short))
-        return 0
     try:
+        if args.table:
+            print(table(measured_in(args.table), short=args.short))
+            return 0
         device = parse_device(args.device)
-    except ValueError as error:
+        writable("--jsonl", args.jsonl)
+    except (ValueError, KeyError, OSError) as error:
         print(f"common: {error}", file=sys.stderr)
         return 2
     before = clocks(device)

@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 from bench_segment_attention import CORE_CASES, AttentionCase, Inputs, our_variant
-from common import Problem, Variant, arguments, device_for, run_cases, table
+from common import Problem, Variant, arguments, check_seconds, device_for, run_cases, table
 from timing import Run
 from worldkv_kernels.kernels import segment_attention as kernel
 from worldkv_kernels.kernels.segment_attention import AttentionConfig
+
+from worldkv_kernels.cli.report import writable
 
 # 4 warps spill with 128 queries, as compiling shows, and 256 queries fit only with 16 warps and 64 rows of keys.
 CANDIDATES = [
@@ -159,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = device_for(args.device, small=args.small)
+        check_seconds(args.seconds)
+        writable("--jsonl", args.jsonl)
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("on a CPU, set TRITON_INTERPRET=1: the kernel runs in Triton's interpreter")
     except ValueError as error:

@@ -266,6 +266,25 @@ def test_full_cases_are_refused_on_a_cpu(load, capsys):
     assert errors[1] == "worldkv bench: --device must be cpu or cuda:N, got 'nowhere'"
 
 
+def test_scripts_by_themselves_say_what_is_wrong_in_one_line(common, tmp_path, capsys):
+    (tmp_path / "broken").write_text('{"bench": "op"}\n[]\n')
+    for arguments, said in (
+        (
+            ["--table", str(tmp_path / "broken")],
+            f"{tmp_path / 'broken'}, line 2: not a figure that --json or --jsonl wrote",
+        ),
+        (["--table", str(tmp_path)], f"[Errno 21] Is a directory: '{tmp_path}'"),
+        (["--small", "--device", "meta"], "--device must be cpu or cuda:N, got 'meta'"),
+        (
+            ["--small", "--device", "cpu", "--jsonl", "/new/x"],
+            "--jsonl must be a file that can be written, got '/new/x'",
+        ),
+    ):
+        assert common.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"common: {said}")
+
+
 def test_the_record_names_the_code(machine, monkeypatch):
     monkeypatch.setattr(machine, "_output", lambda *command: None)
     monkeypatch.setenv("WORLDKV_COMMIT", "abc123")

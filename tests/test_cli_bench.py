@@ -196,6 +196,17 @@ def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, 
     ]
 
 
+def test_compare_reads_documents_and_lines(tmp_path, capsys):
+    figures = [figure("same", 9, 10, 11), figure("slow", 9, 10, 11)]
+    lines = write(tmp_path / "a.jsonl", *figures)
+    one = write(tmp_path / "one.jsonl", figures[0])  # a line that is a document by itself, too
+    (tmp_path / "b.json").write_text(json.dumps({"command": "bench op", "figures": figures}, indent=2))
+    document = str(tmp_path / "b.json")
+    for a, b in ((lines, document), (document, lines), (document, document), (one, document)):
+        assert main(["bench", "compare", a, b]) == 0
+        assert row(capsys.readouterr().out, "same") == ["same", "10.0", "10.0", "1.00"]
+
+
 def test_compare_as_json(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", figure("same", 9, 10, 11), figure("slow", 9, 10, 11), figure("went", 9, 10, 11))
     skipped = figure("never", None, None, None, status="skipped", reason="no GPU")
@@ -263,6 +274,7 @@ def test_compare_refuses_what_is_no_result_file(tmp_path, capsys, text, said):
 
 
 SHAPE = ["segment_attention", "--device", "cpu", "--shape"]
+APPEND_SHAPE = ["norm_rope_append", "--device", "cpu", "--shape"]
 APPEND = ["norm_rope_append", *QUICK]
 ROLLOUT = ["rollout", *QUICK]
 
@@ -292,6 +304,7 @@ ROLLOUT = ["rollout", *QUICK]
         ([*APPEND, "--json", "x", "--csv", "./x"], "--csv must be another file than --json, got './x' for both"),
         ([*APPEND, "--plot", "a-file"], "--plot must be a folder that can be written, got 'a-file': File exists"),
         ([*APPEND, "--plot", "a-file/x"], "--plot must be a folder that can be written, got 'a-file/x': Not a dir"),
+        ([*APPEND_SHAPE, "heads=1,grid=1x1x1", "--small"], "--shape must go without --small and --core"),
         ([*APPEND, "--case", "("], "--case must be a regular expression, got '(': missing ), unterminated subpattern"),
         ([*APPEND, "--case", "none"], '--case must be found in one of: "30 tokens x 2 x 128, float32", '),
         (
@@ -331,11 +344,11 @@ ROLLOUT = ["rollout", *QUICK]
         ([*SHAPE, "heads=24,q=1,window=1x2147483647"], "--shape 24 heads, 1 queries, 2147483647 keys, window 1x214748"),
         ([*SHAPE, "heads=1,q=2147483647,window=1x1"], " GiB that are free on cpu, got "),
         (
-            ["norm_rope_append", "--device", "cpu", "--shape", "heads=2,grid=3x0x2"],
+            [*APPEND_SHAPE, "heads=2,grid=3x0x2"],
             "--shape: grid must be frames x hei",
         ),
         (
-            ["norm_rope_append", "--device", "cpu", "--shape", "heads=2,grid=999999x9999x9"],
+            [*APPEND_SHAPE, "heads=2,grid=999999x9999x9"],
             " that are free on cpu, got ",
         ),
         (

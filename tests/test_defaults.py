@@ -14,7 +14,6 @@ from safetensors_files import write
 from tiny_memory import AWAY_AND_BACK, latents, tiny
 
 from worldkv_kernels import Rope3D, Segment, Window
-from worldkv_kernels.integrations import chunks
 from worldkv_kernels.models.action_module import frame_turns
 from worldkv_kernels.models.lingbot_camera import ray_map
 from worldkv_kernels.models.rollout import noise
@@ -141,15 +140,13 @@ def test_the_same_bits_under_any_default(make, what):
 
 
 @pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_checkpoints_and_timesteps_under_any_default(what, tmp_path):
+def test_checkpoints_under_any_default(what, tmp_path):
     model = lingbot.make_model()
     write(tmp_path / "model.safetensors", model.state_dict())
     with default(what):
         loaded = lingbot.LingBotWorldFast.from_pretrained(
             tmp_path, config=lingbot.CONFIG, device="cpu", dtype=torch.float32
         )
-        assert chunks._equal(999.0, torch.tensor(999, dtype=torch.int64, device="cpu"))
-        assert not chunks._equal(999.0, 998.0)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 

@@ -42,6 +42,10 @@ from worldkv_kernels.trajectory import latent_poses as trajectory_poses
         ({"mode": "full"}, {}),
         ({"mode": "sliding", "recent_frames": 6}, {"window": 9}),
         ({"mode": "sink_recent", "sink_frames": 3, "recent_frames": 3}, {"window": 9, "sink_size": 3}),
+        # The sink ends inside a chunk, or the recent frames begin in one, or both.
+        ({"mode": "sink_recent", "sink_frames": 4, "recent_frames": 3}, {"window": 10, "sink_size": 4}),
+        ({"mode": "sliding", "recent_frames": 4}, {"window": 7}),
+        ({"mode": "sink_recent", "sink_frames": 2, "recent_frames": 5}, {"window": 10, "sink_size": 2}),
     ],
 )
 def test_without_retrieval_the_latents_are_those_of_the_models_own_cache(ours, theirs):
@@ -199,10 +203,10 @@ def test_the_two_lines_as_they_are_documented(lines):
     [
         (18, 6, 3, (6, 9)),
         (18, 0, 3, (0, 15)),
-        (16, 4, 3, (6, 9)),
+        (16, 4, 3, (4, 9)),
         (6, 6, 3, (6, 0)),
-        (18, 6, 4, (8, 8)),
-        (-1, 6, 3, (3, 6)),
+        (18, 6, 4, (6, 8)),
+        (-1, 0, 3, (3, 6)),
     ],
 )
 def test_the_config_follows_the_models_window(window, sink, chunk_frames, wanted):

@@ -16,7 +16,7 @@ GROUND_FLOOR = {
     "window": {"checks", "rope"},
     "poses": {"checks"},
     "actions": {"checks", "poses"},
-    "trajectory": {"poses"},
+    "trajectory": {"checks", "poses"},
 }
 
 

@@ -193,3 +193,14 @@ def test_bad_folders(poses, intrinsics, message, tmp_path):
             np.save(tmp_path / name, content, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("argument", ["turn_degrees", "move"])
+def test_steps_are_finite_numbers(argument):
+    for value, error, wanted in (
+        (10**400, ValueError, "a number that a float can hold, got 1000"),
+        (np.nan, ValueError, "finite, got nan"),
+        ("far", TypeError, "a number, got 'far'"),
+    ):
+        with pytest.raises(error, match=f"^trajectory: {argument} must be {wanted}"):
+            load("right*3", **{argument: value})

@@ -55,6 +55,9 @@ def chunk(q: torch.Tensor) -> torch.Tensor:
 def memory(q: torch.Tensor, poses: torch.Tensor) -> list[int]:
     for retrieval in (PoseRetrieval(diversity=0.5), FovRetrieval(depth_range=(1.0, 10.0)), ActionRetrieval()):
         config = MemoryConfig(num_layers=1, num_heads=2, head_dim=64, grid=(4, 6), retrieval=retrieval)
+    config = MemoryConfig(num_layers=1, num_heads=2, head_dim=64, grid=(4, 6), retrieval="fov", sink_frames=4)
+    past: int = config.sink_frames + config.recent_frames + config.retrieved_chunks
+    MemoryConfig(num_layers=1, num_heads=past, grid=(4, 6), retrieval="nearest")  # type: ignore[arg-type]
     config = MemoryConfig.official(num_layers=1, num_heads=2, head_dim=64, grid=(4, 6))
     memory = WorldMemory(config, device="cpu", dtype=torch.float32)
     plan = memory.begin_chunk(poses)

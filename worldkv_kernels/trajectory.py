@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .checks import as_number, bad_value
 from .poses import as_intrinsics, as_poses, interpolated, look_rotation
 
 # What one frame of each move adds: yaw and pitch in turns of `turn_degrees`, then x (right) and z (forward) in `move`.
@@ -50,9 +51,12 @@ def load(source: str | Path, *, turn_degrees: float = 1.0, move: float = 0.1) ->
     and steps are counted, not multiplied up, so a camera that turns back has exactly its old orientation.
 
     Raises ValueError when the string is neither a folder nor moves, a move is unknown, a count is not a positive
-    integer, the counts are more than 100,000 together, a file is missing or unreadable, or the poses or intrinsics are
-    misshapen, not finite or not rigid.
+    integer, the counts are more than 100,000 together, a file is missing or unreadable, the poses or intrinsics are
+    misshapen, not finite or not rigid, or `turn_degrees` or `move` is not finite; TypeError when that is no number.
     """
+    for name, value in (("turn_degrees", turn_degrees), ("move", move)):
+        if not math.isfinite(as_number("trajectory", name, value)):
+            raise bad_value("trajectory", name, "finite", value)
     if os.path.isdir(source):  # Path.is_dir raises where a string of moves is too long for a name
         return _from_folder(Path(source))
     if isinstance(source, Path) or "*" not in source:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,6 @@ CSV_COLUMNS = (
     "bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival", "times_rival", "base", "over_base",
     "frames_per_second", "device", "commit",
 )  # fmt: skip
-_MOST_SECONDS = 3600.0
 
 Figure = dict[str, Any]
 
@@ -84,9 +84,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 when a variant of ours is wrong or failed."""
     if args.what == "compare":
         return compare(args)
-    if not 0 < args.seconds <= _MOST_SECONDS:  # no NaN either
-        raise ValueError(f"--seconds must be above 0 and at most {_MOST_SECONDS:g}, got {args.seconds}")
     common = script("common")
+    common.check_seconds(args.seconds)
     device = common.device_for(args.device, small=args.small or bool(getattr(args, "shape", None)))
     planned = _planned(args, device)
     _check_files(args)
@@ -174,6 +173,8 @@ def _options(args: argparse.Namespace, name: str, bench: ModuleType, device: tor
     if getattr(args, "core", False) and not args.small:
         cases = bench.CORE_CASES
     if getattr(args, "shape", None):
+        if args.small or getattr(args, "core", False):
+            raise ValueError("--shape must go without --small and --core, whose cases it takes the place of")
         cases = list(dict.fromkeys(bench.case_of(shape) for shape in args.shape))
         for case in cases:
             script("shapes").check_room(f"--shape {case}", case.needed_bytes, device)
@@ -208,6 +209,7 @@ def _check_files(args: argparse.Namespace) -> None:
 def _make_folder(path: str) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(f"--plot must be a folder that can be written, got {path!r}: {error.strerror}") from error
 

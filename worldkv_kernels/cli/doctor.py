@@ -39,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 when a backend disagrees with the reference."""
     device = parse_device(args.device)
     out = sys.stderr if args.json == "-" else sys.stdout
-    where = {**machine(device), "cuda_extension": ", ".join(cuda.architectures()) or "not built"}
+    where = {**machine(device), "cuda_extension": ", ".join(cuda.architectures()) or cuda.missing()}
     if device.type == "cuda":
         where["architecture"] = proven.architecture(device)
         where["driver_cuda"] = torch.version.cuda
     for name, value in where.items():
-        print(f"{name.replace('_', ' '):16} {value}", file=out)
+        print(f"{name.replace('_', ' '):16} {value or 'not installed'}", file=out)
 
     findings = []
     for op, name in _backends():

@@ -1,7 +1,8 @@
 """The memory in models' own code.
 
 `integrations.lingbot` and `integrations.matrix_game` put a WorldMemory into the published code of their models by two
-lines. For another model that makes video chunk by chunk with a KV cache (the Self-Forcing family), these are the calls:
+lines; it is made in the pipeline's first forward, where device, dtype and size are known. For another model that makes
+video chunk by chunk with a KV cache (the Self-Forcing family), these are the calls:
 
 | who | calls | when |
 |---|---|---|

@@ -39,9 +39,9 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int], **options: Any) ->
     size from the image's aspect within its max_area, (29, 52) at 480 * 832 for images of 720 x 1280 and others for
     others: `enable` without a config sees it for itself.
 
-    Sink and recent frames are those that the model was made with, rounded up to chunks: of version 2's launch, a window
-    of 18 with a sink of 6, a sink of 6 and 9 past frames beside the 3 being made. MemoryConfig's own where the model
-    has no window (local_attn_size -1).
+    Without options, sink and recent frames are those that the model was made with: of version 2's launch, a window of
+    18 with a sink of 6, a sink of 6 and 9 past frames beside the 3 being made. MemoryConfig's own where the model has
+    no window (local_attn_size -1).
 
     Raises TypeError when the model is not of that class, and what MemoryConfig raises.
     """
@@ -50,8 +50,7 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int], **options: Any) ->
     window, sink = attentions[0].local_attn_size, attentions[0].sink_size
     if window > 0:
         chunk = fields.get("chunk_frames", MemoryConfig.chunk_frames)
-        of_window = {"sink_frames": sink, "recent_frames": max(0, window - sink - chunk)}
-        fields = {name: -(-frames // chunk) * chunk for name, frames in of_window.items()} | fields
+        fields = {"sink_frames": sink, "recent_frames": max(0, window - sink - chunk), **fields}
     return MemoryConfig(**fields, grid=grid)
 
 
@@ -155,7 +154,8 @@ def enable(
 def disable(model: nn.Module) -> None:
     """Give the model its own attention back. Raises RuntimeError when it is not enabled.
 
-    In the middle of a rollout its own code then has no past to go on from, and fails: start a new one.
+    In the middle of a rollout its own code then has no past to go on from, and makes NaN: start a new one, which is as
+    it would have been, also of a pipeline that keeps its caches.
     """
     patched.disable(_OP, model)
 

@@ -127,7 +127,8 @@ def enable(
 def disable(model: nn.Module) -> None:
     """Give the model its own attention back. Raises RuntimeError when it is not enabled.
 
-    In the middle of a rollout its own code then has no past to go on from, and fails: start a new one.
+    In the middle of a rollout its own code then has no past to go on from, and makes NaN: start a new one, which is as
+    it would have been, also of a pipeline that keeps its caches.
     """
     patched.disable(_OP, model)
 

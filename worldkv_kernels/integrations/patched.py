@@ -160,7 +160,7 @@ class PatchedModel:
     @untraced
     @torch.inference_mode(False)  # what is made in inference mode could not be resized outside of it
     def _release(self, cache: dict[str, Any]) -> None:
-        """Free the storage of a published cache; code that would go on from it then fails instead of reading zeros."""
+        """Free the storage of a published cache, until `disable`."""
         for name in ("k", "v"):
             tensor = cache.get(name)
             if isinstance(tensor, torch.Tensor) and tensor.shape[1]:

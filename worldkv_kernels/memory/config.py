@@ -134,7 +134,7 @@ class MemoryConfig:
         check(self.head_dim in HEAD_DIMS, "head_dim", "64 or 128")
         grid = tuple(self.grid) if isinstance(self.grid, Iterable) else ()
         sizes = len(grid) == 2 and all(is_integer(n) and 1 <= n <= _LARGEST for n in grid)
-        check(sizes, "grid", "(height, width) of at least 1 token each")
+        check(sizes, "grid", f"(height, width) of at least 1 token each, at most {_LARGEST}")
         object.__setattr__(self, "grid", tuple(map(operator.index, grid)))
         for field in ("sink_frames", "recent_frames", "retrieved_chunks", "unattended_chunks"):
             check(getattr(self, field) >= 0, field, "at least 0")

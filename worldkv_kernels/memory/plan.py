@@ -15,7 +15,8 @@ class ChunkPlan(NamedTuple):
     chunk: int
     start_frame: int
     retrieved: tuple[int, ...]  # chunk numbers, in window order
-    segments: tuple[tuple[str, int, Segment], ...]  # role, chunk number, rows: in window order
+    # Role, chunk number, rows: in window order. A chunk in which the sink ends can be there twice, as "recent" too.
+    segments: tuple[tuple[str, int, Segment], ...]
     num_tokens: int  # what each query attends to, the current chunk included
 
 

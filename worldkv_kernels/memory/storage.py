@@ -103,7 +103,11 @@ class Storage:
             raise
 
     def stats(self, next_chunk: int) -> dict[str, int]:
-        """Of the bank, and bytes, before `next_chunk`; see WorldMemory.stats."""
+        """Of the bank, and bytes, before `next_chunk`; see WorldMemory.stats.
+
+        kept_bytes are of the rows that hold the past, a chunk that the window cuts with all of its frames, without room
+        that is free or a slot's tail.
+        """
         bank, has_bank = self.bank, self.bank is not None  # an empty bank is falsy
         whole = whole_chunks(self._config, next_chunk)
         banked = len(bank) if has_bank else 0  # with the sink's copy where bank_sink keeps one

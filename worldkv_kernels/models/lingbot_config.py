@@ -98,7 +98,8 @@ class LingBotConfig:
     def v2_14b(cls, **overrides: Any) -> LingBotConfig:
         """Version 2 at 14B, as it is launched: 4 evenly spaced steps with shift 10 (its function's own default is 5), a
         window of 18 frames, 6 of them the sink."""
-        of_version = dict(sigmas=flow_sigmas((0, 250, 500, 750), shift=10), sink_frames=6, recent_frames=9)
+        recent = max(0, 18 - 6 - overrides.get("chunk_frames", cls.chunk_frames))
+        of_version = dict(sigmas=flow_sigmas((0, 250, 500, 750), shift=10), sink_frames=6, recent_frames=recent)
         return cls(**{**of_version, **overrides})
 
     @classmethod

@@ -199,7 +199,7 @@ def _library() -> torch.library.Library:
         namespace = f"worldkv_{copy}"
 
 
-LIBRARY = _library()
+LIBRARY = globals().get("LIBRARY") or _library()  # kept by a reload in place: the ops go with the object
 OPS = getattr(torch.ops, LIBRARY.ns)
 
 

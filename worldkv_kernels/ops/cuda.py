@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import torch
 
 _EXTENSION = f"{__package__.rpartition('.')[0]}._cuda"  # of this copy of the package, whatever its name
+_NOTE = Path(__file__).parents[1] / "_cuda_missing.txt"  # what setup.py says of an extension that it did not build
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -20,7 +22,8 @@ def missing() -> str | None:
     try:
         importlib.import_module(_EXTENSION)
     except ModuleNotFoundError:
-        return "the extension is not built (install where nvcc is, or see WORLDKV_CUDA in setup.py)"
+        why = f": {_NOTE.read_text().strip()}" if _NOTE.exists() else ""
+        return f"the extension is not built{why} (WORLDKV_CUDA=1 at installation insists on it)"
     except ImportError as error:  # it is there, and does not fit this Python or this system
         return f"the extension cannot be loaded: {error}"
     return None
