@@ -1,5 +1,6 @@
 """worldkv rollout: what it prints and writes, and every argument that it refuses."""
 
+import argparse
 import json
 import re
 import time
@@ -224,6 +225,16 @@ def test_picture_of_a_name_with_markup(tmp_path):
     picture = tmp_path / "picture.svg"
     assert main([*SMALL, "--trajectory", str(folder), "--modes", "worldkv", "--picture", str(picture)]) == 0
     assert "a<b & c?" in "".join(ElementTree.parse(picture).getroot().itertext())
+
+
+def test_a_hint_on_a_folder_whose_poses_are_of_another_convention(tmp_path, capsys):
+    walked = load("right*45,forward*20").poses
+    np.save(tmp_path / "intrinsics.npy", np.array((500.0, 500.0, 416.0, 240.0)))
+    args = argparse.Namespace(model="tiny", actions=None, scales=None, trajectory=str(tmp_path), stride=None)
+    for poses, hinted in ((walked, False), (np.linalg.inv(walked), True)):
+        np.save(tmp_path / "poses.npy", poses)
+        rollout_models.motion(args)
+        assert ("hint: --trajectory: the camera hardly ever goes where it looks" in capsys.readouterr().err) == hinted
 
 
 def test_json_on_stdout_stands_alone(capsys):

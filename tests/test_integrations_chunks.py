@@ -477,3 +477,14 @@ def test_poses_and_actions_are_not_taken_for_one_another():
         make(poses=None, retrieval="action")
     with pytest.raises(ValueError, match="actions must be None for retrieval 'pose', got Actions"):
         make(actions=actions)
+
+
+def test_poses_of_another_convention_are_told_of_at_once():
+    walked = load("right*45,forward*20,left*45,forward*20").poses
+    make(poses=walked[:72])
+    for wrong in (np.linalg.inv(walked), walked @ np.diag([1.0, -1.0, -1.0, 1.0])):
+        with pytest.warns(UserWarning, match="test: the camera hardly ever goes where it looks .* camera-to-world"):
+            make(poses=wrong)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make("full", poses=wrong)  # nothing is retrieved by them

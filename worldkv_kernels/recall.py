@@ -173,10 +173,10 @@ def recall(
         raise ValueError(f"recall: yaws must come back to a view after 30 frames or more, got {len(yaws)} frames")
     device = scene.panorama.device
     chunks = len(yaws) // CHUNK_FRAMES
-    options = {"retrieved_chunks": 6, "sink_frames": 0, "recent_frames": 3, **mode.options}
+    defaults = {"retrieved_chunks": 6, "sink_frames": 0, "recent_frames": 3, "bank_chunks": max(chunks, 6)}
     config = MemoryConfig(
         num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM, grid=GRID, chunk_frames=CHUNK_FRAMES,
-        rope=None, scale=SOFTMAX_SCALE, bank_chunks=max(chunks, 6), **options,
+        rope=None, scale=SOFTMAX_SCALE, **{**defaults, **mode.options},
     )  # fmt: skip
     memory = WorldMemory(config, device=device, dtype=dtype, backend=backend)
     poses = yaw_poses(yaws)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from ..models.matrix_game_2 import MatrixGame2
 from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
 from ..models.tiny import TinyConfig, TinyWorldModel
+from ..poses import convention_hint
 from ..rope import Rope3D
 from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
 from . import report
@@ -137,6 +140,10 @@ def motion(args: argparse.Namespace) -> Motion:
                 raise ValueError(f"--{name} must go with --model matrix_game_2, got --model {args.model}")
         with _naming("--trajectory", "trajectory"):
             trajectory = load(DEFAULT_TRAJECTORY if args.trajectory is None else args.trajectory)
+        of_folder = args.trajectory is not None and os.path.isdir(args.trajectory)
+        hint = convention_hint(trajectory.poses) if of_folder else None
+        if hint is not None:
+            print(f"hint: --trajectory: {hint}", file=sys.stderr)
         # LingBot-World's pipelines spread the latent frames of whole chunks over the clip.
         chunk_frames = LingBotConfig.chunk_frames if _CLASSES[args.model] is LingBotWorldFast else 1
         poses, intrinsics = latent_poses(trajectory, args.stride or STRIDE, chunk_frames=chunk_frames)

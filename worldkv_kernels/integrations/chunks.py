@@ -13,7 +13,7 @@ from ..actions import as_actions, video_frames
 from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
-from ..poses import as_intrinsics, as_poses
+from ..poses import as_intrinsics, as_poses, convention_hint
 from ..tracing import untraced
 
 
@@ -293,6 +293,9 @@ class _Controls:
         self._poses, self._intrinsics, self._actions = poses, intrinsics, actions
         self._retrieves = config.has_bank
         self._said: set[str] = set()
+        hint = convention_hint(poses) if self._retrieves and poses is not None and not callable(poses) else None
+        if hint is not None:
+            self._say("hint", hint)
 
     def of(self, chunk: int) -> dict[str, Any]:
         """The arguments of begin_chunk. Raises ValueError where the list ends before the chunk, or as a callable."""
