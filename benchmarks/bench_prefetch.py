@@ -19,6 +19,7 @@ from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, run
 from prefetch_rivals import RIVALS, Rows
 from timing import Run, time_variants
 
+from worldkv_kernels.cli.report import note
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
 from worldkv_kernels.memory.retrieval import PoseRetrieval
@@ -222,7 +223,7 @@ def run(
     device = device or parse_device(None)
     if device.type == "cpu":
         for case in (c for c in cases if c.beside):
-            print(f"prefetch: {case}: skipped: a CPU has no second stream", file=sys.stderr)
+            note(f"prefetch: {case}: skipped: a CPU has no second stream")
         cases = [c for c in cases if not c.beside]
     return run_cases(
         "prefetch", cases, prepare, device, small=small, seconds=seconds, jsonl_path=jsonl_path, only=only,

@@ -33,7 +33,7 @@ def test_a_reader_that_has_gone_is_no_error(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["bench", "append", "--small"], ["bench", "compare", "a", "b"]])
+@pytest.mark.parametrize("command", [["doctor"], ["bench", "chunk", "--small"], ["bench", "compare", "a", "b"]])
 def test_json_is_refused_before_the_work(command, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("worldkv_kernels.cli.doctor.machine", lambda device: pytest.fail("it went to work"))
@@ -115,6 +115,13 @@ def test_doctor_is_quiet_and_its_json_whole(capsys):
     assert main(["doctor", "--device", "cpu:0", "--json", "-", "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["command"] == "doctor" and "segment_attention" in err and "9/9" not in err
+
+
+def test_a_quiet_bench_says_nothing_beside_its_table(capsys):
+    asked = ["bench", "norm_rope_append", "--small", "--device", "cpu", "--seconds", "0.01", "--only", "ours"]
+    assert main([*asked, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert "reference" in out and err == ""
 
 
 def test_json_has_no_word_for_infinity(tmp_path):

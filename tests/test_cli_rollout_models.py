@@ -32,7 +32,7 @@ ACTIONS = dict(num_heads=2, head_dim=16, embedding_dim=8)
 SMALL = {
     "lingbot_world_fast": {
         "fast": LingBotConfig(text_tokens=3, text_dim=8, **SIZES),
-        "v2_1_3b": LingBotConfig.v2_1_3b(text_tokens=3, text_dim=8, **SIZES),
+        "v2-1.3b": LingBotConfig.v2_1_3b(text_tokens=3, text_dim=8, **SIZES),
     },
     "matrix_game_2": {
         variant: getattr(MatrixGameConfig, variant)(
@@ -183,7 +183,7 @@ def test_scales_of_the_actions(small, tmp_path):
 # --- LingBot-World-Fast ---
 
 
-@pytest.mark.parametrize("variant, sink, recent", [("fast", 3, 6), ("v2_1_3b", 6, 9)])
+@pytest.mark.parametrize("variant, sink, recent", [("fast", 3, 6), ("v2-1.3b", 6, 9)])
 def test_lingbot_by_a_trajectory(small, tmp_path, variant, sink, recent):
     way = "right*54,forward*20,left*53"
     result = rolled(tmp_path, *LINGBOT, "--variant", variant, "--trajectory", way, "--modes", "full,worldkv")
@@ -336,7 +336,7 @@ def test_threads(small, tmp_path):
         (["--weights", "x"], r"--weights must be left out where weights are random \(tiny is always random\), got 'x'"),
         (["--model", "matrix_game_2", "--weights", "x", "--layers", "2"], "--layers must be left out with --weights"),
         ([*MATRIX, "--variant", "fast"], "--variant must be one of universal, gta_drive, templerun for matrix_game_2"),
-        ([*LINGBOT, "--variant", "v3"], "--variant must be one of fast, v2_14b, v2_1_3b for lingbot_world_fast, got"),
+        ([*LINGBOT, "--variant", "v3"], "--variant must be one of fast, v2-14b, v2-1.3b for lingbot_world_fast, got"),
         (["--variant", "fast"], "--variant must be one of tiny for tiny, got 'fast'"),
         ([*MATRIX, "--trajectory", "right*9"], "--trajectory must be left out with --model matrix_game_2, .* got 'ri"),
         ([*MATRIX, "--stride", "4"], "--stride must be left out with --model matrix_game_2, which goes by --actions"),
@@ -356,8 +356,8 @@ def test_threads(small, tmp_path):
         ([*MATRIX, "--actions", "W*7"], "--actions must have at least 9 video frames .* got 2 latent frames"),
         (["--retrieval", "action"], "--retrieval action must go with --model matrix_game_2, got --model tiny"),
         ([*MATRIX, "--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval action"),
-        ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of at least 1 token each, got '22'"),
-        ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of at least 1 token each, got '0,2'"),
+        ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '22'"),
+        ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '0,2'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, small, capsys):

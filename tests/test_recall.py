@@ -90,6 +90,14 @@ def check_order(figures):
     assert min(last) <= 2 and len(last) == 6
 
 
+def test_what_a_window_has_lost_stays_lost():
+    """What is recalled becomes history: coming back, a sliding window loses a strip more with every chunk."""
+    scene = Scene(np.random.default_rng(0).random((96, 160, 3)), torch.device("cpu"))
+    sliding = recall(scene, MODES[1], pan_and_return(48, 4.0))
+    assert sliding.mode.name == "sliding window" and len(sliding.psnr) == 9
+    assert max(sliding.psnr) < 16 and sliding.psnr[-1] < 13  # a grey view of noise has 11 or so
+
+
 def test_views_and_values_are_what_they_say():
     rng = np.random.default_rng(0)
     scene = Scene(rng.random((80, 120, 3)), torch.device("cpu"))

@@ -79,10 +79,10 @@ def begin(*, quiet: bool) -> None:
     _narration = _Narration(quiet)
 
 
-def note(text: str) -> None:
-    """A line on stderr, unless the command is quiet."""
+def note(text: str, *, end: str = "\n") -> None:
+    """A line on stderr, or the start of one, unless the command is quiet."""
     if not _narration.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -186,9 +186,6 @@ def _chunk_count(args: argparse.Namespace, motion: Motion, config: Config) -> in
         if count > most[name]:
             raise ValueError(f"--{name.replace('_', '-')} must be at most {most[name]}, which the rotary embedding can "
                              f"number, got {count}")  # fmt: skip
-    if max(config.grid) > positions:
-        raise ValueError(f"--grid must be at most {positions} each way, which the rotary embedding can number, got "
-                         f"{config.grid[0]},{config.grid[1]}")  # fmt: skip
     return chunks
 
 

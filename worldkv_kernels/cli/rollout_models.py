@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
 from ..models.tiny import TinyConfig, TinyWorldModel
 from ..poses import convention_hint
+from ..rope import Rope3D
 from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
 from . import report
 
@@ -35,7 +37,7 @@ Config = TinyConfig | LingBotConfig | MatrixGameConfig
 MODELS = {
     "tiny": {"tiny": TinyConfig},
     "lingbot_world_fast": {
-        "fast": LingBotConfig.fast, "v2_14b": LingBotConfig.v2_14b, "v2_1_3b": LingBotConfig.v2_1_3b,
+        "fast": LingBotConfig.fast, "v2-14b": LingBotConfig.v2_14b, "v2-1.3b": LingBotConfig.v2_1_3b,
     },
     "matrix_game_2": {
         "universal": MatrixGameConfig.universal, "gta_drive": MatrixGameConfig.gta_drive,
@@ -51,6 +53,7 @@ DEFAULT_ACTIONS = {
     "templerun": "Q*24,Z*24,W*12,D*12,S*12,C*24,Q*24",
 }
 _CLASSES = {"tiny": TinyWorldModel, "lingbot_world_fast": LingBotWorldFast, "matrix_game_2": MatrixGame2}
+_MOST_ROWS = Rope3D().max_position  # of tokens, or columns
 _COUNTED_LAYERS = 48  # of which weights are counted one by one; any past that are like the last
 STRIDE = 4  # video frames to a latent frame, of all these models' autoencoders
 
@@ -249,6 +252,6 @@ def _naming(argument: str, where: str) -> Iterator[None]:
 
 def _grid(text: str) -> tuple[int, int]:
     sizes = [part.strip() for part in text.split(",")]
-    if len(sizes) != 2 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"must be height,width of at least 1 token each, got {text!r}")
+    if len(sizes) != 2 or not all(re.fullmatch("[0-9]{1,9}", size) and 0 < int(size) <= _MOST_ROWS for size in sizes):
+        raise argparse.ArgumentTypeError(f"must be height,width of 1 to {_MOST_ROWS} tokens each, got {text!r:.60}")
     return int(sizes[0]), int(sizes[1])
