@@ -103,8 +103,10 @@ def for_package_index(text: str, repository: str | None) -> str:
 
     def link(found: re.Match) -> str:
         picture, label, target = found.groups()
+        if target.startswith("#"):
+            target = f"README.md{target}"  # headings have no names there
         path = target.partition("#")[0]
-        if not path or not (ROOT / path).exists():
+        if not (ROOT / path).exists():
             return found[0]
         if repository:
             return f"{picture}[{label}]({repository.rstrip('/')}/{'raw' if picture else 'blob'}/HEAD/{target})"

@@ -88,7 +88,7 @@ class Rollout:
 
 
 def roll_out(model: WorldModel, memory: Memory, case: RolloutCase, label: str) -> Rollout:
-    """Time `case.chunks` chunks, then trace one more, with progress on stderr."""
+    """Time `case.chunks` chunks, then trace one more. Progress on stderr."""
     done = Rollout()
     made = stream(model, memory, controls_of(model, case.chunks + 1))
     progress = Progress(label, case.chunks)

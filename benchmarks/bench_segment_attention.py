@@ -116,10 +116,10 @@ class ShapeCase:
     @property
     def needed_bytes(self) -> int:
         """What it takes on the device, about: the pools, three gathered copies of the window, q, what comes out and
-        the float64 that it is held against, and the scores of the check."""
+        the float64 that it is held against, and the check's scores, scaled, exponentiated and summed."""
         slots = sum(-(-rows // TILE_ROWS) * number + -(-number // 3) for rows, number in self.window) * TILE_ROWS
         columns, tokens, itemsize = self.heads * self.head_dim, self.num_tokens, self.dtype.itemsize
-        scores = 2 * 8 * max(tokens, min(self.q_len * tokens, MOST_SCORES))
+        scores = 4 * 8 * max(tokens, min(self.q_len * tokens, MOST_SCORES))
         return columns * (2 * (slots + 3 * tokens) * itemsize + self.q_len * (4 * itemsize + 2 * 8)) + scores
 
     def __str__(self) -> str:

@@ -27,7 +27,7 @@ from traces import recorded
 
 from worldkv_kernels.cli import main as command
 from worldkv_kernels.cli.bench_compare import read_figures
-from worldkv_kernels.cli.report import note, writable
+from worldkv_kernels.cli.report import note, waiting, writable
 
 COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
 
@@ -328,9 +328,9 @@ def run_cases(
     figures = []
     for number, case in enumerate(cases, 1):
         start = time.perf_counter()
-        note(f"{bench} {number}/{len(cases)}: {case}", end="")
+        label = f"{bench} {number}/{len(cases)}: {case}"
         before = clocks(device)
-        with one_thread():
+        with one_thread(), waiting(label):
             measured = _measure_case(case, prepare, device, ceilings, seconds, only)
         after = clocks(device)
         if device.type == "cuda":
@@ -340,7 +340,7 @@ def run_cases(
             line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
             append_json_line(jsonl_path, line)
             figures.append(line)
-        note(f": {time.perf_counter() - start:.1f} s")
+        note(f"{label}: {time.perf_counter() - start:.1f} s")
     note(describe_ceilings(ceilings))
     return figures
 

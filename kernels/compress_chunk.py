@@ -15,6 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+MAX_HEADS = 128  # more are tokens, of tensors with heads first
+MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @triton.jit(do_not_specialize=["first_token", "frame_tokens"])
 def anchor_mean_kernel(
@@ -152,8 +156,8 @@ def compress_chunk(
 
     Args:
         k, v: [layers, tokens, heads, head_dim], one dtype, bf16, fp16 or fp32; dense in heads and head_dim, layers and
-            tokens of any stride. tokens = frames * frame_tokens, in that order. At most 65535 layers, and fewer than
-            2**31 tokens outside the anchor frames of all layers. One layer is k[None].
+            tokens of any stride. tokens = frames * frame_tokens, in that order; 1 to 128 heads, head_dim 64 or 128. At
+            most 65535 layers, and fewer than 2**31 tokens outside the anchor frames of all layers. A layer is k[None].
         out_k, out_v: [layers, kept, heads, head_dim] with kept = frame_tokens + (frames - 1) * min(keep, frame_tokens);
             dtype and strides as for k. Written whole: the anchor frame, then the kept tokens in ascending order.
         index: int32 [layers, kept], dense in its last dimension: which of the chunk's tokens each output row is.
@@ -164,13 +168,18 @@ def compress_chunk(
     bytes are read and written in wider pieces. Allocates, a layer, 4 bytes a column and 8 a candidate, from torch's
     allocator; does not synchronise. All tensors are on one GPU, which is the current one.
 
+    Limits: the first dimension is layers, not a batch; V has the heads and head_dim of K; no gradients.
+
     Raises ValueError or TypeError, before any launch, on shapes, dtypes and strides other than these and on numbers out
     of range. Undefined, since not looked at: outputs that overlap each other or an input.
     """
-    if k.dim() != 4:
-        raise ValueError(_wrong("k", "[layers, tokens, heads, head_dim]", k))
+    if k.dim() != 4 or k.shape[3] not in (64, 128) or not 1 <= k.shape[2] <= MAX_HEADS:
+        sizes = f"of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
+        raise ValueError(_wrong("k", f"[layers, tokens, heads, head_dim], heads not first, {sizes}", k))
     layers, tokens, heads, head_dim = k.shape
-    if frames < 1 or tokens % frames:
+    if not 1 <= layers <= MAX_LAYERS:
+        raise ValueError(_wrong("k", f"of 1 to {MAX_LAYERS} layers", k))
+    if frames < 1 or tokens < frames or tokens % frames:
         raise ValueError(_wrong("frames", f"a divisor of the {tokens} tokens", frames))
     if not 0 <= anchor < frames:
         raise ValueError(_wrong("anchor", f"from 0 to {frames - 1}", anchor))
@@ -195,6 +204,8 @@ def compress_chunk(
         raise ValueError(_wrong("index", f"[{layers}, {rows}]", index))
     if not k.dtype is v.dtype is out_k.dtype is out_v.dtype:
         raise TypeError(_wrong("k, v, out_k and out_v", "of one dtype", k, v, out_k, out_v))
+    if k.dtype not in DTYPES:
+        raise TypeError(_wrong("k", " or ".join(map(str, DTYPES)), k))
     if index.dtype is not torch.int32:
         raise TypeError(_wrong("index", "torch.int32", index))
     layer_strides, row_strides = [], []

@@ -10,11 +10,15 @@ arXiv 2104.09864, with the pairs split among three axes.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+MAX_HEADS = 128  # more are tokens, of tensors with heads first
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -141,7 +145,7 @@ def norm_rope_append(
 
     Args:
         q, k, v: [tokens, heads * head_dim], one dtype, bf16, fp16 or fp32; dense in the last dimension, tokens of any
-            stride, so that they may be slices of one projection. Used with head_dim 64 and 128 and up to 64 heads.
+            stride, so that they may be slices of one projection. head_dim 64 or 128, 1 to 128 heads.
         k_pool, v_pool: [rows, heads, head_dim], q_out: [tokens, heads, head_dim], all of q's dtype; dense in heads and
             head_dim, rows and tokens of any stride.
         table: fp32 [positions, head_dim / 2, 2], contiguous: cosine and sine of pair i's angle at each position,
@@ -152,7 +156,7 @@ def norm_rope_append(
             start_frame + t // (height * width), t // width % height and t % width.
         pairs: how many of a head's pairs turn by frame, then by row, then by column; not used without a table.
         q_weight, k_weight: [heads * head_dim], contiguous, q's dtype or fp32; None for no norm.
-        eps: added to the mean square, not negative.
+        eps: added to the mean square, not negative and finite.
         round_before_rope: round to q's dtype after the norm, and again after the weight where it has that dtype, as in
             Wan; otherwise all is fp32 up to the last rounding.
 
@@ -160,13 +164,17 @@ def norm_rope_append(
     multiples of 16 bytes are read and written in wider pieces. Deterministic; does not allocate or synchronise. All
     tensors are on one GPU, which is the current one.
 
+    Limits: no batch dimension, one session a call; as many heads in the pools as in q; K and V of one head_dim; no
+    gradients.
+
     Raises ValueError or TypeError, before the launch, on shapes, dtypes and strides other than these, on rows outside
     the pools and on positions outside the table. Undefined, since not looked at: a first_row or start_frame on the
     device that leads there, and outputs that overlap each other or an input.
     """
     pool = k_pool.shape
-    if len(pool) != 3:
-        raise ValueError(_wrong("k_pool", "[rows, heads, head_dim]", k_pool))
+    if len(pool) != 3 or pool[2] not in (64, 128) or not 1 <= pool[1] <= MAX_HEADS:
+        wanted = f"[rows, heads, head_dim], heads not first, of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
+        raise ValueError(_wrong("k_pool", wanted, k_pool))
     rows, heads, head_dim = pool
     columns = heads * head_dim
     frames, height, width = grid
@@ -179,6 +187,8 @@ def norm_rope_append(
         raise ValueError(_wrong("q_out", f"[{tokens}, {heads}, {head_dim}]", q_out))
     if not q.dtype is k.dtype is v.dtype is q_out.dtype is k_pool.dtype is v_pool.dtype:
         raise TypeError(_wrong("q, k, v, q_out, k_pool and v_pool", "of one dtype", q, k, v, q_out, k_pool, v_pool))
+    if q.dtype not in DTYPES:
+        raise TypeError(_wrong("q", " or ".join(map(str, DTYPES)), q))
     stride_q_token, stride_q_column = q.stride()
     stride_k_token, stride_k_column = k.stride()
     stride_v_token, stride_v_column = v.stride()
@@ -195,6 +205,10 @@ def norm_rope_append(
     for weight in (q_weight, k_weight):
         if weight is not None and not (weight.shape == (columns,) and weight.is_contiguous()):
             raise ValueError(_wrong("q_weight and k_weight", f"None or [{columns}], contiguous", q_weight, k_weight))
+        if weight is not None and weight.dtype not in (q.dtype, torch.float32):
+            raise TypeError(_wrong("q_weight and k_weight", f"{q.dtype} or torch.float32", q_weight, k_weight))
+    if not 0 <= eps < math.inf:
+        raise ValueError(_wrong("eps", "finite and not negative", eps))
     on_device = not isinstance(first_row, int)
     if on_device or not isinstance(start_frame, int):
         for position in (first_row, start_frame):
@@ -212,7 +226,7 @@ def norm_rope_append(
             raise ValueError(_wrong("grid", f"within the table's {positions} positions", grid))
         if not (on_device or 0 <= start_frame <= positions - frames):
             raise ValueError(_wrong("start_frame", f"from 0 to {positions - frames}", start_frame))
-        if pairs[0] + pairs[1] + pairs[2] != half:
+        if pairs[0] + pairs[1] + pairs[2] != half or min(pairs) < 0:
             raise ValueError(_wrong("pairs", f"three counts that add up to {half}", pairs))
     norm_rope_append_kernel[(tokens, 3)](
         q, k, v, q_weight, k_weight, table, q_out, k_pool, v_pool,

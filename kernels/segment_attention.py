@@ -33,6 +33,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILE_ROWS = 128
+MAX_HEADS = 128  # more are tokens, of tensors with heads first
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LARGE = tl.constexpr(2.0**28)
 
@@ -82,7 +84,8 @@ def _attend_block(
 
 @triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
 def segment_attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_sums_ptr, segment_sums_ptr, mass_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_max_ptr, piece_sum_ptr,
+    segment_sums_ptr, mass_ptr,
     tiles_ptr, tail_rows_ptr, ranges_ptr, num_segments_ptr, turns_ptr,
     q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
     stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
@@ -210,12 +213,10 @@ def segment_attention_kernel(
 
     # Store: this piece of an item as it is, which may have met no key, or the item, normalised.
     if program >= num_whole:
-        piece = (program - num_whole).to(tl.int64)
-        piece_rows = piece * BLOCK_Q + in_block
+        piece_rows = (program - num_whole).to(tl.int64) * BLOCK_Q + in_block
         tl.store(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :], acc)
-        sum_ptrs = piece_sums_ptr + piece * 2 * BLOCK_Q + in_block
-        tl.store(sum_ptrs, row_sum)
-        tl.store(sum_ptrs + BLOCK_Q, row_max)
+        tl.store(piece_max_ptr + piece_rows, row_max)
+        tl.store(piece_sum_ptr + piece_rows, row_sum)
     else:
         out = acc * (1.0 / row_sum)[:, None]
         out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
@@ -259,7 +260,7 @@ def _store_mass(
 
 @triton.jit(do_not_specialize=["q_len", "num_blocks", "num_whole", "num_cut", "parts", "max_segments"])
 def merge_pieces_kernel(
-    out_ptr, lse_ptr, piece_out_ptr, piece_sums_ptr, segment_sums_ptr, mass_ptr, num_segments_ptr,
+    out_ptr, lse_ptr, piece_out_ptr, piece_max_ptr, piece_sum_ptr, segment_sums_ptr, mass_ptr, num_segments_ptr,
     q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
     stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DIMS: tl.constexpr,
@@ -276,16 +277,14 @@ def merge_pieces_kernel(
 
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     for part in range(0, parts):
-        sum_ptrs = piece_sums_ptr + (part * num_cut + cut).to(tl.int64) * 2 * BLOCK_Q + in_block
-        row_max = tl.maximum(row_max, tl.load(sum_ptrs + BLOCK_Q))
+        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
+        row_max = tl.maximum(row_max, tl.load(piece_max_ptr + piece_rows))
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DIMS], tl.float32)
     for part in range(0, parts):
-        piece = (part * num_cut + cut).to(tl.int64)
-        piece_rows = piece * BLOCK_Q + in_block
-        sum_ptrs = piece_sums_ptr + piece * 2 * BLOCK_Q + in_block
-        weight = tl.math.exp2(tl.load(sum_ptrs + BLOCK_Q) - row_max)
-        row_sum += weight * tl.load(sum_ptrs)
+        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
+        weight = tl.math.exp2(tl.load(piece_max_ptr + piece_rows) - row_max)
+        row_sum += weight * tl.load(piece_sum_ptr + piece_rows)
         acc += weight[:, None] * tl.load(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :])
 
     out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
@@ -491,20 +490,32 @@ def segment_attention(
     allocator; does not synchronise. All tensors are on one GPU, which is the current one, of compute capability 8.0 or
     newer.
 
-    Raises ValueError or TypeError, before any launch, on shapes, dtypes and strides other than these. Undefined, since
-    not looked at: tables that name rows outside the pool or no row at all, pool rows 2**24 elements apart or more,
-    and outputs that overlap each other or an input.
+    Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
+    q, at most 128; K and V of one head_dim; no gradients.
+
+    Raises ValueError or TypeError, before any launch, on shapes, dtypes, strides and scales other than these.
+    Undefined, since not looked at: tables that name rows outside the pool or no row at all, pool rows 2**24 elements
+    apart or more, and outputs that overlap each other or an input.
     """
     shape, pool = q.shape, k_pool.shape
     if len(shape) != 3 or shape[2] not in (64, 128):
-        raise ValueError(_wrong("q", "[q_len, heads, head_dim] with head_dim 64 or 128", q))
+        raise ValueError(_wrong("q", "[q_len, heads, head_dim] with head_dim 64 or 128, without a batch dimension", q))
     q_len, heads, head_dim = shape
+    if not (q_len >= 1 and 1 <= heads <= MAX_HEADS):
+        wanted = f"[q_len, heads, head_dim], heads not first, of 1 to {MAX_HEADS} heads and at least one query"
+        raise ValueError(_wrong("q", wanted, q))
+    if v_pool.shape[2:] not in ((), (head_dim,)):
+        raise ValueError(_wrong("v_pool", f"of head_dim {head_dim}, which K and V share", v_pool))
     if not pool == v_pool.shape == (pool[0], heads, head_dim):
         raise ValueError(_wrong("k_pool and v_pool", f"[{pool[0]}, {heads}, {head_dim}]", k_pool, v_pool))
     if out.shape != shape:
         raise ValueError(_wrong("out", f"[{q_len}, {heads}, {head_dim}]", out))
     if not q.dtype is k_pool.dtype is v_pool.dtype is out.dtype:
         raise TypeError(_wrong("q, k_pool, v_pool and out", "of one dtype", q, k_pool, v_pool, out))
+    if q.dtype not in DTYPES:
+        raise TypeError(_wrong("q", " or ".join(map(str, DTYPES)), q))
+    if not 1e-25 <= scale <= 1e25:
+        raise ValueError(_wrong("scale", "from 1e-25 to 1e25", scale))
     stride_q_token, stride_q_head, stride_q_dim = q.stride()
     stride_k_row, stride_k_head, stride_k_dim = k_pool.stride()
     stride_v_row, stride_v_head, stride_v_dim = v_pool.stride()
@@ -536,7 +547,7 @@ def segment_attention(
     pieces = num_cut * parts
     scratch = dict(dtype=torch.float32, device=q.device)
     piece_out = torch.empty((pieces, config.block_q, head_dim), **scratch)
-    piece_sums = torch.empty((pieces, 2, config.block_q), **scratch)
+    piece_max, piece_sum = torch.empty((2, pieces, config.block_q), **scratch)
     segment_sums = block_mass = None
     max_segments = 0
     if mass is not None:
@@ -552,9 +563,11 @@ def segment_attention(
             k_tiles = v_tiles = None
     scale_log2 = scale * 1.4426950408889634
     scale_power = 2.0 ** math.ceil(math.log2(scale_log2))
-    block_tail = config.block_k if has_shift else min(config.block_k, 64)
+    block_tail = config.block_k
+    if not has_shift:  # smaller, which wastes less of the last block, and leaves the mass its registers
+        block_tail = config.block_k // 2 if mass is not None else min(config.block_k, 64)
     segment_attention_kernel[(num_whole + pieces,)](
-        q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_sums, segment_sums, block_mass,
+        q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_max, piece_sum, segment_sums, block_mass,
         tiles, tail_rows, ranges, num_segments, turns,
         q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
         stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
@@ -566,7 +579,7 @@ def segment_attention(
     )  # fmt: skip
     if pieces:
         merge_pieces_kernel[(num_cut, head_dim // 32)](
-            out, lse, piece_out, piece_sums, segment_sums, block_mass, num_segments,
+            out, lse, piece_out, piece_max, piece_sum, segment_sums, block_mass, num_segments,
             q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
             stride_out_token, stride_out_head,
             HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_DIMS=32,

@@ -129,10 +129,10 @@ def test_a_rival_with_wrong_rows_is_reported_and_not_timed(bench, monkeypatch, f
 @interpreted
 @pytest.mark.parametrize("size", [1, 4096, 3 * 4096 + 5])
 def test_the_kernel_copies_all_and_nothing_past_the_end(load, bench, size):
-    rivals = load("prefetch_rivals")
+    kernel = load("pinned_kernel")
     source = torch.randn(size, dtype=torch.float32)
     target = torch.full((size + 4096,), math.nan)
-    rivals.read_pinned(source, target[:size])
+    kernel.read_pinned(source, target[:size])
     assert torch.equal(target[:size], source)
     assert bool(target[size:].isnan().all())
 

@@ -87,10 +87,12 @@ def test_pictures_show_each_timed_variant(benched):
 
 
 def test_plots_from_a_file_of_lines(benched, tmp_path, capsys):
-    folder, _, _ = benched
+    folder, lines, _ = benched
     plots = script("plots")
-    assert plots.main([str(folder / "out.jsonl"), str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == PLOTS
+    few = write(tmp_path / "few.jsonl", *(line for line in lines if line["bench"] in ("prefetch", "norm_rope_append")))
+    assert plots.main([few, str(tmp_path / "plots")]) == 0
+    drawn = [name for name in PLOTS if name.startswith(("prefetch", "norm_rope_append"))]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == drawn
     assert plots.main([str(folder / "absent.jsonl"), str(tmp_path)]) == 2
     assert "absent.jsonl" in capsys.readouterr().err
 
@@ -106,6 +108,8 @@ def test_json_is_one_document_and_jsonl_appends(tmp_path, capsys):
     assert "x rival" in printed.err
     assert [json.loads(line) for line in lines.read_text().splitlines()[1:]] == document["figures"]
     path = tmp_path / "out.json"
+    assert main([*asked[:-2], "--quiet", "--csv", str(tmp_path / "out.csv")]) == 0
+    assert capsys.readouterr().err == ""
     assert main([*asked[:-2], "--json", str(path)]) == main([*asked[:-2], "--json", str(path)]) == 0
     assert len(json.loads(path.read_text())["figures"]) == len(document["figures"])  # written anew
     assert "x rival" in capsys.readouterr().out

@@ -225,12 +225,18 @@ def zeros(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype, device=DEVICE)
 
 
+SIZES = "heads, head_dim], heads not first, with 1 to 128 heads and head_dim 64 or 128"
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"k": zeros(90, 128)}, ValueError, "k must be [tokens, heads, head_dim] or [layers, tokens, heads, head_dim]"),
         ({"k": None}, TypeError, "k must be a tensor [tokens, heads, head_dim], got None"),
-        ({"k": zeros(90, 2, 32)}, ValueError, "k must be of at least one head with head_dim 64 or 128"),
+        ({"k": zeros(90, 2, 32)}, ValueError, f"k must be [tokens, {SIZES}, got [90, 2, 32]"),
+        ({"k": zeros(90, 0, 64)}, ValueError, f"k must be [tokens, {SIZES}, got [90, 0, 64]"),
+        ({"k": zeros(2, 129, 64)}, ValueError, f"k must be [tokens, {SIZES}, got [2, 129, 64]"),
+        ({"k": zeros(1, 2, 600, 64)}, ValueError, f"k must be [layers, tokens, {SIZES}, got [1, 2, 600, 64]"),
         ({"k": zeros(90, 64, 2).transpose(1, 2)}, ValueError, "k must be contiguous in its last 2"),
         ({"v": zeros(89, 2, 64)}, ValueError, "v must be [90, 2, 64], got [89, 2, 64]"),
         ({"v": zeros(90, 2, 64, dtype=torch.bfloat16)}, TypeError, "v must be torch.float32"),

@@ -2,6 +2,10 @@
 
 import ast
 import contextlib
+import os
+import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -156,3 +160,26 @@ def test_making_a_tiny_model_draws_nothing_from_the_global_generator():
     tiny_model = TinyWorldModel(TinyConfig(num_layers=1))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.requires_grad for parameter in tiny_model.parameters())
+
+
+# --- the tests of the core, in a process with other defaults ---
+
+CORE = (
+    "window", "segment_attention", "norm_rope_append", "compress_chunk", "world_memory", "bank", "backends", "vendoring"
+)  # fmt: skip
+# The quick ones that make most kinds of tensors.
+TELLING = (
+    "update_in_place or turning_the_query or mass_is_a_share or position_on or equal_scores or policy_object"
+    " or attention_mass or costs_no_copy or wait_brings or wrong_kernel or the_check or tables_are or segments_that"
+)
+
+
+@pytest.mark.parametrize("name", ["meta", "float64", "bfloat16"])
+def test_the_core_tests_pass_under_another_default(name):
+    files = [f"test_{module}.py" for module in CORE]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"({TELLING}) and not cuda", *files],
+        cwd=ROOT / "tests", env={**os.environ, "WORLDKV_TEST_DEFAULT": name}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 30

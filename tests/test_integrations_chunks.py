@@ -228,7 +228,7 @@ def test_the_streams_of_chunk_0_are_held_no_longer_than_it_is_the_current_one():
 
 
 def test_restart_takes_new_poses_and_keeps_the_old_ones_when_they_are_wrong():
-    chunks, other = make(), POSES[::-1].copy()
+    chunks, other = make(), latent_poses(load("forward*32,right*30,left*30"))[0]
     for chunk in range(6):
         run_chunk(chunks, chunk)
     with pytest.raises(ValueError, match="poses must be rigid"):
@@ -358,6 +358,7 @@ def rollout_of(chunks, count):
 OF_VIDEO_FRAMES = "test: poses must be of the latent frames, got 21 for a rollout of 6: as many as if they were of vide"
 
 
+@ALONG_THE_SAME
 @pytest.mark.parametrize("end", [Chunks.finish, lambda chunks: chunks.restart(POSES), lambda chunks: chunks.take(None)])
 def test_poses_that_may_be_of_video_frames_are_told_of_when_the_rollout_is_over(end):
     chunks = make(poses=load("right*20").poses)

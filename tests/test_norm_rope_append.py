@@ -127,15 +127,22 @@ def zeros(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype, device=DEVICE)
 
 
+SIZES = "[rows, heads, head_dim], heads not first, with 1 to 128 heads and head_dim 64 or 128"
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"q": zeros(30, 2, 64)}, ValueError, "q must be [tokens, 128], got [30, 2, 64]"),
+        ({"q": zeros(30, 2, 64)}, ValueError, "q must be [tokens, 128] without a batch dimension"),
+        ({"q": zeros(30, 64)}, ValueError, "q must be [tokens, 128], got [30, 64]"),
         ({"k": zeros(29, 128)}, ValueError, "k must be [30, 128], got [29, 128]"),
         ({"v": zeros(30, 128, dtype=torch.float16)}, TypeError, "v must be torch.float32, got"),
         ({"q": zeros(128, 30).T}, ValueError, "q must be contiguous in its last 1"),
-        ({"k_pool": zeros(70, 128)}, ValueError, "k_pool must be a tensor [rows, heads, head_dim], got [70, 128]"),
-        ({"k_pool": zeros(70, 2, 96)}, ValueError, "k_pool must be of 1 to 64 heads with head_dim 64 or 128"),
+        ({"k_pool": zeros(70, 128)}, ValueError, "k_pool must be [rows, heads, head_dim], got [70, 128]"),
+        ({"k_pool": zeros(70, 2, 96)}, ValueError, f"k_pool must be {SIZES}, got [70, 2, 96]"),
+        ({"k_pool": zeros(2, 140, 64)}, ValueError, f"k_pool must be {SIZES}, got [2, 140"),
+        ({"k_pool": zeros(1, 70, 2, 64)}, ValueError, "k_pool must be [rows, heads, head_dim] without a batch dim"),
+        ({"q": zeros(1, 30, 128)}, ValueError, "q must be [tokens, 128] without a batch dimension: one session a call"),
         ({"v_pool": zeros(70, 64, 2).transpose(1, 2)}, ValueError, "v_pool must be contiguous in its last 2"),
         ({"grid": (2, 3, 4)}, ValueError, "grid must be (frames, height, width) of 30 tokens in all, got (2, 3, 4)"),
         ({"q_weight": zeros(64)}, ValueError, "q_weight must be [128], got [64]"),
@@ -148,13 +155,14 @@ def zeros(*shape, dtype=torch.float32):
         ({"out": zeros(30, 128)}, ValueError, "out must be [30, 2, 64], got [30, 128]"),
         ({"first_row": zeros(1, dtype=torch.int64)}, TypeError, "start_frame must be a tensor [1], got 0"),
         ({"q": np.zeros((30, 128))}, TypeError, "q must be a tensor [tokens, 128], got a numpy array [30, 128] fl"),
-        ({"k_pool": np.zeros(3)}, ValueError, "k_pool must be a tensor [rows, heads, head_dim], got a numpy array [3]"),
+        ({"k_pool": np.zeros(3)}, TypeError, "k_pool must be a tensor [rows, heads, head_dim], got a numpy array [3]"),
         ({"k_weight": zeros(128, dtype=torch.float64)}, TypeError, "k_weight must be torch.float32, got [128]"),
         ({"grid": 12}, TypeError, "grid must be (frames, height, width) of integers, got 12"),
         ({"grid": None}, TypeError, "grid must be (frames, height, width) of integers, got None"),
         ({"grid": (2.0, 3, 5)}, TypeError, "grid must be (frames, height, width) of integers, got (2.0, 3, 5)"),
         ({"eps": 10**400}, ValueError, "eps must be a number that a float can hold, got 1000"),
-        ({"first_row": 10**400}, ValueError, "tokens in 70 rows, got 1000"),
+        ({"first_row": 10**400}, ValueError, "first_row must be an integer of 64 bits, got 1000"),
+        ({"grid": (10**400, 1, 1)}, ValueError, "grid must be an integer of 64 bits, got 1000"),
         ({"start_frame": 10**400, "rope": None}, ValueError, "start_frame must be an integer of 64 bits, got 1000"),
         ({"eps": "x"}, TypeError, "eps must be a number, got 'x'"),
         ({"eps": None}, TypeError, "eps must be a number, got None"),

@@ -212,6 +212,7 @@ def test_the_description_has_no_link_that_leads_nowhere(made):
     links = re.findall(r"\]\(([^)]+)\)", published)
     assert links and all(link.startswith("https://") for link in links)
     assert "https://example.org/worldkv/blob/HEAD/tests/test_vendoring.py" in links
+    assert "https://example.org/worldkv/blob/HEAD/README.md#what-has-been-proven" in links
     assert "https://example.org/worldkv/raw/HEAD/docs/recall.png" in links
     assert "Project-URL: Repository, https://example.org/worldkv/\n" in published
 
@@ -226,10 +227,10 @@ def test_an_installed_wheel_serves_without_triton(python, unpacked):
     assert f"{python.target / 'worldkv_kernels/__init__.py'}\n" in said
     assert re.search(r"^triton +not installed$", said, flags=re.MULTILINE)
     assert re.search(r"^segment_attention +triton +- +triton cannot be imported", said, flags=re.MULTILINE)
-    assert "cuda extension   the extension is not built: nvcc was not found (WORLDKV_CUDA=1" in said
+    assert "cuda extension   the extension is not built: nvcc was not found (WORLDKV_CUDA=1 pip install" in said
 
 
 def test_tests_of_the_sdist_pass_on_an_installed_wheel(python, unpacked):
-    tests = [str(unpacked / "tests" / f"test_{name}.py") for name in ("window", "readme")]
+    tests = [str(unpacked / "tests" / name) for name in ("test_window.py", "test_readme.py::test_examples_run")]
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", str(unpacked / "pyproject.toml")]
-    assert re.search(r"\d+ passed", python("-m", "pytest", *quiet, *tests, "-k", "not matrix_game"))
+    assert re.search(r"\d+ passed", python("-m", "pytest", *quiet, *tests))

@@ -348,8 +348,10 @@ def test_bad_tensors_are_named(argument, value, error, wanted):
     [
         ({"window": [Segment(0, 9)]}, TypeError, "window must be a worldkv_kernels.Window, got"),
         ({"window": Window([Segment(250, 7)], device=DEVICE)}, ValueError, "pool's 256 rows, got 'last row 256'"),
-        ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
-        ({"scale": math.inf}, ValueError, "scale must be positive and finite, got inf"),
+        *[
+            ({"scale": scale}, ValueError, f"scale must be from 1e-25 to 1e+25, got {scale}")
+            for scale in (0.0, -1.0, math.inf, math.nan, 1e-46, 9e-26, 1.1e25, 1e37)
+        ],
         ({"scale": "x"}, TypeError, "scale must be a number, got 'x'"),
         ({"scale": True}, TypeError, "scale must be a number, got True"),
         ({"return_lse": "no"}, TypeError, "return_lse must be True or False, got 'no'"),

@@ -13,6 +13,7 @@ GROUND_FLOOR = {
     "ranges": set(),
     "rope": {"checks"},
     "tracing": set(),
+    "lazy": set(),
     "window": {"checks", "rope"},
     "poses": {"checks"},
     "actions": {"checks", "poses"},

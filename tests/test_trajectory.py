@@ -182,6 +182,15 @@ def bad_folders():
     yield "objects", np.array([None]), cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
     yield "no array", b"RIFF", cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
     yield "an empty file", b"", cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
+    yield "a broken archive", b"PK\x03\x04", cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
+    for what, shape in (
+        ("more than there is memory", b"(1%s,)" % (b"0" * 17)),
+        ("a deep shape", b"(" * 90 + b")" * 90),
+    ):
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': %s}\n" % shape
+        file = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        yield what, file, cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
+    yield "an open bracket", file.replace(b")", b"("), cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
 
 
 @pytest.mark.parametrize("poses, intrinsics, message", [pytest.param(*case, id=i) for i, *case in bad_folders()])

@@ -210,6 +210,7 @@ def check_refusal(monkeypatch, module, arguments, changes, error, wanted):
     assert str(caught.value).startswith(f"{op}: {wanted}")
 
 
+UNSUPPORTED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.float64)
 TABLES = "tiles, tail_rows, ranges and num_segments must be torch.int32 [3, 2], [384, 2], [4, 4] and [1]"
 
 
@@ -229,6 +230,27 @@ def attention_arguments():
     [
         ({"q": torch.zeros(5, 128)}, ValueError, "q must be [q_len, heads, head_dim]"),
         ({"q": torch.zeros(5, 2, 32)}, ValueError, "q must be [q_len, heads, head_dim] with head_dim 64 or 128"),
+        (
+            {"q": torch.zeros(1, 5, 2, 64)},
+            ValueError,
+            "q must be [q_len, heads, head_dim] with head_dim 64 or 128, without a batch dimension, got [1, 5, 2, 64]",
+        ),
+        ({"q": torch.zeros(0, 2, 64)}, ValueError, "q must be [q_len, heads, head_dim], heads not first"),
+        ({"q": torch.zeros(5, 0, 64)}, ValueError, "q must be [q_len, heads, head_dim], heads not first"),
+        ({"q": torch.zeros(2, 600, 64)}, ValueError, "q must be [q_len, heads, head_dim], heads not first"),
+        ({"v_pool": torch.zeros(300, 2, 128)}, ValueError, "v_pool must be of head_dim 64, which K and V share, got"),
+        *[
+            (
+                {x: torch.zeros(n, 2, 64).to(dtype) for x, n in dict(q=5, out=5, k_pool=300, v_pool=300).items()},
+                TypeError,
+                "q must be torch.bfloat16 or torch.float16 or torch.float32, got [5, 2, 64] torch.",
+            )
+            for dtype in UNSUPPORTED
+        ],
+        *[
+            ({"scale": scale}, ValueError, f"scale must be from 1e-25 to 1e25, got {scale}")
+            for scale in (-1.0, 0.0, 1e-46, 1e37, float("inf"), float("nan"))
+        ],
         ({"q": torch.zeros(5, 2, 128)[..., ::2]}, ValueError, "q, k_pool, v_pool and out must be dense in head_dim"),
         ({"k_pool": torch.zeros(300, 1, 64)}, ValueError, "k_pool and v_pool must be [300, 2, 64], got [300, 1, 64]"),
         ({"k_pool": torch.zeros(300, 2, 32)}, ValueError, "k_pool and v_pool must be [300, 2, 64]"),
@@ -274,6 +296,7 @@ def append_arguments():
 
 
 AT = torch.zeros(1, dtype=torch.int64)
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +308,23 @@ AT = torch.zeros(1, dtype=torch.int64)
         ({"v": torch.zeros(12, 256)[:, ::2]}, ValueError, "q, k and v must be dense in their last dimension"),
         ({"v": torch.zeros(12, 128).half()}, TypeError, "q, k, v, q_out, k_pool and v_pool must be of one dtype"),
         ({"k_pool": torch.zeros(20, 128)}, ValueError, "k_pool must be [rows, heads, head_dim]"),
+        ({"k_pool": torch.zeros(20, 2, 96)}, ValueError, "k_pool must be [rows, heads, head_dim], heads not first"),
+        ({"k_pool": torch.zeros(2, 129, 64)}, ValueError, "k_pool must be [rows, heads, head_dim], heads not first"),
+        *[
+            (
+                {
+                    **{x: torch.zeros(12, 128).to(dtype) for x in ("q", "k", "v")},
+                    **{x: torch.zeros(20, 2, 64).to(dtype) for x in ("k_pool", "v_pool")},
+                    "q_out": torch.zeros(12, 2, 64).to(dtype),
+                },
+                TypeError,
+                "q must be torch.bfloat16 or torch.float16 or torch.float32, got [12, 128] torch.",
+            )
+            for dtype in UNSUPPORTED
+        ],
+        *[({"eps": eps}, ValueError, f"eps must be finite and not negative, got {eps}") for eps in (-1e-6, NAN, INF)],
+        ({"q_weight": torch.zeros(128).double()}, TypeError, "q_weight and k_weight must be torch.float32 or"),
+        ({"pairs": (40, -4, -4)}, ValueError, "pairs must be three counts that add up to 32, got (40, -4, -4)"),
         ({"v_pool": torch.zeros(19, 2, 64)}, ValueError, "v_pool must be [20, 2, 64], got [19, 2, 64]"),
         (
             {"v_pool": torch.zeros(20, 3, 64)[:, ::2]},
@@ -334,7 +374,24 @@ def compress_arguments():
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [
-        ({"k": torch.zeros(12, 2, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], got [12, 2, 64]"),
+        ({"k": torch.zeros(12, 2, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
+        ({"k": torch.zeros(1, 2, 600, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
+        ({"k": torch.zeros(3, 12, 2, 96)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
+        ({"k": torch.zeros(0, 12, 2, 64)}, ValueError, "k must be of 1 to 65535 layers, got [0, 12, 2, 64]"),
+        (
+            {"k": torch.zeros(1, 12, 2, 64).expand(65536, -1, -1, -1)},
+            ValueError,
+            "k must be of 1 to 65535 layers, got [65536, 12, 2, 64]",
+        ),
+        ({"k": torch.zeros(3, 0, 2, 64)}, ValueError, "frames must be a divisor of the 0 tokens, got 3"),
+        *[
+            (
+                {x: torch.zeros(3, n, 2, 64).to(dtype) for x, n in (("k", 12), ("v", 12), ("out_k", 8), ("out_v", 8))},
+                TypeError,
+                "k must be torch.bfloat16 or torch.float16 or torch.float32, got [3, 12, 2, 64] torch.",
+            )
+            for dtype in UNSUPPORTED
+        ],
         ({"v": torch.zeros(3, 6, 2, 64)}, ValueError, "v must be [3, 12, 2, 64], got [3, 6, 2, 64]"),
         ({"v": torch.zeros(3, 12, 2, 64).half()}, TypeError, "k, v, out_k and out_v must be of one dtype"),
         (

@@ -13,6 +13,7 @@ import torch
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 128)
 MAX_HEADS = 128
+MIN_SCALE, MAX_SCALE = 1e-25, 1e25  # of scores: products with any fp16 scores are normal numbers of fp32
 
 
 def debug() -> bool:
@@ -70,6 +71,13 @@ def check_integer(op: str, argument: str, value: object) -> None:
         raise bad_type(op, argument, "an integer", value)
 
 
+def check_int64(op: str, argument: str, value: object) -> None:
+    """Check an integer that goes to a registered op, whose schema holds 64 bits."""
+    check_integer(op, argument, value)
+    if not -(2**63) <= value < 2**63:
+        raise bad_value(op, argument, "an integer of 64 bits", value)
+
+
 def as_integer(op: str, argument: str, value: object) -> int:
     check_integer(op, argument, value)
     return operator.index(value)
@@ -87,6 +95,13 @@ def as_number(op: str, argument: str, value: object) -> float:
         return float(value)
     except OverflowError as error:
         raise bad_value(op, argument, "a number that a float can hold", value) from error
+
+
+def check_scale(op: str, argument: str, value: object) -> None:
+    """Check a softmax's scale, which multiplies scores in fp32."""
+    check_number(op, argument, value)
+    if not MIN_SCALE <= value <= MAX_SCALE:
+        raise bad_value(op, argument, f"from {MIN_SCALE:.0e} to {MAX_SCALE:.0e}", value)
 
 
 def check_bool(op: str, argument: str, value: object) -> None:
@@ -133,7 +148,8 @@ def check_tensor(
     if not isinstance(tensor, torch.Tensor):
         raise bad_type(op, argument, f"a tensor [{', '.join(map(str, shape))}]", tensor)
     fits = tensor.dim() == len(shape)
-    fits = fits and all(isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape))  # noqa: B905
+    for have, want in zip(tensor.shape, shape):  # noqa: B905
+        fits = fits and (have == want or isinstance(want, str))
     if not fits:
         raise bad_value(op, argument, f"[{', '.join(map(str, shape))}]", tensor)
     if like is not None and dtypes is DTYPES:
@@ -145,11 +161,39 @@ def check_tensor(
         raise ValueError(f"{op}: {argument} must be {wanted}, got requires_grad=True")
     if like is not None and tensor.device != like.device:
         raise bad_value(op, argument, f"on {like.device}", tensor)
+    if inner == len(shape) and tensor.is_contiguous():
+        return
     dense = 1
     for dim in range(len(shape) - 1, len(shape) - 1 - inner, -1):
         if tensor.shape[dim] != 1 and tensor.stride(dim) != dense:
             raise bad_value(op, argument, f"contiguous in its last {inner} dimension(s)", tensor)
         dense *= tensor.shape[dim]
+
+
+def check_layout(
+    op: str, argument: str, tensor: object, shape: tuple[int | str, ...], *, like: torch.Tensor | None = None
+) -> None:
+    """Check that it is a tensor of that rank, and on the device of `like`: what has to be known before an op is called.
+
+    The op itself checks the rest, by `check_tensor`, since torch.ops.worldkv is called from elsewhere, too. It does not
+    get to it where torch finds a tensor on the device "meta", and takes the op's fake.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise bad_type(op, argument, f"a tensor [{', '.join(map(str, shape))}]", tensor)
+    if tensor.dim() != len(shape):
+        batched = tensor.dim() == len(shape) + 1 and isinstance(shape[0], str)
+        limit = " without a batch dimension: one session a call" if batched else ""
+        raise bad_value(op, argument, f"[{', '.join(map(str, shape))}]{limit}", tensor)
+    if like is not None and tensor.device != like.device:
+        raise bad_value(op, argument, f"on {like.device}", tensor)
+
+
+def check_heads(op: str, argument: str, tensor: torch.Tensor, layout: str) -> None:
+    """Check the last two sizes of a tensor [..., heads, head_dim]."""
+    heads, head_dim = tensor.shape[-2:]
+    if not (1 <= heads <= MAX_HEADS and head_dim in HEAD_DIMS):
+        sizes = f"with 1 to {MAX_HEADS} heads and head_dim {' or '.join(map(str, HEAD_DIMS))}"
+        raise bad_value(op, argument, f"{layout}, heads not first, {sizes}", tensor)
 
 
 class Pieces(NamedTuple):

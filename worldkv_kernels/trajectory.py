@@ -102,7 +102,7 @@ def _read(folder: Path, name: str, shape: str) -> np.ndarray:
     except FileNotFoundError:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder"
         raise ValueError(f"trajectory: {folder} must hold {name} {shape}, got {found}") from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # of numpy, and of all that it reads with: archives, headers in Python's words, memory
         raise ValueError(f"trajectory: {folder / name} must be a numpy array {shape}, got {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise ValueError(f"trajectory: {folder / name} must hold real numbers {shape}, got {array!r:.60}")

@@ -143,7 +143,7 @@ void launch(const AppendParams& p, cudaStream_t stream) {
         norm_rope_append_kernel<T, 2><<<blocks, kThreads, 0, stream>>>(p);
     } else if (vectors <= 5) {  // 40 heads of 128
         norm_rope_append_kernel<T, 5><<<blocks, kThreads, 0, stream>>>(p);
-    } else {  // up to 64 heads of 128
+    } else {  // up to 64 heads of 128, 128 of 64
         norm_rope_append_kernel<T, 8><<<blocks, kThreads, 0, stream>>>(p);
     }
 }
@@ -167,8 +167,10 @@ void norm_rope_append(const AppendParams& p, Dtype dtype, cudaStream_t stream) {
     check_rows("v_pool", p.v_pool, p.stride_v_pool_row);
     check_rows("q_weight", p.q_weight, 0);
     check_rows("k_weight", p.k_weight, 0);
-    if (p.heads < 1 || p.heads > 64 || (p.head_dim != 64 && p.head_dim != 128)) {
-        throw std::invalid_argument("norm_rope_append: k_pool must be of 1 to 64 heads with head_dim 64 or 128");
+    if (p.heads < 1 || (p.head_dim != 64 && p.head_dim != 128) || p.heads * p.head_dim > 8192) {
+        throw std::invalid_argument(
+            "norm_rope_append: k_pool must be of 1 to 64 heads with head_dim 128, or to 128 with head_dim 64, for backend "
+            "'cuda', got " + std::to_string(p.heads) + " with head_dim " + std::to_string(p.head_dim));
     }
     if (dtype == Dtype::kBFloat16) {
         launch<__nv_bfloat16>(p, stream);

@@ -344,8 +344,8 @@ int64_t compress_workspace_bytes(const CompressParams& params) {
 }
 
 void compress_chunk(const CompressParams& p, Dtype dtype, cudaStream_t stream) {
-    if (p.heads < 1 || (p.head_dim != 64 && p.head_dim != 128)) {
-        throw std::invalid_argument("compress_chunk: k must be of at least one head with head_dim 64 or 128");
+    if (p.heads < 1 || p.heads > 128 || (p.head_dim != 64 && p.head_dim != 128)) {
+        throw std::invalid_argument("compress_chunk: k must be of 1 to 128 heads with head_dim 64 or 128");
     }
     if (p.layers < 1 || p.layers > 65535) {  // the second dimension of anchor_kernel's grid
         throw std::invalid_argument("compress_chunk: k must be of 1 to 65535 layers for backend 'cuda', got " +

@@ -144,7 +144,8 @@ def _planned(args: argparse.Namespace, device: torch.device) -> list[tuple[str, 
         pattern = re.compile(args.case or "")
     except re.error as error:
         raise ValueError(f"--case must be a regular expression, got {args.case!r}: {error}") from error
-    planned, cases_seen, variants_seen = [], [], {}
+    planned, cases_seen = [], []
+    variants_seen: dict[str, bool] = {}
     for name in BENCHES if args.what == "all" else [args.what]:
         bench = script(f"bench_{name}")
         options = _options(args, name, bench, device)

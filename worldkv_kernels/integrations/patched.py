@@ -125,8 +125,8 @@ class PatchedModel:
         if len(x) != 1:
             raise ValueError(f"{self._op}: x must hold one video, since one memory serves one stream, got {len(x)}")
         got = tuple(size // patch for size, patch in zip(x[0].shape[1:], self._patch_size, strict=True))
-        memory, starts = self._chunks.memory, int(given.get("current_start") or 0) == 0
-        grid = config.grid if self._keep_grid or (memory is not None and not starts) else got[1:]
+        starts = int(given.get("current_start") or 0) == 0
+        grid = config.grid if self._keep_grid or (self._chunks.memory is not None and not starts) else got[1:]
         wanted = (config.chunk_frames, *grid)
         if got != wanted:
             raise ValueError(
@@ -149,7 +149,8 @@ class PatchedModel:
                 f"{self._op}: the model must stay on {memory.device} in {memory.dtype} for all of a rollout, where its "
                 f"memory is, got {device} and {dtype}"
             )
-        self._chunks.take(None)  # its room is free before the new one needs it
+        memory = None  # and with the next line the room of the one before is free, before the new one needs it
+        self._chunks.take(None)
         config = replace(self._chunks.config, grid=grid)
         self._chunks.take(WorldMemory(config, device=device, dtype=dtype, backend=self._backend))
 

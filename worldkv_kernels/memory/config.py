@@ -16,6 +16,7 @@ from ..checks import (
     check_bool,
     check_integer,
     check_number,
+    check_scale,
     describe,
     is_integer,
 )
@@ -140,7 +141,8 @@ class MemoryConfig:
             check(getattr(self, field) >= 0, field, "at least 0")
         check(0 < self.keep_ratio <= 1, "keep_ratio", "above 0 and at most 1")
         check(0 <= self.eps < math.inf, "eps", "finite and not negative")
-        check(self.scale is None or 0 < self.scale < math.inf, "scale", "None or positive and finite")
+        if self.scale is not None:
+            check_scale("MemoryConfig", "scale", self.scale)
         check(self.mode in MODES, "mode", f"one of {', '.join(MODES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")

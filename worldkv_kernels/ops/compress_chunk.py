@@ -12,10 +12,14 @@ from ..checks import (
     HEAD_DIMS,
     Pieces,
     as_number,
+    bad_type,
     bad_value,
     check_backend,
     check_bool,
+    check_heads,
+    check_int64,
     check_integer,
+    check_layout,
     check_tensor,
 )
 from ..reference.compress_chunk import compress_chunk as reference
@@ -74,58 +78,55 @@ def compress_chunk(
     Args:
         k, v: [frames * frame_tokens, heads, head_dim] or [layers, frames * frame_tokens, heads, head_dim], bf16, fp16
             or fp32, dense in heads and head_dim, tokens and layers (up to 65535) of any stride, such as
-            `pool.k[:, rows]`; head_dim 64 or 128. Keys as they are stored, that is after RoPE.
+            `pool.k[:, rows]`; 1 to 128 heads, head_dim 64 or 128. Keys as they are stored, that is after RoPE.
         frames: latent frames of the chunk.
         keep_ratio: above 0, at most 1. 0.25 keeps half of a chunk of three frames.
         pooled: one budget for all other frames, instead of one each.
         anchor: which frame is kept whole, from 0.
         out_k, out_v: where to write, [kept, heads, head_dim] like k, with layers where k has them. Rows and layers may
             lie apart, one stride nested in the other, but must not overlap each other, k or v.
-        out_index: int32 [kept] or [layers, kept], contiguous. Outputs are allocated when None.
+        out_index: int32 [kept] or [layers, kept], contiguous, apart from all others. Outputs are allocated when None.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
+
+    Limits: a dimension before the tokens is layers, not a batch; V has the heads and head_dim of K; no gradients.
 
     Returns CompressedChunk(k, v, index): the anchor frame first, then the kept tokens in ascending order.
     Similarities in fp32, sums in a fixed order: the same input gives the same bits. Makes no copy of the chunk
     and does not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an
     input that wants a gradient, on frames that do not divide the tokens, on a ratio or an anchor out of range,
-    on overlapping outputs, and on a backend that is unknown or unavailable.
+    on overlapping outputs, and on a backend that is unknown or unavailable. torch.ops.worldkv.compress_chunk raises the
+    same.
 
     Overlap is judged from addresses and strides, a layer of a tensor counted as all from its first byte to its last.
     That is exact where the rows of a layer lie one after another, as in a pool, however the layers of different tensors
     interleave. It also refuses outputs in the gaps between an input's rows.
     """
-    if isinstance(k, torch.Tensor) and k.dim() not in (3, 4):
-        raise bad_value(_OP, "k", "[tokens, heads, head_dim] or [layers, tokens, heads, head_dim]", k)
-    layered = isinstance(k, torch.Tensor) and k.dim() == 4
-    check_tensor(_OP, "k", k, (*(["layers"] if layered else []), "tokens", "heads", "head_dim"), inner=2)
+    if not isinstance(k, torch.Tensor):
+        raise bad_type(_OP, "k", "a tensor [tokens, heads, head_dim]", k)
+    check_heads(_OP, "k", k, _layout(k))
     *layers, tokens, heads, head_dim = k.shape
-    if head_dim not in HEAD_DIMS or heads < 1:
-        raise bad_value(_OP, "k", "of at least one head with head_dim 64 or 128", k)
-    if layered and not 1 <= layers[0] <= _MAX_LAYERS:
-        raise bad_value(_OP, "k", f"of 1 to {_MAX_LAYERS} layers", k)
-    check_tensor(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k, inner=2)
+    check_layout(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k)
     check_integer(_OP, "frames", frames)
     keep_ratio = as_number(_OP, "keep_ratio", keep_ratio)
-    check_integer(_OP, "anchor", anchor)
+    check_int64(_OP, "anchor", anchor)
     check_bool(_OP, "pooled", pooled)
     check_backend(_OP, backend)
-    if frames < 1 or tokens < frames or tokens % frames:
-        raise bad_value(_OP, "frames", f"a divisor of the {tokens} tokens", frames)
+    _check_frames(tokens, frames)
     if not 0 < keep_ratio <= 1:
         raise bad_value(_OP, "keep_ratio", "above 0 and at most 1", keep_ratio)
-    if not 0 <= anchor < frames:
-        raise bad_value(_OP, "anchor", f"a frame from 0 to {frames - 1}", anchor)
     frame_tokens = tokens // frames
     kept = (*layers, kept_tokens(frames, frame_tokens, keep_ratio))
+    for name, out in (("out_k", out_k), ("out_v", out_v)):
+        if out is not None:
+            check_layout(_OP, name, out, (*kept, heads, head_dim), like=k)
     if out_k is None:
         out_k = torch.empty((*kept, heads, head_dim), dtype=k.dtype, device=k.device)
     if out_v is None:
         out_v = torch.empty((*kept, heads, head_dim), dtype=k.dtype, device=k.device)
     if out_index is None:
         out_index = torch.empty(kept, dtype=torch.int32, device=k.device)
-    check_tensor(_OP, "out_k", out_k, (*kept, heads, head_dim), like=k, inner=2)
-    check_tensor(_OP, "out_v", out_v, (*kept, heads, head_dim), like=k, inner=2)
-    check_tensor(_OP, "out_index", out_index, kept, like=k, dtypes=(torch.int32,), inner=len(kept))
+    else:
+        check_layout(_OP, "out_index", out_index, kept, like=k)
     OPS.compress_chunk(
         k, v, out_k, out_v, out_index, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
         backend or "auto",
@@ -133,15 +134,55 @@ def compress_chunk(
     return CompressedChunk(out_k, out_v, out_index)
 
 
-def _check_overlap(k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
+def _layout(k: torch.Tensor) -> str:
+    if k.dim() not in (3, 4):
+        raise bad_value(_OP, "k", "[tokens, heads, head_dim] or [layers, tokens, heads, head_dim]", k)
+    return "[tokens, heads, head_dim]" if k.dim() == 3 else "[layers, tokens, heads, head_dim]"
+
+
+def _check_frames(tokens: int, frames: int) -> None:
+    if frames < 1 or tokens < frames or tokens % frames:
+        raise bad_value(_OP, "frames", f"a divisor of the {tokens} tokens", frames)
+
+
+def _check(
+    k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
+    frames: int, keep: int, anchor: int,
+) -> None:  # fmt: skip
+    """What every call needs, also one of torch.ops.worldkv, but for what overlaps."""
+    check_heads(_OP, "k", k, _layout(k))
+    *layers, tokens, heads, head_dim = k.shape
+    check_tensor(_OP, "k", k, (*layers, tokens, heads, head_dim), inner=2)
+    if layers and not 1 <= layers[0] <= _MAX_LAYERS:
+        raise bad_value(_OP, "k", f"of 1 to {_MAX_LAYERS} layers", k)
+    check_tensor(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k, inner=2)
+    _check_frames(tokens, frames)
+    if not 0 <= anchor < frames:
+        raise bad_value(_OP, "anchor", f"a frame from 0 to {frames - 1}", anchor)
+    if keep < 1:
+        raise bad_value(_OP, "keep", "at least 1", keep)
+    frame_tokens = tokens // frames
+    kept = (*layers, frame_tokens + (frames - 1) * min(keep, frame_tokens))
+    check_tensor(_OP, "out_k", out_k, (*kept, heads, head_dim), like=k, inner=2)
+    check_tensor(_OP, "out_v", out_v, (*kept, heads, head_dim), like=k, inner=2)
+    check_tensor(_OP, "out_index", index, kept, like=k, dtypes=(torch.int32,), inner=len(kept))
+
+
+def _check_overlap(
+    k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor
+) -> None:
+    """Of tensors with a dimension of layers."""
     for name, out in (("out_k", out_k), ("out_v", out_v)):
         reach = out.shape[2] * out.shape[3]
         for stride, size in sorted(zip(out.stride()[:2], out.shape[:2], strict=True)):
             if size > 1 and stride < reach:
                 raise bad_value(_OP, name, "of layers and rows that lie apart", out)
             reach += (size - 1) * stride
-    places = {name: Pieces.of(x) for name, x in (("out_k", out_k), ("out_v", out_v), ("k", k), ("v", v))}
-    for name in ("out_k", "out_v"):
+    tensors = {"out_k": out_k, "out_v": out_v, "out_index": index, "k": k, "v": v}
+    if len({x.untyped_storage()._cdata for x in tensors.values()}) == len(tensors):
+        return
+    places = {name: Pieces.of(x) for name, x in tensors.items()}
+    for name in ("out_k", "out_v", "out_index"):
         for other, place in places.items():
             if other != name and places[name].meets(place):
                 raise ValueError(f"{_OP}: {name} must not overlap {other}, got {places[name]} and {place}")
@@ -151,9 +192,10 @@ def _run(
     k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
     frames: int, keep: int, pooled: bool, anchor: int, backend: str,
 ) -> None:  # fmt: skip
+    _check(k, v, out_k, out_v, index, frames, keep, anchor)
     if k.dim() == 3:
         k, v, out_k, out_v, index = (x.unsqueeze(0) for x in (k, v, out_k, out_v, index))
-    _check_overlap(k, v, out_k, out_v)
+    _check_overlap(k, v, out_k, out_v, index)
     per_vector = 16 // k.element_size()
     rows = (k, v, out_k, out_v)
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % per_vector == x.stride(1) % per_vector == 0 for x in rows)

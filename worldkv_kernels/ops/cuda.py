@@ -9,6 +9,7 @@ import torch
 
 _EXTENSION = f"{__package__.rpartition('.')[0]}._cuda"  # of this copy of the package, whatever its name
 _NOTE = Path(__file__).parents[1] / "_cuda_missing.txt"  # what setup.py says of an extension that it did not build
+_MAX_APPEND_COLUMNS = 8192  # of a row that a block of csrc/append holds in its registers
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -23,7 +24,7 @@ def missing() -> str | None:
         importlib.import_module(_EXTENSION)
     except ModuleNotFoundError:
         why = f": {_NOTE.read_text().strip()}" if _NOTE.exists() else ""
-        return f"the extension is not built{why} (WORLDKV_CUDA=1 at installation insists on it)"
+        return f"the extension is not built{why} (WORLDKV_CUDA=1 pip install --no-cache-dir insists on it)"
     except ImportError as error:  # it is there, and does not fit this Python or this system
         return f"the extension cannot be loaded: {error}"
     return None
@@ -45,10 +46,14 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def append_unsupported(kind: tuple) -> str | None:
-    """Why csrc/append does not take a kind of norm_rope_append, (dtype, ..., aligned); None when it does."""
-    if kind[0] not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, not {kind[0]}"
-    return _rows_unsupported(kind[-1])
+    """Why csrc/append does not take a kind of norm_rope_append, (dtype, heads, head_dim, ..., aligned); None when it
+    does."""
+    dtype, heads, head_dim, *_, aligned = kind
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if heads * head_dim > _MAX_APPEND_COLUMNS:
+        return f"it takes rows of up to {_MAX_APPEND_COLUMNS} numbers, not {heads} heads of {head_dim}"
+    return _rows_unsupported(aligned)
 
 
 def compress_unsupported(kind: tuple) -> str | None:

@@ -8,14 +8,15 @@ from collections.abc import Callable
 import torch
 
 from ..checks import (
-    HEAD_DIMS,
     as_number,
     bad_type,
     bad_value,
     check_apart,
     check_backend,
     check_bool,
-    check_integer,
+    check_heads,
+    check_int64,
+    check_layout,
     check_tensor,
     is_integer,
     readable,
@@ -55,13 +56,12 @@ def norm_rope_append(
     Args:
         q, k, v: [tokens, heads * head_dim] as the projections give them, bf16, fp16 or fp32, dense in the
             last dimension; they may be slices of one fused projection. tokens = frames * height * width,
-            in that order; head_dim 64 or 128, at most 64 heads.
+            in that order; head_dim 64 or 128, 1 to 128 heads.
         k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in heads and head_dim, apart from each
             other and from q, k and v.
         first_row: the pool row of the first token. start_frame: its absolute latent frame. Both int, or
             both one-element int64 tensors on q's device, which are read when the kernel runs, so that a
-            captured CUDA graph serves every chunk; on a GPU these are checked only under WORLDKV_DEBUG=1, and never
-            while torch.compile traces.
+            captured CUDA graph serves every chunk; on a GPU these are checked only under WORLDKV_DEBUG=1.
         rope: None for no rotation.
         grid: (frames, height, width) in tokens.
         q_weight, k_weight: [heads * head_dim], dtype of q or fp32; None for no norm.
@@ -71,65 +71,49 @@ def norm_rope_append(
         out: where q goes, [tokens, heads, head_dim], contiguous, apart from all other tensors; allocated when None.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
+    Limits: no batch dimension, one session a call; as many heads in the pools as in q; K and V of one head_dim; no
+    gradients.
+
     Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32 from a float64 table. Deterministic, does
     not synchronise. Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that
     wants a gradient, on rows outside the pool, on frames past the rope's max_position, on pools or an out that overlap
-    each other or q, k or v (from addresses and strides, not while torch.compile traces), and on a backend that is
-    unknown or unavailable.
+    each other or q, k or v (from addresses and strides), and on a backend that is unknown or unavailable.
+    torch.ops.worldkv.norm_rope_append raises the same.
     """
-    if not isinstance(k_pool, torch.Tensor) or k_pool.dim() != 3:
-        raise bad_value(_OP, "k_pool", "a tensor [rows, heads, head_dim]", k_pool)
-    rows, heads, head_dim = k_pool.shape
-    if head_dim not in HEAD_DIMS or not 1 <= heads <= 64:
-        raise bad_value(_OP, "k_pool", "of 1 to 64 heads with head_dim 64 or 128", k_pool)
+    check_layout(_OP, "k_pool", k_pool, ("rows", "heads", "head_dim"))
+    check_heads(_OP, "k_pool", k_pool, "[rows, heads, head_dim]")
+    _, heads, head_dim = k_pool.shape
     columns = heads * head_dim
-    check_tensor(_OP, "q", q, ("tokens", columns))
-    tokens = q.shape[0]
-    check_tensor(_OP, "k", k, (tokens, columns), like=q)
-    check_tensor(_OP, "v", v, (tokens, columns), like=q)
-    check_tensor(_OP, "k_pool", k_pool, (rows, heads, head_dim), like=q, inner=2)
-    check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=q, inner=2)
-    if not (isinstance(grid, (tuple, list)) and all(map(is_integer, grid))):
-        raise bad_type(_OP, "grid", "(frames, height, width) of integers", grid)
-    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != tokens:
-        raise bad_value(_OP, "grid", f"(frames, height, width) of {tokens} tokens in all", grid)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_layout(_OP, name, x, ("tokens", columns), like=k_pool)
+    check_layout(_OP, "v_pool", v_pool, ("rows", "heads", "head_dim"), like=k_pool)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
-            check_tensor(_OP, name, weight, (columns,), like=q, dtypes=(q.dtype, torch.float32))
+            check_layout(_OP, name, weight, (columns,), like=k_pool)
+    if not (isinstance(grid, (tuple, list)) and all(map(is_integer, grid))):
+        raise bad_type(_OP, "grid", "(frames, height, width) of integers", grid)
+    for count in grid:
+        check_int64(_OP, "grid", count)
     eps = as_number(_OP, "eps", eps)
-    if not 0 <= eps < math.inf:
-        raise bad_value(_OP, "eps", "finite and not negative", eps)
     check_bool(_OP, "round_before_rope", round_before_rope)
     check_backend(_OP, backend)
     if rope is not None and not isinstance(rope, Rope3D):
         raise bad_type(_OP, "rope", "a Rope3D or None", rope)
     if rope is not None and rope.head_dim != head_dim:
         raise bad_value(_OP, "rope", f"for head_dim {head_dim}", rope)
-    if rope is not None and max(grid[1:]) > rope.max_position:
-        raise bad_value(_OP, "grid", f"within the rope's {rope.max_position} positions", grid)
-    position, known = None, True
+    position = None
     if isinstance(first_row, torch.Tensor) or isinstance(start_frame, torch.Tensor):
         for name, value in (("first_row", first_row), ("start_frame", start_frame)):
-            check_tensor(_OP, name, value, (1,), like=q, dtypes=(torch.int64,))
-        position, known = (first_row, start_frame), readable(q)
-        first_row, start_frame = (int(value) for value in position) if known else (0, 0)
+            check_layout(_OP, name, value, (1,), like=k_pool)
+        position = first_row, start_frame
+        first_row = start_frame = 0
     else:
-        check_integer(_OP, "first_row", first_row)
-        check_integer(_OP, "start_frame", start_frame)
-    if known:
-        if not 0 <= first_row <= rows - tokens:
-            wanted = f"from 0 to {rows - tokens} for {tokens} tokens in {rows} rows"
-            raise bad_value(_OP, "first_row", wanted, first_row)
-        if rope is not None and not 0 <= start_frame <= rope.max_position - grid[0]:
-            last = rope.max_position - grid[0]
-            raise bad_value(_OP, "start_frame", f"from 0 to {last} within the rope's positions", start_frame)
-        if not -(2**63) <= start_frame < 2**63:
-            raise bad_value(_OP, "start_frame", "an integer of 64 bits", start_frame)
+        check_int64(_OP, "first_row", first_row)
+        check_int64(_OP, "start_frame", start_frame)
     if out is None:
-        out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+        out = torch.empty((q.shape[0], heads, head_dim), dtype=q.dtype, device=q.device)
     else:
-        check_tensor(_OP, "out", out, (tokens, heads, head_dim), like=q, inner=2)
-    check_apart(_OP, {"k_pool": k_pool, "v_pool": v_pool, "out": out}, {"q": q, "k": k, "v": v})
+        check_layout(_OP, "out", out, (q.shape[0], heads, head_dim), like=k_pool)
     OPS.norm_rope_append(
         q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
         *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),
@@ -146,6 +130,10 @@ def _run(
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     eps: float, round_before_rope: bool, backend: str,
 ) -> None:  # fmt: skip
+    _check(
+        q, k, v, k_pool, v_pool, q_out, table, device_first_row, device_start_frame, first_row, start_frame,
+        grid, pairs, q_weight, k_weight, eps,
+    )  # fmt: skip
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (q, k, v, k_pool, v_pool, q_out))
     aligned = aligned and all(w is None or w.data_ptr() % 16 == 0 for w in (q_weight, k_weight))
     weights = (None if w is None else w.dtype for w in (q_weight, k_weight))
@@ -159,6 +147,54 @@ def _run(
             grid=grid, pairs=pairs, q_weight=q_weight, k_weight=k_weight, eps=eps,
             round_before_rope=round_before_rope,
         )  # fmt: skip
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
+    q_out: torch.Tensor, table: torch.Tensor | None,
+    device_first_row: torch.Tensor | None, device_start_frame: torch.Tensor | None,
+    first_row: int, start_frame: int, grid: list[int], pairs: list[int],
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    """What every call needs, also one of torch.ops.worldkv."""
+    check_tensor(_OP, "k_pool", k_pool, ("rows", "heads", "head_dim"), inner=2)
+    check_heads(_OP, "k_pool", k_pool, "[rows, heads, head_dim]")
+    rows, heads, head_dim = k_pool.shape
+    columns = heads * head_dim
+    check_tensor(_OP, "q", q, ("tokens", columns), like=k_pool)
+    tokens = q.shape[0]
+    check_tensor(_OP, "k", k, (tokens, columns), like=k_pool)
+    check_tensor(_OP, "v", v, (tokens, columns), like=k_pool)
+    check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=k_pool, inner=2)
+    check_tensor(_OP, "out", q_out, (tokens, heads, head_dim), like=k_pool, inner=2)
+    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != tokens:
+        raise bad_value(_OP, "grid", f"(frames, height, width) of {tokens} tokens in all", tuple(grid))
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_tensor(_OP, name, weight, (columns,), like=k_pool, dtypes=(k_pool.dtype, torch.float32))
+    if not 0 <= eps < math.inf:
+        raise bad_value(_OP, "eps", "finite and not negative", eps)
+    known = True
+    if device_first_row is not None or device_start_frame is not None:
+        for name, value in (("first_row", device_first_row), ("start_frame", device_start_frame)):
+            check_tensor(_OP, name, value, (1,), like=k_pool, dtypes=(torch.int64,))
+        known = readable(q)
+        first_row, start_frame = (int(device_first_row), int(device_start_frame)) if known else (0, 0)
+    if known and not 0 <= first_row <= rows - tokens:
+        wanted = f"from 0 to {rows - tokens} for {tokens} tokens in {rows} rows"
+        raise bad_value(_OP, "first_row", wanted, first_row)
+    if table is not None:
+        shape = ("positions", head_dim // 2, 2)
+        check_tensor(_OP, "table", table, shape, like=k_pool, dtypes=(torch.float32,), inner=3)
+        positions = table.shape[0]
+        if len(pairs) != 3 or min(pairs) < 0 or sum(pairs) != head_dim // 2:
+            raise bad_value(_OP, "pairs", f"three counts that add up to {head_dim // 2}", tuple(pairs))
+        if max(grid[1:]) > positions:
+            raise bad_value(_OP, "grid", f"within the rope's {positions} positions", tuple(grid))
+        if known and not 0 <= start_frame <= positions - grid[0]:
+            wanted = f"from 0 to {positions - grid[0]} within the rope's positions"
+            raise bad_value(_OP, "start_frame", wanted, start_frame)
+    check_apart(_OP, {"k_pool": k_pool, "v_pool": v_pool, "out": q_out}, {"q": q, "k": k, "v": v})
 
 
 def _load_triton() -> Callable[..., None]:

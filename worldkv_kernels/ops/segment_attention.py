@@ -16,12 +16,14 @@ from ..checks import (
     check_apart,
     check_backend,
     check_bool,
-    check_number,
+    check_heads,
+    check_layout,
+    check_scale,
     check_tensor,
 )
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
-from ..window import Segment, Window
+from ..window import TILE_ROWS, Segment, Window
 from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "segment_attention"
@@ -76,40 +78,41 @@ def segment_attention(
     for each segment, and rounded once to its dtype).
 
     Args:
-        q: [q_len, heads, head_dim], bf16, fp16 or fp32, head_dim 64 or 128, dense in head_dim.
+        q: [q_len, heads, head_dim], bf16, fp16 or fp32, 1 to 128 heads, head_dim 64 or 128, dense in head_dim.
         k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in head_dim. Rows outside the
             window are never read into the result, whatever they hold. The window's rows and q must be finite: an
             infinite number in them may give NaN, also where its weight would be 0.
         window: the segments, on q's device. Order changes rounding only; rows named twice count twice.
-        scale: positive; 1 / sqrt(head_dim) by default.
+        scale: from 1e-25 to 1e25; 1 / sqrt(head_dim) by default.
         return_lse: also return the log-sum-exp of the scaled scores, natural log, fp32 [heads, q_len].
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
         backend: "reference", "triton", or None for the automatic choice.
 
-    Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). Softmax in fp32. Deterministic: on one device
-    and in a window of one capacity, the same segments in the same order give the same bits wherever their rows lie.
-    Does not synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator,
-    at most about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment, in a last round that is cut
-    once a part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the number of
+    Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
+    q; K and V of one head_dim; no gradients.
+
+    Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). q . k and softmax in fp32; from q . k on their
+    size costs no digit, up to 1e38 with the scale, which no fp16 reaches. Deterministic: on one device and in a window
+    of one capacity, the same segments in the same order give the same bits wherever their rows lie. Does not
+    synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at most
+    about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment, in a last round that is cut once a
+    part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the number of
     segments that it was captured with (later ones are left out, missing ones get zero).
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
-    on a window that reaches past the pool, on a scale that is not positive and finite, on an out that overlaps an
-    input (from addresses and strides, not while torch.compile traces), and on a backend that is unknown or
-    unavailable.
+    on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
+    and strides), and on a backend that is unknown or unavailable. torch.ops.worldkv.segment_attention, which takes the
+    window's tables, raises the same; the reference also on tables that name rows outside the pool.
     """
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
-    check_tensor(_OP, "q", q, ("q_len", "heads", "head_dim"))
+    check_layout(_OP, "q", q, ("q_len", "heads", "head_dim"))
+    check_layout(_OP, "k_pool", k_pool, ("rows", "heads", "head_dim"), like=q)
+    check_layout(_OP, "v_pool", v_pool, ("rows", "heads", "head_dim"), like=q)
+    check_heads(_OP, "q", q, "[q_len, heads, head_dim]")
     q_len, heads, head_dim = q.shape
-    if q_len < 1 or heads < 1:
-        raise bad_value(_OP, "q", "[q_len >= 1, heads >= 1, head_dim]", q)
-    if head_dim not in HEAD_DIMS:
-        raise bad_value(_OP, "q", "of head_dim 64 or 128", q)
-    check_tensor(_OP, "k_pool", k_pool, ("rows", heads, head_dim), like=q)
-    check_tensor(_OP, "v_pool", v_pool, (k_pool.shape[0], heads, head_dim), like=q)
     if window.device != q.device:
         raise bad_value(_OP, "window", f"on {q.device}", window.device)
     if window.last_row >= k_pool.shape[0]:
@@ -119,17 +122,14 @@ def segment_attention(
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
     else:
-        check_number(_OP, "scale", scale)
-        if not 0 < scale < math.inf:
-            raise bad_value(_OP, "scale", "positive and finite", scale)
+        check_scale(_OP, "scale", scale)
     check_bool(_OP, "return_lse", return_lse)
     check_bool(_OP, "return_mass", return_mass)
     check_backend(_OP, backend)
     if out is None:
         out = torch.empty((q_len, heads, head_dim), dtype=q.dtype, device=q.device)
     else:
-        check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
-        check_apart(_OP, {"out": out}, {"q": q, "k_pool": k_pool, "v_pool": v_pool})
+        check_layout(_OP, "out", out, (q_len, heads, head_dim), like=q)
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
     OPS.segment_attention(
@@ -146,11 +146,51 @@ def _run(
     turns: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
     scale: float, has_shift: bool, backend: str,
 ) -> None:  # fmt: skip
+    _check(q, k_pool, v_pool, tiles, tail_rows, ranges, num_segments, turns, out, lse, mass, scale, has_shift)
     kind = (q.dtype, q.shape[2], has_shift, lse is not None, mass is not None, _rows_in_order(k_pool, v_pool))
     run = BACKENDS.choose(backend, q.device, kind)
     with on_current_device(q.device):
         tables = (tiles, tail_rows, ranges, num_segments, turns)
         run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift)
+
+
+def _check(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
+    tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor,
+    turns: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
+    scale: float, has_shift: bool,
+) -> None:  # fmt: skip
+    """What every call needs, also one of torch.ops.worldkv. What is in the tables is for the reference to say."""
+    check_tensor(_OP, "q", q, ("q_len", "heads", "head_dim"))
+    check_heads(_OP, "q", q, "[q_len, heads, head_dim]")
+    q_len, heads, head_dim = q.shape
+    if q_len < 1:
+        raise bad_value(_OP, "q", "[q_len >= 1, heads, head_dim]", q)
+    check_tensor(_OP, "k_pool", k_pool, ("rows", heads, head_dim), like=q)
+    rows = k_pool.shape[0]
+    if v_pool.dim() == 3 and v_pool.shape[2] != head_dim:
+        raise bad_value(_OP, "v_pool", f"[{rows}, {heads}, {head_dim}], since K and V share one head_dim", v_pool)
+    check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=q)
+    integers = (torch.int32,)
+    check_tensor(_OP, "ranges", ranges, ("capacity + 1", 4), like=q, dtypes=integers, inner=2)
+    capacity = ranges.shape[0] - 1
+    check_tensor(_OP, "tiles", tiles, (capacity, 2), like=q, dtypes=integers, inner=2)
+    check_tensor(_OP, "tail_rows", tail_rows, (TILE_ROWS * capacity, 2), like=q, dtypes=integers, inner=2)
+    check_tensor(_OP, "num_segments", num_segments, (1,), like=q, dtypes=integers)
+    if has_shift:
+        check_tensor(_OP, "turns", turns, (capacity, head_dim // 2, 2), like=q, dtypes=(torch.float32,), inner=3)
+    outputs = {"out": out}
+    check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
+    if lse is not None:
+        check_tensor(_OP, "lse", lse, (heads, q_len), like=q, dtypes=(torch.float32,), inner=2)
+        outputs["lse"] = lse
+    if mass is not None:
+        check_tensor(_OP, "mass", mass, (heads, "segments"), like=q, dtypes=(torch.float32,), inner=0)
+        if mass.shape[1] < 1:
+            raise bad_value(_OP, "mass", f"[{heads}, segments >= 1]", mass)
+        outputs["mass"] = mass
+    check_scale(_OP, "scale", scale)
+    check_apart(_OP, outputs, {"q": q, "k_pool": k_pool, "v_pool": v_pool})
 
 
 def _rows_in_order(*pools: torch.Tensor) -> bool:

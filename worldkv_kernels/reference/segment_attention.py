@@ -32,7 +32,11 @@ def segment_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
     lengths = [len(rows) for rows in segments]
-    rows = torch.cat(segments).to(q.device)
+    rows = torch.cat(segments)
+    if not 0 <= rows.amin() <= rows.amax() < len(k_pool):
+        wanted, got = f"rows of the pool, from 0 to {len(k_pool) - 1}", f"{rows.amin()} to {rows.amax()}"
+        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {got}")
+    rows = rows.to(q.device)
     step = max(1, _MAX_SCORES // max(1, len(rows)))
     for head in range(heads):
         k = k_pool[rows, head].to(wide)
@@ -66,9 +70,12 @@ def _segment_rows(
     tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor
 ) -> list[torch.Tensor]:
     """The pool rows of each segment, in order."""
+    num = int(num_segments)
+    if not 1 <= num < len(ranges):
+        raise ValueError(f"segment_attention: num_segments must hold 1 to {len(ranges) - 1}, got {num}")
     tiles, tail_rows = tiles[:, 0].cpu(), tail_rows[:, 0].cpu()
     segments = []
-    for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + int(num_segments)].tolist():
+    for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + num].tolist():
         full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS, dtype=torch.int64, device="cpu")
         segments.append(torch.cat([full.flatten(), tail_rows[tail_lo:tail_hi]]))
     return segments
