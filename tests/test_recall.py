@@ -39,7 +39,7 @@ def test_the_command_on_the_default_photograph(tmp_path, capsys):
     check_order(measured)
     check_readme(measured)
     output = capsys.readouterr().out
-    assert output.index("downloads nothing; 90 frames take about half a minute") < output.index("PSNR, dB")
+    assert output.index("downloads nothing; 90 frames take about 20 seconds") < output.index("PSNR, dB")
     assert all(mode.name in output for mode in MODES)
     check_picture(picture)
     drawn, shown = (np.asarray(Image.open(path), dtype=float) for path in (picture, DOCS / "recall.png"))
