@@ -39,7 +39,7 @@ def test_the_command_on_the_default_photograph(tmp_path, capsys):
     check_order(measured)
     check_readme(measured)
     output = capsys.readouterr().out
-    assert output.index("downloads nothing; 90 frames take about half a minute") < output.index("PSNR, dB")
+    assert output.index("downloads nothing; 90 frames take about 20 seconds") < output.index("PSNR, dB")
     assert all(mode.name in output for mode in MODES)
     check_picture(picture)
     drawn, shown = (np.asarray(Image.open(path), dtype=float) for path in (picture, DOCS / "recall.png"))
@@ -200,9 +200,7 @@ def test_a_photograph_of_one_colour_is_recalled_exactly(tmp_path, monkeypatch, c
     out, err = capsys.readouterr()
     measured = json.loads(out, parse_constant=lambda name: pytest.fail(name))
     assert (measured["modes"][0]["name"], measured["modes"][0]["mode"]) == ("sliding window", "sliding")
-    assert "wrote out.png" in err and "recall: 12/12" not in err
-    assert main(["recall", *options]) == 0
-    assert "recall: 12/12 sliding window" in capsys.readouterr().err
+    assert "wrote out.png" in err and "12/12" not in err
 
 
 def test_recall_refuses_what_it_cannot_measure():

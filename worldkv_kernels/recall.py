@@ -6,10 +6,10 @@ Recht, 2007), whose inner product falls with the angle between two directions, a
 pixels. No weights and no positions are involved, so what comes back depends on one thing: whether the
 window holds the tokens that were made when the camera looked there before.
 
-Each chunk is attended twice, as a world model would: first with empty keys and grey values in its own rows,
-which recalls the view from the window alone, then with what becomes history. Of a view that is new to the camera that
-is the truth; of one that it has seen before it is what was recalled, since a world model has nothing else to go on:
-what a window has lost stays lost.
+A chunk is attended as a world model would: first with empty keys and grey values in its own rows, which recalls
+the view from the window alone, then with what becomes history. Of a view that is new to the camera that is the
+truth; of one that it has seen before it is what was recalled, since a world model has nothing else to go on: what
+a window has lost stays lost. A chunk that is all new is not recalled.
 """
 
 from __future__ import annotations
@@ -187,9 +187,11 @@ def recall(
         truth = [scene.view(yaws[frame]) for frame in frames]
         keys = torch.cat([scene.keys(yaws[frame]) for frame in frames]).to(dtype)
         plan = memory.begin_chunk(poses[frames.start : frames.stop])
-        nothing = torch.zeros_like(keys)
-        recalled = memory.attend(0, keys, nothing, nothing).flatten(1).float()
-        pictures = [to_view(values) for values in recalled.chunk(CHUNK_FRAMES)]
+        pictures = truth
+        if not seen.isdisjoint(frames):
+            nothing = torch.zeros_like(keys)
+            recalled = memory.attend(0, keys, nothing, nothing).flatten(1).float()
+            pictures = [to_view(values) for values in recalled.chunk(CHUNK_FRAMES)]
         past = [of if frame in seen else view for frame, of, view in zip(frames, pictures, truth, strict=True)]
         memory.attend(0, keys, keys, torch.cat([to_values(view) for view in past]).to(dtype))
         memory.end_chunk()

@@ -20,7 +20,7 @@ from .report import size
 _LEAST_STEP, _LARGEST_STEP = 0.001, 360.0  # degrees; views are told apart to a millionth
 _LEAST_SIDE = 64  # pixels of a photograph
 _FRAMES, _MOST_FRAMES = 90, 100_000
-_TAKES = "downloads nothing; 90 frames take about half a minute on two cores"
+_TAKES = "downloads nothing; 90 frames take about 20 seconds on two cores"
 
 PHOTOGRAPHS = {"coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "rocket.jpg", "cat": "chelsea.png"}
 

@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", type=_grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--trajectory", metavar="FOLDER|MOVES",
         help="for tiny and lingbot_world_fast: a folder with poses.npy and intrinsics.npy, or moves such as "
-             f"right*90,left*90,forward*10 (default: {DEFAULT_TRAJECTORY})")  # fmt: skip
+             "right*90,left*90,forward*10 (default: moves that look away, wander and come back)")  # fmt: skip
     add("--actions", metavar="KEYS",
         help="for matrix_game_2: keys held for video frames, such as W*24,L*12,W+J*8; W S A D walk, I K J L look, Q "
              "nothing (gta_drive: A D steer; templerun: W S Z C A D) "
