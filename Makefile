@@ -19,8 +19,8 @@ test: install-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 install-demo install-test: install-%: $(BIN)/python
-	@$(BIN)/python -c "import torch" 2>/dev/null || (echo "installing $(TORCH)" && $(BIN)/pip install --quiet $(TORCH))
-	@echo "installing worldkv_kernels"
+	@$(BIN)/python -c "import torch" 2>/dev/null || (echo "installing $(TORCH), a download of 0.5 GB and, with its CUDA libraries, more" && $(BIN)/pip install --quiet $(TORCH))
+	@echo "installing worldkv_kernels and what [$*] needs"
 	@$(BIN)/pip install --quiet --editable ".[$*]"
 
 $(BIN)/python:

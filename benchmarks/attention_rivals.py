@@ -1,4 +1,4 @@
-"""Other libraries' attention over the window of `segment_attention`: imported when asked for, skipped when absent.
+"""Other attention over the window of `segment_attention`: libraries', imported when asked for, and one's own.
 
 Each function takes q [q_len, heads, head_dim], the pools [rows, heads, head_dim], where rows outside the window may
 hold NaN, and index [num_tokens], the window's rows in order. It makes ready what a library wants beforehand and
@@ -7,8 +7,15 @@ returns run(i) -> out [q_len, heads, head_dim]. It raises where the library is a
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
 import torch
 from timing import Run
+
+Rival = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Run]
 
 PAGE_ROWS = 128  # a tile, and what slots of the pool are rounded up to
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
@@ -75,7 +82,7 @@ def whole_page(index: torch.Tensor) -> int:
         if len(index) % size == 0:
             pages = index.view(-1, size)
             first = pages[:, :1]
-            within = torch.arange(size, device=index.device)
+            within = torch.arange(size, dtype=torch.int64, device=index.device)
             if bool((first % size == 0).all()) and torch.equal(pages, first + within):
                 break
         size //= 2
@@ -143,10 +150,29 @@ def sage(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: tor
 
 # Each with the relative error it is allowed, where that is not the dtype's.
 RIVALS = {
-    "flex attention, pool": (flex, None),
+    "flex attention pool": (flex, None),
     "flash-attn 2": (flash_attn2, None),
-    "flash-attn 4, lists": (flash_attn4_lists, None),
-    "flash-attn 4, pages": (flash_attn4_paged, None),
-    "flashinfer, page 1": (flashinfer_paged, None),
-    "sage attention, 8 bits": (sage, 5e-2),
+    "flash-attn 4 lists": (flash_attn4_lists, None),
+    "flash-attn 4 pages": (flash_attn4_paged, None),
+    "flashinfer page 1": (flashinfer_paged, None),
+    "sage attention 8 bits": (sage, 5e-2),
 }
+
+
+def own_rival(text: str) -> Rival:
+    """The function that --rival module:function names; modules are looked for in the current folder, too.
+
+    Raises ValueError where there is none, with what its import raised.
+    """
+    module, _, function = text.partition(":")
+    if not (module and function):
+        raise ValueError(f"--rival must be module:function, got {text!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+        raise ValueError(f"--rival {text}: {type(error).__name__}: {error}".splitlines()[0]) from error
+    if not callable(found):
+        raise ValueError(f"--rival must be module:function, got {text!r}: {module} has no function {function}")
+    return found

@@ -1,6 +1,6 @@
 """One denoising pass of a block stack over a full window: our memory, the same in a CUDA graph, and the published path.
 
-    python benchmarks/bench_chunk.py [--small] [--json FILE] [--device DEVICE]
+    python benchmarks/bench_chunk.py [--small] [--jsonl FILE] [--device DEVICE]
 
 Random weights at the models' real dimensions and a few layers, since all layers are alike. The window holds what the
 model itself has made, sink, six retrieved chunks of half a chunk each, two recent ones and the current.
@@ -9,7 +9,7 @@ model itself has made, sink, six retrieved chunks of half a chunk each, two rece
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from model_cases import (
     ModelCase,
     build,
     controls_of,
-    describe,
     full_window,
     make_memory,
     memory_config,
@@ -49,14 +48,14 @@ class ChunkCase:
     of: ModelCase
 
     def __str__(self) -> str:
-        return ", ".join([self.of.model, f"{self.of.layers} layers", *(f"{k} {v}" for k, v in self.of.sizes.items())])
+        return f"{self.of}, one pass"
 
 
 CASES = [
-    ChunkCase(ModelCase("lingbot-world-fast", 4)),
-    ChunkCase(ModelCase("matrix-game-2", 4)),
-    ChunkCase(ModelCase("lingbot-world-fast", 4, {"grid": (29, 52)})),
-    ChunkCase(ModelCase("lingbot-world-v2-1.3b", 4)),
+    ChunkCase(ModelCase("lingbot_world_fast", 4)),
+    ChunkCase(ModelCase("matrix_game_2", 4)),
+    ChunkCase(ModelCase("lingbot_world_fast", 4, {"grid": (29, 52)})),
+    ChunkCase(ModelCase("lingbot_world_fast", 4, variant="v2-1.3b")),
 ]
 SMALL_CASES = [ChunkCase(ModelCase(model, 2, sizes)) for model, sizes in SMALL_SIZES.items()]
 
@@ -99,7 +98,8 @@ class CheckedMemory:
         pools = self.memory.pools(layer)
         for pool, exact in zip(pools, scratch, strict=True):
             self.errors.append(relative_error(pool[current.first_row :][: current.num_rows], exact))
-        rows = torch.cat([torch.arange(s.first_row, s.first_row + s.num_rows) for s in window.segments]).to(q.device)
+        ranges = ((s.first_row, s.first_row + s.num_rows) for s in window.segments)
+        rows = torch.cat([torch.arange(*of_segment, dtype=torch.int64, device=q.device) for of_segment in ranges])
         of_heads = [x.transpose(0, 1)[None] for x in (turned, *(pool[rows] for pool in pools))]
         want = scaled_dot_product_attention(*of_heads, scale=config.scale)[0].transpose(0, 1)
         self.errors.append(relative_error(got, want))
@@ -131,13 +131,19 @@ class Filled:
         return worst([*checked.errors, relative_error(run(0), through)])
 
 
+def variants_of(case: ChunkCase, device: torch.device) -> dict[str, bool]:
+    """The names of a case's variants, and whether each is a rival, without making any."""
+    graph = ["worldkv graph"] if device.type == "cuda" else []
+    return {**dict.fromkeys([*OURS, f"worldkv at chunk {LATER}", *graph], False), "published path": True}
+
+
 def prepare(case: ChunkCase, device: torch.device) -> Problem:
     """A model, and a full memory for every variant, each with the same chunk begun, and one much later."""
     model = build(case.of, device)
     config = memory_config("official", model, 0)
     chunks = config.sink_chunks + config.recent_chunks + config.gap_chunks + config.retrieved_chunks + 1
     filled = {mode: Filled(mode, model, chunks) for mode in (*OURS, "published")}
-    filled[f"worldkv, chunk {LATER}"] = Filled("worldkv", model, LATER)
+    filled[f"worldkv at chunk {LATER}"] = Filled("worldkv", model, LATER)
     window = full_window(memory_config("worldkv", model, chunks))
     controls = controls_of(model, 1)[0]
     counted = {"num_bytes": pass_bytes(model, window), "flops": pass_flops(model, controls, window)}
@@ -149,18 +155,18 @@ def prepare(case: ChunkCase, device: torch.device) -> Problem:
     def published_error(run: Run) -> float:
         return relative_error(run(0), filled["official"].denoise())
 
-    variants = [*(ours(mode) for mode in OURS), ours(f"worldkv, chunk {LATER}", base="worldkv")]
+    variants = [*(ours(mode) for mode in OURS), ours(f"worldkv at chunk {LATER}", base="worldkv")]
     if device.type == "cuda":
         worldkv = filled["worldkv"]
         variants.append(Variant(
-            "worldkv, graph", lambda: captured(worldkv.denoise), lambda run: relative_error(run(0), worldkv.denoise()),
+            "worldkv graph", lambda: captured(worldkv.denoise), lambda run: relative_error(run(0), worldkv.denoise()),
             limit, **counted, base="worldkv",
         ))  # fmt: skip
     variants.append(Variant(
         "published path", lambda: filled["published"].run, published_error, HISTORY_LIMITS[model.dtype], **counted,
         rival=True, yardstick=True,
     ))  # fmt: skip
-    return Problem(f"{describe(case.of, model)}, one pass", variants, shape=shape(model, window))
+    return Problem(str(case), variants, shape=shape(model, window))
 
 
 def captured(function: Any) -> Run:
@@ -182,16 +188,23 @@ def captured(function: Any) -> Run:
 
 
 def run(
-    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+    *,
+    small: bool = False,
+    device: torch.device | None = None,
+    seconds: float = 1.0,
+    jsonl_path: str | None = None,
+    cases: Sequence[ChunkCase] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the cases and return the figures, as `common.run_cases` does."""
-    cases = SMALL_CASES if small else CASES
-    device = device or parse_device(None)
-    return run_cases("chunk", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
+    return run_cases(
+        "chunk", cases or (SMALL_CASES if small else CASES), prepare, device or parse_device(None),
+        small=small, seconds=seconds, jsonl_path=jsonl_path, only=only,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_main("chunk", __doc__.splitlines()[0], run, argv)
+    return bench_main("chunk", argv)
 
 
 if __name__ == "__main__":

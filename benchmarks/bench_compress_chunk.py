@@ -3,20 +3,21 @@
 One layer, and all layers of a model in one call, beside a call for each. A selection is judged in float64, and the
 copies must be exact.
 
-    python benchmarks/bench_compress_chunk.py [--small] [--json FILE] [--device DEVICE]
+    python benchmarks/bench_compress_chunk.py [--small] [--jsonl FILE] [--device DEVICE]
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from common import Problem, Variant, bench_main, ours, parse_device, run_cases, worst
+from common import Problem, Variant, bench_main, dtype_name, ours, parse_device, run_cases, worst
+from shapes import DTYPE, HEAD_DIM, one_of, ratio, read_shape, whole
 from timing import Run, l2_bytes, sets_for
 
 from worldkv_kernels import compress_chunk
@@ -47,7 +48,15 @@ class CompressCase:
     def __str__(self) -> str:
         how = "pooled" if self.pooled else "per frame"
         layers = f"{self.layers} layers of " if self.layers > 1 else ""
-        return f"{layers}{self.tokens} tokens x {self.heads} x {self.head_dim}, {how}"
+        size = f"{layers}{self.tokens} tokens x {self.heads} x {self.head_dim}"
+        dtype = f", {dtype_name(self.dtype)}" * (self.dtype != torch.bfloat16)
+        return f"{size}, keep_ratio {self.keep_ratio:g}, {how}{dtype}"
+
+    @property
+    def needed_bytes(self) -> int:
+        """What it takes on the device, about: two sets of the chunk and what is kept of it, and a layer in float64."""
+        row = self.heads * self.head_dim
+        return self.tokens * row * (2 * 2 * 2 * self.layers * self.dtype.itemsize + 3 * 8)
 
 
 CASES = [
@@ -57,12 +66,35 @@ CASES = [
     CompressCase(3, 880, heads=12, pooled=False),
     CompressCase(3, 1560, heads=40, pooled=True, layers=40),
     CompressCase(3, 880, heads=12, pooled=True, layers=30),
+    CompressCase(3, 1560, heads=40, pooled=True, dtype=torch.float16),
+    CompressCase(3, 1560, heads=80, pooled=True, head_dim=64),  # as wide
 ]
 SMALL_CASES = [
     CompressCase(3, 40, heads=2, pooled=True),
     CompressCase(3, 17, heads=3, pooled=False),
     CompressCase(3, 17, heads=2, pooled=True, layers=3),
+    CompressCase(3, 16, heads=2, pooled=True, head_dim=64, dtype=torch.float16),
 ]
+
+
+def several_frames(text: str) -> int:
+    frames = whole(text)
+    if frames < 2:
+        raise ValueError("at least 2, of which the first is the anchor")
+    return frames
+
+
+# Of --shape.
+KEYS = {
+    "frames": several_frames, "frame_tokens": whole, "heads": whole, "head_dim": HEAD_DIM, "keep_ratio": ratio,
+    "pooled": one_of({"true": True, "false": False}), "layers": whole, "dtype": DTYPE,
+}  # fmt: skip
+
+
+def case_of(shape: str) -> CompressCase:
+    """The case of a --shape. Raises ValueError that names the key at fault."""
+    defaults = {"frames": 3, "head_dim": 128, "keep_ratio": 0.25, "pooled": True, "layers": 1, "dtype": torch.bfloat16}
+    return CompressCase(**read_shape(shape, KEYS, defaults))
 
 
 def kept_each(frame_tokens: int, keep_ratio: float) -> int:
@@ -96,8 +128,10 @@ def published_compress(
         chosen = cosine.flatten().topk(keep * (frames - 1), largest=False).indices.sort().values
     else:
         lowest = cosine.topk(keep, dim=1, largest=False).indices.sort(dim=1).values
-        chosen = (lowest + torch.arange(frames - 1, device=k.device)[:, None] * frame_tokens).flatten()
-    index = torch.cat([torch.arange(frame_tokens, device=k.device), chosen + frame_tokens])
+        chosen = (
+            lowest + torch.arange(frames - 1, dtype=torch.int64, device=k.device)[:, None] * frame_tokens
+        ).flatten()
+    index = torch.cat([torch.arange(frame_tokens, dtype=torch.int64, device=k.device), chosen + frame_tokens])
     v_wide = v.float()
     return wide.flatten(0, 1)[index].to(k.dtype), v_wide[index].to(v.dtype), index
 
@@ -116,7 +150,9 @@ def selection_error(
     anchor, chosen = index[:frame_tokens], index[frame_tokens:]
     in_range = bool(((chosen >= frame_tokens) & (chosen < case.tokens)).all())
     ascending = bool((chosen.diff() > 0).all())
-    if not (in_range and ascending and torch.equal(anchor, torch.arange(frame_tokens, device=k.device))):
+    if not (
+        in_range and ascending and torch.equal(anchor, torch.arange(frame_tokens, dtype=torch.int64, device=k.device))
+    ):
         return math.inf
     if not (torch.equal(out_k, k[index]) and torch.equal(out_v, v[index])):
         return math.inf
@@ -135,6 +171,16 @@ def selection_error(
     return wrong.sum().item() / index.numel()
 
 
+def variants_of(case: CompressCase, device: torch.device) -> dict[str, bool]:
+    """The names of a case's variants, and whether each is a rival, without making any."""
+    mine = [
+        name
+        for backend in ours("compress_chunk", device)
+        for name in ([backend, f"{backend} in {case.layers} calls"] if case.layers > 1 else [backend])
+    ]
+    return {**dict.fromkeys(mine, False), "published eager": True}
+
+
 def prepare(case: CompressCase, device: torch.device) -> Problem:
     """Random K and V of all layers in every input set, with room for the result."""
     counted = (case.frames, case.frame_tokens, case.keep_ratio, case.heads, case.head_dim, case.dtype.itemsize)
@@ -145,7 +191,7 @@ def prepare(case: CompressCase, device: torch.device) -> Problem:
     chunks, outs, indexes = [], [], []
     for _ in range(sets):
         shape = (2, case.layers, case.tokens, case.heads, case.head_dim)
-        chunks.append(torch.randn(shape, generator=generator, device=device).to(case.dtype))
+        chunks.append(torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype))
         outs.append(torch.empty((2, case.layers, kept, *shape[3:]), dtype=case.dtype, device=device))
         indexes.append(torch.empty((case.layers, kept), dtype=torch.int32, device=device))
 
@@ -178,23 +224,31 @@ def prepare(case: CompressCase, device: torch.device) -> Problem:
         variants.append(Variant(name, at_once, check, 0.0, num_bytes))
         if case.layers > 1:
             by_layer = partial(our_run, name, 1)
-            variants.append(Variant(f"{name}, {case.layers} calls", by_layer, check, 0.0, num_bytes, base=name))
-    variants.append(Variant("published, eager", lambda: published, check, 0.0, num_bytes, rival=True))
+            variants.append(Variant(f"{name} in {case.layers} calls", by_layer, check, 0.0, num_bytes, base=name))
+    variants.append(Variant("published eager", lambda: published, check, 0.0, num_bytes, rival=True))
     shape = {"heads": case.heads, "tokens": case.tokens, "layers": case.layers}
+    shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
     return Problem(str(case), variants, sets=sets, shape=shape)
 
 
 def run(
-    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+    *,
+    small: bool = False,
+    device: torch.device | None = None,
+    seconds: float = 1.0,
+    jsonl_path: str | None = None,
+    cases: Sequence[CompressCase] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the cases and return the figures, as `common.run_cases` does."""
-    cases = SMALL_CASES if small else CASES
-    device = device or parse_device(None)
-    return run_cases("compress_chunk", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
+    return run_cases(
+        "compress_chunk", cases or (SMALL_CASES if small else CASES), prepare, device or parse_device(None),
+        small=small, seconds=seconds, jsonl_path=jsonl_path, only=only,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_main("compress_chunk", __doc__.splitlines()[0], run, argv)
+    return bench_main("compress_chunk", argv)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,31 @@
 The rivals have their cosines and sines ready per token, as models cache them. One of them writes into a slice of
 the pool, which a compiler can fuse, instead of copying by index; a fixed slice serves one chunk only.
 
-    python benchmarks/bench_norm_rope_append.py [--small] [--json FILE] [--device DEVICE]
+    python benchmarks/bench_norm_rope_append.py [--small] [--jsonl FILE] [--device DEVICE]
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import ERROR_LIMITS, Problem, Variant, bench_main, ours, parse_device, relative_error, run_cases, worst
+from common import (
+    ERROR_LIMITS,
+    Problem,
+    Variant,
+    bench_main,
+    dtype_name,
+    ours,
+    parse_device,
+    relative_error,
+    run_cases,
+    worst,
+)
+from shapes import DTYPE, HEAD_DIM, grid, read_shape, whole
 from timing import Run, l2_bytes, sets_for
 
 from worldkv_kernels import Rope3D, norm_rope_append
@@ -39,11 +51,33 @@ class AppendCase:
         return math.prod(self.grid)
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens x {self.heads} x {self.head_dim}"
+        dtype = f", {dtype_name(self.dtype)}" * (self.dtype != torch.bfloat16)
+        return f"{self.tokens} tokens x {self.heads} x {self.head_dim}{dtype}"
+
+    @property
+    def needed_bytes(self) -> int:
+        """What it takes on the device, about: two sets of q, k, v, q turned and the pools, and a check in float64."""
+        return self.tokens * self.heads * self.head_dim * (2 * 6 * self.dtype.itemsize + 5 * 8)
 
 
-CASES = [AppendCase((3, 30, 52), heads=40), AppendCase((3, 22, 40), heads=12)]
-SMALL_CASES = [AppendCase((2, 3, 5), heads=2, dtype=torch.float32), AppendCase((1, 4, 4), heads=3)]
+CASES = [
+    AppendCase((3, 30, 52), heads=40),
+    AppendCase((3, 22, 40), heads=12),
+    AppendCase((3, 30, 52), heads=40, dtype=torch.float16),
+    AppendCase((3, 30, 52), heads=64, head_dim=64),
+]
+SMALL_CASES = [
+    AppendCase((2, 3, 5), heads=2, dtype=torch.float32),
+    AppendCase((1, 4, 4), heads=3),
+    AppendCase((2, 3, 4), heads=2, head_dim=64, dtype=torch.float16),
+]
+
+KEYS = {"heads": whole, "head_dim": HEAD_DIM, "grid": grid, "dtype": DTYPE}  # of --shape
+
+
+def case_of(shape: str) -> AppendCase:
+    """The case of a --shape. Raises ValueError that names the key at fault."""
+    return AppendCase(**read_shape(shape, KEYS, {"head_dim": 128, "dtype": torch.bfloat16}))
 
 
 def append_bytes(grid: Sequence[int], heads: int, head_dim: int, itemsize: int, pairs: Sequence[int]) -> int:
@@ -56,8 +90,9 @@ def append_bytes(grid: Sequence[int], heads: int, head_dim: int, itemsize: int, 
 def positions(grid: Sequence[int], start_frame: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Frame, row and column of each token, [tokens] each."""
     frames, height, width = grid
-    axes = (torch.arange(start_frame, start_frame + frames), torch.arange(height), torch.arange(width))
-    return tuple(axis.flatten().to(device) for axis in torch.meshgrid(*axes, indexing="ij"))
+    ranges = ((start_frame, start_frame + frames), (0, height), (0, width))
+    axes = (torch.arange(*of_axis, dtype=torch.int64, device=device) for of_axis in ranges)
+    return tuple(axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
 
 
 def token_angles(case: AppendCase, rope: Rope3D, device: torch.device) -> torch.Tensor:
@@ -104,6 +139,12 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def variants_of(case: AppendCase, device: torch.device) -> dict[str, bool]:
+    """The names of a case's variants, and whether each is a rival, without making any."""
+    mine = dict.fromkeys(ours("norm_rope_append", device), False)
+    return {**mine, **dict.fromkeys(("eager", "compiled", "compiled slice"), True)}
+
+
 def prepare(case: AppendCase, device: torch.device) -> Problem:
     """Random q, k, v in every input set; pools of NaN with 128 rows before the chunk and 128 after it."""
     columns, tokens = case.heads * case.head_dim, case.tokens
@@ -113,7 +154,7 @@ def prepare(case: AppendCase, device: torch.device) -> Problem:
     generator = torch.Generator(device=device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(case.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype)
 
     inputs = [tuple(random(tokens, columns) for _ in range(3)) for _ in range(sets)]
     weights = (1 + 0.1 * random(columns), 1 + 0.1 * random(columns))
@@ -124,7 +165,7 @@ def prepare(case: AppendCase, device: torch.device) -> Problem:
     ]
     outs = [torch.empty((tokens, case.heads, case.head_dim), dtype=case.dtype, device=device) for _ in range(sets)]
     written = slice(FIRST_ROW, FIRST_ROW + tokens)
-    rows = torch.arange(FIRST_ROW, FIRST_ROW + tokens, device=device)
+    rows = torch.arange(FIRST_ROW, FIRST_ROW + tokens, dtype=torch.int64, device=device)
     angles = token_angles(case, rope, device)
     cos, sin = angles.cos().float().unsqueeze(1), angles.sin().float().unsqueeze(1)
 
@@ -158,7 +199,7 @@ def prepare(case: AppendCase, device: torch.device) -> Problem:
     rivals: dict[str, Callable[[], Run]] = {
         "eager": lambda: by_index(append_by_index),
         "compiled": lambda: by_index(compiled(append_by_index, device)),
-        "compiled, slice": lambda: to_slice(compiled(append_to_slice, device)),
+        "compiled slice": lambda: to_slice(compiled(append_to_slice, device)),
     }
     limit = ERROR_LIMITS[case.dtype]
     variants = [
@@ -166,20 +207,28 @@ def prepare(case: AppendCase, device: torch.device) -> Problem:
         for name in ours("norm_rope_append", device)
     ]
     variants += [Variant(name, make, check, limit, num_bytes, rival=True) for name, make in rivals.items()]
-    return Problem(str(case), variants, sets=sets, shape={"heads": case.heads, "tokens": case.tokens})
+    shape = {"heads": case.heads, "tokens": case.tokens, "head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
+    return Problem(str(case), variants, sets=sets, shape=shape)
 
 
 def run(
-    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+    *,
+    small: bool = False,
+    device: torch.device | None = None,
+    seconds: float = 1.0,
+    jsonl_path: str | None = None,
+    cases: Sequence[AppendCase] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the cases and return the figures, as `common.run_cases` does."""
-    cases = SMALL_CASES if small else CASES
-    device = device or parse_device(None)
-    return run_cases("norm_rope_append", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
+    return run_cases(
+        "norm_rope_append", cases or (SMALL_CASES if small else CASES), prepare, device or parse_device(None),
+        small=small, seconds=seconds, jsonl_path=jsonl_path, only=only,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_main("norm_rope_append", __doc__.splitlines()[0], run, argv)
+    return bench_main("norm_rope_append", argv)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 On a GPU also what a fetch and matmuls on another stream cost each other.
 
-    python benchmarks/bench_prefetch.py [--small] [--json FILE] [--device DEVICE]
+    python benchmarks/bench_prefetch.py [--small] [--jsonl FILE] [--device DEVICE]
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -19,6 +19,7 @@ from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, run
 from prefetch_rivals import RIVALS, Rows
 from timing import Run, time_variants
 
+from worldkv_kernels.cli.report import note
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
 from worldkv_kernels.memory.retrieval import PoseRetrieval
@@ -80,10 +81,10 @@ class Banked:
             policy=PoseRetrieval(),
         )  # fmt: skip
         shape = (case.chunks, case.layers, 2, case.tokens, case.heads, case.head_dim)
-        self.rows = torch.empty(shape, dtype=case.dtype)  # set 0 as it has to arrive
+        self.rows = torch.empty(shape, dtype=case.dtype, device="cpu")  # set 0 as it has to arrive
         generator = torch.Generator(device=device).manual_seed(0)
         for chunk in range(SETS * case.chunks):
-            data = torch.randn(shape[1:], generator=generator, device=device).to(case.dtype)
+            data = torch.randn(shape[1:], generator=generator, dtype=torch.float32, device=device).to(case.dtype)
             first = self.bank.row_to_fill(chunk, None)
             self.pool.k[:, first : first + case.tokens] = data[:, 0]
             self.pool.v[:, first : first + case.tokens] = data[:, 1]
@@ -118,6 +119,13 @@ def copy_error(got: Rows, want: torch.Tensor) -> float:
             if not torch.equal(torch.stack([k_layer, v_layer]), layer.to(k_layer.device)):
                 return math.inf
     return 0.0
+
+
+def variants_of(case: PrefetchCase, device: torch.device) -> dict[str, bool]:
+    """The names of a case's variants, and whether each is a rival, without making any."""
+    if case.beside:
+        return dict.fromkeys(("Bank.fetch", "Bank.fetch beside matmuls", "matmuls", "matmuls beside Bank.fetch"), False)
+    return {"Bank.fetch": False, **dict.fromkeys(RIVALS, True)}
 
 
 def prepare(case: PrefetchCase, device: torch.device) -> Problem:
@@ -186,12 +194,12 @@ def beside_matmuls(case: str, banked: Banked, num_bytes: int, device: torch.devi
     variants = [
         Variant("Bank.fetch", lambda: fetch, check_fetch, 0.0, num_bytes, link_bytes=num_bytes),
         Variant(
-            "Bank.fetch, matmuls beside", lambda: with_beside(fetch, matmuls(many)), check_fetch, 0.0, num_bytes,
+            "Bank.fetch beside matmuls", lambda: with_beside(fetch, matmuls(many)), check_fetch, 0.0, num_bytes,
             base="Bank.fetch", link_bytes=num_bytes,
         ),
         Variant("matmuls", lambda: product_alone, check_product, limit, 0, flops),
         Variant(
-            "matmuls, Bank.fetch beside", lambda: with_beside(product_alone, fetch), check_product, limit, 0, flops,
+            "matmuls beside Bank.fetch", lambda: with_beside(product_alone, fetch), check_product, limit, 0, flops,
             base="matmuls",
         ),
     ]  # fmt: skip
@@ -199,25 +207,32 @@ def beside_matmuls(case: str, banked: Banked, num_bytes: int, device: torch.devi
 
 
 def run(
-    *, small: bool = False, device: torch.device | None = None, seconds: float = 1.0, json_path: str | None = None
+    *,
+    small: bool = False,
+    device: torch.device | None = None,
+    seconds: float = 1.0,
+    jsonl_path: str | None = None,
+    cases: Sequence[PrefetchCase] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the cases and return the figures, as `common.run_cases` does.
 
     A CPU has no streams: cases with matmuls beside are left out there, which is said on stderr.
     """
-    cases = SMALL_CASES if small else CASES
+    cases = cases or (SMALL_CASES if small else CASES)
     device = device or parse_device(None)
     if device.type == "cpu":
         for case in (c for c in cases if c.beside):
-            print(f"prefetch: {case}: skipped: a CPU has no second stream", file=sys.stderr)
+            note(f"prefetch: {case}: skipped: a CPU has no second stream")
         cases = [c for c in cases if not c.beside]
     return run_cases(
-        "prefetch", cases, prepare, device, small=small, seconds=seconds, json_path=json_path, host_to_device=True
-    )
+        "prefetch", cases, prepare, device, small=small, seconds=seconds, jsonl_path=jsonl_path, only=only,
+        host_to_device=True,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_main("prefetch", __doc__.splitlines()[0], run, argv)
+    return bench_main("prefetch", argv)
 
 
 if __name__ == "__main__":

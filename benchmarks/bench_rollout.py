@@ -1,6 +1,6 @@
 """Whole chunks: a model with random weights, rolled out with each memory; frames per second, and where the time goes.
 
-    python benchmarks/bench_rollout.py [--small] [--model MODEL] [--layers N] [--chunks N] [--modes A,B] [--json FILE]
+    python benchmarks/bench_rollout.py [--small] [--model MODEL] [--layers N] [--chunks N] [--only A,B] [--jsonl FILE]
 
 Denoiser and memory alone: no video decoder, no text encoder.
 """
@@ -11,16 +11,17 @@ import gc
 import math
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from common import append_json_line, arguments, device_for, trace_file
+from common import append_json_line, bench_main, parse_device, picked, trace_file
 from machine import clocks, environment
 from model_cases import (
+    DTYPES,
+    MODELS,
     MODES,
     RIVALS,
     SMALL_SIZES,
@@ -28,7 +29,6 @@ from model_cases import (
     ModelCase,
     build,
     controls_of,
-    describe,
     full_window,
     make_memory,
     memory_config,
@@ -37,10 +37,13 @@ from model_cases import (
     relative_errors,
     shape,
     weight_bytes,
+    weights_of,
 )
+from shapes import check_room
 from timing import Ceilings, describe_ceilings, measure_ceilings, one_thread, percentile, roof
 from traces import ORDER, Breakdown, breakdown, recorded
 
+from worldkv_kernels.cli.report import Progress, note
 from worldkv_kernels.cli.report import table as text_table
 from worldkv_kernels.models.rollout import RolloutChunk, WorldModel, stream
 
@@ -58,17 +61,20 @@ class RolloutCase:
     chunks: int
     modes: tuple[str, ...] = MODES
 
+    def __str__(self) -> str:
+        return f"{self.of}, {self.chunks} chunks"
+
 
 CASES = [
-    RolloutCase(ModelCase("lingbot-world-fast"), chunks=30),
-    RolloutCase(ModelCase("matrix-game-2"), chunks=60),
-    RolloutCase(ModelCase("lingbot-world-v2-1.3b"), chunks=60),
+    RolloutCase(ModelCase("lingbot_world_fast"), chunks=30),
+    RolloutCase(ModelCase("matrix_game_2"), chunks=60),
+    RolloutCase(ModelCase("lingbot_world_fast", variant="v2-1.3b"), chunks=60),
     RolloutCase(ModelCase("tiny"), chunks=60),
 ]
 SMALL_CASES = [
     RolloutCase(ModelCase("tiny", 2), chunks=12),
-    RolloutCase(ModelCase("lingbot-world-fast", 2, SMALL_SIZES["lingbot-world-fast"]), 11, ("worldkv", "published")),
-    RolloutCase(ModelCase("matrix-game-2", 2, SMALL_SIZES["matrix-game-2"]), 11, ("worldkv", "published")),
+    RolloutCase(ModelCase("lingbot_world_fast", 2, SMALL_SIZES["lingbot_world_fast"]), 11, ("worldkv", "published")),
+    RolloutCase(ModelCase("matrix_game_2", 2, SMALL_SIZES["matrix_game_2"]), 11, ("worldkv", "published")),
 ]
 
 
@@ -82,16 +88,14 @@ class Rollout:
 
 
 def roll_out(model: WorldModel, memory: Memory, case: RolloutCase, label: str) -> Rollout:
-    """Time `case.chunks` chunks, then trace one more. Progress every two seconds on stderr."""
+    """Time `case.chunks` chunks, then trace one more. Progress on stderr."""
     done = Rollout()
     made = stream(model, memory, controls_of(model, case.chunks + 1))
-    said = time.monotonic()
+    progress = Progress(label, case.chunks)
     try:
         for chunk in islice(made, case.chunks):
             done.chunks.append(chunk._replace(latents=None))
-            if time.monotonic() - said > 2:
-                said = time.monotonic()
-                print(f"{label}: chunk {len(done.chunks)}/{case.chunks}", file=sys.stderr, flush=True)
+            progress.step("chunks")
         with recorded(label, model.device, keep=trace_file()) as events:
             next(made)
     except (RuntimeError, torch.OutOfMemoryError) as error:  # a pool that is full, a device that is
@@ -132,9 +136,8 @@ def measure_mode(
 ) -> dict[str, Any]:
     """The figure of one mode. `wanted` is what the first chunks must be, `flops_of(tokens)` counts a pass."""
     on_gpu = model.device.type == "cuda"
-    name = describe(case.of, model)
     figure: dict[str, Any] = {
-        "case": f"{name}, {case.chunks} chunks", "variant": mode, "is_rival": mode in RIVALS,
+        "case": str(case), "variant": mode, "is_rival": mode in RIVALS,
         "shape": shape(model, full_window(memory_config(mode, model, case.chunks))),
         "status": "timed", "reason": None, "error": None, "error_limit": ERROR_LIMITS[model.dtype],
         "us": None, "us_20": None, "us_80": None, "host_us": None, "rounds": None, "bytes": None, "flops": None,
@@ -156,7 +159,7 @@ def measure_mode(
             figure.update(status="wrong", reason=reason, error=finite)
             return figure
         warm_up(model, memory, memory.config)
-        done = roll_out(model, memory, case, f"{name}: {mode}")
+        done = roll_out(model, memory, case, f"{case.of}: {mode}")
     except Exception as raised:  # such as a device that is too small; the other modes may fit
         reason = f"{type(raised).__name__}: {str(raised).splitlines()[0]}"[:300]
         figure.update(status="skipped" if mode in RIVALS else "failed", reason=reason)
@@ -241,15 +244,16 @@ def run(
     small: bool = False,
     device: torch.device | None = None,
     seconds: float = 1.0,
-    json_path: str | None = None,
+    jsonl_path: str | None = None,
     cases: Sequence[RolloutCase] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the cases and return the figures, with the keys of `common.run_cases` and some more.
 
-    `seconds` has no effect: the number of chunks says how long it takes.
+    `seconds` has no effect: the number of chunks says how long it takes. The modes are the variants.
     """
     torch.set_float32_matmul_precision("highest")
-    device = device or device_for(None, small=small)
+    device = device or parse_device(None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with one_thread():
@@ -257,16 +261,17 @@ def run(
     record = environment(device)
     figures = []
     for case in cases or (SMALL_CASES if small else CASES):
+        case = replace(case, modes=tuple(picked(variants_of(case, device), only)))
         lines = {}
         with one_thread():
             for figure in measure_case(case, device, ceilings):
                 before, after = figure.pop("clocks")
-                line = {"bench": "rollout", **figure, "ceilings": asdict(ceilings)}
+                line = {"bench": "rollout", **figure, "small": small, "ceilings": asdict(ceilings)}
                 line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
-                append_json_line(json_path, line)
+                append_json_line(jsonl_path, line)
                 lines[figure["variant"]] = line
         figures += (lines[mode] for mode in case.modes)
-    print(describe_ceilings(ceilings), file=sys.stderr, flush=True)
+    note(describe_ceilings(ceilings))
     return figures
 
 
@@ -299,47 +304,61 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["\n\none late chunk, traced, in ms\n".join(tables), *reasons])
 
 
+def variants_of(case: RolloutCase, device: torch.device) -> dict[str, bool]:
+    """The names of a case's variants, its modes, and whether each is a rival."""
+    return {mode: mode in RIVALS for mode in case.modes}
+
+
 def cases_from(
-    *, small: bool, model: str | None, layers: int | None, chunks: int | None, modes: str | None
+    device: torch.device,
+    *,
+    small: bool,
+    model: str | None = None,
+    variant: str | None = None,
+    layers: int | None = None,
+    chunks: int | None = None,
 ) -> list[RolloutCase]:
     """The cases as asked for on a command line, None for what was left open.
 
-    Raises ValueError on an unknown model or mode, or a number below 1.
+    Raises ValueError on an unknown model or variant, a number below 1, weights that do not fit the device's free
+    memory, or chunks that the rotary embedding cannot number.
     """
     for option, number in (("--layers", layers), ("--chunks", chunks)):
         if number is not None and number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
     cases = SMALL_CASES if small else CASES
     if model is not None:
-        known = {case.of.model: case for case in cases}
+        known = dict.fromkeys(case.of.model for case in cases)
         if model not in known:
             raise ValueError(f"--model must be one of {', '.join(known)}, got {model!r}")
-        cases = [known[model]]
-    changes: dict[str, Any] = {"chunks": chunks} if chunks else {}
-    if modes is not None:
-        named = tuple(dict.fromkeys(mode.strip() for mode in modes.split(",")))
-        for mode in named:
-            if mode not in MODES:
-                raise ValueError(f"--modes must be of {', '.join(MODES)}, got {mode!r}")
-        changes["modes"] = named
-    return [replace(case, of=replace(case.of, layers=layers or case.of.layers), **changes) for case in cases]
+        cases = [case for case in cases if case.of.model == model]
+    if variant is not None:
+        if model is None:
+            raise ValueError(f"--variant must go with --model, got {variant!r} alone")
+        # A model's first variant is the default, which a case does not name.
+        known = {case.of.variant or next(iter(MODELS[model][0])): case for case in cases}
+        if variant not in known:
+            raise ValueError(f"--variant must be one of {', '.join(known)} for {model}, got {variant!r}")
+        cases = [known[variant]]
+    changed = []
+    for case in cases:
+        if layers is not None:
+            of = replace(case.of, layers=layers)
+            check_room(f"--layers: {layers} layers of {of.name}", weights_of(of, DTYPES[device.type]), device)
+            case = replace(case, of=of)
+        if chunks is not None:
+            config = case.of.config()
+            most = config.memory().make_rope().max_position // config.chunk_frames - 1  # one more is traced
+            if chunks > most:
+                wanted = f"at most {most}, which the rotary embedding can number"
+                raise ValueError(f"--chunks must be {wanted}, got {chunks}")
+            case = replace(case, chunks=chunks)
+        changed.append(case)
+    return changed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 when a mode of ours is wrong or failed, 2 on bad arguments."""
-    parser = arguments(__doc__.splitlines()[0])
-    for option, kind in (("--model", str), ("--layers", int), ("--chunks", int), ("--modes", str)):
-        parser.add_argument(option, type=kind)
-    args = parser.parse_args(argv)
-    try:
-        device = device_for(args.device, small=args.small)
-        cases = cases_from(small=args.small, model=args.model, layers=args.layers, chunks=args.chunks, modes=args.modes)
-    except ValueError as error:
-        print(f"rollout: {error}", file=sys.stderr)
-        return 2
-    figures = run(small=args.small, device=device, json_path=args.json, cases=cases)
-    print(table(figures))
-    return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
+    return bench_main("rollout", argv)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,34 @@ The dense rivals are best cases: they read a window that already lies gathered i
 also pay for gathering it, as a cache that is concatenated anew for each call does. Two read the pool where it is. None
 of them rebases time, nor returns the softmax weight of each segment.
 
-    python benchmarks/bench_segment_attention.py [--small | --core] [--json FILE] [--device DEVICE]
+    python benchmarks/bench_segment_attention.py [--small | --core] [--shape SHAPE] [--rival MODULE:FUNCTION] ...
+
+takes what `worldkv bench segment_attention` takes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
-from attention_rivals import RIVALS
-from common import ERROR_LIMITS, Problem, Variant, bench_main, ours, parse_device, relative_error, run_cases, worst
+from attention_rivals import RIVALS, Rival
+from common import (
+    ERROR_LIMITS,
+    Problem,
+    Variant,
+    bench_main,
+    dtype_name,
+    ours,
+    parse_device,
+    relative_error,
+    run_cases,
+    worst,
+)
+from shapes import DTYPE, HEAD_DIM, read_shape, runs, whole
 from timing import Run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,6 +39,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from worldkv_kernels import Rope3D, Segment, Window, segment_attention
 
 TILE_ROWS = 128
+MOST_SCORES = 2**28  # held at once by the check
 EXTRAS = ("rebase", "mass", "lse")  # what is asked for on top
 
 
@@ -68,8 +83,73 @@ class AttentionCase:
         return "pruned" if self.pruned else "whole"
 
     def __str__(self) -> str:
-        tokens = f"{self.heads} heads, {self.q_len} queries, {self.num_tokens} keys"
-        return f"{tokens}, {self.frames:.3g} frames, {self.kind}"
+        return f"{describe(self)}, {self.frames:.3g} frames, {self.kind}{storage(self)}"
+
+
+@dataclass(frozen=True)
+class ShapeCase:
+    """A window of one's own: `window` holds the rows of a segment and how many such segments, in window order."""
+
+    heads: int
+    q_len: int
+    window: tuple[tuple[int, int], ...]
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def lengths(self) -> list[int]:
+        return [rows for rows, number in self.window for _ in range(number)]
+
+    @property
+    def shifts(self) -> list[int]:
+        """Frames by which each segment is moved where time is rebased: all but the last, the current chunk."""
+        return [3 * (7 + i) for i in range(len(self.lengths) - 1)] + [0]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(rows * number for rows, number in self.window)
+
+    @property
+    def kind(self) -> str:
+        return "+".join(f"{rows}x{number}" for rows, number in self.window)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What it takes on the device, about: the pools, three gathered copies of the window, q, what comes out and
+        the float64 that it is held against, and the check's scores, scaled, exponentiated and summed."""
+        slots = sum(-(-rows // TILE_ROWS) * number + -(-number // 3) for rows, number in self.window) * TILE_ROWS
+        columns, tokens, itemsize = self.heads * self.head_dim, self.num_tokens, self.dtype.itemsize
+        scores = 4 * 8 * max(tokens, min(self.q_len * tokens, MOST_SCORES))
+        return columns * (2 * (slots + 3 * tokens) * itemsize + self.q_len * (4 * itemsize + 2 * 8)) + scores
+
+    def __str__(self) -> str:
+        return f"{describe(self)}, window {self.kind}{storage(self)}"
+
+
+Case = AttentionCase | ShapeCase
+
+
+def describe(case: Case) -> str:
+    return f"{case.heads} heads, {case.q_len} queries, {case.num_tokens} keys"
+
+
+def storage(case: Case) -> str:
+    """What of a case's numbers is not as the models have it."""
+    head_dim = f", head_dim {case.head_dim}" * (case.head_dim != 128)
+    return head_dim + f", {dtype_name(case.dtype)}" * (case.dtype != torch.bfloat16)
+
+
+# Of --shape. What is grouped is not supported: kv_heads is there to be told so.
+KEYS = {"heads": whole, "kv_heads": whole, "q": whole, "head_dim": HEAD_DIM, "window": runs, "dtype": DTYPE}
+
+
+def case_of(shape: str) -> ShapeCase:
+    """The case of a --shape. Raises ValueError that names the key at fault."""
+    values = read_shape(shape, KEYS, {"kv_heads": None, "head_dim": 128, "dtype": torch.bfloat16})
+    heads, kv_heads = values["heads"], values["kv_heads"]
+    if kv_heads not in (None, heads):
+        raise ValueError(f"--shape: kv_heads must be heads={heads}, grouped heads are not supported, got {kv_heads}")
+    return ShapeCase(heads, values["q"], values["window"], values["head_dim"], values["dtype"])
 
 
 def window_case(frames: int, frame_tokens: int, heads: int, *, pruned: bool) -> AttentionCase:
@@ -104,12 +184,16 @@ CASES = list(dict.fromkeys([
     AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, retrieved=52, recent=2),  # 140,400
     AttentionCase(heads=12, q_len=4680, chunk=4680, sink=1, retrieved=2, recent=0),  # 14,040
     AttentionCase(heads=12, q_len=2640, chunk=2640, sink=1, retrieved=98, recent=2),  # 139,920
+    AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, retrieved=6, recent=2, dtype=torch.float16),
+    AttentionCase(heads=80, q_len=4680, chunk=4680, sink=1, retrieved=6, recent=2, head_dim=64),  # as wide
+    ShapeCase(heads=24, q_len=3600, window=((3600, 1), (1800, 6)), head_dim=64, dtype=torch.float16),
 ]))  # fmt: skip
 SMALL_CASES = [
     AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=3, recent=1, dtype=torch.float32),
     AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=9, recent=1, dtype=torch.float32),
     AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=2, recent=1, pruned=False, dtype=torch.float32),
     AttentionCase(heads=1, q_len=33, chunk=33, sink=0, retrieved=0, recent=0),
+    ShapeCase(heads=2, q_len=60, window=((60, 1), (30, 3)), head_dim=64, dtype=torch.float16),
 ]
 
 
@@ -170,7 +254,7 @@ def exact_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out [q_len, heads, head_dim], lse [heads, q_len] and mass [heads, segments], turning the keys themselves.
 
-    In fp32 on a GPU and in fp64 on a CPU, at most 2**28 scores at once.
+    In fp32 on a GPU and in fp64 on a CPU, at most MOST_SCORES scores at once.
     """
     wide = torch.float32 if q.is_cuda else torch.float64
     q_len, heads, head_dim = q.shape
@@ -178,7 +262,7 @@ def exact_attention(
     out = torch.empty(q.shape, dtype=wide, device=q.device)
     lse = torch.empty((heads, q_len), dtype=wide, device=q.device)
     mass = torch.zeros((heads, len(segments)), dtype=wide, device=q.device)
-    step = max(1, 2**28 // sum(lengths))
+    step = max(1, MOST_SCORES // sum(lengths))
     for head in range(heads):
         keys, values = [], []
         for first, count, shift in segments:
@@ -198,7 +282,7 @@ def exact_attention(
 class Inputs:
     """A case's q, pools and windows: NaN where the window has no row, random numbers elsewhere."""
 
-    def __init__(self, case: AttentionCase, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device) -> None:
         self.case = case
         self.shifted, rows = scatter(case.lengths, case.shifts)
         self.plain = [segment._replace(time_shift=0) for segment in self.shifted]
@@ -215,7 +299,9 @@ class Inputs:
         self.windows = {
             False: Window(self.plain, device=device), True: Window(self.shifted, device=device, rope=self.rope)
         }  # fmt: skip
-        self.index = torch.cat([torch.arange(first, first + count) for first, count, _ in self.plain]).to(device)
+        self.index = torch.cat(
+            [torch.arange(first, first + count, dtype=torch.int64, device="cpu") for first, count, _ in self.plain]
+        ).to(device)
         self.exact = cache(self._exact)
         self.gathered = cache(self._gathered)
 
@@ -264,6 +350,9 @@ def our_variant(inputs: Inputs, backend: str, extra: str) -> Variant:
 
 def _sdpa(inputs: Inputs, kernel: SDPBackend, gather: bool) -> Run:
     """PyTorch's attention by one kernel, on a window that lies gathered or, with `gather`, is gathered in each call."""
+    scores = inputs.case.heads * inputs.case.q_len * inputs.case.num_tokens
+    if kernel == SDPBackend.MATH and scores > MOST_SCORES:
+        raise RuntimeError(f"it would hold {scores} scores at once")
     dense = None if gather else inputs.gathered()
 
     def run(i: int) -> torch.Tensor:
@@ -279,8 +368,25 @@ def _sdpa(inputs: Inputs, kernel: SDPBackend, gather: bool) -> Run:
     return run
 
 
-def prepare(case: AttentionCase, device: torch.device) -> Problem:
-    """Ours, then the rivals."""
+def sdpa_kernels(device: torch.device) -> dict[str, SDPBackend]:
+    """PyTorch's, by name. The one that holds all scores at once is for a CPU, where the others may be none."""
+    kernels = {
+        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+        "sdpa flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    return {**kernels, "sdpa math": SDPBackend.MATH} if device.type == "cpu" else kernels
+
+
+def variants_of(case: Case, device: torch.device, own: Collection[str] = ()) -> dict[str, bool]:
+    """The names of a case's variants, and whether each is a rival, without making any."""
+    mine = [f"{backend} {extra}".strip() for backend in ours("segment_attention", device) for extra in ("", *EXTRAS)]
+    sdpa = [f"{name}{gather}" for gather in ("", " gather") for name in sdpa_kernels(device)]
+    return dict.fromkeys(mine, False) | dict.fromkeys([*sdpa, *RIVALS, *own], True)
+
+
+def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = None) -> Problem:
+    """Ours, then the rivals, and `own` as the last of them."""
     inputs = Inputs(case, device)
     limit = ERROR_LIMITS[case.dtype]
 
@@ -290,24 +396,19 @@ def prepare(case: AttentionCase, device: torch.device) -> Problem:
 
         return Variant(name, make, check, limit, **inputs.counts(), rival=True)
 
-    kernels = {
-        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-        "sdpa flash": SDPBackend.FLASH_ATTENTION,
-        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    if device.type == "cpu":
-        kernels["sdpa math"] = SDPBackend.MATH
+    kernels = sdpa_kernels(device)
     variants = [our_variant(inputs, b, extra) for b in ours("segment_attention", device) for extra in ("", *EXTRAS)]
     variants += [
-        rival(f"{name}, gather" if gather else name, partial(_sdpa, inputs, kernel, gather), limit)
+        rival(f"{name} gather" if gather else name, partial(_sdpa, inputs, kernel, gather), limit)
         for gather in (False, True)
         for name, kernel in kernels.items()
     ]
     variants += [
         rival(name, partial(make, inputs.q, inputs.k_pool, inputs.v_pool, inputs.index), widened or limit)
-        for name, (make, widened) in RIVALS.items()
+        for name, (make, widened) in {**RIVALS, **{name: (make, None) for name, make in (own or {}).items()}}.items()
     ]
     shape = {"heads": case.heads, "queries": case.q_len, "tokens": case.num_tokens, "keys": case.kind}
+    shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
     return Problem(str(case), variants, flush=True, shape=shape)
 
 
@@ -316,17 +417,20 @@ def run(
     small: bool = False,
     device: torch.device | None = None,
     seconds: float = 1.0,
-    json_path: str | None = None,
-    core: bool = False,
+    jsonl_path: str | None = None,
+    cases: Sequence[Case] | None = None,
+    only: Collection[str] | None = None,
+    own: Mapping[str, Rival] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the cases and return the figures, as `common.run_cases` does; of the full ones with `core` the first."""
-    cases = SMALL_CASES if small else CORE_CASES if core else CASES
-    device = device or parse_device(None)
-    return run_cases("segment_attention", cases, prepare, device, small=small, seconds=seconds, json_path=json_path)
+    """Measure the cases and return the figures, as `common.run_cases` does. `own` are more rivals, by name."""
+    return run_cases(
+        "segment_attention", cases or (SMALL_CASES if small else CASES), partial(prepare, own=own),
+        device or parse_device(None), small=small, seconds=seconds, jsonl_path=jsonl_path, only=only,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return bench_main("segment_attention", __doc__.splitlines()[0], run, argv, has_core=True)
+    return bench_main("segment_attention", argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Run alone it measures the machine's ceilings, or prints the table of a results file:
 
-    python benchmarks/common.py [--small] [--json FILE] [--device DEVICE]
+    python benchmarks/common.py [--small] [--jsonl FILE] [--device DEVICE]
     python benchmarks/common.py [--short] --table FILE
 """
 
@@ -14,9 +14,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ from machine import clocks, environment
 from timing import Ceilings, Run, describe_ceilings, measure_ceilings, one_thread, roof, synchronize, time_variants
 from traces import recorded
 
+from worldkv_kernels.cli import main as command
+from worldkv_kernels.cli.bench_compare import read_figures
+from worldkv_kernels.cli.report import note, waiting, writable
+
 COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
 
 # Relative error in the 2-norm above which a variant is reported and not timed.
 ERROR_LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+MOST_SECONDS = 3600.0
 
 _trace_to: str | Path | None = None  # set by `tracing`
 
@@ -80,6 +86,10 @@ class Problem:
     flush: bool = False
     shape: dict[str, int | str] = field(default_factory=dict)
     settle: Callable[[], object] | None = None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first_line(error: BaseException) -> str:
@@ -172,6 +182,18 @@ def ours(op: str, device: torch.device) -> list[str]:
     return [name for name, backend in known.items() if name != "reference" and backend.unavailable(device) is None]
 
 
+def picked(variants: Mapping[str, bool], wanted: Collection[str] | None) -> list[str]:
+    """Of the variants, by name and whether each is a rival, those wanted: by name, by the first words of several, or
+    as "ours"; all of them for None."""
+
+    def fits(name: str, rival: bool, word: str) -> bool:
+        if word == "ours":
+            return not rival
+        return name == word if word in variants else name.startswith(word + " ")
+
+    return [n for n, rival in variants.items() if wanted is None or any(fits(n, rival, word) for word in wanted)]
+
+
 def append_json_line(path: str | Path | None, record: dict[str, Any]) -> None:
     """Append one line of strict JSON; nothing for None."""
     if path is None:
@@ -181,8 +203,13 @@ def append_json_line(path: str | Path | None, record: dict[str, Any]) -> None:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+def measured_in(path: str | Path) -> list[dict[str, Any]]:
+    """The figures of a file of --jsonl or --json, but for lines of ceilings. Raises ValueError where one is none."""
+    figures = read_figures(path)
+    for where, figure in figures:
+        if not (isinstance(figure, dict) and "bench" in figure):
+            raise ValueError(f"{path}, {where}: not a figure that --json or --jsonl wrote")
+    return [figure for _, figure in figures if figure["bench"] != "ceilings"]
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -227,11 +254,22 @@ def table(figures: Iterable[dict[str, Any]], *, short: bool = False) -> str:
 
 
 def parse_device(name: str | None) -> torch.device:
-    """The named device with its index, or the first GPU, or the CPU. Raises ValueError when it is not there."""
+    """The named device with its index, or the first GPU, or the CPU. Raises ValueError when it is not there, or of
+    another kind."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda:N, got {name!r}")
     try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.empty(0, dtype=torch.uint8, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {_first_line(error)}") from error
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise ValueError on a time that is none, or longer than anyone waits for a case."""
+    if not 0 < seconds <= MOST_SECONDS:  # no NaN either
+        raise ValueError(f"--seconds must be above 0 and at most {MOST_SECONDS:g}, got {seconds}")
 
 
 def device_for(name: str | None, *, small: bool) -> torch.device:
@@ -243,10 +281,17 @@ def device_for(name: str | None, *, small: bool) -> torch.device:
 
 
 def _measure_case(
-    case: Any, prepare: Callable[[Any, torch.device], Problem], device: torch.device, ceilings: Ceilings, seconds: float
+    case: Any,
+    prepare: Callable[[Any, torch.device], Problem],
+    device: torch.device,
+    ceilings: Ceilings,
+    seconds: float,
+    only: Collection[str] | None,
 ) -> list[dict[str, Any]]:
     try:
         problem = prepare(case, device)
+        names = picked({v.name: v.rival for v in problem.variants}, only)
+        problem = replace(problem, variants=[v for v in problem.variants if v.name in names])
     except Exception as raised:  # such as no memory left: the next case may fit
         reason = _first_line(raised)
 
@@ -265,11 +310,12 @@ def run_cases(
     *,
     small: bool = False,
     seconds: float = 1.0,
-    json_path: str | Path | None = None,
+    jsonl_path: str | Path | None = None,
+    only: Collection[str] | None = None,
     host_to_device: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure every case and return the figures; each is a JSON line in `json_path` as soon as its case is done.
-    `host_to_device` measures the link, too.
+    """Measure every case and return the figures; each is a JSON line in `jsonl_path` as soon as its case is done.
+    `only` names variants as `picked` reads them. `host_to_device` measures the link, too.
 
     A case that cannot even be made ready (no memory) is one figure with status "failed". Prints progress on stderr.
     """
@@ -282,79 +328,56 @@ def run_cases(
     figures = []
     for number, case in enumerate(cases, 1):
         start = time.perf_counter()
+        label = f"{bench} {number}/{len(cases)}: {case}"
         before = clocks(device)
-        with one_thread():
-            measured = _measure_case(case, prepare, device, ceilings, seconds)
+        with one_thread(), waiting(label):
+            measured = _measure_case(case, prepare, device, ceilings, seconds, only)
         after = clocks(device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         for figure in measured:
-            line = {"bench": bench, **figure, "ceilings": asdict(ceilings)}
+            line = {"bench": bench, **figure, "small": small, "ceilings": asdict(ceilings)}
             line["environment"] = {**record, "clocks_before": before, "clocks_after": after}
-            append_json_line(json_path, line)
+            append_json_line(jsonl_path, line)
             figures.append(line)
-        took = f"{time.perf_counter() - start:.1f} s"
-        print(f"{bench} {number}/{len(cases)}: {measured[0]['case']}: {took}", file=sys.stderr, flush=True)
-    print(describe_ceilings(ceilings), file=sys.stderr, flush=True)
+        note(f"{label}: {time.perf_counter() - start:.1f} s")
+    note(describe_ceilings(ceilings))
     return figures
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--small", action="store_true", help="small cases, which a CPU finishes in seconds")
-    parser.add_argument("--json", metavar="FILE", help="append one JSON line per figure")
+    parser.add_argument("--jsonl", metavar="FILE", help="append one JSON line per figure")
     parser.add_argument("--device", help="such as cuda:0 or cpu; the first GPU by default")
     return parser
 
 
-def bench_main(
-    bench: str,
-    description: str,
-    run: Callable[..., list[dict[str, Any]]],
-    argv: Sequence[str] | None,
-    *,
-    has_core: bool = False,
-) -> int:
-    """Parse, run, print the table. Exit status 1 when a variant of ours is wrong or failed, 2 on bad arguments.
-
-    `has_core` adds --core, for `run(core=)`.
-    """
-    parser = arguments(description)
-    parser.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up")
-    if has_core:
-        parser.add_argument("--core", action="store_true", help="of the full cases only those that matter most")
-    args = parser.parse_args(argv)
-    options = {"core": args.core} if has_core else {}
-    try:
-        device = device_for(args.device, small=args.small)
-    except ValueError as error:
-        print(f"{bench}: {error}", file=sys.stderr)
-        return 2
-    figures = run(small=args.small, device=device, seconds=args.seconds, json_path=args.json, **options)
-    print(table(figures))
-    return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
+def bench_main(bench: str, argv: Sequence[str] | None) -> int:
+    """`worldkv bench BENCH` with these arguments, or those of the process."""
+    return command(["bench", bench, *(sys.argv[1:] if argv is None else argv)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the ceilings, or print the table of a results file."""
     parser = arguments("The machine's ceilings, or the table of a results file.")
-    parser.add_argument("--table", metavar="FILE", help="print the figures of a JSON-lines file and measure nothing")
+    parser.add_argument("--table", metavar="FILE", help="print the figures of a file and measure nothing")
     parser.add_argument("--short", action="store_true", help="in the table, of the rivals only the fastest")
     args = parser.parse_args(argv)
-    if args.table:
-        lines = read_json_lines(args.table)
-        print(table((line for line in lines if line["bench"] != "ceilings"), short=args.short))
-        return 0
     try:
+        if args.table:
+            print(table(measured_in(args.table), short=args.short))
+            return 0
         device = parse_device(args.device)
-    except ValueError as error:
+        writable("--jsonl", args.jsonl)
+    except (ValueError, KeyError, OSError) as error:
         print(f"common: {error}", file=sys.stderr)
         return 2
     before = clocks(device)
     with one_thread():
         ceilings = measure_ceilings(device, small=args.small, host_to_device=True)
     record = {**environment(device), "clocks_before": before, "clocks_after": clocks(device)}
-    append_json_line(args.json, {"bench": "ceilings", "ceilings": asdict(ceilings), "environment": record})
+    append_json_line(args.jsonl, {"bench": "ceilings", "ceilings": asdict(ceilings), "environment": record})
     print("\n".join(f"{key}: {value}" for key, value in record.items()))
     print(describe_ceilings(ceilings))
     return 0

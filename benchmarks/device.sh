@@ -2,14 +2,14 @@
 # Everything that wants a GPU, in one go and without a network. Installs the package, lets doctor compare the CUDA
 # kernels with the reference, and then does what is asked for, in the order asked for; the first three by default.
 #
-#   benchmarks/device.sh [--check] [--ops] [--attention] [--tune] [--fuzz] [--models] [--dry]
+#   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--tune] [--fuzz] [--models] [--dry]
 #
-# --check      tests that use the GPU, memory checker           (at most 5 minutes)
-# --ops        benches of append, compress and prefetch         (3)
-# --attention  bench of segment_attention                       (4)
-# --tune       which launch configuration of segment_attention is the fastest                             (5)
-# --fuzz       1000 random windows on each backend of segment_attention, racecheck and synccheck          (9)
-# --models     one pass and rollouts of the models; LingBot's published path wants more than 80 GB        (7)
+# --check              tests that use the GPU, memory checker                      (at most 5 minutes)
+# --ops                benches of norm_rope_append, compress_chunk and prefetch    (3)
+# --segment_attention  its bench                                                   (4)
+# --tune               which launch configuration of segment_attention is the fastest                         (5)
+# --fuzz               1000 random windows on each backend of segment_attention, racecheck and synccheck      (9)
+# --models             one pass and rollouts of the models; LingBot's published path wants more than 80 GB    (7)
 #
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
 # OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new
@@ -33,15 +33,15 @@ parts=()
 for option in "$@"; do
     case "$option" in
         --dry) dry=1 ;;
-        --check | --ops | --attention | --tune | --fuzz | --models) parts+=("${option#--}") ;;
+        --check | --ops | --segment_attention | --tune | --fuzz | --models) parts+=("${option#--}") ;;
         *)
-            echo "device.sh: the options are --check, --ops, --attention, --tune, --fuzz, --models and --dry," \
-                "got $option" >&2
+            echo "device.sh: the options are --check, --ops, --segment_attention, --tune, --fuzz, --models and" \
+                "--dry, got $option" >&2
             exit 2
             ;;
     esac
 done
-[ "${#parts[@]}" -gt 0 ] || parts=(check ops attention)
+[ "${#parts[@]}" -gt 0 ] || parts=(check ops segment_attention)
 if [ "$dry" = 1 ]; then
     export CUDA_VISIBLE_DEVICES=""
     out=${OUT:-$(mktemp -d)}
@@ -175,7 +175,7 @@ sanitize() { # sanitize LIMIT TOOL...
 }
 
 bench() { # bench LIMIT NAME [OPTIONS...]
-    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --json "$results" "${small[@]+"${small[@]}"}" "${@:3}"
+    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --jsonl "$results" "${small[@]+"${small[@]}"}" "${@:3}"
 }
 
 do_check() {
@@ -194,13 +194,13 @@ do_ops() {
     bench 60 prefetch
 }
 
-do_attention() {
+do_segment_attention() {
     bench 200 segment_attention --core  # FlexAttention compiles anew for every case
 }
 
 do_tune() {
     [ "$dry" = 1 ] && export TRITON_INTERPRET=1
-    stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --json "$results" "${small[@]+"${small[@]}"}"
+    stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --jsonl "$results" "${small[@]+"${small[@]}"}"
 }
 
 do_fuzz() {
@@ -217,8 +217,8 @@ do_fuzz() {
 do_models() {
     bench 90 chunk
     small=("${small[@]:0:1}")  # a rollout makes the chunks it is told to, whatever the seconds
-    bench 90 rollout --model matrix-game-2 --chunks 24 --modes worldkv,sliding_as_long,full,published
-    bench 220 rollout --model lingbot-world-fast --chunks 16 --modes worldkv,sliding_as_long,published
+    bench 90 rollout --model matrix_game_2 --chunks 24 --only worldkv,sliding_as_long,full,published
+    bench 220 rollout --model lingbot_world_fast --chunks 16 --only worldkv,sliding_as_long,published
 }
 
 main() {
@@ -226,8 +226,8 @@ main() {
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
     install_package
     stage environment 30 bash -c print_environment
-    stage doctor 90 "$python" -m worldkv_kernels.cli doctor --prove
-    stage ceilings 30 "$python" "$root/benchmarks/common.py" --json "$results" "${small[@]:0:1}"
+    stage doctor 90 "$python" -m worldkv_kernels doctor --prove
+    stage ceilings 30 "$python" "$root/benchmarks/common.py" --jsonl "$results" "${small[@]:0:1}"
     local part all=("${small[@]+"${small[@]}"}")
     for part in "${parts[@]}"; do
         small=("${all[@]+"${all[@]}"}")

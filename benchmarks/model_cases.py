@@ -34,15 +34,35 @@ _RETRIEVED = 6  # chunks
 _MARGIN = 8 << 30  # bytes of the device left for activations
 
 Memory = WorldMemory | PublishedMemory
+Config = TinyConfig | LingBotConfig | MatrixGameConfig
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model and its depth, None for all of it; `sizes` are other fields of its config."""
+    """A model and its depth, None for all of it; `sizes` are other fields of its config, `variant` is one of the
+    model's, None for the first."""
 
     model: str
     layers: int | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
+    variant: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.variant}" if self.variant else self.model
+
+    def config(self) -> Config:
+        """The sizes. Raises ValueError on an unknown model."""
+        if self.model not in MODELS:
+            raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        variants, _ = MODELS[self.model]
+        make = variants[self.variant] if self.variant else next(iter(variants.values()))
+        return make(**self.sizes, **({"num_layers": self.layers} if self.layers else {}))
+
+    def __str__(self) -> str:
+        config = self.config()
+        tokens = config.grid[0] * config.grid[1]
+        return f"{self.name}, {config.num_layers} layers, {config.num_heads} heads, {tokens} tokens a frame"
 
 
 def _matrix_game(**sizes: Any) -> MatrixGameConfig:
@@ -51,29 +71,29 @@ def _matrix_game(**sizes: Any) -> MatrixGameConfig:
     return MatrixGameConfig(**{"action_layers": tuple(range(layers // 2)), **sizes})
 
 
-# The config and the class of each model.
+# The config of each model's variants, the first by default, and the class.
 MODELS = {
-    "tiny": (TinyConfig, TinyWorldModel),
-    "lingbot-world-fast": (LingBotConfig.fast, LingBotWorldFast.random),
-    "lingbot-world-v2-1.3b": (LingBotConfig.v2_1_3b, LingBotWorldFast.random),
-    "matrix-game-2": (_matrix_game, MatrixGame2.random),
+    "tiny": ({"tiny": TinyConfig}, TinyWorldModel),
+    "lingbot_world_fast": ({"fast": LingBotConfig.fast, "v2-1.3b": LingBotConfig.v2_1_3b}, LingBotWorldFast),
+    "matrix_game_2": ({"universal": _matrix_game}, MatrixGame2),
 }
 
 
 def build(case: ModelCase, device: torch.device) -> WorldModel:
     """The case's model with random weights, bf16 on a GPU and fp32 on a CPU. Raises ValueError on an unknown model."""
-    if case.model not in MODELS:
-        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {case.model!r}")
-    sizes = {**case.sizes, **({"num_layers": case.layers} if case.layers else {})}
-    config, make = MODELS[case.model]
-    return make(config(**sizes), device=device, dtype=DTYPES[device.type])
+    config = case.config()
+    made_of = MODELS[case.model][1]
+    draw = made_of if made_of is TinyWorldModel else made_of.random  # the tiny model has no other weights
+    return draw(config, device=device, dtype=DTYPES[device.type])
 
 
-def describe(case: ModelCase, model: WorldModel) -> str:
-    """What a figure's case says of the model."""
-    config = model.config
-    tokens = config.grid[0] * config.grid[1]
-    return f"{case.model}, {config.num_layers} layers, {config.num_heads} heads, {tokens} tokens a frame"
+def weights_of(case: ModelCase, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a case with `layers`, from its sizes: three layers and one tell what two more take."""
+    few = [replace(case, layers=layers) for layers in (1, 3)]
+    # The tiny model draws its weights when it is made.
+    on = "cpu" if case.model == "tiny" else "meta"
+    one, three = (weight_bytes(MODELS[case.model][1](of.config(), device=on, dtype=dtype)) for of in few)
+    return one + (case.layers - 1) * (three - one) // 2
 
 
 def shape(model: WorldModel, window_tokens: int) -> dict[str, int]:
@@ -175,7 +195,7 @@ def pass_flops(model: WorldModel, controls: Controls, window_tokens: int) -> int
         of_rollout = model.prepare_rollout(None, controls.poses[0], (1.0, 0.0))
         of_chunk = model.prepare_chunk(of_rollout, 0, controls)
         alone.begin_chunk(controls.poses)
-        latents = torch.zeros((model.chunk_frames, *model.latent_shape), device=model.device)
+        latents = torch.zeros((model.chunk_frames, *model.latent_shape), dtype=torch.float32, device=model.device)
         with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
             model.denoise(latents, 0, of_chunk, alone)
     queries = config.chunk_frames * config.grid[0] * config.grid[1]
@@ -203,10 +223,10 @@ def relative_errors(made: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
 # Of the small cases: two layers, 24 tokens a frame.
 SMALL_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "lingbot-world-fast": {
+    "lingbot_world_fast": {
         "num_heads": 2, "head_dim": 64, "ffn_dim": 256, "grid": (4, 6), "text_tokens": 8, "text_dim": 32,
     },
-    "matrix-game-2": {
+    "matrix_game_2": {
         "num_heads": 2, "head_dim": 64, "ffn_dim": 256, "grid": (4, 6), "image_tokens": 5, "image_dim": 32,
     },
 }  # fmt: skip

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import read_json_lines
+from common import measured_in
+from plots_common import headline, save, wrapped
 from plots_rollout import draw_rollouts
 
 COLORS = [
@@ -21,6 +22,7 @@ COLORS = [
 ]  # fmt: skip
 MARKERS = "osD^vP*X<"  # nine to sixteen colors: no two lines are alike
 COLUMNS = 3  # panels in a row
+CEILING = "at the measured ceiling"
 QUANTITIES = {"latency": "latency, us", "share": "share of the measured ceiling, %"}
 
 Figure = dict[str, Any]
@@ -37,12 +39,11 @@ def check() -> None:
 def draw(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
     """Write <bench>_latency and <bench>_share as .png and .svg, and return their paths.
 
-    A panel per shape with a line per variant where cases differ in context length alone, else a panel per case with
-    bars. Lines leave out what a variant adds to its base, such as lse. A bench of which nothing was timed has no
-    picture.
+    A panel with a line per variant for each shape that comes in more than one context length, and one with bars for
+    each other case. Lines leave out what a variant adds to its base, such as lse. Both show the ceiling: of latency,
+    the least time that the work can take. A bench of which nothing was timed has no picture.
     Rollouts have a picture of their own, see plots_rollout.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -50,37 +51,53 @@ def draw(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
     written = draw_rollouts([f for f in figures if f["bench"] == "rollout"], folder)
     for bench in dict.fromkeys(f["bench"] for f in timed):
         of_bench = [f for f in timed if f["bench"] == bench]
+        lined, barred = _panels(of_bench)
         for quantity, label in QUANTITIES.items():
             canvas = Canvas(layout="constrained")
-            panels = _by_shape([f for f in of_bench if f["base"] is None])
-            with_lines = any(len({f["shape"].get("tokens") for f in panel}) > 1 for panel in panels.values())
-            (_lines if with_lines else _bars)(canvas, panels if with_lines else _by_case(of_bench), quantity, label)
+            rows = 0 if lined else max(len(panel) for panel in barred.values())
+            width, height, margin = (4.6, 3.9, 2.2) if lined else (5.0, 1.3 + 0.33 * rows, 0)
+            panels = _grid(canvas, len(lined) + len(barred), width, height, margin)
+            if lined:
+                _lines(canvas, panels[: len(lined)], lined, quantity, label)
+            _bars(panels[len(lined) :], barred, quantity, label)
             device = of_bench[0]["environment"]["device"]
             spread = ", with 20th and 80th percentile" if quantity == "latency" else ""
-            canvas.suptitle(f"{bench} on {device}: {label}{spread}", fontsize=11)
-            for kind in ("png", "svg"):
-                written.append(Path(folder) / f"{bench}_{quantity}.{kind}")
-                with rc_context({"svg.fonttype": "none"}):  # words stay words, which can be searched
-                    canvas.savefig(written[-1], dpi=130)
+            headline(canvas, f"{bench} on {device}: {label}{spread}", of_bench)
+            written += save(canvas, Path(folder) / f"{bench}_{quantity}")
     return written
 
 
-def _by_shape(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
-    """Figures that differ in nothing but the context length together; panels in the order of their names, so that like
-    shapes lie side by side."""
-    panels: dict[str, list[Figure]] = {}
+def _panels(figures: Sequence[Figure]) -> tuple[dict[str, list[Figure]], dict[str, list[Figure]]]:
+    """Figures that differ in nothing but the context length together, by shape in the order of their names, so that
+    like shapes lie side by side; and those of the other cases, by case."""
+    shapes: dict[str, list[Figure]] = {}
     for f in figures:
-        name = ", ".join(f"{value} {key}" for key, value in f["shape"].items() if key != "tokens")
-        panels.setdefault(name or f["case"], []).append(f)
-    return dict(sorted(panels.items()))
+        shapes.setdefault(", ".join(_words(f["shape"])), []).append(f)
+    lined = {
+        name: [f for f in panel if f["base"] is None]
+        for name, panel in sorted(shapes.items())
+        if len({f["shape"]["tokens"] for f in panel}) > 1 and len({f["case"] for f in panel}) > 1
+    }
+    alone = [f for name, panel in shapes.items() if name not in lined for f in panel]
+    return lined, {case: [f for f in alone if f["case"] == case] for case in dict.fromkeys(f["case"] for f in alone)}
 
 
-def _by_case(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
-    return {case: [f for f in figures if f["case"] == case] for case in dict.fromkeys(f["case"] for f in figures)}
+def _words(shape: dict[str, Any]) -> Iterator[str]:
+    """What a shape is, but for its context length."""
+    for key, value in shape.items():
+        if key == "dtype":
+            yield value
+        elif key != "tokens":
+            yield f"{key} {value}" if key == "head_dim" else f"{value} {key}"
 
 
 def _value(figure: Figure, quantity: str) -> float:
     return figure["us"] if quantity == "latency" else 100 * figure["share"]
+
+
+def _ceiling(figure: Figure, quantity: str) -> float:
+    """What the value would be at the ceiling that binds."""
+    return figure["us"] * figure["share"] if quantity == "latency" else 100.0
 
 
 def _spread(figure: Figure, quantity: str) -> tuple[float, float]:
@@ -94,21 +111,21 @@ def _grid(canvas: Any, count: int, width: float, height: float, margin: float) -
     """`count` panels of that size in inches, COLUMNS in a row, and room at the right."""
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
-    canvas.set_size_inches(columns * width + margin, rows * height + 0.5)
+    canvas.set_size_inches(columns * width + margin, rows * height + 0.6)
     panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
     for unused in panels[count:]:
         unused.set_visible(False)
     return panels[:count]
 
 
-def _lines(canvas: Any, panels: dict[str, list[Figure]], quantity: str, label: str) -> None:
+def _lines(canvas: Any, grid: Sequence[Any], panels: dict[str, list[Figure]], quantity: str, label: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     everything = [f for panel in panels.values() for f in panel]
     names = list(dict.fromkeys(f["variant"] for f in everything))
     rivals = {f["variant"] for f in everything if f["is_rival"]}
     shown = {}
-    for axes, (title, panel) in zip(_grid(canvas, len(panels), 4.2, 3.6, 2.4), panels.items(), strict=True):
+    for axes, (title, panel) in zip(grid, panels.items(), strict=True):
         for place, name in enumerate(names):
             points = sorted((f for f in panel if f["variant"] == name), key=lambda f: f["shape"]["tokens"])
             if not points:
@@ -126,7 +143,9 @@ def _lines(canvas: Any, panels: dict[str, list[Figure]], quantity: str, label: s
                 capsize=2,
                 elinewidth=0.9,
             )
-        axes.set_title(title, fontsize=10)
+        ceilings = sorted({f["shape"]["tokens"]: _ceiling(f, quantity) for f in panel}.items())
+        (shown[CEILING],) = axes.plot(*zip(*ceilings, strict=True), color="black", linestyle=":", linewidth=1.4)
+        axes.set_title(wrapped(title, 40), fontsize=9)
         axes.set_xlabel("context length, tokens")
         axes.set_xscale("log")
         ticks = sorted({f["shape"]["tokens"] for f in panel})
@@ -142,6 +161,7 @@ def _lines(canvas: Any, panels: dict[str, list[Figure]], quantity: str, label: s
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.3)
         axes.set_ylabel(label)
+    shown = {**{name: shown[name] for name in names if name in shown}, CEILING: shown[CEILING]}
     labels = [name + (" (rival)" if name in rivals else "") for name in shown]
     canvas.legend(list(shown.values()), labels, loc="outside right upper", fontsize=8, frameon=False)
 
@@ -156,9 +176,9 @@ def _apart(ticks: Sequence[int]) -> list[int]:
     return kept
 
 
-def _bars(canvas: Any, panels: dict[str, list[Figure]], quantity: str, label: str) -> None:
-    height = 1.2 + 0.35 * max(len(panel) for panel in panels.values())
-    grid = _grid(canvas, len(panels), 4.8, height, 0)
+def _bars(grid: Sequence[Any], panels: dict[str, list[Figure]], quantity: str, label: str) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
     for axes, (title, panel) in zip(grid, panels.items(), strict=True):
         panel = panel[::-1]  # the first at the top
         values = [_value(f, quantity) for f in panel]
@@ -170,22 +190,25 @@ def _bars(canvas: Any, panels: dict[str, list[Figure]], quantity: str, label: st
         )  # fmt: skip
         numbers = [f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
         axes.bar_label(bars, numbers, padding=4, fontsize=8)
+        ceilings = [_ceiling(f, quantity) for f in panel]
+        axes.scatter(ceilings, names, marker="|", s=220, color="black", linewidths=1.4, zorder=3)
         axes.margins(x=0.25)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.set_title(wrapped(title, 48), fontsize=9)
+        axes.set_xlabel(f"{label}  ( | {CEILING})" if quantity == "latency" else f"{label}  ( | )", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", help="a file that --json wrote")
+    parser.add_argument("results", help="a file that --json or --jsonl wrote")
     parser.add_argument("folder", help="where the pictures go")
     args = parser.parse_args(argv)
     try:
         check()
-        figures = [line for line in read_json_lines(args.results) if line["bench"] != "ceilings"]
-        for path in draw(figures, args.folder):
+        for path in draw(measured_in(args.results), args.folder):
             print(path)
     except (ImportError, OSError, ValueError, KeyError) as error:
         print(f"plots: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from worldkv_kernels import MemoryConfig
-from worldkv_kernels.memory.retrieval import PublishedPoseRetrieval
+from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval
 from worldkv_kernels.poses import as_poses
 from worldkv_kernels.ranges import phase
 
@@ -73,7 +73,7 @@ class PublishedMemory:
         if dtype not in _DTYPES:
             raise TypeError(f"PublishedMemory: dtype must be bfloat16, float16 or float32, got {dtype}")
         self.config = config
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, dtype=torch.uint8, device=device).device
         self.dtype = dtype
         tokens, frames = config.frame_tokens, config.chunk_frames
         self._sink_tokens = config.sink_frames * tokens
@@ -81,7 +81,7 @@ class PublishedMemory:
         self._recent_tokens = self._recent_frames * tokens
         self._cache_tokens = self._sink_tokens + config.retrieved_chunks * config.chunk_tokens + self._recent_tokens
         self._bank_device = torch.device("cpu") if config.bank == "host" else self.device
-        self._grid = torch.tensor([frames, *config.grid], device=self.device)
+        self._grid = torch.tensor([frames, *config.grid], dtype=torch.int64, device=self.device)
         self._rotations = _rotations(config.head_dim, self.device)
         shape = (self._cache_tokens, config.num_heads, config.head_dim)
         self._caches = [_Cache(shape, self.device, dtype) for _ in range(config.num_layers)]
@@ -343,7 +343,7 @@ def published_compress(
     """
     frame_tokens = len(k) // frames
     keep = max(1, math.ceil(keep_ratio * frame_tokens))
-    index = torch.arange(len(k), device=k.device)
+    index = torch.arange(len(k), dtype=torch.int64, device=k.device)
     if keep >= frame_tokens:
         return BankedChunk(k.clone(), v.clone(), index)
     wide_k, wide_v = k.to(torch.float32, copy=True), v.to(torch.float32, copy=True)
@@ -352,7 +352,7 @@ def published_compress(
     similarity = (tokens * centroid).sum(dim=1) / (tokens.norm(dim=1) * centroid.norm() + 1e-8)
     groups = similarity[frame_tokens:].view(1 if pooled else frames - 1, -1)
     lowest = torch.topk(groups, keep * (frames - 1) // len(groups), dim=1, largest=False).indices
-    first = frame_tokens + torch.arange(len(groups), device=k.device)[:, None] * groups.shape[1]
+    first = frame_tokens + torch.arange(len(groups), dtype=torch.int64, device=k.device)[:, None] * groups.shape[1]
     index = torch.cat([index[:frame_tokens], (lowest + first).flatten().sort().values])
     return BankedChunk(wide_k[index].to(k.dtype), wide_v[index].to(v.dtype), index)
 
@@ -364,8 +364,8 @@ def _check_official(config: MemoryConfig) -> None:
         got = getattr(config, field)
         if got != wanted:
             raise ValueError(f"PublishedMemory: {field} must be {wanted!r}, as of MemoryConfig.official, got {got!r}")
-    if not isinstance(config.retrieval, PublishedPoseRetrieval):
-        wanted = "a PublishedPoseRetrieval, as of MemoryConfig.official"
+    if not isinstance(config.retrieval, OfficialPoseRetrieval):
+        wanted = "an OfficialPoseRetrieval, as of MemoryConfig.official"
         raise ValueError(f"PublishedMemory: retrieval must be {wanted}, got {config.retrieval!r}")
 
 

@@ -31,7 +31,8 @@ Case = Callable[[torch.device, str], Outputs]
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """On the CPU, the same in every call, so that reference and kernel see the same inputs."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
 def attention_case(
@@ -45,7 +46,7 @@ def attention_case(
     def case(device: torch.device, backend: str) -> Outputs:
         segments = [Segment(300, 41 + 128, 5 * shift), Segment(3, 1, -2 * shift), Segment(128, 128)]
         k, v = random(469, 3, head_dim, dtype=dtype), random(469, 3, head_dim, dtype=dtype).flip(0)
-        unused = torch.ones(469, dtype=torch.bool)
+        unused = torch.ones(469, dtype=torch.bool, device="cpu")
         for first, count, _ in segments:
             unused[first : first + count] = False
         k[unused], v[unused] = float("nan"), float("nan")
@@ -67,7 +68,9 @@ def append_case(heads: int, dtype: torch.dtype, *, weights: bool, on_device: boo
         q, k, v = random(30, 3 * columns, dtype=dtype).to(device).split(columns, dim=1)
         pools = [torch.zeros(41, heads, 128, dtype=q.dtype, device=device) for _ in range(2)]
         weight = random(columns, dtype=dtype).to(device) if weights else None
-        first_row, start_frame = (torch.tensor([n], device=device) for n in (11, 7)) if on_device else (11, 7)
+        first_row, start_frame = (
+            (torch.tensor([n], dtype=torch.int64, device=device) for n in (11, 7)) if on_device else (11, 7)
+        )
         out = norm_rope_append(
             q, k, v, *pools, first_row, rope=Rope3D(128, max_position=16), grid=(2, 3, 5), start_frame=start_frame,
             q_weight=weight, k_weight=weight, backend=backend,

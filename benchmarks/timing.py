@@ -164,13 +164,13 @@ def measure_ceilings(device: torch.device, *, small: bool = False, host_to_devic
     copy = _copy_seconds(copied, device, seconds)
     side = 512 if small else 8192
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # bf16 on a CPU may be emulated
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     matmul = time_variants({"mm": lambda i: torch.mm(a, b, out=product)}, device, seconds=seconds)["mm"].median
     link = None
     if host_to_device and device.type == "cuda":
         size = 1 << 20 if small else 1 << 30
-        on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True).fill_(7)
+        on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu").fill_(7)
         on_device = torch.empty(size, dtype=torch.uint8, device=device)
         runs = {"h2d": lambda i: on_device.copy_(on_host, non_blocking=True)}
         link = size / time_variants(runs, device, seconds=seconds)["h2d"].median
@@ -178,7 +178,7 @@ def measure_ceilings(device: torch.device, *, small: bool = False, host_to_devic
 
 
 def _copy_seconds(size: int, device: torch.device, seconds: float) -> float:
-    source = torch.randn(size // 4, device=device)
+    source = torch.randn(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return time_variants({"copy": lambda i: target.copy_(source)}, device, seconds=seconds)["copy"].median
 

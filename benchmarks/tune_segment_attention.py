@@ -1,6 +1,6 @@
 """Which launch configuration of the Triton segment_attention is fastest, by shape and by what is asked for on top.
 
-    python benchmarks/tune_segment_attention.py [--small] [--json FILE] [--device DEVICE] [--seconds S]
+    python benchmarks/tune_segment_attention.py [--small] [--jsonl FILE] [--device DEVICE] [--seconds S]
 
 Every candidate is checked, then timed beside the others in one loop; the shipped one is among them. What it prints
 belongs into `attention_config` of kernels/segment_attention.py: nothing is tuned while a model runs. Candidates that
@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 from bench_segment_attention import CORE_CASES, AttentionCase, Inputs, our_variant
-from common import Problem, Variant, arguments, device_for, run_cases, table
+from common import Problem, Variant, arguments, check_seconds, device_for, run_cases, table
 from timing import Run
 from worldkv_kernels.kernels import segment_attention as kernel
 from worldkv_kernels.kernels.segment_attention import AttentionConfig
+
+from worldkv_kernels.cli.report import writable
 
 # 4 warps spill with 128 queries, as compiling shows, and 256 queries fit only with 16 warps and 64 rows of keys.
 CANDIDATES = [
@@ -122,7 +124,7 @@ def compile_share(device: torch.device, share: str) -> None:
 
 
 def run(
-    *, small: bool = False, device: torch.device, seconds: float = 1.0, json_path: str | None = None
+    *, small: bool = False, device: torch.device, seconds: float = 1.0, jsonl_path: str | None = None
 ) -> list[dict[str, Any]]:
     """Measure all candidates on all cases; figures as `common.run_cases` returns them."""
     candidates, cases = (SMALL_CANDIDATES, SMALL_CASES) if small else (CANDIDATES, CASES)
@@ -132,7 +134,7 @@ def run(
     def make(case: TuneCase, device: torch.device) -> Problem:
         return prepare(case, device, candidates)
 
-    return run_cases("tune_segment_attention", cases, make, device, small=small, seconds=seconds, json_path=json_path)
+    return run_cases("tune_segment_attention", cases, make, device, small=small, seconds=seconds, jsonl_path=jsonl_path)
 
 
 def winners(figures: Sequence[dict[str, Any]]) -> list[str]:
@@ -159,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = device_for(args.device, small=args.small)
+        check_seconds(args.seconds)
+        writable("--jsonl", args.jsonl)
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("on a CPU, set TRITON_INTERPRET=1: the kernel runs in Triton's interpreter")
     except ValueError as error:
@@ -167,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compile:
         compile_share(device, args.compile)
         return 0
-    figures = run(small=args.small, device=device, seconds=args.seconds, json_path=args.json)
+    figures = run(small=args.small, device=device, seconds=args.seconds, jsonl_path=args.jsonl)
     print(table(figures))
     print("\n".join(winners(figures)))
     return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))

@@ -432,15 +432,16 @@ def window_tables(
     ranges.insert(0, (0, len(tiles), 0, len(tail_rows)))
     tables = []
     for rows, shape in ((tiles, (capacity, 2)), (tail_rows, (TILE_ROWS * capacity, 2)), (ranges, (capacity + 1, 4))):
-        table = torch.zeros(shape, dtype=torch.int32)
-        table[: len(rows)] = torch.tensor(rows, dtype=torch.int32).view(-1, shape[1])
+        table = torch.zeros(shape, dtype=torch.int32, device="cpu")
+        table[: len(rows)] = torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, shape[1])
         tables.append(table)
-    turns = torch.zeros(1, 1, 2)
+    turns = torch.zeros(1, 1, 2, dtype=torch.float32, device="cpu")
     if frequencies is not None:
-        turns = torch.zeros(capacity, len(frequencies), 2)
-        angles = torch.tensor([time_shift for *_, time_shift in segments])[:, None] * frequencies.double().cpu()
+        turns = torch.zeros(capacity, len(frequencies), 2, dtype=torch.float32, device="cpu")
+        shifts = torch.tensor([time_shift for *_, time_shift in segments], dtype=torch.int64, device="cpu")
+        angles = shifts[:, None] * frequencies.double().cpu()
         turns[: len(segments)] = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
-    tables += [torch.tensor([len(segments)], dtype=torch.int32), turns]
+    tables += [torch.tensor([len(segments)], dtype=torch.int32, device="cpu"), turns]
     return tuple(table.to(device) for table in tables)
 
 

@@ -1,4 +1,8 @@
-"""Runs the suite on a GPU where there is one, else on the CPU with Triton's interpreter."""
+"""Runs the suite on a GPU where there is one, else on the CPU with Triton's interpreter.
+
+WORLDKV_TEST_DEFAULT=meta, float64 or bfloat16 runs it under that default device or dtype of the process. What the code
+of the tests makes is then still on the CPU and in float32: what it leaves to the defaults is not what they are about.
+"""
 
 import ctypes
 import importlib
@@ -19,6 +23,8 @@ if not torch.cuda.is_available():
 import cuda_on_host
 import numpy as np
 import pytest
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS_BACKENDS
 from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
@@ -27,7 +33,37 @@ from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
 torch.set_num_threads(1)
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TESTS = Path(__file__).resolve().parent
+BENCHMARKS = TESTS.parent / "benchmarks"
+
+
+class UsualDefaults(TorchFunctionMode):
+    """Torch's own default device and dtype for what is called by code of the tests."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        caller = sys._getframe(1)
+        while caller.f_back and caller.f_code.co_filename.startswith(os.path.dirname(torch.__file__)):
+            caller = caller.f_back  # such as the parts of a torch.nn module
+        if Path(caller.f_code.co_filename).parent != TESTS:
+            return function(*args, **kwargs)
+        if function in _device_constructors() and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "cpu"}
+        of_process = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(of_process)
+
+
+default = os.environ.get("WORLDKV_TEST_DEFAULT")
+if default:
+    UsualDefaults().__enter__()  # until the process ends
+    if default == "meta":
+        torch.set_default_device(default)
+    else:
+        torch.set_default_dtype(getattr(torch, default))
 
 
 def pytest_configure(config):

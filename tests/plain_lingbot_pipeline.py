@@ -1,8 +1,56 @@
 """The pipeline loop of LingBot-World-Fast, restated plainly: camera, noise schedule, caches and the order of passes."""
 
 import itertools
+import math
 
 import torch
+
+
+def latent_poses(clip, frame_num, chunk_size=3):
+    """What the pipeline makes of a clip's poses [n, 4, 4], one a video frame: one a latent frame of whole chunks."""
+    clip = clip[: min((frame_num - 1) // 4 * 4 + 1, (len(clip) - 1) // 4 * 4 + 1)]
+    count = (len(clip) - 1) // 4 + 1
+    count -= count % chunk_size
+    poses = []
+    for index in range(count):
+        at = index * (len(clip) - 1) / (count - 1)
+        before = min(int(at), len(clip) - 2)
+        pose = torch.eye(4, dtype=torch.float64)
+        pose[:3, 3] = torch.lerp(clip[before, :3, 3], clip[before + 1, :3, 3], at - before)
+        pose[:3, :3] = quaternion_matrix(
+            slerp(*(quaternion(clip[i, :3, :3]) for i in (before, before + 1)), at - before)
+        )
+        poses.append(pose)
+    return torch.stack(poses)
+
+
+def quaternion(rotation):
+    """w, x, y, z of a rotation of less than 180 degrees."""
+    w = math.sqrt(1 + rotation.trace().item()) / 2
+    twice = torch.stack(
+        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
+    )
+    return torch.cat([torch.tensor([w], dtype=torch.float64), twice / (4 * w)])
+
+
+def quaternion_matrix(q):
+    w, x, y, z = (q / q.norm()).tolist()
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def slerp(one, other, part):
+    """Between two unit quaternions, on the shorter of the two arcs."""
+    if one @ other < 0:
+        other = -other
+    angle = math.acos(min(1.0, (one @ other).item()))
+    if angle < 1e-8:
+        return torch.lerp(one, other, part)
+    return (math.sin((1 - part) * angle) * one + math.sin(part * angle) * other) / math.sin(angle)
 
 
 def camera_embedding(c2ws, intrinsics, height, width, keys=None):

@@ -134,9 +134,11 @@ def state(memory: WorldMemory, chunk: int) -> tuple:
 
 
 @st.composite
-def configs(draw, **fixed) -> MemoryConfig:
+def configs(draw, whole_chunks: bool = False, **fixed) -> MemoryConfig:
+    """`whole_chunks`: sink and recent frames neither end nor begin inside a chunk."""
     frames = draw(st.integers(1, 4))
     mode = fixed.get("mode") or draw(st.sampled_from(["worldkv"] * 5 + ["full", "sliding", "sink_recent"]))
+    whole = whole_chunks or draw(st.booleans())
     retrieved = draw(st.integers(0, 4))
     rope = draw(st.sampled_from([*ROPES, ROPES[0], None]))
     bounds = [None] * (rope is not None) + [max(1, retrieved) + draw(st.integers(0, 3))]
@@ -150,8 +152,8 @@ def configs(draw, **fixed) -> MemoryConfig:
         head_dim=HEAD_DIM,
         grid=(draw(st.integers(2, 4)), draw(st.integers(3, 5))),
         chunk_frames=frames,
-        sink_frames=frames * draw(st.integers(0, 2)),
-        recent_frames=frames * draw(st.integers(0, 3)),
+        sink_frames=draw(st.integers(0, 2)) * frames if whole else draw(st.integers(0, 2 * frames)),
+        recent_frames=draw(st.integers(0, 3)) * frames if whole else draw(st.integers(0, 3 * frames)),
         retrieved_chunks=retrieved,
         keep_ratio=draw(st.sampled_from([0.1, 0.25, 0.5, 0.7, 1.0]) | st.floats(0.1, 1)),
         pooled=draw(st.booleans()),

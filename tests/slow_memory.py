@@ -233,7 +233,8 @@ class SlowMemory:
         self.num_dropped = 0
         self.next = 0
         self.current: SlowChunk | None = None
-        self.window: list[tuple[str, int, int]] = []  # role, chunk, first frame its keys are turned to
+        # Role, chunk, the frame to which the keys of its first frame are turned, which of its frames.
+        self.window: list[tuple[str, int, int, range]] = []
 
     # The window.
 
@@ -243,9 +244,6 @@ class SlowMemory:
         if poses is not None and config.mode == "worldkv":
             self.current.view = self.order.describe(np.asarray(poses, dtype=np.float64))
         frames = config.chunk_frames
-        sink = [chunk for chunk in range(number) if self.where[chunk] == "sink"]
-        recent = [chunk for chunk in range(number) if self.where[chunk] == "recent"]
-        waiting = [chunk for chunk in range(number) if self.where[chunk] == "unattended"]
         retrieved: list[int] = []
         if config.mode == "worldkv":
             candidates = {chunk: self.past[chunk].view for chunk in range(number) if self.where[chunk] == "bank"}
@@ -254,29 +252,54 @@ class SlowMemory:
                 retrieved.sort()
             elif config.order == "nearest_last":
                 retrieved.reverse()
-        if not retrieved and config.retrieved_chunks:
-            recent = waiting + recent
         self.retrieved = retrieved
-        first = {chunk: chunk * frames for chunk in [*range(number), number]}
+        reach = config.recent_frames
+        if config.mode == "worldkv" and not retrieved and config.retrieved_chunks:
+            reach += config.unattended_chunks * frames
+        roles = {frame: self.role_of_frame(frame, number * frames, reach) for frame in range(number * frames)}
+        pieces = [("sink", chunk, self.frames_with("sink", roles, chunk)) for chunk in range(number)]
+        pieces += [("retrieved", chunk, range(frames)) for chunk in retrieved]
+        pieces += [("recent", chunk, self.frames_with("recent", roles, chunk)) for chunk in range(number)]
+        pieces = [piece for piece in [*pieces, ("current", number, range(frames))] if len(piece[2])]
+        firsts = [chunk * frames for _, chunk, _ in pieces]
         if config.rebase_time and config.mode != "full":
-            attended = [*(sink if config.rebase_sink else []), *retrieved]
-            start = (recent[0] if recent else number) * frames
-            for places_before, chunk in enumerate(reversed(attended), start=1):
-                first[chunk] = start - places_before * frames
+            stands = min((frame for frame, role in roles.items() if role == "recent"), default=number * frames)
+            for place, (role, _, of_chunk) in reversed(list(enumerate(pieces))):
+                if role == "retrieved" or (role == "sink" and config.rebase_sink):
+                    stands -= len(of_chunk)
+                    firsts[place] = stands
         self.window = [
-            (role, chunk, first[chunk])
-            for role, chunks in (("sink", sink), ("retrieved", retrieved), ("recent", recent), ("current", [number]))
-            for chunk in chunks
+            (role, chunk, first, of_chunk) for (role, chunk, of_chunk), first in zip(pieces, firsts, strict=True)
         ]
+
+    def role_of_frame(self, frame: int, now: int, reach: int) -> str:
+        """What a past frame is while the frames from `now` on are made, if the recent ones go `reach` back."""
+        config = self.config
+        if config.mode in ("worldkv", "sink_recent") and frame < config.sink_frames:
+            return "sink"
+        return "recent" if config.mode == "full" or now - frame <= reach else "out"
+
+    def frames_with(self, role: str, roles: dict[int, str], chunk: int) -> range:
+        """Of a chunk's frames, counted from 0, those of a role, which follow one another."""
+        frames = self.config.chunk_frames
+        found = [frame for frame in range(frames) if roles[chunk * frames + frame] == role]
+        return range(found[0], found[-1] + 1) if found else range(0)
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.rows(chunk) for _, chunk, _ in self.window)
+        return sum(len(self.tokens(role, chunk, of_chunk)) for role, chunk, _, of_chunk in self.window)
+
+    def tokens(self, role: str, chunk: int, of_chunk: range, layer: int = 0) -> list[int]:
+        """Which of a chunk's tokens are attended to."""
+        if role == "retrieved":
+            return self.past[chunk].kept[layer]
+        per_frame = self.config.grid[0] * self.config.grid[1]
+        return list(range(of_chunk.start * per_frame, of_chunk.stop * per_frame))
 
     def rows(self, chunk: int) -> int:
         config = self.config
         whole = config.chunk_frames * config.grid[0] * config.grid[1]
-        if chunk == self.next or self.past[chunk].kept is None:
+        if self.past[chunk].kept is None:
             return whole
         return len(self.past[chunk].kept[0])
 
@@ -299,9 +322,9 @@ class SlowMemory:
         queries = qk_norm(q.double(), q_weight, config.eps).view(-1, *heads)
         queries = self.rotate(queries, current.number * config.chunk_frames)
         keys, values = [], []
-        for _, number, first_frame in self.window:
+        for role, number, first_frame, of_chunk in self.window:
             chunk = current if number == current.number else self.past[number]
-            kept = chunk.kept[layer] if chunk.kept is not None else slice(None)
+            kept = self.tokens(role, number, of_chunk, layer)
             keys.append(self.keys(chunk, layer, first_frame)[kept])
             values.append(chunk.v[layer].view(-1, *heads)[kept])
         scale = config.scale if config.scale is not None else 1 / math.sqrt(config.head_dim)
@@ -314,24 +337,23 @@ class SlowMemory:
         self.past[number] = self.current
         self.current = None
         self.next += 1
-        recent_chunks = config.recent_frames // config.chunk_frames
-        sink_chunks = config.sink_frames // config.chunk_frames
-        if config.mode not in ("worldkv", "sink_recent"):
-            sink_chunks = 0
-        self.where[number] = "sink" if number < sink_chunks else "recent"
-        if config.mode == "full":
-            return
+        frames = config.chunk_frames
+
+        def any_frame(chunk: int, role: str, reach: int = config.recent_frames) -> bool:
+            of_chunk = range(chunk * frames, (chunk + 1) * frames)
+            return any(self.role_of_frame(frame, self.next * frames, reach) == role for frame in of_chunk)
+
+        self.where[number] = "sink" if any_frame(number, "sink") else "recent"
         for chunk in range(self.next):
-            age = number - chunk  # 0 for the chunk just made
-            if self.where[chunk] == "recent" and age >= recent_chunks:
+            if self.where[chunk] == "recent" and not any_frame(chunk, "recent"):
                 self.where[chunk] = "unattended" if config.mode == "worldkv" else "dropped"
         if config.mode != "worldkv":
             return
-        if config.bank_sink and number < sink_chunks:
+        if config.bank_sink and self.where[number] == "sink":
             self.bank(number)
         for chunk in range(self.next):
-            age = number - chunk
-            if self.where[chunk] == "unattended" and age >= recent_chunks + config.unattended_chunks:
+            reach = config.recent_frames + config.unattended_chunks * frames
+            if self.where[chunk] == "unattended" and not any_frame(chunk, "recent", reach):
                 self.bank(chunk)
 
     def bank(self, number: int) -> None:

@@ -35,17 +35,30 @@ def pipeline_noise(chunk, step, shape):
     return noise(0, chunk, step, (shape[1], shape[0], *shape[2:])).transpose(0, 1)
 
 
-def generate(model, frames=FRAMES, **options):
+def generate(model, frames=FRAMES, *, pipe=None, **options):
     """Latents [frames, channels, height, width] of the pipeline's own code."""
     sampler = [(sigma, 1000 * sigma) for sigma in SIGMAS]
     arguments = TEXT, IMAGE[:, :frames], CAMERA[:, :, :frames], pipeline_noise, sampler
-    return pipeline.WanI2VFast(model).generate(*arguments, **options).transpose(0, 1)
+    return (pipe or pipeline.WanI2VFast(model)).generate(*arguments, **options).transpose(0, 1)
 
 
-def enable(model, poses=POSES, *, dtype=None, intrinsics=None, **options):
-    options = {"mode": "full", "bank_chunks": 9, **options}
-    config = lingbot.memory_config(model, grid=GRID, **options)
-    return lingbot.enable(model, config, poses=poses, intrinsics=intrinsics, dtype=dtype)
+def enable(model, poses=POSES, **options):
+    return lingbot.enable(model, **{"poses": poses, "mode": "full", "bank_chunks": 9, **options})
+
+
+class KeepsItsCaches(pipeline.WanI2VFast):
+    """A pipeline that makes its caches once, and begins a rollout by setting their indices to 0, as Self-Forcing's."""
+
+    kept = None
+
+    def caches(self, kv_size, dtype):
+        if self.kept is None:
+            self.kept = super().caches(kv_size, dtype)
+        for cache in self.kept[0]:
+            cache["global_end_index"], cache["local_end_index"] = torch.tensor([0]), torch.tensor([0])
+        for cache in self.kept[1]:
+            cache["is_init"] = torch.tensor(0)
+        return self.kept
 
 
 def reference_rollout(model, config):

@@ -98,11 +98,16 @@ def test_what_a_backend_cannot_run_is_an_error_when_asked_for_and_skipped_by_aut
     assert op.choose("auto", GPU, KIND) is op.runs["reference"]
 
 
-def test_a_damaged_list_of_proofs_is_an_error(op):
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"cuda": []}', '{"cuda": {"some_op": 9}}', '{"cuda": {"x": [[]]}}', "[" * 10**5]
+)
+def test_a_damaged_list_of_proofs_is_an_error(op, text):
     proven.user_list().parent.mkdir(parents=True)
-    proven.user_list().write_text("[]")
-    with pytest.raises(ValueError, match=r"proven.json must hold"):
-        op.passed_over("cuda", GPU, KIND)
+    proven.user_list().write_text(text)
+    for use in (lambda: op.passed_over("cuda", GPU, KIND), lambda: proven.record("some_op", GPU)):
+        with pytest.raises(ValueError, match=r"proven.json must hold {'cuda': {op: \[architectures\]}}, got"):
+            use()
+    assert proven.user_list().read_text() == text
 
 
 def corrupted(run, spoil):
@@ -270,4 +275,4 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch):
 def test_bad_input_is_one_line_and_status_2(capsys):
     assert main(["doctor", "--device", "abacus"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("worldkv doctor: --device must be a device of this machine, got 'abacus'")
+    assert error.startswith("worldkv doctor: --device must be cpu or a CUDA device of this machine, got 'abacus'")

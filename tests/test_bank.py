@@ -15,7 +15,7 @@ from tiny_memory import MODEL, jumps, latents, passes, tiny, walk
 
 import worldkv_kernels.memory.room as room
 import worldkv_kernels.memory.slots as slots_module
-import worldkv_kernels.memory.world_memory as world_memory_module
+import worldkv_kernels.memory.storage as storage_module
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
@@ -285,17 +285,17 @@ def test_pruning_that_fails_leaves_the_chunk_begun(monkeypatch):
         for each in (memory, calm):
             each.begin_chunk(poses[chunk])
             passes(each, chunk)
-        before, compress = memory.stats(), world_memory_module.compress_chunk
+        before, compress = memory.stats(), storage_module.compress_chunk
 
         def failing(*args, compress=compress, **options):
             compress(*args, **options)
             raise KeyboardInterrupt
 
         if chunk >= 3:
-            monkeypatch.setattr(world_memory_module, "compress_chunk", failing)
+            monkeypatch.setattr(storage_module, "compress_chunk", failing)
             with pytest.raises(KeyboardInterrupt):
                 memory.end_chunk()
-            monkeypatch.setattr(world_memory_module, "compress_chunk", compress)
+            monkeypatch.setattr(storage_module, "compress_chunk", compress)
             after = memory.stats()
             assert {name for name in before if before[name] != after[name]} <= {"prefetch_misses"}
             if chunk % 2:

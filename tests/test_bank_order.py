@@ -14,6 +14,7 @@ import torch
 from late_streams import Broken, LateStreams
 
 import worldkv_kernels.memory.slots as slots_module
+import worldkv_kernels.memory.storage as storage_module
 import worldkv_kernels.memory.world_memory as world_memory_module
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
 from worldkv_kernels.memory.bank import Bank
@@ -52,8 +53,9 @@ class Play:
         self.streams = LateStreams(seed, queues_compute=True)
         self.random = self.streams.random
         monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: self.streams)
-        for op in ("norm_rope_append", "segment_attention", "compress_chunk"):
+        for op in ("norm_rope_append", "segment_attention"):
             monkeypatch.setattr(world_memory_module, op, getattr(self, op))
+        monkeypatch.setattr(storage_module, "compress_chunk", self.compress_chunk)
         slots, places = self.random.choice([2, 3, 4, 6]), self.random.choice([2, 3, 5, 12])
         config = dict(
             num_layers=LAYERS, num_heads=1, head_dim=64, grid=(1, 1), chunk_frames=CHUNK, sink_frames=0,

@@ -14,9 +14,9 @@ from conftest import BENCHMARKS
 CPU = torch.device("cpu")
 BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "prefetch"]
 KEYS = {
-    "bench", "case", "variant", "shape", "is_rival", "status", "reason", "error", "error_limit", "us", "us_20", "us_80",
-    "host_us", "rounds", "bytes", "link_bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival", "times_rival",
-    "base", "over_base", "ceilings", "environment",
+    "bench", "case", "variant", "shape", "small", "is_rival", "status", "reason", "error", "error_limit", "us", "us_20",
+    "us_80", "host_us", "rounds", "bytes", "link_bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival",
+    "times_rival", "base", "over_base", "ceilings", "environment",
 }  # fmt: skip
 ENVIRONMENT_KEYS = {
     "date", "commit", "dirty", "source", "device", "driver", "cuda", "cudnn", "torch", "triton", "python",
@@ -212,7 +212,7 @@ def test_a_case_that_cannot_be_made_ready_fails_alone(common, tmp_path):
 def test_small_runs_give_json_lines_with_the_documented_keys(load, tmp_path, bench, capsys):
     path = tmp_path / "results.jsonl"
     module = load(f"bench_{bench}")
-    status = module.main(["--small", "--device", "cpu", "--seconds", "0.01", "--json", str(path)])
+    status = module.main(["--small", "--device", "cpu", "--seconds", "0.01", "--jsonl", str(path)])
     assert status == 0
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
@@ -230,7 +230,8 @@ def test_small_runs_give_json_lines_with_the_documented_keys(load, tmp_path, ben
     # Another way of doing the same agrees, so the check is not empty.
     assert any(line["is_rival"] and line["status"] == "timed" for line in lines)
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].split() == ["case", "variant", "us", "GB/s", "TFLOP/s", "share", "x", "rival"]
+    assert printed.splitlines()[0] == bench
+    assert printed.splitlines()[1].split() == ["case", "variant", "us", "GB/s", "TFLOP/s", "share", "x", "rival"]
     readme = (BENCHMARKS / "README.md").read_text()
     assert all(f"`{key}`" in readme for key in KEYS | ENVIRONMENT_KEYS)
 
@@ -261,8 +262,27 @@ def test_full_cases_are_refused_on_a_cpu(load, capsys):
     assert load("bench_compress_chunk").main(["--device", "cpu"]) == 2
     assert load("bench_compress_chunk").main(["--small", "--device", "nowhere"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0] == "compress_chunk: the full cases need a GPU; --small runs on a CPU"
-    assert errors[1].startswith("compress_chunk: --device must be a device of this machine, got 'nowhere'")
+    assert errors[0] == "worldkv bench: the full cases need a GPU; --small runs on a CPU"
+    assert errors[1] == "worldkv bench: --device must be cpu or cuda:N, got 'nowhere'"
+
+
+def test_scripts_by_themselves_say_what_is_wrong_in_one_line(common, tmp_path, capsys):
+    (tmp_path / "broken").write_text('{"bench": "op"}\n[]\n')
+    for arguments, said in (
+        (
+            ["--table", str(tmp_path / "broken")],
+            f"{tmp_path / 'broken'}, line 2: not a figure that --json or --jsonl wrote",
+        ),
+        (["--table", str(tmp_path)], f"[Errno 21] Is a directory: '{tmp_path}'"),
+        (["--small", "--device", "meta"], "--device must be cpu or cuda:N, got 'meta'"),
+        (
+            ["--small", "--device", "cpu", "--jsonl", "/new/x"],
+            "--jsonl must be a file that can be written, got '/new/x'",
+        ),
+    ):
+        assert common.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"common: {said}")
 
 
 def test_the_record_names_the_code(machine, monkeypatch):

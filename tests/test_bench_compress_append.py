@@ -87,10 +87,10 @@ def test_all_layers_are_compressed_in_one_call_beside_a_call_each(load, monkeypa
     # 3 layers of 51 tokens of 2 x 128 numbers of 2 bytes, 17 + 2 x ceil(17 / 4) = 27 kept.
     counted = 3 * ((51 + 3 * 27) * 512 + 4 * 27)
     assert [(v.name, v.num_bytes, v.base, v.rival) for v in problem.variants] == [
-        ("reference", counted, None, False), ("reference, 3 calls", counted, "reference", False),
-        ("published, eager", counted, None, True),
+        ("reference", counted, None, False), ("reference in 3 calls", counted, "reference", False),
+        ("published eager", counted, None, True),
     ]  # fmt: skip
-    assert str(case) == problem.case == "3 layers of 51 tokens x 2 x 128, pooled"
+    assert str(case) == problem.case == "3 layers of 51 tokens x 2 x 128, keep_ratio 0.25, pooled"
     for variant, want in zip(problem.variants, ([3], [1, 1, 1], []), strict=True):
         calls.clear()
         assert variant.check(variant.make()) == 0.0

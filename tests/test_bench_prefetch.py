@@ -113,26 +113,26 @@ def test_a_fetch_of_what_is_there_already_is_wrong(bench, monkeypatch):
     ids=["swapped", "another layer's v", "one number"],
 )
 def test_a_rival_with_wrong_rows_is_reported_and_not_timed(bench, monkeypatch, fault):
-    right, calls = bench.RIVALS["pageable, per layer"], []
+    right, calls = bench.RIVALS["pageable per layer"], []
 
     def wrong(host, pin, device):
         run = right(host, pin, device)
         return lambda i: (calls.append(i), fault(run(i)))[1]
 
-    monkeypatch.setitem(bench.RIVALS, "pageable, per layer", wrong)
+    monkeypatch.setitem(bench.RIVALS, "pageable per layer", wrong)
     statuses = measured(bench)
     assert statuses["Bank.fetch"] == {"timed"}
-    assert statuses["pageable, per layer"] == {"wrong"}
+    assert statuses["pageable per layer"] == {"wrong"}
     assert calls == [0, 0]  # the check alone, once a case
 
 
 @interpreted
 @pytest.mark.parametrize("size", [1, 4096, 3 * 4096 + 5])
 def test_the_kernel_copies_all_and_nothing_past_the_end(load, bench, size):
-    rivals = load("prefetch_rivals")
+    kernel = load("pinned_kernel")
     source = torch.randn(size, dtype=torch.float32)
     target = torch.full((size + 4096,), math.nan)
-    rivals.read_pinned(source, target[:size])
+    kernel.read_pinned(source, target[:size])
     assert torch.equal(target[:size], source)
     assert bool(target[size:].isnan().all())
 
@@ -212,9 +212,9 @@ def test_the_one_beside_starts_first_and_lasts_longer(problem, streams):
         queued[name] = " ".join(streams)
     assert queued == {
         "Bank.fetch": "fetch",
-        "Bank.fetch, matmuls beside": "side waits for main [ mm mm mm mm mm mm ] fetch",
+        "Bank.fetch beside matmuls": "side waits for main [ mm mm mm mm mm mm ] fetch",
         "matmuls": "mm mm",
-        "matmuls, Bank.fetch beside": "side waits for main [ fetch ] mm mm",
+        "matmuls beside Bank.fetch": "side waits for main [ fetch ] mm mm",
     }
     streams.clear()
     problem.settle()

@@ -71,7 +71,7 @@ def test_the_camera_goes_away_and_back(cases):
     turns = [c.poses[1, 0, 2] for c in controls]  # sine of the yaw
     assert turns.index(max(turns)) in (3, 4) and turns[0] == pytest.approx(turns[-1], abs=0.3)
     assert controls[0].actions is None
-    game = cases.build(cases.ModelCase("matrix-game-2", 2, cases.SMALL_SIZES["matrix-game-2"]), CPU)
+    game = cases.build(cases.ModelCase("matrix_game_2", 2, cases.SMALL_SIZES["matrix_game_2"]), CPU)
     actions = [c.actions for c in cases.controls_of(game, 3)]
     assert [(a.mouse.shape, a.keyboard.shape) for a in actions] == [((n, 2), (n, 4)) for n in (9, 21, 33)]
 
@@ -126,7 +126,7 @@ def test_a_figure_is_written_as_soon_as_it_is_there(load, cases, monkeypatch, tm
 
     monkeypatch.setattr(bench, "measure_mode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_small(bench, cases, json_path=path)
+        run_small(bench, cases, jsonl_path=path)
     (line,) = map(json.loads, path.read_text().splitlines())
     assert (line["variant"], line["status"], line["times_rival"]) == ("published", "timed", 1.0)
 
@@ -215,9 +215,9 @@ def test_the_published_path_is_the_chunks_yardstick(load, cases):
     problem = bench.prepare(bench.ChunkCase(small_case(cases)), CPU)
     figures = common.measure(problem, CPU, load("timing").Ceilings(1e9, 1e9), seconds=0.01)
     assert {f["variant"]: f["rival"] for f in figures} == dict.fromkeys(
-        ("worldkv", "official", "sliding_as_long", "worldkv, chunk 60", "published path"), "published path"
+        ("worldkv", "official", "sliding_as_long", "worldkv at chunk 60", "published path"), "published path"
     )
-    later = next(f for f in figures if f["variant"] == "worldkv, chunk 60")
+    later = next(f for f in figures if f["variant"] == "worldkv at chunk 60")
     assert later["base"] == "worldkv" and later["over_base"] == pytest.approx(later["us"] / figures[0]["us"] - 1)
     assert len({f["flops"] for f in figures}) == 1
 
@@ -229,19 +229,19 @@ def test_the_published_path_is_the_chunks_yardstick(load, cases):
 def rolled(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("rollout")
-    files = [f"--{what}={folder / name}" for what, name in (("json", "out.jsonl"), ("plot", "."), ("trace", "t.json"))]
+    files = [f"--{what}={folder / name}" for what, name in (("jsonl", "out.jsonl"), ("plot", "."), ("trace", "t.json"))]
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         patch.setattr(script("bench_rollout"), "SMALL_CASES", script("bench_rollout").SMALL_CASES[:1])
-        assert main(["bench", "rollout", *QUICK, "--modes", "worldkv,full,published", "--chunks", "5", *files]) == 0
+        assert main(["bench", "rollout", *QUICK, "--only", "worldkv,full,published", "--chunks", "5", *files]) == 0
     lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     return folder, lines, "\n".join(printed)
 
 
 def test_figures_of_a_rollout(rolled):
     _, lines, printed = rolled
-    assert [line["variant"] for line in lines] == ["published", "worldkv", "full"]
+    assert [line["variant"] for line in lines] == ["published", "worldkv", "full"]  # the rival comes first
     assert [line["is_rival"] for line in lines] == [True, False, False]
     for line in lines:
         assert line["bench"] == "rollout" and line["status"] == "timed" and line["error"] < 1e-5
@@ -289,7 +289,9 @@ def test_a_slower_mode_shows_in_compare(rolled, tmp_path, capsys):
     "arguments, said",
     [
         (["--model", "other"], r"--model must be one of .*tiny.*, got 'other'"),
-        (["--modes", "worldkv,other"], "--modes must be of worldkv, .*, got 'other'"),
+        (["--model", "tiny", "--variant", "large"], "--variant must be one of tiny for tiny, got 'large'"),
+        (["--variant", "fast"], "--variant must go with --model, got 'fast' alone"),
+        (["--only", "worldkv,other"], "--only must be of ours, worldkv, .*; got 'other'"),
         (["--chunks", "0"], "--chunks must be at least 1, got 0"),
         (["--layers", "-2"], "--layers must be at least 1, got -2"),
     ],
@@ -298,4 +300,4 @@ def test_bad_arguments_are_one_line(arguments, said, load, capsys):
     assert main(["bench", "rollout", *QUICK, *arguments]) == 2
     assert re.fullmatch(rf"worldkv bench: {said}\n", capsys.readouterr().err)
     assert load("bench_rollout").main([*QUICK, *arguments]) == 2
-    assert re.fullmatch(rf"rollout: {said}\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"worldkv bench: {said}\n", capsys.readouterr().err)

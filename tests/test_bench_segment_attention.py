@@ -55,7 +55,8 @@ def test_the_core_windows_have_the_lengths_they_are_quoted_with(load):
 
 
 def test_each_model_has_each_window_pruned_and_whole(load):
-    cases = load("bench_segment_attention").CASES
+    every = load("bench_segment_attention").CASES
+    cases = [c for c in every if (c.head_dim, c.dtype) == (128, torch.bfloat16)]
     # Tokens a frame and heads; a chunk is three frames, and the window's last one makes the queries.
     for frame_tokens, heads in ((1560, 40), (1508, 40), (880, 12)):
         for frames, halves in ((9, 2), (15, 2), (21, 6), (27, 10), (90, 52)):
@@ -65,8 +66,8 @@ def test_each_model_has_each_window_pruned_and_whole(load):
             assert (pruned.pruned, whole.pruned) == (True, False)
             assert pruned.lengths.count(3 * frame_tokens // 2) == halves
             assert whole.lengths == [3 * frame_tokens] * (frames // 3)
-    names = [str(c) for c in cases]
-    assert len(set(names)) == len(names) == 36
+    names = [str(c) for c in every]
+    assert len(set(names)) == len(names) == 39
     assert names[0] == "40 heads, 4680 queries, 32760 keys, 21 frames, pruned"
     assert names[3] == "40 heads, 4680 queries, 32760 keys, 21 frames, whole"
 
@@ -77,23 +78,23 @@ def test_retrieved_chunks_are_moved_in_time_and_no_others(load):
     assert [shift != 0 for shift in case.shifts] == [False, True, True, True, False, False]
 
 
-@pytest.mark.parametrize("core, small, count", [(False, False, 36), (True, False, 8), (True, True, 4)])
-def test_core_runs_the_first_cases_alone(load, monkeypatch, core, small, count):
-    bench = load("bench_segment_attention")
-    monkeypatch.setattr(bench, "run_cases", lambda name, cases, *args, **options: cases)
-    cases = bench.run(core=core, small=small, device=CPU)
-    assert len(cases) == count
-    assert cases == (bench.SMALL_CASES if small else bench.CASES[:count])
+def test_other_head_dims_and_dtypes_are_among_the_cases(load):
+    for name in ("segment_attention", "norm_rope_append", "compress_chunk"):
+        bench = load(f"bench_{name}")
+        for cases in (bench.CASES, bench.SMALL_CASES):
+            assert {64, 128} <= {case.head_dim for case in cases}
+            assert {torch.float16, torch.bfloat16} <= {case.dtype for case in cases}
 
 
-def test_core_is_an_option_of_the_benches_that_have_one(load, monkeypatch, capsys):
+@pytest.mark.parametrize("options, count", [([], 39), (["--core"], 8), (["--core", "--small"], 5)])
+def test_core_runs_the_first_cases_alone(load, monkeypatch, options, count):
     bench, asked = load("bench_segment_attention"), []
-    monkeypatch.setattr(bench, "run", lambda **options: asked.append(options["core"]) or [])
-    assert bench.main(["--small", "--device", "cpu", "--core"]) == bench.main(["--small", "--device", "cpu"]) == 0
-    assert asked == [True, False]
+    monkeypatch.setattr(load("common"), "device_for", lambda name, small: CPU)
+    monkeypatch.setattr(bench, "run", lambda **options: asked.append(options["cases"]) or [])
+    assert bench.main(options) == 0
+    assert asked == [bench.SMALL_CASES if "--small" in options else bench.CASES[:count]] and len(asked[0]) == count
     with pytest.raises(SystemExit):
         load("bench_compress_chunk").main(["--small", "--core"])
-    assert "--core" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lengths", [[7], [128, 1], [300, 128, 5, 129, 4680], [2340] * 30])

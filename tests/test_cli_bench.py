@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--small", "--device", "cpu", "--seconds", "0.02"]
 OPS = {"segment_attention", "norm_rope_append", "compress_chunk", "prefetch", "chunk"}
 RIVALS = {
-    "sdpa cudnn", "sdpa flash", "sdpa efficient", "flex attention", "flash-attn 2", "flash-attn 4, lists",
-    "flash-attn 4, pages", "flashinfer", "sage attention", "eager", "compiled", "published",
+    "sdpa cudnn", "sdpa flash", "sdpa efficient", "flex attention", "flash-attn 2", "flash-attn 4 lists",
+    "flash-attn 4 pages", "flashinfer", "sage attention", "eager", "compiled", "published",
 }  # fmt: skip
 PLOTS = [f"{op}_{what}.{kind}" for op in sorted(OPS) for what in ("latency", "share") for kind in ("png", "svg")]
 PLOTS = sorted([*PLOTS, "rollout.png", "rollout.svg"])
@@ -32,13 +32,13 @@ def benched(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("bench")
     (folder / "new").mkdir()
-    files = ["--json", str(folder / "new" / "out.jsonl"), "--plot", str(folder / "new" / "plots")]
+    files = ["--jsonl", str(folder / "new" / "out.jsonl"), "--plot", str(folder / "new" / "plots")]
     with pytest.MonkeyPatch.context() as patch:
         printed = []
-        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        patch.setattr("builtins.print", lambda *words, end="\n", **_: printed.append(" ".join(map(str, words)) + end))
         assert main(["bench", "all", *QUICK, *files]) == 0
     lines = [json.loads(line) for line in (folder / "new" / "out.jsonl").read_text().splitlines()]
-    return folder / "new", lines, "\n".join(printed)
+    return folder / "new", lines, "".join(printed)
 
 
 def test_all_prints_a_table_of_each_op(benched):
@@ -47,8 +47,8 @@ def test_all_prints_a_table_of_each_op(benched):
     assert [name for name in BENCHES if re.search(rf"^{name}{heads}", printed, re.M)] == list(BENCHES)
     for line in lines:
         assert re.search(rf"^{re.escape(line['case'])} +{re.escape(line['variant'])}\b", printed, re.M)
-    assert f"bench 2/{len(BENCHES)}: append\n" in printed
-    assert re.search(r"^segment_attention 4/4: .*: \d+\.\d s$", printed, re.M)
+    assert f"bench 2/{len(BENCHES)}: norm_rope_append\n" in printed
+    assert re.search(r"^segment_attention 5/5: .*: \d+\.\d s$", printed, re.M)
 
 
 def test_every_rival_is_timed_or_skipped_with_a_reason(benched):
@@ -74,37 +74,52 @@ def test_pictures_show_each_timed_variant(benched):
         words = " ".join(ElementTree.parse(folder / "plots" / name).getroot().itertext())
         of_op = [line for line in lines if name.startswith(line["bench"]) and line["status"] == "timed"]
         for line in of_op:
-            shown = line["base"] is None or "attention" not in name  # lines, of which there are many, or bars
-            assert (f"{line['variant']}{' (rival)' if line['is_rival'] else ''}" in words) == shown
+            assert f"{line['variant']}{' (rival)' if line['is_rival'] else ''}" in words
         assert ("latency, us" if "latency" in name else "share of the measured ceiling, %") in words
-        if "attention" in name:  # context lengths along the axis, a panel for each shape
-            panels = ("2 heads, 150 queries, pruned keys", "2 heads, 150 queries, whole keys")
-            assert all(word in words for word in ("675", "1,125", *panels, "1 heads, 33 queries"))
-        else:
-            assert all(line["case"] in words for line in of_op)
+        assert "toy sizes on a CPU: times mean nothing" in words
+        flat = " ".join(words.split())
+        if "attention" in name:  # context lengths along the axis where there are several, else bars
+            assert "2 heads, 150 queries, pruned keys, head_dim 128, float32" in flat
+            assert "at the measured ceiling" in words
+            of_op = [line for line in of_op if "pruned, float32" not in line["case"]]
+            assert all(length in words for length in ("675", "1,125"))
+        assert all(line["case"] in flat for line in of_op)
 
 
 def test_plots_from_a_file_of_lines(benched, tmp_path, capsys):
-    folder, _, _ = benched
+    folder, lines, _ = benched
     plots = script("plots")
-    assert plots.main([str(folder / "out.jsonl"), str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == PLOTS
+    few = write(tmp_path / "few.jsonl", *(line for line in lines if line["bench"] in ("prefetch", "norm_rope_append")))
+    assert plots.main([few, str(tmp_path / "plots")]) == 0
+    drawn = [name for name in PLOTS if name.startswith(("prefetch", "norm_rope_append"))]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == drawn
     assert plots.main([str(folder / "absent.jsonl"), str(tmp_path)]) == 2
     assert "absent.jsonl" in capsys.readouterr().err
 
 
-def test_json_to_stdout_is_nothing_but_lines(capsys):
-    assert main(["bench", "compress", *QUICK, "--json", "-"]) == 0
+def test_json_is_one_document_and_jsonl_appends(tmp_path, capsys):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"bench": "ceilings"}\n')
+    asked = ["bench", "compress_chunk", *QUICK, "--only", "ours", "--jsonl", str(lines)]
+    assert main([*asked, "--json", "-"]) == 0
     printed = capsys.readouterr()
-    assert {json.loads(line)["bench"] for line in printed.out.splitlines()} == {"compress_chunk"}
+    document = json.loads(printed.out)
+    assert document["command"] == "bench compress_chunk"
     assert "x rival" in printed.err
+    assert [json.loads(line) for line in lines.read_text().splitlines()[1:]] == document["figures"]
+    path = tmp_path / "out.json"
+    assert main([*asked[:-2], "--quiet", "--csv", str(tmp_path / "out.csv")]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*asked[:-2], "--json", str(path)]) == main([*asked[:-2], "--json", str(path)]) == 0
+    assert len(json.loads(path.read_text())["figures"]) == len(document["figures"])  # written anew
+    assert "x rival" in capsys.readouterr().out
 
 
 def test_ours_being_wrong_is_exit_status_1(monkeypatch, capsys):
     bench = script("bench_norm_rope_append")
     right = bench.norm_rope_append
     monkeypatch.setattr(bench, "norm_rope_append", lambda *args, **options: 1.1 * right(*args, **options))
-    assert main(["bench", "append", *QUICK]) == 1
+    assert main(["bench", "norm_rope_append", *QUICK]) == 1
     assert re.search(r"^wrong: reference: relative error 1\.\d+e-01", capsys.readouterr().out, re.M)
 
 
@@ -121,7 +136,7 @@ def test_compare_shows_a_planted_slow_down(tmp_path, monkeypatch, capsys):
     a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     bench = script("bench_norm_rope_append")
     monkeypatch.setattr(bench, "SMALL_CASES", bench.SMALL_CASES[:1])
-    assert main(["bench", "append", *QUICK, "--json", a]) == 0
+    assert main(["bench", "norm_rope_append", *QUICK, "--jsonl", a]) == 0
     right = bench.norm_rope_append
 
     def slow(*args, **options):
@@ -129,7 +144,7 @@ def test_compare_shows_a_planted_slow_down(tmp_path, monkeypatch, capsys):
         return right(*args, **options)
 
     monkeypatch.setattr(bench, "norm_rope_append", slow)
-    assert main(["bench", "append", *QUICK, "--json", b]) == 0
+    assert main(["bench", "norm_rope_append", *QUICK, "--jsonl", b]) == 0
     capsys.readouterr()
     assert main(["bench", "compare", a, b]) == 0
     _, us_a, us_b, ratio, mark = row(capsys.readouterr().out, "reference")
@@ -185,6 +200,17 @@ def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, 
     ]
 
 
+def test_compare_reads_documents_and_lines(tmp_path, capsys):
+    figures = [figure("same", 9, 10, 11), figure("slow", 9, 10, 11)]
+    lines = write(tmp_path / "a.jsonl", *figures)
+    one = write(tmp_path / "one.jsonl", figures[0])  # a line that is a document by itself, too
+    (tmp_path / "b.json").write_text(json.dumps({"command": "bench op", "figures": figures}, indent=2))
+    document = str(tmp_path / "b.json")
+    for a, b in ((lines, document), (document, lines), (document, document), (one, document)):
+        assert main(["bench", "compare", a, b]) == 0
+        assert row(capsys.readouterr().out, "same") == ["same", "10.0", "10.0", "1.00"]
+
+
 def test_compare_as_json(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", figure("same", 9, 10, 11), figure("slow", 9, 10, 11), figure("went", 9, 10, 11))
     skipped = figure("never", None, None, None, status="skipped", reason="no GPU")
@@ -220,16 +246,23 @@ def test_compare_refuses_other_devices_unless_told(tmp_path, capsys):
     assert "H100, H200\n" in capsys.readouterr().out
 
 
+NO_FIGURE = "not a figure that --json or --jsonl wrote"
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
         ("", "b.jsonl holds no figures"),
         ('{"bench": "ceilings"}\n', "b.jsonl holds no figures"),
-        ("\nnonsense\n", "b.jsonl, line 2: not a figure that --json wrote"),
-        ("[1, 2]\n", "b.jsonl, line 1: not a figure that --json wrote"),
-        ('{"bench": "op", "case": "c", "variant": "v"}\n', "b.jsonl, line 1: not a figure that --json wrote"),
-        (json.dumps(figure("x", 1, None, 3)), "b.jsonl, line 1: not a figure that --json wrote"),
-        (json.dumps(figure("x", 1, 0, 3)), "b.jsonl, line 1: not a figure that --json wrote"),
+        ('{"figures": []}', "b.jsonl holds no figures"),
+        ("\nnonsense\n", f"b.jsonl, line 2: {NO_FIGURE}"),
+        ("[1, 2]\n", f"b.jsonl, line 1: {NO_FIGURE}"),
+        ("[" * 100_000, f"b.jsonl, line 1: {NO_FIGURE}"),
+        ('{"bench": "op", "case": "c", "variant": "v"}\n', f"b.jsonl, line 1: {NO_FIGURE}"),
+        ('{"bench": "op", "case": "c", "variant": []}\n', f"b.jsonl, line 1: {NO_FIGURE}"),
+        (json.dumps(figure("x", 1, None, 3)), f"b.jsonl, line 1: {NO_FIGURE}"),
+        (json.dumps(figure("x", 1, 0, 3)), f"b.jsonl, line 1: {NO_FIGURE}"),
+        (json.dumps({"figures": [figure("x", 1, 2, 3), figure("x", 1, 0, 3)]}), f"b.jsonl, figure 2: {NO_FIGURE}"),
     ],
 )
 def test_compare_refuses_what_is_no_result_file(tmp_path, capsys, text, said):
@@ -244,20 +277,100 @@ def test_compare_refuses_what_is_no_result_file(tmp_path, capsys, text, said):
 # What is refused.
 
 
+SHAPE = ["segment_attention", "--device", "cpu", "--shape"]
+APPEND_SHAPE = ["norm_rope_append", "--device", "cpu", "--shape"]
+APPEND = ["norm_rope_append", *QUICK]
+ROLLOUT = ["rollout", *QUICK]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         ([], "BENCH"),
         (["nothing"], "invalid choice: 'nothing'"),
-        (["append", "--device", "cpu"], "the full cases need a GPU; --small runs on a CPU"),
-        (["append", "--small", "--device", "nowhere"], "--device must be a device of this machine, got 'nowhere'"),
-        (["append", *QUICK, "--seconds", "0"], "--seconds must be above 0, got 0.0"),
-        (["append", *QUICK, "--seconds", "nan"], "--seconds must be above 0, got nan"),
-        (["append", *QUICK, "--seconds", "long"], "invalid float value: 'long'"),
-        (["append", *QUICK, "--json", "."], "--json must be a file that can be written, got '.': Is a directory"),
-        (["append", *QUICK, "--json", "new/x"], "--json must be a file that can be written, got 'new/x': No such file"),
-        (["append", *QUICK, "--trace", "new/x"], "--trace must be a file that can be written, got 'new/x': No such"),
-        (["append", *QUICK, "--plot", "a-file"], "a-file"),
+        (["norm_rope_append", "--device", "cpu"], "the full cases need a GPU; --small runs on a CPU"),
+        (["norm_rope_append", "--small", "--device", "nowhere"], "--device must be cpu or cuda:N, got 'nowhere'"),
+        (["norm_rope_append", "--small", "--device", "meta"], "--device must be cpu or cuda:N, got 'meta'"),
+        (
+            ["norm_rope_append", "--small", "--device", "cpu:x"],
+            "--device must be a device of this machine, got 'cpu:x'",
+        ),
+        ([*APPEND, "--seconds", "0"], "--seconds must be above 0 and at most 3600, got 0.0"),
+        ([*APPEND, "--seconds", "nan"], "--seconds must be above 0 and at most 3600, got nan"),
+        ([*APPEND, "--seconds", "1e300"], "--seconds must be above 0 and at most 3600, got 1e+300"),
+        ([*APPEND, "--seconds", "long"], "invalid float value: 'long'"),
+        ([*APPEND, "--json", "."], "--json must be a file that can be written, got '.': Is a directory"),
+        ([*APPEND, "--json", "new/x"], "--json must be a file that can be written, got 'new/x': No such file"),
+        ([*APPEND, "--jsonl", "new/x"], "--jsonl must be a file that can be written, got 'new/x': No such file"),
+        ([*APPEND, "--jsonl", "-"], "--jsonl must be a file, got '-'"),
+        ([*APPEND, "--csv", "new/x"], "--csv must be a file that can be written, got 'new/x': No such file"),
+        ([*APPEND, "--trace", "new/x"], "--trace must be a file that can be written, got 'new/x': No such"),
+        ([*APPEND, "--json", "x", "--csv", "./x"], "--csv must be another file than --json, got './x' for both"),
+        ([*APPEND, "--plot", "a-file"], "--plot must be a folder that can be written, got 'a-file': File exists"),
+        ([*APPEND, "--plot", "a-file/x"], "--plot must be a folder that can be written, got 'a-file/x': Not a dir"),
+        ([*APPEND_SHAPE, "heads=1,grid=1x1x1", "--small"], "--shape must go without --small and --core"),
+        ([*APPEND, "--case", "("], "--case must be a regular expression, got '(': missing ), unterminated subpattern"),
+        ([*APPEND, "--case", "none"], '--case must be found in one of: "30 tokens x 2 x 128, float32", '),
+        (
+            [*APPEND, "--only", "eager,sdpa"],
+            "--only must be of ours, reference, eager, compiled, compiled slice; got 's",
+        ),
+        ([*APPEND, "--only", ""], "--only must be of ours, reference, eager, compiled, compiled slice; got ''"),
+        ([*ROLLOUT, "--layers", "99999999999"], "--layers: 99999999999 layers of tiny must fit the"),
+        ([*ROLLOUT, "--layers", "0"], "--layers must be at least 1, got 0"),
+        ([*ROLLOUT, "--chunks", "99999999999"], "--chunks must be at most 340, which the rotary embedding can number"),
+        ([*SHAPE, "heads=2,q=1,window=1x1,heads=3"], "--shape: heads must be given once, got '2' and '3'"),
+        (
+            [*SHAPE, "heads=2,q=1,window=1x1,batch=2"],
+            "--shape must be KEY=VALUE,... with the keys heads, kv_heads, q, ",
+        ),
+        ([*SHAPE, ""], "--shape must be KEY=VALUE,... with the keys heads, kv_heads, q, "),
+        ([*SHAPE, "heads=2,window=1x1"], "--shape: q must be given, got 'heads=2,window=1x1'"),
+        ([*SHAPE, "heads=0,q=1,window=1x1"], "--shape: heads must be an integer from 1 to 2147483647, got '0'"),
+        ([*SHAPE, "heads=2,q=1e3,window=1x1"], "--shape: q must be an integer from 1 to 2147483647, got '1e3'"),
+        (
+            [*SHAPE, f"heads=2,q={'9' * 5000},window=1x1"],
+            "--shape: q must be an integer from 1 to 2147483647, got '999",
+        ),
+        (
+            [*SHAPE, "heads=2,q=1,window=1x1+x"],
+            "--shape: window must be rows x number of segments, such as 3600x1+1800x6",
+        ),
+        ([*SHAPE, "heads=2,q=1,window=1x1,head_dim=96"], "--shape: head_dim must be 64 or 128, got '96'"),
+        (
+            [*SHAPE, "heads=2,q=1,window=1x1,dtype=fp8"],
+            "--shape: dtype must be float16 or bfloat16 or float32, got 'fp8'",
+        ),
+        (
+            [*SHAPE, "heads=24,kv_heads=8,q=1,window=1x1"],
+            "--shape: kv_heads must be heads=24, grouped heads are not supported, got 8",
+        ),
+        ([*SHAPE, "heads=24,q=1,window=1x2147483647"], "--shape 24 heads, 1 queries, 2147483647 keys, window 1x214748"),
+        ([*SHAPE, "heads=1,q=2147483647,window=1x1"], " GiB that are free on cpu, got "),
+        (
+            [*APPEND_SHAPE, "heads=2,grid=3x0x2"],
+            "--shape: grid must be frames x hei",
+        ),
+        (
+            [*APPEND_SHAPE, "heads=2,grid=999999x9999x9"],
+            " that are free on cpu, got ",
+        ),
+        (
+            ["compress_chunk", "--device", "cpu", "--shape", "heads=2,frame_tokens=9,frames=1"],
+            "frames must be at least 2",
+        ),
+        (
+            ["compress_chunk", "--device", "cpu", "--shape", "heads=2,frame_tokens=9,keep_ratio=nan"],
+            "keep_ratio must be a",
+        ),
+        (["compress_chunk", "--device", "cpu", "--shape", "heads=2,frame_tokens=2147483647"], "are free on cpu, got "),
+        (["segment_attention", *QUICK, "--rival", "sdpa"], "--rival must be module:function, got 'sdpa'"),
+        (
+            ["segment_attention", *QUICK, "--rival", "no.such:f"],
+            "--rival no.such:f: ModuleNotFoundError: No module name",
+        ),
+        (["segment_attention", *QUICK, "--rival", "math:flash"], "got 'math:flash': math has no function flash"),
+        (["segment_attention", *QUICK, "--rival", "math:pi"], "got 'math:pi': math has no function pi"),
         (["compare", "absent.jsonl", "a-file"], "absent.jsonl"),
         (["compare", "a-file"], "required: B"),
     ],
@@ -276,7 +389,7 @@ def test_bad_arguments_are_one_line(arguments, said, tmp_path, monkeypatch, caps
     assert list(tmp_path.iterdir()) == [tmp_path / "a-file"]
 
 
-@pytest.mark.parametrize("name, takes", [("all", "about two minutes"), ("append", "half a minute at most")])
+@pytest.mark.parametrize("name, takes", [("all", "about a minute"), ("norm_rope_append", "half a minute at most")])
 def test_help_says_how_long_the_small_cases_take(name, takes, capsys):
     with pytest.raises(SystemExit):
         main(["bench", name, "--help"])
@@ -285,8 +398,8 @@ def test_help_says_how_long_the_small_cases_take(name, takes, capsys):
 
 def test_without_matplotlib_the_extra_is_named_before_anything_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    files = ["--json", str(tmp_path / "out.jsonl"), "--plot", str(tmp_path / "plots")]
-    assert main(["bench", "append", *QUICK, *files]) == 2
+    files = ["--jsonl", str(tmp_path / "out.jsonl"), "--plot", str(tmp_path / "plots")]
+    assert main(["bench", "norm_rope_append", *QUICK, *files]) == 2
     assert capsys.readouterr().err == "worldkv bench: plots need matplotlib: pip install 'worldkv-kernels[bench]'\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -301,7 +414,7 @@ def test_it_runs_from_an_installed_package(tmp_path):
         shutil.copytree(ROOT / source, installed / target, ignore=ignored, dirs_exist_ok=True)
     (tmp_path / "here").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "worldkv_kernels.cli", "bench", "compress", *QUICK, "--json", "out.jsonl"],
+        [sys.executable, "-m", "worldkv_kernels", "bench", "compress_chunk", *QUICK, "--jsonl", "out.jsonl"],
         cwd=tmp_path / "here", env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "WORLDKV_COMMIT": "abc"},
         capture_output=True, text=True,
     )  # fmt: skip
@@ -317,6 +430,6 @@ def test_another_module_called_common_is_named(monkeypatch, tmp_path, capsys):
     import other
 
     monkeypatch.setitem(sys.modules, "common", other)
-    assert main(["bench", "append", *QUICK]) == 2
+    assert main(["bench", "norm_rope_append", *QUICK]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"worldkv bench: the benchmarks need the module name 'common', which {other.__file__}")

@@ -30,11 +30,11 @@ LEFT_AND_BACK = "J*60,Q*8,L*60"  # 129 video frames, 33 latent frames, 11 chunks
 SIZES = dict(num_layers=2, num_heads=1, head_dim=64, ffn_dim=32, grid=(1, 2), frequency_dim=16)
 ACTIONS = dict(num_heads=2, head_dim=16, embedding_dim=8)
 SMALL = {
-    "lingbot-world-fast": {
+    "lingbot_world_fast": {
         "fast": LingBotConfig(text_tokens=3, text_dim=8, **SIZES),
         "v2-1.3b": LingBotConfig.v2_1_3b(text_tokens=3, text_dim=8, **SIZES),
     },
-    "matrix-game-2": {
+    "matrix_game_2": {
         variant: getattr(MatrixGameConfig, variant)(
             image_tokens=3, image_dim=8, action_layers=(0,), actions=ActionConfig(**ACTIONS, **columns), **SIZES
         )
@@ -44,8 +44,8 @@ SMALL = {
         }.items()
     },
 }  # fmt: skip
-MATRIX = ["--model", "matrix-game-2", "--random"]
-LINGBOT = ["--model", "lingbot-world-fast", "--random"]
+MATRIX = ["--model", "matrix_game_2", "--random"]
+LINGBOT = ["--model", "lingbot_world_fast", "--random"]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def retrieved(result) -> list[list[int]]:
 
 
 def errors(result) -> list[float]:
-    return [chunk["error"] for chunk in result["modes"]["worldkv"]["chunks"]]
+    return [chunk["relative_error"] for chunk in result["modes"]["worldkv"]["chunks"]]
 
 
 def own_errors(model, *args, retrieval="pose", **options) -> list[float]:
@@ -87,25 +87,26 @@ def test_matrix_game_by_actions(small, tmp_path, capsys):
     options = ["--actions", LEFT_AND_BACK, "--retrieved-chunks", "1", "--picture", str(picture)]
     result = rolled(tmp_path, *MATRIX, *options)
     out, err = capsys.readouterr()
-    first, second, third = out.splitlines()[:3]
+    first, second, said, third = out.splitlines()[:4]
+    assert said == "downloads nothing"
     assert first == f"actions {LEFT_AND_BACK}: 129 video frames, 33 latent frames, 11 chunks of 3"
     assert second.startswith(
-        "model matrix-game-2, universal: random weights, 2 layers, 1 heads x 64, 1 x 2 tokens a frame; float32 on cpu"
+        "model matrix_game_2, universal: random weights, 2 layers, 1 heads x 64, 1 x 2 tokens a frame; float32 on cpu"
     )
-    model = MatrixGame2(SMALL["matrix-game-2"]["universal"], device="meta")
+    model = MatrixGame2(SMALL["matrix_game_2"]["universal"], device="meta")
     count = sum(parameter.numel() for parameter in model.parameters())
     assert third.startswith(f"weights: {count / 1e6:.1f} million parameters, {count * 4 / 2**10:.1f} KiB, random, in ")
     assert set(rows_of(out)) == {"full", "worldkv", "sliding", "sink_recent"}
     assert retrieved(result)[6:] == [[4], [3], [2], [1], [0]]
-    assert "chunk 10 got back 0; the nearest, chunk 0 from 10 chunks before, is 0.0 degrees and 0 units away" in out
+    assert "chunk 10 got back 1 of 9 banked, 0; the nearest, chunk 0 from 10 chunks before, is 0.0 degrees and 0" in out
     assert "worldkv: 11/11 chunks, 16 tokens attended" in err  # 6 past, 4 of a pruned 6, 6 of its own
     assert result["actions"] == {
-        "name": LEFT_AND_BACK, "frames": 129, "stride": 4, "latent_frames": 33, "chunks": 11,
+        "name": LEFT_AND_BACK, "video_frames": 129, "stride": 4, "latent_frames": 33, "chunks": 11,
         "scales": {"yaw": 15, "pitch": 15, "walk": 12.35, "run": 0, "turn": 0, "pitch_limits": [-85, 85]},
     }  # fmt: skip
     assert result["memory"]["retrieval"] == "action" and result["memory"]["recent_frames"] == 3
     sizes = result["model"]
-    assert (sizes["name"], sizes["variant"], sizes["weights"]) == ("matrix-game-2", "universal", "random")
+    assert (sizes["name"], sizes["variant"], sizes["weights"]) == ("matrix_game_2", "universal", "random")
     assert (sizes["num_layers"], sizes["grid"], sizes["actions"]["keyboard_dim"]) == (2, [1, 2], 4)
     assert (sizes["parameters"], sizes["weight_bytes"]) == (count, 4 * count)
     assert LEFT_AND_BACK in "".join(ElementTree.parse(picture).getroot().itertext())
@@ -113,7 +114,7 @@ def test_matrix_game_by_actions(small, tmp_path, capsys):
 
 def test_matrix_game_is_the_models_own_rollout(small, tmp_path):
     result = rolled(tmp_path, *MATRIX, "--actions", LEFT_AND_BACK, "--seed", "3", "--modes", "full,worldkv")
-    model = MatrixGame2.random(SMALL["matrix-game-2"]["universal"], 3, device="cpu", dtype=torch.float32)
+    model = MatrixGame2.random(SMALL["matrix_game_2"]["universal"], 3, device="cpu", dtype=torch.float32)
     want = own_errors(model, retrieval="action", actions=parse_actions(LEFT_AND_BACK), seed=3)
     assert max(want) > 1e-3
     assert errors(result) == pytest.approx(want, rel=1e-3)
@@ -140,7 +141,7 @@ def test_the_other_games(small, tmp_path, variant, actions, capsys):
     result = rolled(tmp_path, *MATRIX, "--variant", variant, "--modes", "worldkv", *more)
     actions = actions or rollout_models.DEFAULT_ACTIONS[variant]
     assert result["model"]["variant"] == variant and result["actions"]["name"] == actions
-    assert f"model matrix-game-2, {variant}: " in capsys.readouterr().out
+    assert f"model matrix_game_2, {variant}: " in capsys.readouterr().out
     integrator = ActionIntegrator(layout=variant)
     poses = integrator.poses(parse_actions(actions, variant))
     moved = np.linalg.norm(poses[-1][:3, 3] - poses[0][:3, 3])
@@ -154,7 +155,7 @@ def test_the_other_games(small, tmp_path, variant, actions, capsys):
 @pytest.mark.parametrize("variant", ["universal", "gta_drive", "templerun"])
 def test_the_default_actions_of_a_game(variant):
     given = dict.fromkeys(("actions", "scales", "trajectory", "stride"))
-    motion = rollout_models.motion(argparse.Namespace(model="matrix-game-2", variant=variant, **given))
+    motion = rollout_models.motion(argparse.Namespace(model="matrix_game_2", variant=variant, **given))
     assert motion.video_frames % 4 == 1 and motion.latent_frames >= 30
     if variant != "templerun":  # a runner does not come back
         assert motion.poses[-1] == pytest.approx(motion.poses[0], abs=13)
@@ -162,7 +163,7 @@ def test_the_default_actions_of_a_game(variant):
 
 def test_rows_that_end_no_frame_are_left_over(small, tmp_path, capsys):
     result = rolled(tmp_path, *MATRIX, "--actions", "W*39", "--modes", "sliding")
-    assert (result["actions"]["frames"], result["actions"]["latent_frames"], result["actions"]["chunks"]) == (40, 10, 3)
+    assert [result["actions"][name] for name in ("video_frames", "latent_frames", "chunks")] == [40, 10, 3]
     assert "not made: 1 latent frame at the end, too few for a chunk" in capsys.readouterr().out
 
 
@@ -188,8 +189,8 @@ def test_lingbot_by_a_trajectory(small, tmp_path, variant, sink, recent):
     result = rolled(tmp_path, *LINGBOT, "--variant", variant, "--trajectory", way, "--modes", "full,worldkv")
     assert (result["memory"]["sink_frames"], result["memory"]["recent_frames"]) == (sink, recent)
     assert result["trajectory"]["name"] == way and result["memory"]["retrieval"] == "pose"
-    model = LingBotWorldFast.random(SMALL["lingbot-world-fast"][variant], device="cpu", dtype=torch.float32)
-    poses, intrinsics = (array[:30] for array in latent_poses(load(way)))
+    model = LingBotWorldFast.random(SMALL["lingbot_world_fast"][variant], device="cpu", dtype=torch.float32)
+    poses, intrinsics = latent_poses(load(way), chunk_frames=3)  # 30 of 32 latent frames, spread over 125 video frames
     conditions = LingBotConditions(translation_scale=longest_step(poses))
     want = own_errors(model, poses, intrinsics, conditions=conditions)
     assert max(want) > 1e-4
@@ -204,7 +205,7 @@ def test_layers_and_grid(small, tmp_path, capsys):
     for model in (MATRIX, LINGBOT, ["--model", "tiny", "--random"]):
         result = rolled(tmp_path, *model, *options)
         assert (result["model"]["num_layers"], result["model"]["grid"]) == (1, [2, 3])
-        assert result["modes"]["worldkv"]["chunks"][0]["num_tokens"] == 18
+        assert result["modes"]["worldkv"]["chunks"][0]["tokens_attended"] == 18
         assert "1 layers, " in capsys.readouterr().out
     deep = rolled(tmp_path, *MATRIX, "--layers", "16", "--chunks", "1", "--modes", "sliding")
     assert deep["model"]["num_layers"] == 16 and deep["model"]["action_layers"] == list(range(15))
@@ -215,7 +216,7 @@ def test_layers_and_grid(small, tmp_path, capsys):
 )
 def test_weights_from_a_checkpoint(small, tmp_path, model, config, prefix):
     """Written by a random model of another seed than that of the command."""
-    name = "matrix-game-2" if model is MatrixGame2 else "lingbot-world-fast"
+    name = "matrix_game_2" if model is MatrixGame2 else "lingbot_world_fast"
     options = ["--model", name, "--chunks", "8", "--modes", "full,worldkv"]
     tensors = model.random(SMALL[name][config], 7, device="cpu", dtype=torch.float32).state_dict()
     folder = tmp_path / "weights"
@@ -232,7 +233,9 @@ def test_weights_from_a_checkpoint(small, tmp_path, model, config, prefix):
         actions = parse_actions(rollout_models.DEFAULT_ACTIONS["universal"]).until(93)
         want = own_errors(again, retrieval="action", actions=actions)
     else:
-        poses, intrinsics = (array[:24] for array in latent_poses(load(rollout_models.DEFAULT_TRAJECTORY)))
+        poses, intrinsics = (
+            array[:24] for array in latent_poses(load(rollout_models.DEFAULT_TRAJECTORY), chunk_frames=3)
+        )
         want = own_errors(again, poses, intrinsics)
     assert errors(loaded) == pytest.approx(want, rel=1e-2, abs=1e-7)
 
@@ -245,7 +248,8 @@ def test_a_real_width_at_one_layer(tmp_path, capsys):
     assert (sizes["num_heads"], sizes["head_dim"], sizes["ffn_dim"], sizes["image_tokens"]) == (12, 128, 8960, 257)
     assert sizes["parameters"] > 5e7
     row = rows_of(capsys.readouterr().out)["worldkv"]
-    assert float(row["frames/s"]) == pytest.approx(result["modes"]["worldkv"]["frames_per_second"], rel=0.01)
+    measured = result["modes"]["worldkv"]["video_frames_per_second"]
+    assert float(row["video frames/s"]) == pytest.approx(measured, rel=0.01)
 
 
 def test_a_bank_that_does_not_fit_holds_fewer(small, tmp_path, monkeypatch, capsys):
@@ -277,19 +281,19 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(arguments, sai
     monkeypatch.setattr(rollout_models, "make_model", lambda *args: pytest.fail("it went to work"))
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "weights", {"head.head.bias": torch.zeros(64)})
-    assert main(["rollout", "--device", "cpu", "--model", "lingbot-world-fast", "--chunks", "1", *arguments]) == 2
+    assert main(["rollout", "--device", "cpu", "--model", "lingbot_world_fast", "--chunks", "1", *arguments]) == 2
     out, err = capsys.readouterr()
-    wanted = "worldkv rollout: --model lingbot-world-fast must fit the 23.0 GiB that are free on cpu, got "
+    wanted = "worldkv rollout: --model lingbot_world_fast must fit the 23.0 GiB that are free on cpu, got "
     assert out == "" and err.startswith(wanted) and err.endswith(f"{said}\n") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("layers", [1, 47, 48, 50])
 def test_weights_are_counted_without_being_made(layers):
-    config = dataclasses.replace(SMALL["lingbot-world-fast"]["fast"], num_layers=layers)
+    config = dataclasses.replace(SMALL["lingbot_world_fast"]["fast"], num_layers=layers)
     model = LingBotWorldFast(config, device="meta", dtype=torch.bfloat16)
     parameters = list(model.parameters())
     want = (sum(one.numel() for one in parameters), sum(one.nbytes for one in parameters))
-    assert rollout_models._count("lingbot-world-fast", config, torch.bfloat16) == want
+    assert rollout_models._count("lingbot_world_fast", config, torch.bfloat16) == want
 
 
 def test_slow_weights_say_so(small, monkeypatch, capsys):
@@ -326,32 +330,34 @@ def test_threads(small, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--model", "matrix-game-2"], "--model matrix-game-2 must have --weights FOLDER or --random, got neither"),
-        (["--model", "lingbot-world-fast"], "--model lingbot-world-fast must have --weights FOLDER or --random, got"),
+        (["--model", "matrix_game_2"], "--model matrix_game_2 must have --weights FOLDER or --random, got neither"),
+        (["--model", "lingbot_world_fast"], "--model lingbot_world_fast must have --weights FOLDER or --random, got"),
         ([*MATRIX, "--weights", "x"], r"--weights must be left out .* \(--random was given\), got 'x'"),
         (["--weights", "x"], r"--weights must be left out where weights are random \(tiny is always random\), got 'x'"),
-        (["--model", "matrix-game-2", "--weights", "x", "--layers", "2"], "--layers must be left out with --weights"),
-        ([*MATRIX, "--variant", "fast"], "--variant must be one of universal, gta_drive, templerun for matrix-game-2"),
-        ([*LINGBOT, "--variant", "v3"], "--variant must be one of fast, v2-14b, v2-1.3b for lingbot-world-fast, got"),
+        (["--model", "matrix_game_2", "--weights", "x", "--layers", "2"], "--layers must be left out with --weights"),
+        ([*MATRIX, "--variant", "fast"], "--variant must be one of universal, gta_drive, templerun for matrix_game_2"),
+        ([*LINGBOT, "--variant", "v3"], "--variant must be one of fast, v2-14b, v2-1.3b for lingbot_world_fast, got"),
         (["--variant", "fast"], "--variant must be one of tiny for tiny, got 'fast'"),
-        ([*MATRIX, "--trajectory", "right*9"], "--trajectory must be left out with --model matrix-game-2, .* got 'ri"),
-        ([*MATRIX, "--stride", "4"], "--stride must be left out with --model matrix-game-2, which goes by --actions"),
-        ([*LINGBOT, "--actions", "W*9"], "--actions must go with --model matrix-game-2, got --model lingbot-world"),
-        (["--scales", "yaw=9"], "--scales must go with --model matrix-game-2, got --model tiny"),
+        ([*MATRIX, "--trajectory", "right*9"], "--trajectory must be left out with --model matrix_game_2, .* got 'ri"),
+        ([*MATRIX, "--stride", "4"], "--stride must be left out with --model matrix_game_2, which goes by --actions"),
+        ([*LINGBOT, "--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model lingbot_world"),
+        (["--scales", "yaw=9"], "--scales must go with --model matrix_game_2, got --model tiny"),
         ([*MATRIX, "--scales", "yaw=9,tilt=2"], "--scales must be numbers of yaw, .*, turn, such as .* got 'tilt=2'"),
         ([*MATRIX, "--scales", "yaw"], "--scales must be numbers of yaw, .* got 'yaw'"),
         ([*MATRIX, "--scales", "walk=nan"], "--scales: walk must be finite, got nan"),
         ([*MATRIX, "--scales", "yaw=1e300"], r"--scales: yaw must be from -1000000 to 1000000, got 1e\+300"),
-        ([*MATRIX, "--actions", "W*9999999"], "parse_actions: counts must be at most 100000 together, got 'W.999"),
-        (["--actions", "W*9"], "--actions must go with --model matrix-game-2, got --model tiny"),
-        ([*MATRIX, "--actions", "W9"], "parse_actions: an action's count must be a positive integer, .* got 'W9'"),
-        ([*MATRIX, "--actions", "X*9"], "parse_actions: keys of 'universal' must be of W, S, .* got 'X'"),
+        ([*MATRIX, "--actions", "W*9999999"], "--actions: counts must be at most 100000 together, got 'W.999"),
+        (["--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model tiny"),
+        ([*MATRIX, "--actions", ""], "--actions: .* got ''"),
+        ([*MATRIX, "--scales", ""], "--scales must be numbers of yaw, .* got ''"),
+        ([*MATRIX, "--trajectory", ""], "--trajectory must be left out with --model matrix_game_2, .* got ''"),
+        ([*MATRIX, "--actions", "W9"], "--actions: an action's count must be a positive integer, .* got 'W9'"),
+        ([*MATRIX, "--actions", "X*9"], "--actions: keys of 'universal' must be of W, S, .* got 'X'"),
         ([*MATRIX, "--actions", "W*7"], "--actions must have at least 9 video frames .* got 2 latent frames"),
-        (["--retrieval", "action"], "--retrieval action must go with --model matrix-game-2, got --model tiny"),
+        (["--retrieval", "action"], "--retrieval action must go with --model matrix_game_2, got --model tiny"),
         ([*MATRIX, "--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval action"),
-        ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of at least 1 token each, got '22'"),
-        ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of at least 1 token each, got '0,2'"),
-        ([*MATRIX, "--recent-frames", "4"], "--recent-frames must be a multiple of chunk_frames=3, got 4"),
+        ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '22'"),
+        ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '0,2'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, small, capsys):
@@ -365,12 +371,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, small, capsys):
 
 
 def test_weights_that_are_not_there_or_not_the_models(small, tmp_path, capsys):
-    options = ["rollout", "--device", "cpu", "--model", "matrix-game-2", "--modes", "sliding", "--weights"]
+    options = ["rollout", "--device", "cpu", "--model", "matrix_game_2", "--modes", "sliding", "--weights"]
     assert main([*options, str(tmp_path / "none")]) == 2
-    said = f"worldkv rollout: --weights must be an existing folder or .safetensors file, got {tmp_path / 'none'}\n"
+    said = f"worldkv rollout: --weights: must be an existing folder or .safetensors file, got {tmp_path / 'none'}\n"
     assert capsys.readouterr() == ("", said)
     assert main([*options, str(tmp_path)]) == 2
-    said = f"worldkv rollout: --weights {tmp_path} must hold .safetensors files, got none\n"
+    said = f"worldkv rollout: --weights: {tmp_path} must hold .safetensors files, got none\n"
     assert capsys.readouterr() == ("", said)
     write(tmp_path / "model.safetensors", {"head.head.bias": torch.zeros(64)})
     assert main([*options, str(tmp_path)]) == 2

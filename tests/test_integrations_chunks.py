@@ -1,5 +1,8 @@
 """Passes of a pipeline become begin, attend and end of a memory; whatever is out of turn is an error."""
 
+import warnings
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ SIZES = dict(num_layers=2, num_heads=1, head_dim=64, grid=(2, 3), bank_chunks=20
 TOKENS = 18
 POSES, INTRINSICS = latent_poses(load("right*30,forward*32,left*30"))  # 24 latent frames, 8 chunks
 DENOISING = (1000.0, 500.0)
+ALONG_THE_SAME = pytest.mark.filterwarnings("ignore:test. a new rollout goes along the poses of the one before")
 
 
 def make(mode="worldkv", poses=POSES, intrinsics=None, *, actions=None, **options):
@@ -96,6 +100,7 @@ def test_finish_ends_a_chunk_whose_timesteps_are_unknown():
     assert chunks.stats()["chunks"] == 1
 
 
+@ALONG_THE_SAME
 def test_token_0_with_a_past_is_a_new_rollout():
     chunks, fresh = make(), make()
     for chunk in range(6):
@@ -161,12 +166,21 @@ def test_an_exception_inside_a_pass_drops_its_chunk(step):
     assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
 
 
-def test_two_streams_over_the_same_chunks_are_refused():
+@pytest.mark.parametrize("timesteps", [(1000.0, 1000.0, 500.0), (None, None, None)])
+def test_two_streams_that_take_turns_over_chunk_0_are_refused(timesteps):
     chunks, caches = make(), ([], [])
-    run_pass(chunks, 0, 1000.0, stream=caches[0])
+    run_pass(chunks, 0, timesteps[0], stream=caches[0])
+    run_pass(chunks, 0, timesteps[1], stream=caches[1])  # the first may have been broken off
     with pytest.raises(RuntimeError, match="one memory serves one stream, so classifier-free guidance"):
-        run_pass(chunks, 0, 1000.0, stream=caches[1])
-    run_pass(chunks, 0, 0.0, stream=caches[0])
+        run_pass(chunks, 0, timesteps[2], stream=caches[0])
+    run_chunk(chunks, 0, stream=caches[1])
+    assert chunks.stats()["chunks"] == 1
+
+
+@ALONG_THE_SAME
+def test_two_streams_over_the_same_chunks_are_refused():
+    chunks, caches = make(poses=POSES[:9]), ([], [])
+    run_chunk(chunks, 0, stream=caches[0])
     for timestep in (1000.0, 500.0):
         with pytest.raises(RuntimeError, match="a second one at chunk 1"):
             run_pass(chunks, 1, timestep, stream=caches[1])
@@ -187,18 +201,34 @@ def test_a_warm_up_pass_with_caches_of_its_own_is_forgotten():
     assert chunks.stats()["chunks"] == 2
 
 
-def test_a_rollout_broken_off_after_one_pass_goes_on_after_restart():
-    chunks, broken, caches = make(), [], []
-    run_pass(chunks, 0, 1000.0, stream=broken)
-    with pytest.raises(RuntimeError, match="call restart"):
-        run_pass(chunks, 0, 1000.0, stream=caches)
-    chunks.restart(POSES)
-    run_chunk(chunks, 0, stream=caches)
-    assert chunks.stats()["chunks"] == 1
+@pytest.mark.parametrize("tensor", [True, False])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_rollout_broken_off_in_chunk_0_simply_begins_again(passes, tensor):
+    chunks, fresh, caches = make(), make(), []
+    for _ in range(3):  # each time with a cache of its own, which may lie where the one before lay
+        for timestep in DENOISING[:passes]:
+            run_pass(chunks, 0, timestep, stream=[], tensor=tensor)
+    for chunk in range(6):
+        outputs, wanted = run_chunk(chunks, chunk, stream=caches), run_chunk(fresh, chunk, stream=caches)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+    assert chunks.stats() == fresh.stats()
+
+
+def test_the_streams_of_chunk_0_are_held_no_longer_than_it_is_the_current_one():
+    class Cache(list):
+        """A list that weakref takes."""
+
+    chunks, caches = make(), [Cache(), Cache()]
+    held = [weakref.ref(cache) for cache in caches]
+    run_pass(chunks, 0, 1000.0, stream=caches[0])
+    run_chunk(chunks, 0, stream=caches[1])
+    run_pass(chunks, 1, 1000.0, stream=caches[1])
+    del caches
+    assert [cache() for cache in held] == [None, None]
 
 
 def test_restart_takes_new_poses_and_keeps_the_old_ones_when_they_are_wrong():
-    chunks, other = make(), POSES[::-1].copy()
+    chunks, other = make(), latent_poses(load("forward*32,right*30,left*30"))[0]
     for chunk in range(6):
         run_chunk(chunks, chunk)
     with pytest.raises(ValueError, match="poses must be rigid"):
@@ -320,6 +350,84 @@ def test_poses_and_intrinsics_are_the_memory_s_own(kind):
     assert all(torch.equal(a, b) for a, b in zip(outputs, unchanged, strict=True))
 
 
+def rollout_of(chunks, count):
+    for chunk in range(count):
+        run_chunk(chunks, chunk)
+
+
+OF_VIDEO_FRAMES = "test: poses must be of the latent frames, got 21 for a rollout of 6: as many as if they were of vide"
+
+
+@ALONG_THE_SAME
+@pytest.mark.parametrize("end", [Chunks.finish, lambda chunks: chunks.restart(POSES), lambda chunks: chunks.take(None)])
+def test_poses_that_may_be_of_video_frames_are_told_of_when_the_rollout_is_over(end):
+    chunks = make(poses=load("right*20").poses)
+    rollout_of(chunks, 2)
+    with pytest.warns(UserWarning, match=OF_VIDEO_FRAMES) as told:
+        end(chunks)
+    assert "lingbot.latent_poses" in str(told[0].message)
+
+
+def test_what_is_told_is_told_once():
+    chunks = make(poses=load("right*20").poses)
+    rollout_of(chunks, 2)
+    with pytest.warns(UserWarning) as told:
+        for _ in range(3):
+            rollout_of(chunks, 2)
+    assert [str(one.message)[:30] for one in told] == [
+        "test: poses must be of the lat",
+        "test: a new rollout goes along",
+    ]
+    chunks.restart(POSES[:6])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rollout_of(chunks, 2)
+        chunks.finish()
+    with pytest.warns(
+        UserWarning, match="goes along the poses of the one before; give restart its own, or the same"
+    ) as told:
+        rollout_of(chunks, 1)
+    assert len(told) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("poses, mode, count", [(21, "worldkv", 3), (24, "full", 2), (24, "worldkv", 1)])
+def test_poses_of_the_latent_frames_are_not_told_of(poses, mode, count):
+    chunks = make(mode, poses=POSES[:poses])
+    rollout_of(chunks, count)
+    chunks.finish()
+    chunks.restart(POSES)
+    called = make(poses=lambda chunk: POSES[3 * chunk : 3 * chunk + 3])
+    for _ in range(2):
+        rollout_of(called, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_rollout_that_failed_is_not_told_of():
+    chunks = make()
+    rollout_of(chunks, 2)
+    with pytest.raises(KeyboardInterrupt), chunks.model_pass(2 * TOKENS):
+        raise KeyboardInterrupt
+    rollout_of(chunks, 3)
+    assert chunks.stats()["chunks"] == 3
+
+
+def test_a_memory_taken_later_serves_as_one_given_at_once():
+    memory = make().memory
+    chunks, wanted = Chunks("test", memory.config, POSES), make()
+    for ask in (chunks.stats, chunks.made):
+        with pytest.raises(RuntimeError, match="test: the memory is made in the first forward, got none yet"):
+            ask()
+    with pytest.raises(ValueError, match="test: poses must be rigid"):
+        Chunks("test", memory.config, 2 * POSES)
+    chunks.finish()
+    chunks.restart(POSES)
+    chunks.take(memory)
+    for chunk in range(6):
+        outputs, unchanged = run_chunk(chunks, chunk), run_chunk(wanted, chunk)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, unchanged, strict=True)) and chunks.made() is memory
+
+
 def test_modes_without_retrieval_need_no_poses():
     chunks = make("sliding", poses=None)
     run_chunk(chunks, 0)
@@ -370,3 +478,14 @@ def test_poses_and_actions_are_not_taken_for_one_another():
         make(poses=None, retrieval="action")
     with pytest.raises(ValueError, match="actions must be None for retrieval 'pose', got Actions"):
         make(actions=actions)
+
+
+def test_poses_of_another_convention_are_told_of_at_once():
+    walked = load("right*45,forward*20,left*45,forward*20").poses
+    make(poses=walked[:72])
+    for wrong in (np.linalg.inv(walked), walked @ np.diag([1.0, -1.0, -1.0, 1.0])):
+        with pytest.warns(UserWarning, match="test: the camera hardly ever goes where it looks .* camera-to-world"):
+            make(poses=wrong)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make("full", poses=wrong)  # nothing is retrieved by them

@@ -18,6 +18,7 @@ from small_lingbot import (
     TEXT,
     TOKENS,
     WORLDKV,
+    KeepsItsCaches,
     caches,
     enable,
     forward,
@@ -29,6 +30,8 @@ from small_lingbot import (
 
 from worldkv_kernels import MemoryConfig
 from worldkv_kernels.integrations import lingbot
+from worldkv_kernels.trajectory import Trajectory, load
+from worldkv_kernels.trajectory import latent_poses as trajectory_poses
 
 # --- the same latents ---
 
@@ -39,6 +42,10 @@ from worldkv_kernels.integrations import lingbot
         ({"mode": "full"}, {}),
         ({"mode": "sliding", "recent_frames": 6}, {"window": 9}),
         ({"mode": "sink_recent", "sink_frames": 3, "recent_frames": 3}, {"window": 9, "sink_size": 3}),
+        # The sink ends inside a chunk, or the recent frames begin in one, or both.
+        ({"mode": "sink_recent", "sink_frames": 4, "recent_frames": 3}, {"window": 10, "sink_size": 4}),
+        ({"mode": "sliding", "recent_frames": 4}, {"window": 7}),
+        ({"mode": "sink_recent", "sink_frames": 2, "recent_frames": 5}, {"window": 10, "sink_size": 2}),
     ],
 )
 def test_without_retrieval_the_latents_are_those_of_the_models_own_cache(ours, theirs):
@@ -139,8 +146,8 @@ def test_half_precision_weights_get_a_memory_of_their_dtype():
     exact, model = generate(make_model()), make_model(torch.bfloat16)
     unpatched = relative_error(generate(model), exact)
     handle = enable(model)
-    assert handle.memory.dtype is torch.bfloat16
     assert relative_error(generate(model), exact) < 2 * unpatched
+    assert handle.memory.dtype is torch.bfloat16
 
 
 def test_no_qk_norm_is_no_qk_norm():
@@ -176,29 +183,135 @@ def documented_lines():
 
 @pytest.mark.parametrize("lines", documented_lines())
 def test_the_two_lines_as_they_are_documented(lines):
+    """At the size that 480p has for an image of 720 x 1280."""
     model = make_model(dim=64, num_heads=1, num_layers=1, ffn_dim=64)
-    at_480_x_832 = TEXT, torch.randn(20, 3, 60, 104), torch.randn(1, 384, 3, 60, 104), pipeline_noise, [(1.0, 1000.0)]
+    given = TEXT, torch.randn(20, 3, 58, 104), torch.randn(1, 384, 3, 58, 104), pipeline_noise, [(1.0, 1000.0)]
     pipe = pipeline.WanI2VFast(model)
-    wanted = pipe.generate(*at_480_x_832)
-    exec(lines, {"pipe": pipe, "poses": POSES})
-    assert relative_error(pipe.generate(*at_480_x_832), wanted) < 1e-5
+    wanted = pipe.generate(*given)
+    exec(lines, {"pipe": pipe, "poses": CLIP, "frame_num": 9})
+    assert relative_error(pipe.generate(*given), wanted) < 1e-5
     assert model._worldkv.stats()["chunks"] == 1
     lingbot.disable(model)
+
+
+# --- what the model was made with ---
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "chunk_frames", "wanted"),
+    [
+        (18, 6, 3, (6, 9)),
+        (18, 0, 3, (0, 15)),
+        (16, 4, 3, (4, 9)),
+        (6, 6, 3, (6, 0)),
+        (18, 6, 4, (6, 8)),
+        (-1, 0, 3, (3, 6)),
+    ],
+)
+def test_the_config_follows_the_models_window(window, sink, chunk_frames, wanted):
+    model = make_model(local_attn_size=window, sink_size=sink)
+    config = lingbot.memory_config(model, grid=GRID, chunk_frames=chunk_frames)
+    assert (config.sink_frames, config.recent_frames) == wanted and config.chunk_frames == chunk_frames
+    config = lingbot.memory_config(model, grid=GRID, recent_frames=12, sink_frames=3)
+    assert (config.sink_frames, config.recent_frames) == (3, 12)
+
+
+def test_a_model_with_a_window_has_it_in_the_memory_too():
+    wanted, shorter = (generate(make_model(), 15, window=window, sink_size=3) for window in (12, 9))
+    model = make_model(local_attn_size=12, sink_size=3)
+    lingbot.enable(model, mode="sink_recent")
+    assert relative_error(generate(model, 15), wanted) < 1e-5
+    assert relative_error(shorter, wanted) > 1e-2
+
+
+def test_a_max_attention_size_that_would_cut_the_window_is_told_of_once():
+    model = make_model()
+    own = generate(model, 9)
+    assert relative_error(generate(model, 9, max_attention_size=20), own) > 1e-2
+    enable(model)
+    with pytest.warns(
+        UserWarning, match="lingbot: max_attention_size is not used, got 20 tokens: the memory's"
+    ) as told:
+        got = generate(model, 9, max_attention_size=20)
+    assert len(told) == 1 and relative_error(got, own) < 1e-5
+    generate(model, 9, max_attention_size=54)  # of the whole cache: nothing to tell
+    generate(model, 9)
+
+
+# --- poses of a clip ---
+
+CLIP = load("right*50,up*20,forward*40,strafe_left*30,left*150,down*19,forward*61").poses  # 371
+
+
+@pytest.mark.parametrize(
+    "frame_num, chunk_frames", [(81, 3), (161, 3), (162, 3), (361, 3), (1000, 3), (161, 4), (9, 3)]
+)
+def test_latent_poses_are_those_of_the_pipeline(frame_num, chunk_frames):
+    wanted = pipeline.latent_poses(torch.from_numpy(CLIP), frame_num, chunk_frames)
+    got = lingbot.latent_poses(torch.from_numpy(CLIP).float(), frame_num, chunk_frames=chunk_frames)
+    assert got.shape == wanted.shape and got.dtype == np.float64
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+    named = trajectory_poses(
+        Trajectory(CLIP[:frame_num], np.ones((len(CLIP[:frame_num]), 4)), ""), chunk_frames=chunk_frames
+    )
+    np.testing.assert_allclose(named[0], wanted, atol=1e-6)
+
+
+def test_latent_poses_refuse_less_than_a_chunk_and_what_is_no_pose():
+    for poses, frame_num, message in (
+        (CLIP[:8], 81, r"poses and frame_num must be at least 9 video frames, .* got 8 and 81"),
+        (CLIP, 8, r"got 371 and 8"),
+        (CLIP, 0, "frame_num must be at least 1, got 0"),
+        (2 * CLIP, 81, "poses must be rigid"),
+    ):
+        with pytest.raises(ValueError, match=f"lingbot.latent_poses: .*{message}"):
+            lingbot.latent_poses(poses, frame_num)
+    with pytest.raises(TypeError, match=r"lingbot\.latent_poses: frame_num must be an integer, got 81\.0"):
+        lingbot.latent_poses(CLIP, 81.0)
+
+
+AS_VIDEO_FRAMES = "lingbot: poses must be of the latent frames, got 371 for a rollout of 24"
+
+
+def test_a_clips_own_poses_are_told_of_in_the_first_forward_where_the_cache_is_of_the_whole_clip():
+    model = make_model()
+    with enable(model, CLIP, **WORLDKV) as handle:
+        with pytest.warns(UserWarning, match=AS_VIDEO_FRAMES):
+            forward(model, 0)
+        handle.restart(lingbot.latent_poses(CLIP, 93))
+        generate(model)
+
+
+def test_a_clips_own_poses_are_told_of_at_the_end_where_the_cache_is_a_window():
+    model = make_model()
+    handle = enable(model, CLIP, **WORLDKV)
+    generate(model, window=9)
+    with pytest.warns(UserWarning, match=AS_VIDEO_FRAMES):
+        handle.disable()
+    assert "forward" not in model.__dict__
 
 
 # --- rollouts that start again, break off or go another way ---
 
 
-def test_a_second_rollout_starts_from_an_empty_memory():
+@pytest.mark.parametrize("again", [True, False])
+def test_a_second_rollout_starts_from_an_empty_memory(again):
     model = make_model()
     handle = enable(model, **WORLDKV)
     first, stats = generate(model), handle.stats()
-    assert torch.equal(generate(model), first)
+    if again:
+        handle.restart(POSES)
+        assert torch.equal(generate(model), first)
+    else:
+        with pytest.warns(UserWarning, match="lingbot: a new rollout goes along the poses of the one before") as told:
+            assert torch.equal(generate(model), first)
+        assert len(told) == 1
+        assert torch.equal(generate(model), first)
     assert handle.stats() == stats
 
 
 def test_restart_takes_other_poses():
-    model, other = make_model(), np.roll(POSES, 9, axis=0)
+    model, other = make_model(), trajectory_poses(load("forward*36,right*30,left*30"))[0][:24]
     options = {**WORLDKV, "intrinsics": INTRINSICS, "retrieval": "fov"}
     handle = enable(model, **options)
     first = generate(model)
@@ -224,6 +337,7 @@ def test_an_exception_inside_a_forward_leaves_the_memory_as_before_its_chunk(cal
     model = make_model()
     handle = enable(model, **WORLDKV)
     wanted = generate(model)
+    handle.restart(POSES)
     calls = []
 
     def fail(*_):
@@ -236,7 +350,7 @@ def test_an_exception_inside_a_forward_leaves_the_memory_as_before_its_chunk(cal
         generate(model)
     assert handle.memory.stats()["chunks"] == handle.stats()["chunks"] == call // 5
     hook.remove()
-    assert torch.equal(generate(model), wanted)
+    assert torch.equal(generate(model), wanted)  # and nothing is said of the poses: it may be the same rollout
 
 
 def test_a_chunk_that_failed_can_be_made_again():
@@ -265,15 +379,41 @@ def test_the_models_own_code_does_not_go_on_from_a_past_that_it_has_not():
     forward(model, 0, both=both)
     forward(model, 0, 0.0, both=both)
     handle.disable()
-    with pytest.raises(RuntimeError, match="must match the existing size"):
-        forward(model, 1, both=both)
+    assert forward(model, 1, both=both).isnan().all()
     assert torch.equal(generate(model), wanted)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_after_disable_a_pipeline_that_keeps_its_caches_is_as_before(inference_mode):
+    model = make_model()
+    pipe, fresh = KeepsItsCaches(model), KeepsItsCaches(model)
+    wanted = generate(model, 12, pipe=pipe, window=9, sink_size=3)
+    with torch.inference_mode(inference_mode), enable(model) as handle:
+        for of_clip in (pipe, fresh):  # one that ran before, one whose caches were never used
+            generate(model, 12, pipe=of_clip, window=9, sink_size=3)
+            assert all(cache[name].numel() == 0 for cache in of_clip.kept[0] for name in ("k", "v"))
+        assert handle.stats()["chunks"] == 4
+    for of_clip in (pipe, fresh):
+        assert torch.equal(generate(model, 12, pipe=of_clip, window=9, sink_size=3), wanted)
+
+
+def test_caches_that_the_pipeline_has_dropped_are_not_given_back(monkeypatch):
+    model = make_model()
+    given_back, resize = [], torch.Tensor.resize_
+    monkeypatch.setattr(torch.Tensor, "resize_", lambda x, shape: given_back.append(x) or resize(x, shape))
+    with enable(model):
+        both = caches()
+        for chunk in range(2):
+            forward(model, chunk, both=both)
+        generate(model, 6)
+    assert len(given_back) == 4 and all(any(x is cache[name] for x in given_back) for cache in both[0] for name in "kv")
 
 
 def test_a_warm_up_forward_is_no_part_of_the_rollout():
     model = make_model()
     handle = enable(model, **WORLDKV)
     wanted = generate(model)
+    handle.restart(POSES)
     forward(model, 0, 500.0)
     assert torch.equal(generate(model), wanted)
     assert handle.stats()["chunks"] == CHUNKS
@@ -312,9 +452,11 @@ def test_inference_mode_will_do():
     model = make_model()
     handle = enable(model, **WORLDKV)
     wanted, stats = generate(model), handle.stats()
+    handle.restart(POSES)
     with torch.inference_mode():
         got = generate(model)
     assert torch.equal(got, wanted) and handle.stats() == stats
+    handle.restart(POSES)
     assert torch.equal(generate(model), wanted)
 
 

@@ -56,12 +56,13 @@ def test_forwards_that_the_memory_cannot_serve(chunk, options, error, message):
     assert handle.stats()["chunks"] == 3
 
 
-def test_guidance_by_two_forwards_is_refused_at_its_first_step():
+def test_guidance_by_two_forwards_is_refused_at_its_second_step():
     model, conditional, unconditional = make_model(), caches(), caches()
     enable(model)
     forward(model, 0, both=conditional)
+    forward(model, 0, both=unconditional)
     with pytest.raises(RuntimeError, match="classifier-free guidance"):
-        forward(model, 0, both=unconditional)
+        forward(model, 0, 900.0, both=conditional)
 
 
 def test_a_copy_of_an_enabled_model_is_refused():
@@ -143,7 +144,7 @@ def test_a_config_of_another_model_is_refused(options, message):
     assert "forward" not in model.__dict__ and "forward" not in model.blocks[0].self_attn.__dict__
 
 
-@pytest.mark.parametrize("config", [None, {"num_layers": 2}, "worldkv"])
+@pytest.mark.parametrize("config", [{"num_layers": 2}, "worldkv"])
 def test_what_is_no_config_is_refused(config):
     model = make_model()
     message = f"lingbot.enable: config must be a MemoryConfig, such as lingbot.memory_config makes .* got {config!r}"
@@ -155,8 +156,9 @@ def test_what_is_no_config_is_refused(config):
 def test_restart_after_disable_is_refused():
     model = make_model()
     handle = enable(model)
-    assert repr(handle).startswith("LingBotMemory(enabled, WorldMemory(full, 0 chunks, 0 banked, ")
+    assert repr(handle) == "LingBotMemory(enabled, no memory before the first forward)"
     generate(model, 6)
+    assert repr(handle).startswith("LingBotMemory(enabled, WorldMemory(full, 1 chunks, 0 banked, ")
     handle.disable()
     with pytest.raises(
         RuntimeError, match="lingbot: restart must be called while the model is enabled, got a call aft"

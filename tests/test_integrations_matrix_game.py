@@ -37,15 +37,15 @@ def config_of(model, mode="worldkv", **options):
 
 
 def retrieved_by(handle):
-    """A list that will hold what each chunk retrieves."""
-    plans, begin = [], handle.memory.begin_chunk
+    """A list that will hold what each chunk retrieves, with whatever memory the forwards make."""
+    plans, chunks = [], handle._chunks
+    begin = chunks._begin
 
-    def begin_chunk(*args, **kwargs):
-        plan = begin(*args, **kwargs)
-        plans.append(plan.retrieved)
-        return plan
+    def noted(chunk, controls, stream):
+        begin(chunk, controls, stream)
+        plans.append(handle.memory._plan.retrieved)
 
-    handle.memory.begin_chunk = begin_chunk
+    chunks._begin = noted
     return plans
 
 
@@ -70,10 +70,10 @@ def test_in_full_mode_it_is_the_model_with_a_cache_as_long_as_the_clip(variant, 
     assert torch.equal(latents(pipeline(model), given, 5, mode=variant), published)
 
 
-@pytest.mark.parametrize("variant", ["universal", "templerun"])
-def test_in_sliding_mode_it_is_the_published_window(variant):
+@pytest.mark.parametrize("variant, window", [("universal", 6), ("gta_drive", 4), ("templerun", 6), ("templerun", 8)])
+def test_in_sliding_mode_it_is_the_published_window(variant, window):
     given = conditions(*actions_of(variant, 5))
-    model = plain_model(variant)
+    model = plain_model(variant, window)
     published = latents(pipeline(model), given, 5, mode=variant)
     made, _ = run(lambda model: matrix_game.enable(model, config_of(model, "sliding")), model, given, 5, mode=variant)
     assert relative_error(made, published) < 1e-5
@@ -206,11 +206,11 @@ def test_it_is_the_same_under_inference_mode_and_in_bfloat16():
     model = model.to(torch.bfloat16)
     given = {name: tensor.to(torch.bfloat16) for name, tensor in given.items()}
     with matrix_game.enable(model, config_of(model)) as handle, torch.no_grad():
-        assert handle.memory.dtype == torch.bfloat16
         retrieved = retrieved_by(handle)
         pipe = pipeline(model)
         pipe.draw = lambda *args: torch.randn_like(args[2])
         made = pipe.inference(first_noise(CHUNKS).to(torch.bfloat16), given)
+        assert handle.memory.dtype == torch.bfloat16
     assert made.isfinite().all()
     assert retrieved == plans  # though 0.1 is 0.10009765625 there
 
@@ -220,7 +220,8 @@ def test_the_published_caches_are_given_back_and_those_of_the_actions_are_used()
     pipe = pipeline(model)
     with matrix_game.enable(model, config_of(model)):
         latents(pipe, given_of(GLANCE), 2)
-    assert all(cache[name].numel() == 0 for cache in pipe.kv_cache1 for name in ("k", "v"))
+        assert all(cache[name].numel() == 0 for cache in pipe.kv_cache1 for name in ("k", "v"))
+    assert all(cache[name].shape == (1, 36, 2, 64) for cache in pipe.kv_cache1 for name in ("k", "v"))
     assert all(cache["k"].abs().sum() > 0 for cache in (pipe.kv_cache_mouse[0], pipe.kv_cache_keyboard[0]))
 
 
@@ -240,7 +241,7 @@ def test_the_two_lines_at_the_published_size_of_a_frame():
     assert handle.memory.config.grid == (22, 40)
 
 
-@pytest.mark.parametrize("variant, window, recent", [("universal", 6, 3), ("gta_drive", 4, 3), ("templerun", 9, 6)])
+@pytest.mark.parametrize("variant, window, recent", [("universal", 6, 3), ("gta_drive", 4, 1), ("templerun", 9, 6)])
 def test_the_config_follows_the_model(variant, window, recent):
     model = plain_model(variant, window)
     config = matrix_game.memory_config(model)
@@ -253,5 +254,6 @@ def test_the_config_follows_the_model(variant, window, recent):
 
 def test_poses_without_a_config_mean_retrieval_by_pose():
     model = plain_model()
-    with matrix_game.enable(model, poses=np.tile(np.eye(4), (3, 1, 1))) as handle:
+    with matrix_game.enable(model, poses=np.tile(np.eye(4), (3, 1, 1)), bank_chunks=12) as handle:
+        latents(pipeline(model), given_of(GLANCE), 1)
         assert handle.memory.config.retrieval == "pose"

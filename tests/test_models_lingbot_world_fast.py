@@ -58,7 +58,8 @@ def test_sigmas():
     assert flow_sigmas((0, 1, 2), shift=3, num_train_timesteps=4) == (1, 2.25 / 2.5, 1.5 / 2)
     assert LingBotConfig.fast().sigmas == pytest.approx([1, 8.21 / 8.389, 6.42 / 6.778, 3.21 / 3.889])
     assert tuple(round(sigma, 3) for sigma in LingBotConfig.fast().sigmas) == SIGMAS
-    assert LingBotConfig.v2_14b().sigmas == LingBotConfig.v2_1_3b().sigmas == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8])
+    launched = pytest.approx([1, 30 / 31, 10 / 11, 10 / 13])  # the published levels 999, 967, 908, 768
+    assert LingBotConfig.v2_14b().sigmas == LingBotConfig.v2_1_3b().sigmas == launched
     assert make_model(replace(CONFIG, sigmas=(1.0, 0.5))).sigmas == (1.0, 0.5)
 
 
@@ -76,7 +77,8 @@ def test_windows():
     fast, second = LingBotConfig.fast().memory(), LingBotConfig.v2_14b().memory()
     assert (fast.sink_frames, fast.recent_frames) == (3, 6)
     assert second.sink_frames == 6
-    assert second.sink_frames + second.recent_frames + second.chunk_frames == 18
+    for memory in (second, LingBotConfig.v2_14b(chunk_frames=4).memory()):  # some ports run chunks of 4
+        assert (memory.sink_frames, memory.recent_frames + memory.chunk_frames) == (6, 12)
     memory = LingBotConfig.v2_1_3b(eps=1e-5).memory(mode="sliding", sink_frames=0)
     assert (memory.num_layers, memory.num_heads, memory.head_dim, memory.grid) == (30, 12, 128, (30, 52))
     assert (memory.mode, memory.sink_frames, memory.recent_frames, memory.eps) == ("sliding", 0, 9, 1e-5)
@@ -113,6 +115,11 @@ def test_published_configs():
         LingBotConfig.from_published({"num_layers": 2, "eps": 1e-6})
     with pytest.raises(ValueError, match=r"config.json must have patch_size \[1, 2, 2\], got \[1, 1, 1\]"):
         LingBotConfig.from_published({**PUBLISHED, "patch_size": [1, 1, 1]})
+    for value in (2**21, 0, 2.0, True, None, [2]):
+        with pytest.raises(ValueError, match=r"config.json must have num_heads an integer from 1 to 1048576, got"):
+            LingBotConfig.from_published({**PUBLISHED, "num_heads": value})
+    with pytest.raises(ValueError, match=r"config.json must have eps a number from 0 to 1048576, got inf"):
+        LingBotConfig.from_published({**PUBLISHED, "eps": math.inf})
 
 
 # --- names, shapes, dtypes ---
@@ -549,6 +556,10 @@ def test_checkpoints_of_another_model_are_told(tmp_path):
         ValueError, match=r"got 6 misshapen: blocks.0.ffn.0.weight \[192, 128\] for \[96, 128\], .* 1 more"
     ):
         LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, ffn_dim=96, **options)
+    with pytest.raises(ValueError, match=r"checkpoint must hold the tensors of 1000000 layers, got \d+"):
+        LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, num_layers=1_000_000, **options)
+    with pytest.raises(ValueError, match=r"got 6 misshapen"):  # told before so much memory is asked for
+        LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, ffn_dim=2**40, **options)
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"x.safetensors must have the \d+ bytes that its header says, got \d+"):
         LingBotWorldFast.from_pretrained(tmp_path, config=CONFIG, **options)

@@ -1,6 +1,7 @@
 """Matrix-Game-2.0: names, checkpoints, hoisting, and what a chunk's latents depend on."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -133,7 +134,8 @@ def test_published_sizes():
     assert universal.dim == 1536 and MatrixGame2(universal, device="meta").latent_shape == (16, 44, 80)
     memory = universal.memory()
     assert (memory.sink_frames, memory.recent_frames, memory.mode, memory.frame_tokens) == (0, 3, "worldkv", 880)
-    assert gta.memory(recent_frames=0, mode="sliding").recent_frames == 0
+    assert [config.recent_frames for config in (universal, gta, templerun)] == [3, 1, 3]
+    assert MatrixGameConfig.universal(chunk_frames=1).recent_frames == 5
 
 
 def published_json(variant, **changes):
@@ -167,7 +169,7 @@ def test_config_of_a_published_folder(variant):
     assert MatrixGameConfig.from_published(fields, **GIVEN) == small(variant)
     assert MatrixGameConfig.from_published(published_json(variant, local_attn_size=None), **GIVEN) == small(variant)
     wider = MatrixGameConfig.from_published(published_json(variant, local_attn_size=11), **GIVEN)
-    assert wider.recent_frames == 9 and wider.actions.local_frames == 11
+    assert wider.recent_frames == 8 and wider.actions.local_frames == 11
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,12 @@ def test_config_of_a_published_folder(variant):
         ({"num_layers": 3}, "config.json must have num_heads, dim, ffn_dim, got num_layers"),
         (published_json("universal", sink_size=3), "config.json must have sink_size 0, got 3"),
         (published_json("universal", qkv_bias=True), "config.json must have qkv_bias False, got True"),
-        (published_json("universal", local_attn_size=-1), "local_frames must be at least 1, got -1"),
+        (published_json("universal", local_attn_size=-1), "local_attn_size an integer from 1 to 1048576, got -1"),
+        (published_json("universal", eps=math.inf), "eps a number from 0 to 1048576, got inf"),
+        (published_json("universal", num_heads=0), "num_heads an integer from 1 to 1048576, got 0"),
+        (published_json("universal", heads_num="2"), "heads_num an integer from 1 to 1048576, got '2'"),
+        (published_json("universal", rope_dim_list=[]), r"rope_dim_list a list of integers, got \[\]"),
+        ({**published_json("universal"), "action_config": [1]}, r"action_config an object, got \[1\]"),
     ],
 )
 def test_config_of_another_model(fields, message):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from worldkv_kernels import MemoryConfig, WorldMemory
-from worldkv_kernels.memory.retrieval import PoseRetrieval, PublishedPoseRetrieval
+from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval, PoseRetrieval
 
 NUM_CHUNKS, FRAMES = 30, 3
 SMALL = dict(num_layers=1, num_heads=1, grid=(2, 2), head_dim=64)
@@ -181,7 +181,14 @@ def test_published_values():
     assert (config.chunk_frames, config.sink_frames, config.retrieved_chunks) == (3, 3, 6)
     assert config.recent_frames == 3  # past frames: the published 6 include the current chunk
     assert (config.keep_ratio, config.pooled, config.order) == (0.5, True, "nearest_first")
-    assert isinstance(config.retrieval, PublishedPoseRetrieval)
+    assert isinstance(config.retrieval, OfficialPoseRetrieval)
+
+
+def test_what_is_not_given_follows():
+    config = official(chunk_frames=4)
+    assert (config.sink_frames, config.recent_frames, config.retrieved_chunks) == (4, 4, 6)
+    assert official(bank_chunks=5).retrieved_chunks == 5
+    assert official(chunk_frames=4, bank_chunks=2, clip_frames=19 + 1).recent_frames == 4
 
 
 @pytest.mark.parametrize("clip_frames", [3, 18, 20, 21, 22, 23])
@@ -213,8 +220,10 @@ def test_shrunk_to_the_current_chunk_the_hole_is_the_chunk_before():
         (dict(retrieved_frames=7), "official: retrieved_frames must be a multiple of chunk_frames=3, got 7"),
         (dict(recent_frames=7), "official: recent_frames must be a multiple of chunk_frames=3, got 7"),
         (dict(recent_frames=0), "official: recent_frames, the current chunk included, must be at least"),
-        (dict(sink_frames=2), "sink_frames must be a multiple of chunk_frames=3, got 2"),
-        (dict(bank_chunks=5), "bank_chunks must be None or at least 6, got 5"),
+        (dict(sink_frames=2), "official: sink_frames must be a multiple of chunk_frames=3, got 2"),
+        (dict(chunk_frames=4, recent_frames=6), "official: recent_frames must be a multiple of chunk_frames=4, got 6"),
+        (dict(bank_chunks=5, retrieved_frames=18), "bank_chunks must be None or at least 6, got 5"),
+        (dict(bank_chunks=0), "bank_chunks must be None or at least 1, got 0"),
     ],
 )
 def test_official_errors(fields, wanted):
@@ -257,14 +266,14 @@ def test_default_is_free_of_fault_3_identical_turning_chunks_are_at_distance_0()
     a, b, c = (policy.describe(poses, None) for poses in (turning(8), turning(8), far))
     assert policy.distances([a], [b, c], a)[0, 0] <= 1e-12
     # The published means are not rotations: the same chunk is 9.2 degrees from itself.
-    _, mean = PublishedPoseRetrieval().describe(turning(8), None)
+    _, mean = OfficialPoseRetrieval().describe(turning(8), None)
     assert math.degrees(math.acos((np.trace(mean.T @ mean) - 1) / 2)) == pytest.approx(9.2, abs=0.05)
 
 
 def test_default_is_free_of_fault_3_a_static_chunk_is_not_favoured():
     """A turning view is made: its twin (chunk 1) is as near as a static chunk (2) with the same mean, and older."""
     chunks = {1: turning(8), 2: turning(0), 3: turning(0, start=90)}
-    for policy, nearest in ((PoseRetrieval(), 1), (PublishedPoseRetrieval(), 2)):
+    for policy, nearest in ((PoseRetrieval(), 1), (OfficialPoseRetrieval(), 2)):
         candidates = [(chunk, policy.describe(poses, None)) for chunk, poses in chunks.items()]
         assert policy.select(policy.describe(turning(8), None), candidates, 1) == [nearest]
 
@@ -304,13 +313,13 @@ def test_default_is_free_of_fault_4_noise_in_rotation_is_not_blown_up():
 
 def test_default_is_free_of_fault_4_all_candidates_in_one_place():
     """Identical but for noise: all tie, the oldest go first. The published code orders them by the noise."""
-    picks = {policy: set() for policy in (PoseRetrieval, PublishedPoseRetrieval)}
+    picks = {policy: set() for policy in (PoseRetrieval, OfficialPoseRetrieval)}
     for seed in range(20):
         for policy, seen in picks.items():
             chunks = [policy().describe(noisy(turning(0), 1e-8, seed * 10 + chunk), None) for chunk in range(9)]
             seen.add(tuple(policy().select(chunks[8], list(enumerate(chunks[:8])), 3)))
     assert picks[PoseRetrieval] == {(0, 1, 2)}
-    assert len(picks[PublishedPoseRetrieval]) > 10
+    assert len(picks[OfficialPoseRetrieval]) > 10
 
 
 def test_default_is_free_of_fault_5_ties_go_to_the_older_chunk():

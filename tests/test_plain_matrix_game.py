@@ -49,8 +49,7 @@ def test_the_reference_model_agrees_over_chunks_with_the_window_full(variant, mo
     chunks = 5
     model = plain_model(variant, WINDOWS[variant])
     given = conditions(*actions_of(variant, chunks))
-    # A memory keeps whole chunks, so for gta's window of 4 frames the self-attention is compared over 6.
-    frames = 3 * chunks if mode == "full" else 6
+    frames = 3 * chunks if mode == "full" else WINDOWS[variant]
     want = latents(pipeline(model, kv_cache_frames=frames), given, chunks, mode=variant)
     got = ours(model, variant, mode, given, chunks)
     errors = [relative_error(*pair) for pair in zip(got.split(3), want.split(3), strict=True)]

@@ -1,6 +1,7 @@
 """Poses: what is accepted, the geodesic mean, angles near zero and pi."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import as_quaternion, quaternion_angle, rotation_mean
 
-from worldkv_kernels.memory.retrieval import PoseRetrieval, PublishedPoseRetrieval
-from worldkv_kernels.poses import _exp, _log, as_intrinsics, as_poses, geodesic_mean, mean_pose, rotation_angles
+from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval, PoseRetrieval
+from worldkv_kernels.poses import (
+    _exp,
+    _log,
+    as_intrinsics,
+    as_poses,
+    convention_hint,
+    geodesic_mean,
+    interpolated,
+    mean_pose,
+    rotation_angles,
+)
+from worldkv_kernels.trajectory import load
 
 fuzz = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31)
@@ -260,7 +272,7 @@ def test_poses_errors(poses, error_type, wanted):
 def test_poses_up_to_the_bound():
     poses = good()
     poses[:, :3, 3] = 1e9
-    for policy in (PoseRetrieval(), PublishedPoseRetrieval()):
+    for policy in (PoseRetrieval(), OfficialPoseRetrieval()):
         far, near = (policy.describe(as_poses("op", each), None) for each in (poses, good()))
         assert policy.select(near, [(0, far), (1, near)], 1) == [1]
 
@@ -310,3 +322,49 @@ def test_intrinsics_errors(intrinsics, error_type, wanted):
         as_intrinsics("begin_chunk", intrinsics, 3)
     assert str(caught.value).startswith("begin_chunk: intrinsics must be")
     assert wanted in str(caught.value)
+
+
+@fuzz
+@given(seeds)
+def test_interpolated_poses_lie_on_the_way_at_even_speed(seed):
+    rng = np.random.default_rng(seed)
+    poses = np.tile(np.eye(4), (4, 1, 1))
+    poses[:, :3, :3] = [random_rotation(rng, math.pi * 0.49) for _ in poses]
+    poses[:, :3, 3] = rng.normal(size=(4, 3))
+    part = rng.uniform()
+    got = interpolated(poses, np.array([2 + part, 3.0, 0.0]))
+    as_poses("test", got)
+    assert np.array_equal(got[1:], poses[[3, 0]])
+    np.testing.assert_allclose(got[0, :3, 3], (1 - part) * poses[2, :3, 3] + part * poses[3, :3, 3], atol=1e-12)
+    whole, done, left = (
+        rotation_angles(one[None, :3, :3], other[None, :3, :3]).item()
+        for one, other in ((poses[2], poses[3]), (poses[2], got[0]), (got[0], poses[3]))
+    )
+    assert done == pytest.approx(part * whole, abs=1e-7) and left == pytest.approx((1 - part) * whole, abs=1e-7)
+
+
+GL = np.diag([1.0, -1.0, -1.0, 1.0])
+WALKS = ("forward*30", "right*45,forward*40,left*90,forward*40", "forward*30,right*90,forward*30,up*20,forward*20")
+
+
+@pytest.mark.parametrize("moves", WALKS)
+def test_a_hint_where_no_motion_goes_where_the_camera_looks(moves):
+    poses = load(moves).poses
+    assert convention_hint(poses) is None
+    assert "OpenGL" in convention_hint(poses @ GL)
+    assert "inverted" in convention_hint(np.linalg.inv(poses))
+
+
+@pytest.mark.parametrize("moves", ["right*90", "strafe_left*30", "right*40,strafe_right*40", "back*4"])
+def test_no_hint_on_a_camera_that_turns_strafes_or_hardly_moves(moves):
+    assert convention_hint(load(moves).poses) is None
+
+
+@pytest.mark.parametrize("clip", ["jungle_flight", "stonehenge_sweep"])
+def test_the_hint_on_clips_of_real_videos(clip):
+    file = Path(__file__).parents[2] / "shared" / "data" / "trajectories" / clip / "poses.npy"
+    if not file.exists():
+        pytest.skip("the clips of LingBot-World's examples are not here")
+    poses = as_poses("clip", np.load(file))
+    assert convention_hint(poses) is None
+    assert convention_hint(np.linalg.inv(poses)) and convention_hint(poses @ GL)

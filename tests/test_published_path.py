@@ -339,8 +339,8 @@ def test_the_slow_work_of_a_chunk_is_there(published_path):
         (dict(bank_sink=False), "bank_sink must be True, as of MemoryConfig.official, got False"),
         (dict(rope=None), "rope must be 'wan', as of MemoryConfig.official, got None"),
         (dict(round_before_rope=False), "round_before_rope must be True, as of MemoryConfig.official, got False"),
-        (dict(retrieval="pose"), "retrieval must be a PublishedPoseRetrieval, as of MemoryConfig.official, got 'pose'"),
-        (dict(retrieval=PoseRetrieval()), "retrieval must be a PublishedPoseRetrieval, as of MemoryConfig.official, "),
+        (dict(retrieval="pose"), "retrieval must be an OfficialPoseRetrieval, as of MemoryConfig.official, got 'pose'"),
+        (dict(retrieval=PoseRetrieval()), "retrieval must be an OfficialPoseRetrieval, as of MemoryConfig.official, "),
     ],
 )
 def test_only_an_official_config(published_path, fields, message):

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and the files it points to exist."""
+"""The examples of the README and of docs/ run as they stand, and the files that they point to exist."""
 
 import re
 from pathlib import Path
@@ -11,15 +11,22 @@ from worldkv_kernels import WorldMemory
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+EXAMPLES = BLOCK.findall(README)
+EVERY_EXAMPLE = [
+    pytest.param(block, id=f"{page.name} {i}")
+    for page in PAGES
+    for i, block in enumerate(BLOCK.findall(page.read_text()))
+]
 # These need a pipeline: the first is run by test_integrations_lingbot.
 OF_PIPELINES = ("lingbot.enable(", "matrix_game.enable(")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[f"example {i}" for i in range(len(EXAMPLES))])
+@pytest.mark.parametrize("example", EVERY_EXAMPLE)
 def test_examples_run(example):
     if not any(call in example for call in OF_PIPELINES):
-        exec(compile(example, "README.md", "exec"), {})
+        exec(compile(example, "an example", "exec"), {})
 
 
 def test_the_two_lines_in_matrix_game(monkeypatch):
@@ -42,8 +49,32 @@ def test_the_two_lines_in_matrix_game(monkeypatch):
     assert latents[0].isfinite().all() and queries == 4 * [(3 * 22 * 40, 128)]
 
 
-def test_there_is_an_example_for_every_op_and_links_lead_somewhere():
+def test_there_is_an_example_for_every_op():
     for op in ("segment_attention(", "norm_rope_append(", "compress_chunk(", "memory.attend(", *OF_PIPELINES):
         assert any(op in example for example in EXAMPLES)
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert links and all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: f"{page.parent.name} {page.name}"
+)
+def test_links_lead_somewhere(page):
+    headings = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    }
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        elif not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_every_page_of_docs_is_pointed_to_and_every_variable_explained():
+    assert all(f"(docs/{page.name})" in README for page in PAGES[1:])
+    sources = [
+        path for folder in ("worldkv_kernels", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    ]
+    text = "\n".join(path.read_text() for path in [*sources, ROOT / "setup.py"])
+    variables = set(re.findall(r"environ(?:\.get\(|\[)\"(WORLDKV_\w+)\"", text))
+    explained = (ROOT / "docs" / "environment.md").read_text()
+    assert len(variables) > 4 and not [name for name in variables if name not in explained]

@@ -11,8 +11,8 @@ from slow_memory import PoseOrder
 from worldkv_kernels.memory.retrieval import (
     FovRetrieval,
     NearestPolicy,
+    OfficialPoseRetrieval,
     PoseRetrieval,
-    PublishedPoseRetrieval,
     RetrievalPolicy,
     make_policy,
 )
@@ -94,7 +94,7 @@ def test_pose_distance_by_hand():
     assert policy.distances([now], [now], now).tolist() == [[0.0]]
 
 
-@pytest.mark.parametrize("policy", [PoseRetrieval(), FovRetrieval(), PublishedPoseRetrieval(), Points()])
+@pytest.mark.parametrize("policy", [PoseRetrieval(), FovRetrieval(), OfficialPoseRetrieval(), Points()])
 def test_nothing_to_pick(policy):
     view = 0.0 if isinstance(policy, Points) else policy.describe(standing(0), np.full((3, 4), 10.0))
     assert policy.select(view, [], 3) == []
@@ -185,7 +185,7 @@ def test_drop_is_the_older_of_the_two_most_alike():
     assert Points().drop([(0, 0.0), (1, 5.0), (2, 0.2), (3, 9.0)]) == 0
     assert Points().drop([(4, 1.0), (6, 1.0), (7, 1.0)]) == 4  # of equal pairs the oldest
     assert Points().drop([(0, 3.0), (1, 1.0), (2, 1.0 + 1e-9), (3, 3.0 - 1e-9)]) == 0  # equal but for noise: 0 and 3
-    assert PublishedPoseRetrieval().drop([(3, None), (5, None), (9, None)]) == 3
+    assert OfficialPoseRetrieval().drop([(3, None), (5, None), (9, None)]) == 3
 
 
 @fuzz
@@ -323,18 +323,39 @@ def test_fov_image_size():
 
 @pytest.mark.parametrize("depth_range", [(0.0, 1.0), (2.0, 2.0), (5.0, 1.0), (-1.0, 4.0)])
 def test_fov_errors(depth_range):
-    with pytest.raises(ValueError, match="FovRetrieval: depth_range must be 0 < near < far, got"):
+    with pytest.raises(ValueError, match=r"^FovRetrieval: depth_range must be 0 < near < far < infinity, got"):
         FovRetrieval(depth_range=depth_range)
-    for samples in (0, 2.5, (4, 6, 5)):
-        with pytest.raises(ValueError, match="FovRetrieval: samples must be an integer of at least 1, got"):
-            FovRetrieval(samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("depth_range", (1e-300, 1e300), ValueError, "depth_range must be 0 < near < far < infinity, got"),
+        ("depth_range", (1, 10**400), ValueError, "depth_range must be a number that a float can hold, got 1000"),
+        ("depth_range", 5, TypeError, r"depth_range must be two numbers \(near, far\), got 5"),
+        ("depth_range", ("1", 2), TypeError, r"depth_range must be two numbers \(near, far\), got \('1', 2\)"),
+        ("image_size", (0, 5), ValueError, r"image_size must be a height and a width above 0, got \(0, 5\)"),
+        ("image_size", (5, 10**400), ValueError, "image_size must be a number that a float can hold, got 1000"),
+        ("image_size", (5, 5, 3), TypeError, r"image_size must be two numbers \(height, width\), got \(5, 5, 3\)"),
+        ("samples", 0, ValueError, "samples must be from 1 to 65536, got 0"),
+        ("samples", 10**400, ValueError, "samples must be from 1 to 65536, got 1000"),
+        ("samples", 2.5, TypeError, "samples must be an integer, got 2.5"),
+        ("samples", True, TypeError, "samples must be an integer, got True"),
+        ("diversity", 10**400, ValueError, "diversity must be a number that a float can hold, got 1000"),
+        ("diversity", "much", TypeError, "diversity must be a number, got 'much'"),
+        ("diversity", math.nan, ValueError, "diversity must be from 0 to 1, got nan"),
+    ],
+)
+def test_fov_arguments(argument, value, error, message):
+    with pytest.raises(error, match=f"^FovRetrieval: {message}"):
+        FovRetrieval(**{argument: value})
 
 
 # --- the published policy, and names ---
 
 
 def test_published_ties_are_stable():
-    policy = PublishedPoseRetrieval()
+    policy = OfficialPoseRetrieval()
     views = [policy.describe(standing(0), None)] * 4
     assert policy.select(views[0], list(zip((2, 3, 5, 7), views, strict=True)), 3) == [2, 3, 5]
 
@@ -345,7 +366,7 @@ def test_make_policy():
     assert (make_policy("fov").needs_intrinsics, make_policy("pose").needs_intrinsics) == (True, False)
     own = PoseRetrieval(diversity=0.3)
     assert make_policy(own) is own
-    for policy in (PoseRetrieval(), FovRetrieval(), PublishedPoseRetrieval()):
+    for policy in (PoseRetrieval(), FovRetrieval(), OfficialPoseRetrieval()):
         assert isinstance(policy, RetrievalPolicy)
     for wrong in ("poses", None, 3, PoseRetrieval, object()):
         with pytest.raises(ValueError, match="retrieval must be 'pose', 'fov', 'action' or a RetrievalPolicy, got"):

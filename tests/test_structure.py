@@ -12,10 +12,12 @@ GROUND_FLOOR = {
     "checks": set(),
     "ranges": set(),
     "rope": {"checks"},
+    "tracing": set(),
+    "lazy": set(),
     "window": {"checks", "rope"},
-    "poses": set(),
+    "poses": {"checks"},
     "actions": {"checks", "poses"},
-    "trajectory": {"poses"},
+    "trajectory": {"checks", "poses"},
 }
 
 

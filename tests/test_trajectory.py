@@ -109,10 +109,35 @@ def test_latent_frame_f_is_video_frame_stride_times_f(stride, frames):
     assert (intrinsics[:, 0] - 500).tolist() == frames
 
 
+def test_latent_frames_of_whole_chunks_are_spread_over_the_trajectory():
+    """Of 162 video frames 161 count; of their 41 latent frames 39 fill chunks, 160 / 38 video frames apart."""
+    trajectory = load("right*140,forward*21")
+    trajectory = trajectory._replace(intrinsics=trajectory.intrinsics + np.arange(162)[:, None])
+    poses, intrinsics = latent_poses(trajectory, chunk_frames=3)
+    at = np.arange(39) * 160 / 38
+    assert poses.shape == (39, 4, 4)
+    np.testing.assert_allclose(intrinsics, trajectory.intrinsics[:1] + at[:, None], rtol=1e-12)
+    yaws = np.degrees(np.arctan2(poses[:, 0, 2], poses[:, 2, 2]))
+    np.testing.assert_allclose(yaws, np.minimum(at, 140), atol=1e-9)
+    ahead = np.linalg.norm(poses[:, :3, 3], axis=1)
+    np.testing.assert_allclose(ahead, np.maximum(at - 140, 0) / 10, atol=1e-9)
+    as_poses("test", poses)
+    assert np.array_equal(poses[-1], trajectory.poses[160])
+
+
+@pytest.mark.parametrize("frames, count", [(8, 0), (9, 3), (81, 21), (84, 21), (357, 90)])
+def test_where_every_latent_frame_is_in_a_chunk_poses_are_every_fourth(frames, count):
+    trajectory = load(f"right*{frames - 1}")
+    poses, intrinsics = latent_poses(trajectory, chunk_frames=3)
+    assert np.array_equal(poses, trajectory.poses[::4][:count]) and intrinsics.shape == (count, 4)
+
+
 def test_latent_frames_are_one_more_than_a_quarter_of_the_moves():
     assert len(latent_poses(load("right*960"))[0]) == 241
     with pytest.raises(ValueError, match="latent_poses: stride must be at least 1, got 0"):
         latent_poses(load("right*3"), 0)
+    with pytest.raises(ValueError, match="latent_poses: chunk_frames must be at least 1, got 0"):
+        latent_poses(load("right*3"), chunk_frames=0)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +182,15 @@ def bad_folders():
     yield "objects", np.array([None]), cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
     yield "no array", b"RIFF", cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
     yield "an empty file", b"", cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
+    yield "a broken archive", b"PK\x03\x04", cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
+    for what, shape in (
+        ("more than there is memory", b"(1%s,)" % (b"0" * 17)),
+        ("a deep shape", b"(" * 90 + b")" * 90),
+    ):
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': %s}\n" % shape
+        file = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        yield what, file, cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
+    yield "an open bracket", file.replace(b")", b"("), cameras, r"poses.npy must be a numpy array \[n, 4, 4\], got "
 
 
 @pytest.mark.parametrize("poses, intrinsics, message", [pytest.param(*case, id=i) for i, *case in bad_folders()])
@@ -168,3 +202,14 @@ def test_bad_folders(poses, intrinsics, message, tmp_path):
             np.save(tmp_path / name, content, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("argument", ["turn_degrees", "move"])
+def test_steps_are_finite_numbers(argument):
+    for value, error, wanted in (
+        (10**400, ValueError, "a number that a float can hold, got 1000"),
+        (np.nan, ValueError, "finite, got nan"),
+        ("far", TypeError, "a number, got 'far'"),
+    ):
+        with pytest.raises(error, match=f"^trajectory: {argument} must be {wanted}"):
+            load("right*3", **{argument: value})

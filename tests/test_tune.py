@@ -22,7 +22,7 @@ def tune(load):
 def test_candidates_are_checked_and_timed_beside_the_shipped_one(tune, tmp_path, capsys):
     results = tmp_path / "tune.jsonl"
     choose = kernel.attention_config
-    assert tune.main(["--small", "--device", "cpu", "--seconds", "0.01", "--json", str(results)]) == 0
+    assert tune.main(["--small", "--device", "cpu", "--seconds", "0.01", "--jsonl", str(results)]) == 0
     assert kernel.attention_config is choose
     figures = [json.loads(line) for line in results.read_text().splitlines()]
     by_case = {f["case"]: [g["variant"] for g in figures if g["case"] == f["case"]] for f in figures}
@@ -129,6 +129,8 @@ def test_the_shipped_configurations_of_hopper_are_candidates(tune):
 
 def test_a_cpu_without_the_interpreter_is_told(tune, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert tune.main(["--small", "--device", "cpu", "--seconds", "nan"]) == 2
+    assert "--seconds must be above 0 and at most 3600, got nan\n" in capsys.readouterr().err
     assert tune.main(["--small", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
         "tune_segment_attention: on a CPU, set TRITON_INTERPRET=1: the kernel runs in Triton's interpreter\n"

@@ -147,6 +147,10 @@ BAD = [
     ([(0, -3)], ValueError, "segments[0] must have"),
     ([(2**31 - 10, 11)], ValueError, "end below row 2**31"),
     ([(0, 1, 3)], ValueError, "segments[0] has time_shift=3, which needs rope=, got None"),
+    ([(0, 1, 2**31)], ValueError, "segments[0] must have a time_shift of less than 2**31 frames either way, got Seg"),
+    ([(10**400, 1)], ValueError, "end below row 2**31, got Segment(first_row=1000"),
+    ([(10**5000, 1)], ValueError, "end below row 2**31, got Segment too long to print"),
+    ([(0, True)], TypeError, "segments[0] must be (first_row, num_rows, time_shift=0) of integers, got (0, True)"),
     ([(0, 1), (0.0, 1)], TypeError, "segments[1] must be (first_row, num_rows, time_shift=0) of integers, got (0.0,"),
     ([(0, None)], TypeError, "segments[0] must be"),
     ([("0", 1)], TypeError, "segments[0] must be"),
@@ -174,6 +178,8 @@ def test_capacity_errors():
     for capacity in (0, -1, 2):
         with pytest.raises(ValueError, match=f"Window: segments must fit capacity={capacity} tiles of 128 rows, got 3"):
             Window([(0, 300)], device="cpu", capacity=capacity)
+    with pytest.raises(ValueError, match=r"Window: segments must fit capacity=int too long to print tiles"):
+        Window([(0, 300)], device="cpu", capacity=-(10**5000))
     with pytest.raises(TypeError, match=r"Window: capacity must be an integer or None, got 3\.0"):
         Window([(0, 300)], device="cpu", capacity=3.0)
     for segments, capacity, got in (([(0, 300)], 10**12, 10**12), ([(0, 2**31 - 256)] * 2, None, 2**25 - 4)):

@@ -53,7 +53,9 @@ def check_against_slow(config: MemoryConfig, seed: int, num_chunks: int, order: 
         assert (plan.chunk, plan.start_frame) == (chunk, chunk * config.chunk_frames)
         assert list(plan.retrieved) == slow.retrieved
         assert [(role, number) for role, number, _ in plan.segments] == [x[:2] for x in slow.window]
-        shifts = [first - number * config.chunk_frames for _, number, first in slow.window]
+        rows = [len(slow.tokens(role, number, frames)) for role, number, _, frames in slow.window]
+        assert [segment.num_rows for _, _, segment in plan.segments] == rows
+        shifts = [first - number * config.chunk_frames for _, number, first, _ in slow.window]
         assert [segment.time_shift for _, _, segment in plan.segments] == shifts
         assert plan.num_tokens == slow.num_tokens == memory.window.num_tokens
         for layers in rollout.passes[chunk]:
@@ -99,7 +101,8 @@ def test_official_matches_the_slow_memory(config, seed, num_chunks):
 @fuzz(40)
 @given(
     configs(
-        mode="worldkv", bank_chunks=MAX_CHUNKS, retrieved_chunks=MAX_CHUNKS, num_layers=1, unattended_chunks=0
+        whole_chunks=True, mode="worldkv", bank_chunks=MAX_CHUNKS, retrieved_chunks=MAX_CHUNKS, num_layers=1,
+        unattended_chunks=0,
     ),
     seeds,
 )  # fmt: skip
@@ -131,8 +134,8 @@ def test_bounded_bank_drops_what_the_policy_says(config, seed, data):
         assert set(plan.retrieved) <= set(banked)
         memory.attend(0, *rollout.passes[chunk][-1][0])
         memory.end_chunk()
-        stored = chunk - config.recent_frames // config.chunk_frames
-        if stored >= config.sink_frames // config.chunk_frames:
+        stored = chunk - math.ceil(config.recent_frames / config.chunk_frames)
+        if stored >= math.ceil(config.sink_frames / config.chunk_frames):
             banked[stored] = order.describe(rollout.poses[stored])
             if len(banked) > bound:
                 del banked[order.drop(banked)]

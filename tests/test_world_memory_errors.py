@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pickle
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
     [
         ("num_layers", 0, "at least 1"),
         ("num_heads", 0, "at least 1"),
-        ("num_heads", 65, "at most 64"),
+        ("num_heads", 129, "at most 128"),
         ("chunk_frames", 0, "at least 1"),
         ("head_dim", 96, "64 or 128"),
         ("grid", (0, 3), "at least 1 token"),
@@ -31,9 +32,9 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("grid", 5, "(height, width)"),
         ("grid", (True, 3), "(height, width)"),
         ("grid", ("2", 3), "(height, width)"),
-        ("sink_frames", 3, "a multiple of chunk_frames=2"),
-        ("sink_frames", -2, "a multiple of chunk_frames=2"),
-        ("recent_frames", 5, "a multiple of chunk_frames=2"),
+        ("grid", (2, 2**31), "(height, width)"),
+        ("sink_frames", -2, "at least 0"),
+        ("recent_frames", -1, "at least 0"),
         ("retrieved_chunks", -1, "at least 0"),
         ("unattended_chunks", -1, "at least 0"),
         ("keep_ratio", 0.0, "above 0 and at most 1"),
@@ -41,8 +42,8 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("keep_ratio", math.nan, "above 0 and at most 1"),
         ("eps", -1e-6, "not negative"),
         ("eps", math.nan, "finite"),
-        ("scale", 0.0, "positive"),
-        ("scale", math.inf, "finite"),
+        ("scale", 0.0, "from 1e-25 to 1e+25"),
+        ("scale", math.inf, "from 1e-25 to 1e+25"),
         ("mode", "rolling", "worldkv, full, sliding, sink_recent"),
         ("order", "random", "time, nearest_last, nearest_first"),
         ("bank", "disk", "'device' or 'host'"),
@@ -65,17 +66,33 @@ def test_config_errors(field, value, wanted):
     assert message.endswith(f"got {value!r}")
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
-        "unattended_chunks", "bank_chunks", "device_slots",
-    ],
+COUNTS = (
+    "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
+    "unattended_chunks", "bank_chunks", "device_slots",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("field", COUNTS)
 def test_config_counts_are_integers(field):
     for value in (4.0, "4", True):
         with pytest.raises(TypeError, match=f"MemoryConfig: {field} must be an integer, got {value!r}"):
             tiny(**{field: value})
+
+
+@pytest.mark.parametrize("field", COUNTS)
+def test_config_counts_are_no_larger_than_memory_could_hold(field):
+    for value in (2**31, 10**400, 10**5000):  # of the last, Python prints no digits
+        with pytest.raises(ValueError, match=f"^MemoryConfig: {field} must be at most 2147483647, got"):
+            tiny(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["keep_ratio", "eps", "scale"])
+def test_config_numbers_are_such_as_a_float_holds(field):
+    for value in (10**400, -(10**400), Fraction(10**400, 3), 10**5000):
+        with pytest.raises(ValueError, match=f"^MemoryConfig: {field} must be a number that a float can hold, got"):
+            tiny(**{field: value})
+    assert type(getattr(tiny(**{field: np.float32(0.5)}), field)) is float
+    assert getattr(tiny(**{field: Fraction(1, 4)}), field) == 0.25
 
 
 @pytest.mark.parametrize("field", ["keep_ratio", "eps", "scale"])
@@ -108,15 +125,46 @@ def test_config_grid_becomes_a_tuple_and_counts_plain_integers(grid):
 @pytest.mark.parametrize(
     ("changes", "error_type", "message"),
     [
-        (dict(chunk_frames=0), ValueError, "chunk_frames must be at least 1, got 0"),
+        (dict(chunk_frames=0), ValueError, "chunk_frames must be from 1 to 2147483647, got 0"),
+        (dict(chunk_frames=10**5000, recent_frames=6), ValueError, "chunk_frames must be from .* too long to print"),
+        (dict(recent_frames=-(10**5000)), ValueError, "recent_frames, .*, got int too long to print .*"),
         (dict(recent_frames="6"), TypeError, "recent_frames must be an integer, got '6'"),
-        (dict(retrieved_frames=None), TypeError, "retrieved_frames must be an integer, got None"),
+        (dict(retrieved_frames=18.0), TypeError, "retrieved_frames must be an integer, got 18.0"),
+        (dict(bank_chunks="5"), TypeError, "bank_chunks must be an integer, got '5'"),
         (dict(clip_frames=81.0), TypeError, "clip_frames must be an integer, got 81.0"),
     ],
 )
 def test_official_errors(changes, error_type, message):
     with pytest.raises(error_type, match=f"^MemoryConfig.official: {message}$"):
         MemoryConfig.official(**{"num_layers": 1, "num_heads": 1, "grid": (2, 3), **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "followed"),  # sink_frames, recent_frames, retrieved_chunks
+    [
+        (dict(), (3, 6, 6)),
+        (dict(chunk_frames=4), (4, 8, 6)),
+        (dict(chunk_frames=1, sink_frames=3), (3, 2, 6)),
+        (dict(chunk_frames=4, recent_frames=3), (4, 3, 6)),
+        (dict(bank_chunks=4), (3, 6, 4)),
+        (dict(device_slots=3, bank_chunks=4, bank="host"), (3, 6, 3)),
+        (dict(bank_chunks=4, mode="full"), (3, 6, 6)),  # there it is how many chunks there can be
+    ],
+)
+def test_config_what_is_not_given_follows(given, followed):
+    config = MemoryConfig(**{"num_layers": 1, "num_heads": 1, "grid": (2, 3), **given})
+    assert (config.sink_frames, config.recent_frames, config.retrieved_chunks) == followed
+    assert {type(frames) for frames in (config.sink_frames, config.recent_frames, config.retrieved_chunks)} == {int}
+    assert dataclasses.replace(config) == config
+    assert dataclasses.replace(config, chunk_frames=5).sink_frames == config.sink_frames
+
+
+def test_config_given_bounds_are_what_is_refused_not_what_follows():
+    sizes = dict(num_layers=1, num_heads=1, grid=(2, 3))
+    with pytest.raises(ValueError, match=r"^MemoryConfig: bank_chunks must be None or at least 1, got -1$"):
+        MemoryConfig(**sizes, bank_chunks=-1)
+    with pytest.raises(ValueError, match=r"^MemoryConfig: device_slots must be None or at least 1 .*, got 0$"):
+        MemoryConfig(**sizes, device_slots=0)
 
 
 def test_config_rebase_needs_a_rope():
@@ -183,6 +231,8 @@ def bad_poses(what: str) -> object:
         return poses[0]
     if what == "nan":
         poses[1, 0, 3] = math.nan
+    if what == "huge":
+        return [[[10**400] * 4] * 4] * 2
     if what == "scaled":
         poses[1, :3, :3] *= 1.01
     if what == "mirrored":
@@ -199,6 +249,7 @@ def errors_of_begin() -> list:
         ("frames", ValueError, [wanted + "[2, 4, 4]", "got [1, 4, 4]"]),
         ("flat", ValueError, [wanted + "[2, 4, 4]", "got [4, 4]"]),
         ("nan", ValueError, [wanted + "finite", "got nan"]),
+        ("huge", ValueError, [wanted + "an array [2, 4, 4] of numbers that a float can hold", "got [[[1000"]),
         ("scaled", ValueError, [wanted + "rigid", "got frame 1"]),
         ("mirrored", ValueError, [wanted + "rigid", "got frame 1"]),
         ("row", ValueError, [wanted + "rigid", "got frame 0", "0.5"]),
@@ -348,7 +399,7 @@ def test_full_ends_with_its_pool():
     assert [memory.location(chunk) for chunk in range(3)] == ["recent"] * 3
 
 
-@pytest.mark.parametrize("choice", [[1, 1], [9], [1, 2, 3], [0], None, 1, ["1"], [1.0], [[1]]])
+@pytest.mark.parametrize("choice", [[1, 1], [9], [1, 2, 3], [0], None, 1, ["1"], [1.0], [[1]], [True]])
 def test_a_policy_that_selects_what_is_not_on_offer(choice):
     class Wrong(PoseRetrieval):
         def select(self, current, candidates, budget):
@@ -373,7 +424,7 @@ def test_a_policy_that_drops_what_is_not_there():
 
     class Wrong(PoseRetrieval):
         def drop(self, candidates):
-            return 77 if self.wrong else candidates[0][0]
+            return self.choice if self.wrong else candidates[0][0]
 
     policy = Wrong()
     config = tiny(retrieval=policy, sink_frames=0, recent_frames=0, retrieved_chunks=1, bank_chunks=1)
@@ -382,8 +433,16 @@ def test_a_policy_that_drops_what_is_not_there():
     memory.begin_chunk(rollout.poses[1])
     memory.attend(0, *rollout.passes[1][0][0])
     before, policy.wrong = state(memory, 1), True
-    for _ in range(2):
-        raises(ValueError, ["end_chunk: the retrieval policy must drop one of [0, 1]", "got 77"], memory.end_chunk)
+    for choice, error_type in (
+        (77, ValueError),
+        (77, ValueError),
+        (True, TypeError),
+        (0.0, TypeError),
+        (None, TypeError),
+    ):
+        policy.choice = choice
+        parts = ["end_chunk: the retrieval policy must drop one of [0, 1]", f"got {choice}"]
+        raises(error_type, parts, memory.end_chunk)
         assert state(memory, 1) == before
     policy.wrong = False
     memory.end_chunk()

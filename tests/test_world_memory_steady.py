@@ -8,7 +8,7 @@ from random_rollouts import HEAD_DIM, MAX_CHUNKS, Rollout, make, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import worldkv_kernels.memory.world_memory as world_memory_module
+import worldkv_kernels.memory.storage as storage_module
 from worldkv_kernels import Rope3D, compress_chunk
 
 
@@ -57,7 +57,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
     config = tiny(num_layers=2, grid=(1, 3), rope=Rope3D(HEAD_DIM, max_position=400), **fields)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     out = torch.empty_like(memory._q)
-    kept = [memory._q, memory._index, memory._position, memory._pool.k, memory._pool.v]
+    kept = [memory._q, memory._storage.index, memory._position, memory._pool.k, memory._pool.v]
     kept += memory.window.tables
     kept += [x for layer in range(2) for x in memory.pools(layer)]
     addresses, window = [x.data_ptr() for x in kept], memory.window
@@ -69,7 +69,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
                     assert memory.attend(layer, *x, out=out) is out
             memory.end_chunk()
         assert chunk == 0 or not seen.ops, seen.ops  # the first may make the rope's table
-    now = [memory._q, memory._index, memory._position, memory._pool.k, memory._pool.v]
+    now = [memory._q, memory._storage.index, memory._position, memory._pool.k, memory._pool.v]
     now += memory.window.tables
     now += [x for layer in range(2) for x in memory.pools(layer)]
     assert [x.data_ptr() for x in now] == addresses
@@ -80,7 +80,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
 def test_a_chunk_is_pruned_in_one_call_for_all_layers(monkeypatch, bank):
     config, calls = tiny(bank=bank), []
     monkeypatch.setattr(
-        world_memory_module, "compress_chunk",
+        storage_module, "compress_chunk",
         lambda k, v, **options: calls.append(list(k.shape)) or compress_chunk(k, v, **options),
     )  # fmt: skip
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)

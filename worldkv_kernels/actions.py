@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .checks import is_number
+from .checks import as_number, bad_type, bad_value, is_number
 from .poses import as_float64, look_rotation
 
 MOUSE_STEP = 0.1  # of one look key, as in the published examples of Matrix-Game-2
@@ -111,15 +111,17 @@ class ActionScales:
             given = got if is_pair else (got,)
             if not (isinstance(given, (tuple, list)) and len(given) == 1 + is_pair and all(map(is_number, given))):
                 wanted = "a pair of numbers, the lowest and the highest look" if is_pair else "a number"
-                raise TypeError(f"ActionScales: {field.name} must be {wanted}, got {got!r:.60}")
-            if not all(-math.inf < number < math.inf for number in given):
-                raise ValueError(f"ActionScales: {field.name} must be finite, got {got}")
-            if not is_pair and abs(got) > LARGEST_SCALE:
+                raise bad_type("ActionScales", field.name, wanted, got)
+            numbers = tuple(as_number("ActionScales", field.name, number) for number in given)
+            if not all(map(math.isfinite, numbers)):
+                raise bad_value("ActionScales", field.name, "finite", got)
+            if not is_pair and abs(numbers[0]) > LARGEST_SCALE:
                 bounds = f"from {-LARGEST_SCALE:.0f} to {LARGEST_SCALE:.0f}"
-                raise ValueError(f"ActionScales: {field.name} must be {bounds}, got {got!r:.60}")
+                raise bad_value("ActionScales", field.name, bounds, got)
+            object.__setattr__(self, field.name, numbers if is_pair else numbers[0])
         low, high = self.pitch_limits
         if not -90 <= low <= 0 <= high <= 90:
-            raise ValueError(f"ActionScales: pitch_limits must be -90 <= low <= 0 <= high <= 90, got {low}, {high}")
+            raise ValueError(f"ActionScales: pitch_limits must be -90 <= low <= 0 <= high <= 90, got {low:g}, {high:g}")
 
 
 # Guesses all: of universal see ActionScales; gta_drive as if a car steered like a walker looks; templerun as if a turn
@@ -334,6 +336,8 @@ def _as_rows(op: str, name: str, given: object, rows: int | None, columns: int, 
     wanted = f"[{'rows' if rows is None else rows}, {columns}] for layout {layout!r}"
     try:
         array = as_float64(given)
+    except OverflowError as error:
+        raise bad_value(op, name, f"an array {wanted} of numbers that a float can hold", given) from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"{op}: {name} must be an array {wanted}, got {type(given).__name__}") from error
     if array.ndim != 2 or array.shape[1] != columns or (rows is not None and len(array) != rows):

@@ -37,7 +37,10 @@ def describe(value: object) -> str:
         return f"{list(value.shape)} {value.dtype} on {value.device} with stride {tuple(value.stride())}"
     if isinstance(value, np.ndarray):
         return f"a numpy array {list(value.shape)} {value.dtype}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"{type(value).__name__} too long to print"
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
@@ -68,14 +71,30 @@ def check_integer(op: str, argument: str, value: object) -> None:
         raise bad_type(op, argument, "an integer", value)
 
 
+def check_int64(op: str, argument: str, value: object) -> None:
+    """Check an integer that goes to a registered op, whose schema holds 64 bits."""
+    check_integer(op, argument, value)
+    if not -(2**63) <= value < 2**63:
+        raise bad_value(op, argument, "an integer of 64 bits", value)
+
+
 def as_integer(op: str, argument: str, value: object) -> int:
     check_integer(op, argument, value)
     return operator.index(value)
 
 
 def check_number(op: str, argument: str, value: object) -> None:
+    as_number(op, argument, value)
+
+
+def as_number(op: str, argument: str, value: object) -> float:
+    """As a float, which may be infinite or NaN; ValueError on one like 10**400, which no float holds."""
     if not is_number(value):
         raise bad_type(op, argument, "a number", value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise bad_value(op, argument, "a number that a float can hold", value) from error
 
 
 def check_scale(op: str, argument: str, value: object) -> None:
@@ -101,7 +120,7 @@ def as_device(op: str, device: object) -> torch.device:
     the ops have no kernel."""
     wanted = "'cpu' or a CUDA device that torch can use here"
     try:
-        found = torch.empty(0, device=device).device
+        found = torch.empty(0, dtype=torch.uint8, device=device).device
     except TypeError as error:
         raise bad_type(op, "device", wanted, device) from error
     except (RuntimeError, AssertionError) as error:  # what torch without CUDA raises, and CUDA without a GPU

@@ -7,8 +7,12 @@ import math
 import numpy as np
 import torch
 
+from .checks import bad_value
+
 _RIGID_TOLERANCE = 1e-3  # of R^T R - I; poses in half precision pass, a scaled or sheared frame does not
 _FARTHEST = 1e9  # in any unit of length: its square is far from overflow, also in the float32 of the published code
+# Of convention_hint: steps of a clip that may have one, cosine of one that goes ahead, share of one that goes sideways.
+_LEAST_MOVING, _GOES_AHEAD, _GOES_SIDEWAYS = 8, 0.1, 0.97
 
 
 def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
@@ -56,11 +60,14 @@ def as_float64(numbers: object) -> np.ndarray:
 
 
 def _as_real(op: str, argument: str, wanted: str, numbers: object) -> np.ndarray:
-    """as_float64; raises TypeError naming `op` and `argument` on what is no array of real numbers, booleans too."""
+    """as_float64; naming `op` and `argument`, raises TypeError on what is no array of real numbers, booleans too, and
+    ValueError on numbers too large for it."""
     try:
         array = as_float64(numbers)
         if (numbers if isinstance(numbers, torch.Tensor) else np.asarray(numbers)).dtype in (torch.bool, np.bool_):
             raise TypeError("got booleans")
+    except OverflowError as error:
+        raise bad_value(op, argument, f"{wanted} of numbers that a float can hold", numbers) from error
     except (TypeError, ValueError) as error:
         got = type(numbers).__name__ + (f" of {numbers.dtype}" if hasattr(numbers, "dtype") else "")
         raise TypeError(f"{op}: {argument} must be {wanted} of real numbers, got {got}") from error
@@ -120,6 +127,21 @@ def _exp(vector: np.ndarray) -> np.ndarray:
     return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
 
 
+def interpolated(poses: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Poses [m, 4, 4] at frame numbers `frames` [m], which may lie between those of `poses` [n, 4, 4], from 0 to n - 1.
+
+    In between, translations lie on the straight line and rotations on the shortest arc, both at even speed (slerp, for
+    rotations). At a whole number it is that frame's pose, to the bit.
+    """
+    before = np.floor(frames).astype(np.int64)
+    made = poses[before]
+    for place in np.flatnonzero(frames != before):
+        one, other, part = made[place].copy(), poses[before[place] + 1], frames[place] - before[place]
+        made[place, :3, 3] += part * (other[:3, 3] - one[:3, 3])
+        made[place, :3, :3] = one[:3, :3] @ _exp(part * _log(one[:3, :3].T @ other[:3, :3]))
+    return made
+
+
 def geodesic_mean(rotations: np.ndarray) -> np.ndarray:
     """The rotation with the least sum of squared angles to `rotations` [n, 3, 3] (Karcher's mean).
 
@@ -142,3 +164,28 @@ def mean_pose(poses: np.ndarray) -> np.ndarray:
     mean[:3, 3] = poses[:, :3, 3].mean(axis=0)
     mean[:3, :3] = geodesic_mean(poses[:, :3, :3])
     return mean
+
+
+def convention_hint(poses: np.ndarray) -> str | None:
+    """What to look at when a clip's camera hardly ever goes where it looks, which poses of another convention do.
+
+    Of camera-to-world poses [n, 4, 4], judged from the mean cosine between the camera's steps and its viewing
+    direction, weighted by length. Two videos that fly and sweep have .97 and .28; inverted matrices about 0, OpenGL's
+    less. None where that cosine is above 0.1, where nearly all motion is to the side, or where fewer than 8 steps move.
+    """
+    steps = np.diff(poses[:, :3, 3], axis=0)
+    lengths = np.linalg.norm(steps, axis=1)
+    moving = lengths > 1e-3 * lengths.max(initial=0.0)
+    if moving.sum() < _LEAST_MOVING:
+        return None
+    own = np.einsum("nij,ni->nj", poses[:-1, :3, :3], steps)[moving]  # in the camera's axes
+    weights = lengths[moving] / lengths[moving].sum()
+    directions = own / lengths[moving, None]
+    ahead, sideways = weights @ directions[:, 2], weights @ directions[:, 0] ** 2
+    if ahead > _GOES_AHEAD or sideways > _GOES_SIDEWAYS:
+        return None
+    return (
+        f"the camera hardly ever goes where it looks (mean cosine {ahead:.2f}): poses are camera-to-world in OpenCV "
+        f"coordinates (x right, y down, z forward); world-to-camera matrices are to be inverted, "
+        f"numpy.linalg.inv(poses), and OpenGL's turned, poses @ numpy.diag([1, -1, -1, 1])"
+    )

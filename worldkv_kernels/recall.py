@@ -7,7 +7,9 @@ pixels. No weights and no positions are involved, so what comes back depends on 
 window holds the tokens that were made when the camera looked there before.
 
 Each chunk is attended twice, as a world model would: first with empty keys and grey values in its own rows,
-which recalls the view from the window alone, then with its true ones, which become history.
+which recalls the view from the window alone, then with what becomes history. Of a view that is new to the camera that
+is the truth; of one that it has seen before it is what was recalled, since a world model has nothing else to go on:
+what a window has lost stays lost.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ class RecallMode:
 MODES = (
     RecallMode("full KV", {"mode": "full"}),
     RecallMode("sliding window", {"mode": "sliding"}),
-    RecallMode("WorldKV", {"keep_ratio": 1.0}),
-    RecallMode("WorldKV pruned 0.5", {"keep_ratio": 0.5}),
-    RecallMode("WorldKV pruned 0.25", {"keep_ratio": 0.25}),
+    RecallMode("WorldKV, keep_ratio 1 (all)", {"mode": "worldkv", "keep_ratio": 1.0}),
+    RecallMode("WorldKV, keep_ratio 0.5 (two thirds)", {"mode": "worldkv", "keep_ratio": 0.5}),
+    RecallMode("WorldKV, keep_ratio 0.25 (half)", {"mode": "worldkv", "keep_ratio": 0.25}),
 )
 
 
@@ -53,9 +55,9 @@ MODES = (
 class RecallResult:
     """What one memory recalled. Per-view lists cover the revisited views alone, in order of time."""
 
-    name: str
-    psnr: list[float] = field(default_factory=list)  # dB, pixels from 0 to 1
-    tokens: list[int] = field(default_factory=list)  # attended by each query, the view's own chunk included
+    mode: RecallMode
+    psnr: list[float] = field(default_factory=list)  # dB, pixels from 0 to 1; 100 at most
+    tokens_attended: list[int] = field(default_factory=list)  # by each query, the view's own chunk included
     retrieved: list[list[int]] = field(default_factory=list)  # per chunk of the rollout
     kept_bytes: int = 0
     seconds: float = 0.0
@@ -70,8 +72,8 @@ class Scene:
             raise ValueError(f"Scene: image must be [height >= 64, width >= 64, 3], got {list(image.shape)}")
         self.panorama = torch.from_numpy(np.concatenate([image, image[:, ::-1]], axis=1)).to(device, torch.float32)
         generator = torch.Generator().manual_seed(seed)
-        frequencies = BANDWIDTH * torch.randn(3, HEADS * HEAD_DIM // 2, generator=generator)
-        self._frequencies = frequencies.to(device)
+        frequencies = torch.randn(3, HEADS * HEAD_DIM // 2, generator=generator, dtype=torch.float32, device="cpu")
+        self._frequencies = (BANDWIDTH * frequencies).to(device)
 
     def view(self, yaw: float) -> torch.Tensor:
         """The picture at a yaw in degrees, [rows * PATCH, columns * PATCH, 3] in 0..1, by bilinear sampling."""
@@ -79,9 +81,9 @@ class Scene:
         rows, columns = GRID[0] * PATCH, GRID[1] * PATCH
         device = self.panorama.device
         degrees = DEGREES_PER_PATCH / PATCH
-        across = (torch.arange(columns, device=device) + 0.5 - columns / 2) * degrees + yaw
+        across = _centres(columns, device) * degrees + yaw
         per_degree = min(width / 360, height / (GRID[0] * DEGREES_PER_PATCH))
-        down = height / 2 + (torch.arange(rows, device=device) + 0.5 - rows / 2) * degrees * per_degree - 0.5
+        down = height / 2 + _centres(rows, device) * degrees * per_degree - 0.5
         x, y = across.remainder(360) / 360 * width - 0.5, down.clamp(0, height - 1)
         x0, y0 = x.floor(), y.floor()
         fx, fy = (x - x0)[None, :, None], (y - y0)[:, None, None]
@@ -94,8 +96,8 @@ class Scene:
     def keys(self, yaw: float) -> torch.Tensor:
         """Unit features of every patch's direction, [rows * columns, HEADS * HEAD_DIM]."""
         device = self.panorama.device
-        elevation = torch.deg2rad((torch.arange(GRID[0], device=device) + 0.5 - GRID[0] / 2) * DEGREES_PER_PATCH)
-        azimuth = torch.deg2rad((torch.arange(GRID[1], device=device) + 0.5 - GRID[1] / 2) * DEGREES_PER_PATCH + yaw)
+        elevation = torch.deg2rad(_centres(GRID[0], device) * DEGREES_PER_PATCH)
+        azimuth = torch.deg2rad(_centres(GRID[1], device) * DEGREES_PER_PATCH + yaw)
         elevation, azimuth = torch.meshgrid(elevation, azimuth, indexing="ij")
         directions = torch.stack(
             [azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], dim=-1
@@ -103,6 +105,11 @@ class Scene:
         phases = (directions @ self._frequencies).view(-1, HEADS, HEAD_DIM // 2)
         features = torch.cat([phases.cos(), phases.sin()], dim=2) * (2 / HEAD_DIM) ** 0.5
         return features.reshape(-1, HEADS * HEAD_DIM)
+
+
+def _centres(count: int, device: torch.device) -> torch.Tensor:
+    """Of `count` things of width 1 side by side, around 0: fp32 [count]."""
+    return torch.arange(count, dtype=torch.float32, device=device) + 0.5 - count / 2
 
 
 def to_values(view: torch.Tensor) -> torch.Tensor:
@@ -126,7 +133,7 @@ def pan_and_return(frames: int, degrees_per_frame: float, start: float = 80.0) -
 
 
 def revisited(yaws: np.ndarray, least_gap: int = 30) -> np.ndarray:
-    """Frames whose view was seen before, last at least `least_gap` frames ago."""
+    """Frames whose view was seen before, last at least `least_gap` frames ago; 1 for all that was seen before."""
     seen: dict[float, int] = {}
     frames = []
     for frame, yaw in enumerate(np.round(yaws, 6)):
@@ -161,19 +168,19 @@ def recall(
     """
     if len(yaws) == 0 or len(yaws) % CHUNK_FRAMES:
         raise ValueError(f"recall: yaws must be a multiple of {CHUNK_FRAMES} frames, got {len(yaws)}")
-    again = set(revisited(yaws).tolist())
+    again, seen = set(revisited(yaws).tolist()), set(revisited(yaws, 1).tolist())
     if not again:
         raise ValueError(f"recall: yaws must come back to a view after 30 frames or more, got {len(yaws)} frames")
     device = scene.panorama.device
     chunks = len(yaws) // CHUNK_FRAMES
-    options = {"retrieved_chunks": 6, "sink_frames": 0, "recent_frames": 3, **mode.options}
+    defaults = {"retrieved_chunks": 6, "sink_frames": 0, "recent_frames": 3, "bank_chunks": max(chunks, 6)}
     config = MemoryConfig(
         num_layers=1, num_heads=HEADS, head_dim=HEAD_DIM, grid=GRID, chunk_frames=CHUNK_FRAMES,
-        rope=None, scale=SOFTMAX_SCALE, bank_chunks=max(chunks, 6), **options,
+        rope=None, scale=SOFTMAX_SCALE, **{**defaults, **mode.options},
     )  # fmt: skip
     memory = WorldMemory(config, device=device, dtype=dtype, backend=backend)
     poses = yaw_poses(yaws)
-    result = RecallResult(mode.name)
+    result = RecallResult(mode)
     started = time.perf_counter()
     for chunk in range(chunks):
         frames = range(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
@@ -182,14 +189,16 @@ def recall(
         plan = memory.begin_chunk(poses[frames.start : frames.stop])
         nothing = torch.zeros_like(keys)
         recalled = memory.attend(0, keys, nothing, nothing).flatten(1).float()
-        memory.attend(0, keys, keys, torch.cat([to_values(view) for view in truth]).to(dtype))
+        pictures = [to_view(values) for values in recalled.chunk(CHUNK_FRAMES)]
+        past = [of if frame in seen else view for frame, of, view in zip(frames, pictures, truth, strict=True)]
+        memory.attend(0, keys, keys, torch.cat([to_values(view) for view in past]).to(dtype))
         memory.end_chunk()
         result.retrieved.append(list(plan.retrieved))
-        for frame, values, view in zip(frames, recalled.chunk(CHUNK_FRAMES), truth, strict=True):
+        for frame, picture, view in zip(frames, pictures, truth, strict=True):
             if frame in again:
-                picture = to_view(values)
-                result.psnr.append(float(-10 * torch.log10((picture - view).square().mean())))
-                result.tokens.append(plan.num_tokens)
+                error = (picture - view).square().mean().clamp_min(1e-10)
+                result.psnr.append(float(-10 * torch.log10(error)))
+                result.tokens_attended.append(plan.num_tokens)
                 result.last_view = picture.cpu().numpy()
         on_chunk(chunk)
     result.seconds = time.perf_counter() - started

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from .checks import as_integer, check_number
+from .checks import as_integer, as_number, bad_type, bad_value
 
 
 class Rope3D:
@@ -20,8 +20,9 @@ class Rope3D:
     Positions run from 0 to `max_position - 1` on every axis. Ropes of equal arguments are equal; a copy or a pickle
     takes no table along.
 
-    Raises ValueError when head_dim is odd or below 6, theta is not finite and above 1, max_position is not positive
-    or the pairs do not add up to head_dim // 2; TypeError when a count is not an integer, or theta not a number.
+    Raises ValueError when head_dim is odd or not from 6 to 1024, theta is not finite and above 1, max_position is not
+    from 1 to 2**31 - 1 or the pairs do not add up to head_dim // 2; TypeError when a count is not an integer, or theta
+    not a number.
     """
 
     def __init__(
@@ -32,23 +33,22 @@ class Rope3D:
         pairs: tuple[int, int, int] | None = None,
     ) -> None:
         self.head_dim = as_integer("Rope3D", "head_dim", head_dim)
-        check_number("Rope3D", "theta", theta)
-        self.theta = float(theta)
+        self.theta = as_number("Rope3D", "theta", theta)
         self.max_position = as_integer("Rope3D", "max_position", max_position)
-        if self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f"Rope3D: head_dim must be even and at least 6, got {head_dim}")
+        if self.head_dim % 2 or not 6 <= self.head_dim <= 1024:
+            raise bad_value("Rope3D", "head_dim", "even and at least 6, at most 1024", head_dim)
         if not 1 < self.theta < math.inf:
-            raise ValueError(f"Rope3D: theta must be finite and above 1, got {theta}")
-        if self.max_position < 1:
-            raise ValueError(f"Rope3D: max_position must be at least 1, got {max_position}")
+            raise bad_value("Rope3D", "theta", "finite and above 1", theta)
+        if not 1 <= self.max_position < 2**31:
+            raise bad_value("Rope3D", "max_position", "at least 1, at most 2**31 - 1", max_position)
         half = self.head_dim // 2
         if pairs is None:
             pairs = (half - 2 * (half // 3), half // 3, half // 3)
         if not isinstance(pairs, Iterable):
-            raise TypeError(f"Rope3D: pairs must be three counts that add up to {half}, got {pairs!r}")
+            raise bad_type("Rope3D", "pairs", f"three counts that add up to {half}", pairs)
         self.pairs = tuple(as_integer("Rope3D", f"pairs[{i}]", count) for i, count in enumerate(pairs))
         if len(self.pairs) != 3 or sum(self.pairs) != half or min(self.pairs) < 0:
-            raise ValueError(f"Rope3D: pairs must be three counts that add up to {half}, got {pairs}")
+            raise bad_value("Rope3D", "pairs", f"three counts that add up to {half}", pairs)
         self._frequencies = np.concatenate(
             [self.theta ** (-np.arange(n, dtype=np.float64) / max(n, 1)) for n in self.pairs]
         )  # [head_dim / 2], radians per position

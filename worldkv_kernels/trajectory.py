@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .poses import as_intrinsics, as_poses, look_rotation
+from .checks import as_number, bad_value
+from .poses import as_intrinsics, as_poses, interpolated, look_rotation
 
 # What one frame of each move adds: yaw and pitch in turns of `turn_degrees`, then x (right) and z (forward) in `move`.
 MOVES = {
@@ -50,9 +51,12 @@ def load(source: str | Path, *, turn_degrees: float = 1.0, move: float = 0.1) ->
     and steps are counted, not multiplied up, so a camera that turns back has exactly its old orientation.
 
     Raises ValueError when the string is neither a folder nor moves, a move is unknown, a count is not a positive
-    integer, the counts are more than 100,000 together, a file is missing or unreadable, or the poses or intrinsics are
-    misshapen, not finite or not rigid.
+    integer, the counts are more than 100,000 together, a file is missing or unreadable, the poses or intrinsics are
+    misshapen, not finite or not rigid, or `turn_degrees` or `move` is not finite; TypeError when that is no number.
     """
+    for name, value in (("turn_degrees", turn_degrees), ("move", move)):
+        if not math.isfinite(as_number("trajectory", name, value)):
+            raise bad_value("trajectory", name, "finite", value)
     if os.path.isdir(source):  # Path.is_dir raises where a string of moves is too long for a name
         return _from_folder(Path(source))
     if isinstance(source, Path) or "*" not in source:
@@ -60,15 +64,29 @@ def load(source: str | Path, *, turn_degrees: float = 1.0, move: float = 0.1) ->
     return _from_moves(source, math.radians(turn_degrees), move)
 
 
-def latent_poses(trajectory: Trajectory, stride: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Poses [f, 4, 4] and intrinsics [f, 4] of every `stride`-th video frame, frame 0 first: f = ceil(n / stride).
+def latent_poses(trajectory: Trajectory, stride: int = 4, *, chunk_frames: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Poses [f, 4, 4] and intrinsics [f, 4] of a trajectory's latent frames, frame 0 first.
 
-    `stride` is the temporal stride of the video autoencoder: latent frame f is taken at video frame stride * f.
-    Raises ValueError when it is not at least 1.
+    `stride` is the temporal stride of the video autoencoder: latent frame f is taken at video frame stride * f, and n
+    video frames have f = ceil(n / stride) of them, of which those are left out that fill no chunk of `chunk_frames`.
+    Where some are, the others are spread evenly over all of the trajectory up to video frame stride * (ceil(n / stride)
+    - 1), as LingBot-World's pipelines do it (see lingbot.latent_poses): poses lie between those given, and so do
+    intrinsics. Raises ValueError when an argument is not at least 1.
     """
-    if stride < 1:
-        raise ValueError(f"latent_poses: stride must be at least 1, got {stride}")
-    return trajectory.poses[::stride], trajectory.intrinsics[::stride]
+    for name, count in (("stride", stride), ("chunk_frames", chunk_frames)):
+        if count < 1:
+            raise ValueError(f"latent_poses: {name} must be at least 1, got {count}")
+    frames = latent_frames(len(trajectory.poses), stride, chunk_frames)
+    numbers = np.arange(len(trajectory.poses))
+    intrinsics = [np.interp(frames, numbers, column) for column in trajectory.intrinsics.T]
+    return interpolated(trajectory.poses, frames), np.stack(intrinsics, axis=1)
+
+
+def latent_frames(video_frames: int, stride: int, chunk_frames: int) -> np.ndarray:
+    """The video frames, whole or not, at which the latent frames of a clip are: see latent_poses."""
+    strides = (video_frames - 1) // stride
+    count = strides + 1
+    return np.linspace(0, strides * stride, count - count % chunk_frames)
 
 
 def _from_folder(folder: Path) -> Trajectory:
@@ -84,7 +102,7 @@ def _read(folder: Path, name: str, shape: str) -> np.ndarray:
     except FileNotFoundError:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder"
         raise ValueError(f"trajectory: {folder} must hold {name} {shape}, got {found}") from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # of numpy, and of all that it reads with: archives, headers in Python's words, memory
         raise ValueError(f"trajectory: {folder / name} must be a numpy array {shape}, got {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise ValueError(f"trajectory: {folder / name} must hold real numbers {shape}, got {array!r:.60}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .checks import as_device, bad_type, is_integer
+from .checks import as_device, bad_type, bad_value, describe, is_integer
 from .rope import Rope3D
 
 TILE_ROWS = 128
@@ -39,9 +39,9 @@ class Window:
     segments have time shifts; attention then takes the path that turns queries, whatever the shifts, so
     that a captured graph serves every later window.
 
-    Raises ValueError when there is no segment, a segment is empty or starts below row 0, the capacity is too small or
-    above 2**24, a time shift comes without a rope, or torch cannot use the device; TypeError when a number is not an
-    integer, or the rope no Rope3D.
+    Raises ValueError when there is no segment, a segment is empty or starts below row 0, a row or a time shift is not
+    below 2**31, the capacity is too small or above 2**24, a time shift comes without a rope, or torch cannot use the
+    device; TypeError when a number is not an integer, or the rope no Rope3D.
     """
 
     @torch.inference_mode(False)  # tables made in inference mode could not be rewritten outside of it
@@ -61,7 +61,7 @@ class Window:
             raise bad_type("Window", "capacity", "an integer or None", capacity)
         self.capacity = needed if capacity is None else operator.index(capacity)
         if self.capacity > _MAX_TILES:
-            raise ValueError(f"Window: capacity must be at most {_MAX_TILES} tiles of 128 rows, got {self.capacity}")
+            raise bad_value("Window", "capacity", f"at most {_MAX_TILES} tiles of 128 rows", self.capacity)
         self._check_capacity(checked)
         self.device = as_device("Window", device)
         self.rope = rope
@@ -76,7 +76,7 @@ class Window:
             "turns": torch.zeros(turns, dtype=torch.float32, device=self.device),
         }
         self._host_tables = {
-            name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu)
+            name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu, device="cpu")
             for name, table in self._device_tables.items()
         }
         self._copied = torch.cuda.Event() if on_gpu else None
@@ -99,7 +99,8 @@ class Window:
     def _check_capacity(self, segments: tuple[Segment, ...]) -> None:
         needed = sum(tiles_of(s.num_rows) for s in segments)
         if needed > self.capacity:
-            raise ValueError(f"Window: segments must fit capacity={self.capacity} tiles of 128 rows, got {needed}")
+            fits = f"capacity={describe(self.capacity)} tiles of 128 rows"
+            raise ValueError(f"Window: segments must fit {fits}, got {needed}")
 
     def _load(self, segments: tuple[Segment, ...]) -> None:
         self._check_capacity(segments)
@@ -150,15 +151,21 @@ def _checked(segments: Iterable[Segment | tuple[int, ...]], rope: Rope3D | None)
         raise bad_type("Window", "segments", "a list of (first_row, num_rows, time_shift=0)", segments)
     for i, given in enumerate(segments):
         try:
-            segment = Segment(*(operator.index(number) for number in given))
+            numbers = tuple(given)
+            segment = Segment(*map(operator.index, numbers))
+            if any(isinstance(number, bool) for number in numbers):
+                raise TypeError("a boolean is no integer here")
         except TypeError as error:
-            raise TypeError(
-                f"Window: segments[{i}] must be (first_row, num_rows, time_shift=0) of integers, got {given!r}"
-            ) from error
+            wanted = "(first_row, num_rows, time_shift=0) of integers"
+            raise bad_type("Window", f"segments[{i}]", wanted, given) from error
         if segment.first_row < 0 or segment.num_rows < 1 or sum(segment[:2]) > _INT32_MAX:
             raise ValueError(
-                f"Window: segments[{i}] must have first_row >= 0, num_rows >= 1 and end below row 2**31, got {segment}"
+                f"Window: segments[{i}] must have first_row >= 0, num_rows >= 1 and end below row 2**31, "
+                f"got {describe(segment)}"
             )
+        if abs(segment.time_shift) > _INT32_MAX:
+            wanted = "a time_shift of less than 2**31 frames either way"
+            raise ValueError(f"Window: segments[{i}] must have {wanted}, got {describe(segment)}")
         if segment.time_shift and rope is None:
             raise ValueError(f"Window: segments[{i}] has time_shift={segment.time_shift}, which needs rope=, got None")
         checked.append(segment)

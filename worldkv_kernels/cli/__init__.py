@@ -8,10 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-import torch
-
 from .. import __version__
-from . import report
 
 COMMANDS = {
     "recall": "a photograph seen by a panning camera, remembered and recalled through the real ops",
@@ -21,42 +18,60 @@ COMMANDS = {
 }
 
 
+_LONGEST_LINE = 600  # characters of an error
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what was wrong in one line, without the usage of every argument before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {brief(message)}\n")
+
+
+def brief(error: object) -> str:
+    """An error's first line, without the middle of one too long to be read."""
+    lines = str(error).splitlines()
+    line = lines[0] if lines else type(error).__name__
+    half = _LONGEST_LINE // 2
+    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand.
+    """Run one subcommand. Only that one is imported, and with it torch: --help and --version answer at once.
 
-    Bad input is one line on stderr and exit status 2; Ctrl-C is one line and 130. Where nobody reads stdout any more,
-    it ends with 141 and no line, as a program does that the system's signal ends.
+    Bad input is one line on stderr and exit status 2; Ctrl-C, from the first moment on, is one line and 130. Where
+    nobody reads stdout any more, it ends with 141 and no line, as a program does that the system's signal ends.
     """
     parser = _Parser(prog="worldkv", description="World memory for video world models.")
     parser.add_argument("--version", action="version", version=f"worldkv_kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv
-    for name, summary in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name in argv:  # the others stay unimported, so that --help answers at once
-            command = importlib.import_module(f".{name}", __package__)
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    said = "worldkv"  # at the start of a line on stderr
     try:
+        for name, summary in COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+            if name in argv:
+                command = importlib.import_module(f".{name}", __package__)
+                command.add_arguments(subparser)
+                subparser.set_defaults(run=command.run)
+        args = parser.parse_args(argv)
+        said = f"worldkv {args.command}"
+        from . import report
+
+        report.begin(quiet=getattr(args, "quiet", False))
         report.writable("--json", args.json)  # of every command, so that none works for nothing
         status = args.run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         started = "\n" if sys.stderr.isatty() else ""  # of a line of progress
-        print(f"{started}worldkv {args.command}: interrupted", file=sys.stderr)
+        print(f"{started}{said}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 141
-    except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"worldkv {args.command}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        print(f"{said}: {brief(error)}", file=sys.stderr)
         return 2

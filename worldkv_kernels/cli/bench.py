@@ -3,94 +3,114 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import importlib.util
-import json
-import math
+import re
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .report import table, writable, write_json
+import torch
 
-# What each name runs. A bench is a script of benchmarks/ with run(small=, device=, seconds=, json_path=) -> figures.
+from .bench_compare import compare
+from .report import add_quiet, note, writable, write_json
+
+# Each is a script of benchmarks/, bench_<name>, with CASES, SMALL_CASES, variants_of(case, device) -> {name: whether a
+# rival}, and run(small=, device=, seconds=, jsonl_path=, cases=, only=) -> figures.
 BENCHES = {
-    "attention": ("bench_segment_attention", "attention over a window scattered in its pool"),
-    "append": ("bench_norm_rope_append", "norm, RoPE and the write into the pool"),
-    "compress": ("bench_compress_chunk", "pruning a chunk"),
-    "prefetch": ("bench_prefetch", "retrieved chunks from host memory"),
-    "chunk": ("bench_chunk", "one denoising pass of a few layers over a full window"),
-    "rollout": ("bench_rollout", "whole chunks of a model with each memory: frames per second, and where time goes"),
+    "segment_attention": "attention over a window scattered in its pool",
+    "norm_rope_append": "norm, RoPE and the write into the pool",
+    "compress_chunk": "pruning a chunk",
+    "prefetch": "retrieved chunks from host memory",
+    "chunk": "one denoising pass of a few layers over a full window",
+    "rollout": "whole chunks of a model with each memory: frames per second, and where time goes",
 }
+SHAPES = {
+    "segment_attention": "heads=24,kv_heads=24,q=3600,head_dim=64,window=3600x1+1800x6,dtype=float16",
+    "norm_rope_append": "heads=24,head_dim=64,grid=3x30x52,dtype=float16",
+    "compress_chunk": "frames=3,frame_tokens=1560,heads=24,head_dim=64,keep_ratio=0.25,layers=30,dtype=float16",
+}
+CSV_COLUMNS = (
+    "bench", "case", "variant", "is_rival", "status", "reason", "error", "us", "us_20", "us_80", "host_us", "rounds",
+    "bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival", "times_rival", "base", "over_base",
+    "frames_per_second", "device", "commit",
+)  # fmt: skip
 
 Figure = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices = parser.add_subparsers(dest="what", required=True, metavar="BENCH")
-    for name, summary in {"all": "all of these", **{n: summary for n, (_, summary) in BENCHES.items()}}.items():
+    for name, summary in {"all": "all of these", **BENCHES}.items():
         bench = choices.add_parser(name, help=summary)
-        takes = "about two minutes" if name == "all" else "half a minute at most"
+        takes = "about a minute" if name == "all" else "half a minute at most"
         bench.add_argument("--small", action="store_true", help=f"small cases, for a CPU; it takes {takes}")
-        bench.add_argument("--json", metavar="FILE", help="append one JSON line per figure, - for stdout")
+        bench.add_argument("--case", metavar="REGEX", help="of the cases those whose name, as printed, it is found in")
+        bench.add_argument("--only", metavar="A,B", help="of the variants those so named, as printed, or by the first "
+                           'words of several, such as sdpa; "ours" are all that are no rivals')  # fmt: skip
+        bench.add_argument("--json", metavar="PATH", help="all figures as one JSON document, - for stdout")
+        bench.add_argument("--jsonl", metavar="FILE", help="append a JSON line per figure as soon as its case is done")
+        bench.add_argument("--csv", metavar="FILE", help="the figures as a table of comma-separated values")
         bench.add_argument("--plot", metavar="DIR", help="draw latency and share of the ceiling; needs matplotlib")
         bench.add_argument("--device", help="such as cuda:0 or cpu (default: the GPU where there is one)")
         bench.add_argument("--seconds", type=float, default=1.0, help="timing per case, after warm-up (default: 1)")
         bench.add_argument("--trace", metavar="FILE", help="write a trace that Perfetto opens: one more call of each")
-        if name == "attention":
+        add_quiet(bench)
+        if name in SHAPES:
+            bench.add_argument("--shape", metavar="KEY=VALUE,...", action="append", default=[],
+                               help=f"a case of one's own in place of the others, such as {SHAPES[name]}; may be given "
+                               "again")  # fmt: skip
+        if name == "segment_attention":
             bench.add_argument("--core", action="store_true", help="of the full cases only those that matter most")
+            bench.add_argument("--rival", metavar="MODULE:FUNCTION", action="append", default=[],
+                               help="a rival of one's own, see benchmarks/README.md; may be given again")  # fmt: skip
         if name == "rollout":
             bench.add_argument("--model", help="one of the models alone")
+            bench.add_argument("--variant", help="of the model, such as v2-1.3b")
             bench.add_argument("--layers", type=int, help="of the model (default: all of them; 2 with --small)")
             bench.add_argument("--chunks", type=int, help="made in each mode")
-            bench.add_argument("--modes", metavar="A,B", help="of the memory, such as worldkv,published (default: all)")
-    compare = choices.add_parser("compare", help="two files of --json side by side")
-    compare.add_argument("a", metavar="A", help="a file that --json wrote")
-    compare.add_argument("b", metavar="B", help="another; ratios are B over A")
-    compare.add_argument("--json", metavar="FILE", help="the comparison, - for stdout")
-    compare.add_argument("--any", action="store_true", help="even if they come from different devices")
+    compared = choices.add_parser("compare", help="two files of --json or --jsonl side by side")
+    compared.add_argument("a", metavar="A", help="a file that --json or --jsonl wrote")
+    compared.add_argument("b", metavar="B", help="another; ratios are B over A")
+    compared.add_argument("--json", metavar="PATH", help="the comparison as one JSON document, - for stdout")
+    compared.add_argument("--any", action="store_true", help="even if they come from different devices")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 when a variant of ours is wrong or failed."""
     if args.what == "compare":
-        return _compare(args)
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
+        return compare(args)
     common = script("common")
-    device = common.device_for(args.device, small=args.small)
-    writable("--trace", args.trace)
+    common.check_seconds(args.seconds)
+    device = common.device_for(args.device, small=args.small or bool(getattr(args, "shape", None)))
+    planned = _planned(args, device)
+    _check_files(args)
     plots = None
     if args.plot is not None:
         plots = script("plots")
         plots.check()
-        Path(args.plot).mkdir(parents=True, exist_ok=True)
-    to_stdout = args.json == "-"
-    path = None if to_stdout else args.json
+        _make_folder(args.plot)
     if args.trace is not None:  # written anew, a case at a time
         Path(args.trace).write_text('{"traceEvents": []}')
-    names = list(BENCHES) if args.what == "all" else [args.what]
-    options = {"core": args.core} if args.what == "attention" else {}
-    if args.what == "rollout":
-        asked = {name: getattr(args, name) for name in ("small", "model", "layers", "chunks", "modes")}
-        options["cases"] = script(BENCHES["rollout"][0]).cases_from(**asked)
+    out = sys.stderr if args.json == "-" else sys.stdout
     figures: list[Figure] = []
-    for number, name in enumerate(names, 1):
-        print(f"bench {number}/{len(names)}: {name}", file=sys.stderr, flush=True)
-        bench = script(BENCHES[name][0])
+    for number, (name, bench, options) in enumerate(planned, 1):
+        note(f"bench {number}/{len(planned)}: {name}")
         with common.tracing(args.trace):
-            measured = bench.run(small=args.small, device=device, seconds=args.seconds, json_path=path, **options)
-        if to_stdout:
-            print("\n".join(json.dumps(figure, allow_nan=False) for figure in measured), flush=True)
+            measured = bench.run(
+                small=args.small, device=device, seconds=args.seconds, jsonl_path=args.jsonl, **options
+            )
         shown = getattr(bench, "table", common.table)(measured)
-        print(f"{name}\n{shown}\n", file=sys.stderr if to_stdout else sys.stdout, flush=True)
+        print(f"{name}\n{shown}\n", file=out, flush=True)
         figures += measured
+    _write(args, figures)
     if plots is not None:
         for written in plots.draw(figures, args.plot):
-            print(f"wrote {written}", file=sys.stderr)
-    if args.trace is not None:
-        print(f"wrote {args.trace}", file=sys.stderr)
+            note(f"wrote {written}")
     return int(any(f["status"] != "timed" for f in figures if not f["is_rival"]))
 
 
@@ -113,75 +133,96 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def _compare(args: argparse.Namespace) -> int:
-    """Print what both files have timed, and the lines that have no partner; and all of it as JSON, if asked for."""
-    out = sys.stderr if args.json == "-" else sys.stdout
-    a, b = _read(args.a), _read(args.b)
-    devices = sorted({f["environment"]["device"] for f in (*a.values(), *b.values())})
-    if len(devices) > 1 and not args.any:
-        raise ValueError(f"the figures come from different devices: {', '.join(devices)}; --any compares them")
-    columns = ["bench", "case", "variant", "us A", "us B", "B/A", "beyond 20/80"]
-    rows, alone, untimed = [], [], 0
-    result: dict[str, Any] = {"command": "bench compare", "devices": devices, "timed_in_both": [], "timed_in_one": []}
-    for key in dict.fromkeys([*a, *b]):
-        first, second = a.get(key), b.get(key)
-        in_a, in_b = (f is not None and f["status"] == "timed" for f in (first, second))
-        if in_a and in_b:
-            ratio = second["us"] / first["us"]
-            mark = _mark(first, second)
-            rows.append([*key, f"{first['us']:.1f}", f"{second['us']:.1f}", f"{ratio:.2f}", mark])
-            times = {"us_a": first["us"], "us_b": second["us"], "b_over_a": ratio, "beyond_20_80": mark or None}
-            result["timed_in_both"].append({**_named(key), **times})
-        elif in_a or in_b:
-            file, why = "A" if in_a else "B", _why(second if in_a else first)
-            alone.append(f"timed in {file} only: {', '.join(key)}: {why}")
-            result["timed_in_one"].append({**_named(key), "in": file.lower(), "why": why})
-        else:
-            untimed += 1
-    for name, path, figures in (("A", args.a, a), ("B", args.b, b)):
-        commits = sorted({str(f["environment"].get("commit"))[:12] for f in figures.values()})
-        print(f"{name}: {path}, commit {', '.join(commits)}", file=out)
-        result[name.lower()] = {"path": path, "commits": commits}
-    print(f"{', '.join(devices)}\n", file=out)
-    print(table(columns, rows, left=3) if rows else "no figure was timed in both files", file=out)
-    print("\n".join(["", *alone, f"timed in neither: {untimed}"] if alone or untimed else []), file=out)
-    write_json(args.json, {**result, "timed_in_neither": untimed})
-    return 0
+def _planned(args: argparse.Namespace, device: torch.device) -> list[tuple[str, ModuleType, dict[str, Any]]]:
+    """Of each bench that has anything to do, its name, its script and the options of its run.
+
+    Raises ValueError that lists what there is when --case or a name of --only fits nothing.
+    """
+    picked = script("common").picked
+    only = None if args.only is None else [word.strip() for word in args.only.split(",")]
+    try:
+        pattern = re.compile(args.case or "")
+    except re.error as error:
+        raise ValueError(f"--case must be a regular expression, got {args.case!r}: {error}") from error
+    planned, cases_seen = [], []
+    variants_seen: dict[str, bool] = {}
+    for name in BENCHES if args.what == "all" else [args.what]:
+        bench = script(f"bench_{name}")
+        options = _options(args, name, bench, device)
+        own = {"own": options["own"]} if "own" in options else {}
+        cases = options.pop("cases")
+        cases_seen += cases
+        cases = [case for case in cases if pattern.search(str(case))]
+        variants = [bench.variants_of(case, device, **own) for case in cases]
+        for of_case in variants:
+            variants_seen |= of_case
+        cases = [case for case, of_case in zip(cases, variants, strict=True) if picked(of_case, only)]
+        if cases:
+            planned.append((name, bench, {**options, "cases": cases, "only": only}))
+    if args.case is not None and not variants_seen:
+        raise ValueError(f"--case must be found in one of: {_some(cases_seen)}; got {args.case!r}")
+    for word in only or ():
+        if not picked(variants_seen, [word]):
+            raise ValueError(f"--only must be of ours, {', '.join(variants_seen)}; got {word!r}")
+    return planned
 
 
-def _named(key: tuple[str, str, str]) -> dict[str, str]:
-    return dict(zip(("bench", "case", "variant"), key, strict=True))
+def _options(args: argparse.Namespace, name: str, bench: ModuleType, device: torch.device) -> dict[str, Any]:
+    """What is asked of one bench alone, its cases among it."""
+    cases = bench.SMALL_CASES if args.small else bench.CASES
+    options: dict[str, Any] = {}
+    if getattr(args, "core", False) and not args.small:
+        cases = bench.CORE_CASES
+    if getattr(args, "shape", None):
+        if args.small or getattr(args, "core", False):
+            raise ValueError("--shape must go without --small and --core, whose cases it takes the place of")
+        cases = list(dict.fromkeys(bench.case_of(shape) for shape in args.shape))
+        for case in cases:
+            script("shapes").check_room(f"--shape {case}", case.needed_bytes, device)
+    if getattr(args, "rival", None):
+        options["own"] = {text: script("attention_rivals").own_rival(text) for text in args.rival}
+    if args.what == "rollout":
+        asked = {key: getattr(args, key) for key in ("small", "model", "variant", "layers", "chunks")}
+        cases = bench.cases_from(device, **asked)
+    return {**options, "cases": cases}
 
 
-def _mark(a: Figure, b: Figure) -> str:
-    """What B is where the ranges from 20th to 80th percentile do not meet."""
-    if b["us_20"] > a["us_80"]:
-        return "slower"
-    return "faster" if b["us_80"] < a["us_20"] else ""
+def _some(cases: Sequence[Any]) -> str:
+    names = [f'"{case}"' for case in cases[:8]]
+    return ", ".join(names) + f" and {len(cases) - 8} more" * (len(cases) > 8)
 
 
-def _why(figure: Figure | None) -> str:
-    return "no such line in the other" if figure is None else f"{figure['status']} in the other: {figure['reason']}"
-
-
-def _read(path: str) -> dict[tuple[str, str, str], Figure]:
-    """Figures by bench, case and variant; of equal ones the last. Raises ValueError that names the line at fault."""
-    figures = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        if not line.strip():
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises ValueError where a file cannot be written, or two arguments name the same."""
+    named: dict[Path, str] = {}
+    for argument in ("json", "jsonl", "csv", "trace"):
+        path = getattr(args, argument)
+        if path is None or (argument == "json" and path == "-"):
             continue
-        try:
-            figure = json.loads(line)
-            if figure["bench"] == "ceilings":
-                continue
-            key = (figure["bench"], figure["case"], figure["variant"])
-            times = [figure[name] for name in ("us_20", "us", "us_80")]
-            figure["reason"], figure["environment"]["device"]
-            if figure["status"] == "timed" and not all(isinstance(t, float | int) and t > 0 for t in times):
-                raise ValueError("times")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {number}: not a figure that --json wrote") from None
-        figures[key] = figure
-    if not figures:
-        raise ValueError(f"{path} holds no figures")
-    return figures
+        if path == "-":
+            raise ValueError(f"--{argument} must be a file, got '-', which --json alone writes to")
+        writable(f"--{argument}", path)
+        other = named.setdefault(Path(path).resolve(), argument)
+        if other != argument:
+            raise ValueError(f"--{argument} must be another file than --{other}, got {path!r} for both")
+
+
+def _make_folder(path: str) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"--plot must be a folder that can be written, got {path!r}: {error.strerror}") from error
+
+
+def _write(args: argparse.Namespace, figures: Sequence[Figure]) -> None:
+    """The files that are written whole."""
+    if args.csv is not None:
+        with open(args.csv, "w", newline="") as file:
+            rows = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+            rows.writeheader()
+            rows.writerows({**figure, **figure["environment"]} for figure in figures)
+        note(f"wrote {args.csv}")
+    if args.trace is not None:
+        note(f"wrote {args.trace}")
+    write_json(args.json, {"command": f"bench {args.what}", "figures": list(figures)})

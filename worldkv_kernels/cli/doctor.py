@@ -11,7 +11,7 @@ import torch
 from ..ops import cuda, proven
 from ..ops.all import OPS, SEGMENT_ATTENTION
 from ..ops.backends import OpBackends
-from .report import Progress, machine, parse_device, table, write_json
+from .report import Progress, add_quiet, machine, parse_device, table, write_json
 
 # Heads, queries of a chunk, and keys of a window, all with head_dim 128: what segment_attention is mostly asked for.
 SHAPES = {
@@ -31,19 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare the CUDA kernels with the reference, and let auto take those that agree, on this machine",
     )
-    parser.add_argument("--json", help="where the findings go as JSON, - for stdout")
+    parser.add_argument("--json", metavar="PATH", help="also write the findings as one JSON document; - for stdout")
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 when a backend disagrees with the reference."""
     device = parse_device(args.device)
     out = sys.stderr if args.json == "-" else sys.stdout
-    where = {**machine(device), "cuda_extension": ", ".join(cuda.architectures()) or "not built"}
+    where = {**machine(device), "cuda_extension": ", ".join(cuda.architectures()) or cuda.missing()}
     if device.type == "cuda":
         where["architecture"] = proven.architecture(device)
         where["driver_cuda"] = torch.version.cuda
     for name, value in where.items():
-        print(f"{name.replace('_', ' '):16} {value}", file=out)
+        print(f"{name.replace('_', ' '):16} {value or 'not installed'}", file=out)
 
     findings = []
     for op, name in _backends():

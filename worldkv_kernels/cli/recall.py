@@ -14,41 +14,48 @@ import torch
 
 from ..ops.all import check_every_backend
 from ..recall import CHUNK_FRAMES, MODES, RecallResult, Scene, pan_and_return, recall, revisited
-from .report import Progress, machine, parse_device, size, table, writable, write_json
+from . import report
+from .report import size
 
 _LEAST_STEP, _LARGEST_STEP = 0.001, 360.0  # degrees; views are told apart to a millionth
 _LEAST_SIDE = 64  # pixels of a photograph
+_FRAMES, _MOST_FRAMES = 90, 100_000
+_TAKES = "downloads nothing; 90 frames take about half a minute on two cores"
 
 PHOTOGRAPHS = {"coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "rocket.jpg", "cat": "chelsea.png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", help="a photograph of your own, any format Pillow reads")
-    parser.add_argument(
-        "--photo", choices=PHOTOGRAPHS, default="coffee", help="one from scikit-image's wheel (default: coffee)"
+    parser.epilog = f"It {_TAKES}."
+    add = parser.add_argument
+    scene = parser.add_mutually_exclusive_group()
+    scene.add_argument("--image", metavar="FILE", help="a photograph of your own, any format Pillow reads")
+    scene.add_argument(
+        "--photo", choices=PHOTOGRAPHS, default="coffee", help="one that scikit-image's wheel holds (default: coffee)"
     )
-    parser.add_argument("--frames", type=int, default=90, help="frames of the pan, out and back (default: 90)")
-    parser.add_argument("--step", type=float, default=4.0, help="degrees the camera turns per frame (default: 4)")
-    parser.add_argument("--picture", default="recall.png", help="where the picture goes (default: recall.png)")
-    parser.add_argument("--json", default="recall.json", help="the figures, - for stdout (default: recall.json)")
-    parser.add_argument("--device", help="such as cuda or cpu (default: the GPU where there is one)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32 on a CPU, bfloat16 on a GPU)"
-    )
-    parser.add_argument("--backend", help="of the ops: reference or triton (default: the automatic choice)")
-    parser.add_argument("--seed", type=int, default=0, help="of the keys' random features (default: 0)")
+    add("--frames", type=report.integer(1, _MOST_FRAMES), default=_FRAMES,
+        help="of the pan, out and back (default: %(default)s)")  # fmt: skip
+    add("--step", type=report.number, default=4.0, help="degrees the camera turns per frame (default: 4)")
+    add("--picture", metavar="FILE", default="recall.png", help="where the picture goes (default: recall.png)")
+    add("--json", metavar="PATH", default="recall.json",
+        help="where the figures go, one JSON document; - for stdout (default: recall.json)")  # fmt: skip
+    add("--device", help="such as cuda or cpu (default: the GPU where there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--backend", help="of the ops: reference or triton (default: the automatic choice)")
+    add("--seed", type=report.seed, default=0, help="of the keys' random features (default: 0)")
+    report.add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.frames < 1 or args.frames % CHUNK_FRAMES:
-        raise ValueError(f"--frames must be a positive multiple of {CHUNK_FRAMES}, got {args.frames}")
+    if args.frames % CHUNK_FRAMES:
+        raise ValueError(f"--frames must be a multiple of {CHUNK_FRAMES}, got {args.frames}")
     if not _LEAST_STEP <= args.step <= _LARGEST_STEP:
         raise ValueError(f"--step must be from {_LEAST_STEP} to {_LARGEST_STEP:g} degrees, got {args.step}")
-    device = parse_device(args.device)
+    device = report.parse_device(args.device)
     check_every_backend("--backend", args.backend, device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     name, image = _load_image(args)
-    writable("--picture", args.picture, _formats(args.picture))
+    report.writable("--picture", args.picture, _formats(args.picture))
     yaws = pan_and_return(args.frames, args.step)
     again = revisited(yaws)
     if not len(again):
@@ -57,50 +64,60 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"A camera turns {np.ptp(yaws):g} degrees inside {name} and back, {args.frames} frames.\n"
         f"{len(again)} views are seen again after 30 frames or more, and recalled from memory alone "
-        f"({device}, {str(dtype)[6:]}).\n",
+        f"({device}, {str(dtype)[6:]}).\n"
+        f"It {_TAKES}.\n",
         file=out, flush=True,
     )  # fmt: skip
     scene = Scene(image, device, args.seed)
-    progress = Progress("recall", len(MODES) * args.frames // CHUNK_FRAMES)
+    progress = report.Progress("recall", len(MODES) * args.frames // CHUNK_FRAMES)
     results = []
     for mode in MODES:
         label = mode.name
-        results.append(
-            recall(
+        try:
+            result = recall(
                 scene, mode, yaws, dtype=dtype, backend=args.backend,
                 on_chunk=lambda chunk, label=label: progress.step(label),
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        except ValueError as error:  # of a memory that has no room
+            raise ValueError(f"--frames must be fewer: {error}") from error
+        results.append(result)
     print(_table(results), file=out)
-    figures = {"image": name, "dtype": str(dtype)[6:], "frames": args.frames, "step_degrees": args.step}
-    figures |= {"seed": args.seed, "revisited_frames": again.tolist(), "modes": _figures(results)}
-    write_json(args.json, {"command": "recall", "machine": machine(device), **figures})
-    _draw(args.picture, scene.view(yaws[again[-1]]).cpu().numpy(), results, int(again[-1]))
-    print(f"\nwrote {args.picture}: the view of frame {again[-1]}, as it is and as recalled, and the error", file=out)
+    report.write_json(args.json, {
+        "command": "recall", "machine": report.machine(device), "image": name, "dtype": str(dtype)[6:],
+        "frames": args.frames, "step_degrees": args.step, "seed": args.seed, "revisited_frames": again.tolist(),
+        "modes": _figures(results),
+    })  # fmt: skip
+    last = int(again[-1])
+    before = int(np.flatnonzero(np.isclose(yaws, yaws[last]))[-2])
+    _draw(args.picture, scene.view(yaws[last]).cpu().numpy(), results, last - before)
+    print(f"\nwrote {args.picture}: the view of frame {last}, as it is and as each memory recalls it", file=out)
     return 0
 
 
 def _load_image(args: argparse.Namespace) -> tuple[str, np.ndarray]:
     """The photograph's name and its pixels, float64 [height, width, 3] in 0..1."""
-    if importlib.util.find_spec("PIL") is None or (not args.image and importlib.util.find_spec("skimage") is None):
+    if importlib.util.find_spec("PIL") is None or (args.image is None and importlib.util.find_spec("skimage") is None):
         raise ImportError("recall needs scikit-image and Pillow: pip install 'worldkv-kernels[demo]'")
     from PIL import Image
 
-    if args.image:
-        path, name = Path(args.image), Path(args.image).name
+    if args.image is not None:
+        argument, path, name = "--image", Path(args.image), Path(args.image).name
     else:
         package = importlib.util.find_spec("skimage")
         assert package is not None and package.origin is not None
-        path, name = Path(package.origin).parent / "data" / PHOTOGRAPHS[args.photo], f"the photograph '{args.photo}'"
+        argument, path = "--photo", Path(package.origin).parent / "data" / PHOTOGRAPHS[args.photo]
+        name = f"the photograph '{args.photo}'"
     try:
         with Image.open(path) as file:
             pixels = np.asarray(file.convert("RGB"), dtype=np.float64) / 255
-    except OSError as error:
-        reason = f": {error.strerror}" if error.strerror else ""
-        raise ValueError(f"--image must be a picture that Pillow reads, got {path}{reason}") from error
+    except Exception as error:  # Pillow's decoders raise what they like
+        reason = f": {getattr(error, 'strerror', None) or error}"
+        raise ValueError(f"{argument} must be a picture that Pillow reads, got {str(path)!r}{reason}") from error
     height, width = pixels.shape[:2]
     if min(height, width) < _LEAST_SIDE:
-        raise ValueError(f"--image must be at least {_LEAST_SIDE} pixels each way, got {width} x {height}: {path}")
+        raise ValueError(
+            f"{argument} must be at least {_LEAST_SIDE} pixels each way, got {width} x {height}: {str(path)!r}"
+        )
     return name, pixels
 
 
@@ -120,21 +137,23 @@ def _table(results: list[RecallResult]) -> str:
     full = results[0]
     rows = []
     for result in results:
-        tokens = np.mean(result.tokens)
+        tokens = np.mean(result.tokens_attended)
         rows.append([
-            result.name, f"{np.mean(result.psnr):.1f}", f"{np.mean(result.psnr) - np.mean(full.psnr):+.1f}",
-            f"{tokens:,.0f}", f"{tokens / np.mean(full.tokens):.0%}", size(result.kept_bytes), f"{result.seconds:.1f}",
+            result.mode.name, f"{np.mean(result.psnr):.1f}", f"{np.mean(result.psnr) - np.mean(full.psnr):+.1f}",
+            f"{tokens:,.0f}", f"{tokens / np.mean(full.tokens_attended):.0%}", size(result.kept_bytes),
+            f"{result.seconds:.1f}",
         ])  # fmt: skip
-    return table(["memory", "PSNR dB", "to full", "tokens attended", "of full", "KV kept", "seconds"], rows)
+    return report.table(["memory", "PSNR, dB", "to full", "tokens attended", "of full", "KV kept", "seconds"], rows)
 
 
 def _figures(results: list[RecallResult]) -> list[dict[str, Any]]:
     return [
         {
-            "name": r.name,
+            "name": r.mode.name,
+            **r.mode.options,
             "psnr_db": float(np.mean(r.psnr)),
             "psnr_db_per_view": r.psnr,
-            "tokens_attended": float(np.mean(r.tokens)),
+            "tokens_attended_mean": float(np.mean(r.tokens_attended)),
             "kept_bytes": r.kept_bytes,
             "retrieved": r.retrieved,
             "seconds": r.seconds,
@@ -143,33 +162,33 @@ def _figures(results: list[RecallResult]) -> list[dict[str, Any]]:
     ]
 
 
-def _draw(path: str, truth: np.ndarray, results: list[RecallResult], frame: int) -> None:
-    """One column for the truth and each memory: the view, what it is, and below it four times the error."""
+def _draw(path: str, truth: np.ndarray, results: list[RecallResult], frames_ago: int) -> None:
+    """The last view as it is and as each memory recalls it, with the figures of the table below each."""
     from PIL import Image, ImageDraw, ImageFont
 
-    zoom, gap, caption = 2, 12, 64
+    zoom, columns, gap, heading, caption = 3, 3, 24, 104, 116
     height, width = truth.shape[0] * zoom, truth.shape[1] * zoom
-    columns = [("what the camera sees", f"frame {frame}", truth)]
+    panels = [("the view as it is", "", f"last seen {frames_ago} frames ago", truth)]
     for result in results:
         assert result.last_view is not None
-        lines = f"{result.psnr[-1]:.1f} dB, {result.tokens[-1]:,} tokens"
-        columns.append((result.name, lines, result.last_view))
-    total = (len(columns) * (width + gap) + gap, gap + height + caption + height + gap)
-    picture = Image.new("RGB", total, "white")
+        figures = f"{np.mean(result.tokens_attended):,.0f} tokens attended, {size(result.kept_bytes)} of KV kept"
+        panels.append((result.mode.name, f"PSNR {np.mean(result.psnr):.1f} dB", figures, result.last_view))
+    rows = -(-len(panels) // columns)
+    picture = Image.new("RGB", (columns * (width + gap) + gap, heading + rows * (height + caption)), "white")
     draw = ImageDraw.Draw(picture)
-    large, small = ImageFont.load_default(20), ImageFont.load_default(17)
-    for i, (title, line, view) in enumerate(columns):
-        left = gap + i * (width + gap)
-        picture.paste(_image(view).resize((width, height), Image.Resampling.NEAREST), (left, gap))
-        draw.text((left, gap + height + 8), title, fill="black", font=large)
-        draw.text((left, gap + height + 34), line, fill=(80, 80, 80), font=small)
-        below = gap + height + caption
-        if i == 0:
-            draw.text((left, below + height // 2 - 10), "error, 4 times enlarged", fill=(80, 80, 80), font=small)
-        else:
-            error = 1 - np.clip(4 * np.abs(view - truth), 0, 1)
-            picture.paste(_image(error).resize((width, height), Image.Resampling.NEAREST), (left, below))
-            draw.rectangle((left, below, left + width - 1, below + height - 1), outline=(200, 200, 200))
+
+    def write(left: int, top: int, words: str, points: int, colour: str) -> None:
+        draw.text((left, top), words, fill=colour, font=ImageFont.load_default(points))
+
+    write(gap, 16, "A camera turns away and comes back: what each memory recalls of the view", 34, "black")
+    of_views = f"PSNR and tokens: means over the {len(results[0].psnr)} views seen again after 30 frames or more"
+    write(gap, 60, of_views, 23, "#555")
+    for i, (name, quality, figures, view) in enumerate(panels):
+        left, top = gap + i % columns * (width + gap), heading + i // columns * (height + caption)
+        picture.paste(_image(view).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        write(left, top + height + 6, name, 27, "black")
+        write(left, top + height + 40, quality or figures, 23, "black" if quality else "#555")
+        write(left, top + height + 68, figures if quality else "", 23, "#555")
     picture.save(path)
 
 

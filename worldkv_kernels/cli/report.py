@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import platform
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,11 @@ from typing import Any
 import torch
 
 from .. import __version__
+from . import brief
 
-_SILENCE = 2.0  # seconds at most
+_SILENCE, _LONGEST_SILENCE = 2.0, 300.0  # seconds from one line of progress to the next, at first and at most
+_MOST_INTEGER = 2**31 - 1  # of an argument without a bound of its own
+_MOST_SEED = 2**64 - 1  # that torch takes
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -39,41 +45,74 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+class _Narration:
+    """One command's progress on stderr: a line that is rewritten on a terminal, lines ever farther apart elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._last, self._gap = time.monotonic(), _SILENCE
+
+    def tell(self, text: str, *, finished: bool = False) -> None:
+        """`finished` ends a line on a terminal, and is always told elsewhere."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="\n" if finished else "", file=sys.stderr, flush=True)
+        elif finished:
+            print(text, file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last > self._gap:
+            print(text, file=sys.stderr, flush=True)
+            self._last, self._gap = time.monotonic(), min(2 * self._gap, _LONGEST_SILENCE)
+
+
+_narration = _Narration()
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """The argument `--quiet`, of every command that shows progress."""
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr; results and errors remain")
+
+
+def begin(*, quiet: bool) -> None:
+    """A command begins: what Progress, waiting and note say from here on, if anything."""
+    global _narration
+    _narration = _Narration(quiet)
+
+
+def note(text: str, *, end: str = "\n") -> None:
+    """A line on stderr, or the start of one, unless the command is quiet."""
+    if not _narration.quiet:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
 class Progress:
-    """One line on stderr that is rewritten on a terminal, and printed every two seconds elsewhere."""
+    """Steps counted on stderr; where that is no terminal, after 2 s, 4 s more, 8 s more and so on, and the last one."""
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, total, 0
-        self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
 
     def step(self, detail: str = "") -> None:
         """Count one more step done."""
         self._done += 1
-        now = time.monotonic()
-        last = self._done == self._total
-        text = f"{self._label}: {self._done}/{self._total} {detail}"
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif now - self._last > _SILENCE or last:
-            print(text, file=sys.stderr, flush=True)
-            self._last = now
+        text = f"{self._label}: {self._done}/{self._total} {detail}".rstrip()
+        _narration.tell(text, finished=self._done == self._total)
 
 
 @contextmanager
 def waiting(label: str) -> Iterator[None]:
-    """While inside, a line on stderr of the seconds so far, for work that cannot be counted; quick work says none."""
+    """While inside, the seconds so far on stderr, for work that cannot be counted; quick work says nothing."""
     left = threading.Event()
-    terminal = sys.stderr.isatty()
 
     def tell() -> None:
         started = time.monotonic()
         while not left.wait(_SILENCE):
-            text = f"{label}: {time.monotonic() - started:.0f} s"
-            print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-        if terminal and time.monotonic() - started > _SILENCE:
+            _narration.tell(f"{label}: {time.monotonic() - started:.0f} s")
+        if time.monotonic() - started > _SILENCE and sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
+    if _narration.quiet:
+        yield
+        return
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try:
@@ -100,16 +139,46 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def integer(least: int, most: int = _MOST_INTEGER) -> Callable[[str], int]:
+    """An argument's converter to an integer from `least` to `most`."""
+
+    def convert(text: str) -> int:
+        value = int(text[:40]) if re.fullmatch(r"[+-]?[0-9]+", text) else least - 1  # 40 digits are too many already
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r:.60}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text!r:.60}")
+        return value
+
+    return convert
+
+
+seed = integer(0, _MOST_SEED)
+
+
+def number(text: str) -> float:
+    """An argument's converter to a number, which may be nan or infinite."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r:.60}") from None
+
+
 def parse_device(name: str | None) -> torch.device:
     """The named device, or the first GPU, or the CPU. Raises ValueError when it is not there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = ""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if device.type == "cpu" and not device.index:
+            return torch.device("cpu")
+        if device.type == "cuda":
+            torch.empty(0, dtype=torch.uint8, device=device)
+            return device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be a device of this machine, got {name!r}: {error}") from error
-    return device
+        reason = f": {brief(error)}" if name.startswith("cuda") else ""
+    raise ValueError(f"--device must be cpu or a CUDA device of this machine, got {name!r:.60}{reason}")
 
 
 def writable(argument: str, path: str | None, suffixes: Sequence[str] = ()) -> None:
@@ -129,14 +198,29 @@ def writable(argument: str, path: str | None, suffixes: Sequence[str] = ()) -> N
         open(file, "a").close()
         if not is_there:
             file.unlink()
-    except OSError as error:
-        raise ValueError(f"{argument} must be a file that can be written, got {path!r}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{argument} must be a file that can be written, got {path!r}: {reason}") from error
 
 
 def write_json(path: str | None, result: dict[str, Any]) -> None:
-    """Write `result` to a file, or to stdout for "-"; nothing for None."""
+    """Write `result` as one document to a file, or to stdout for "-"; nothing for None.
+
+    A number that is not finite becomes null, which JSON has no other word for.
+    """
+    if path is None:
+        return
+    document = json.dumps(_finite(result), indent=2, allow_nan=False) + "\n"
     if path == "-":
-        print(json.dumps(result, indent=2))
-    elif path is not None:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {path}", file=sys.stderr)
+        sys.stdout.write(document)
+    else:
+        Path(path).write_text(document)
+        note(f"wrote {path}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from ..memory.config import MODES, ORDERS, MemoryConfig
@@ -20,54 +18,52 @@ from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, Ret
 from ..memory.world_memory import WorldMemory
 from ..models.rollout import RolloutChunk, WorldModel, rollout
 from ..ops.all import check_every_backend
-from ..poses import mean_pose, rotation_angles
 from . import report, rollout_models
 from .rollout_models import STRIDE, Config, Motion
 from .rollout_picture import picture
+from .rollout_revisits import Revisit, find_revisits, retrieval_at_work
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SHOWN_REVISITS = 5
+_TAKES = "about 20 seconds"  # the default run
+_DEEPEST = 1e9  # in the poses' units
 _THREADS_EACH = 4  # of a processor, at most: thousands of them hang or end the process
-
-
-class Revisit(NamedTuple):
-    """A chunk, and of those retrieved for it the one made from the nearest camera pose."""
-
-    chunk: int
-    retrieved: tuple[int, ...]
-    nearest: int
-    degrees: float  # between the mean orientations of chunk and nearest
-    distance: float  # between their mean positions, in the trajectory's unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `worldkv rollout`; their defaults are MemoryConfig's where it has them."""
+    parser.epilog = f"It downloads nothing. The default run takes {_TAKES} on two cores."
     add = parser.add_argument
-    rollout_models.add_arguments(parser, _integer)
+    rollout_models.add_arguments(parser)
     add("--modes", default=",".join(MODES), help="of the memory, joined by commas (default: %(default)s)")
-    add("--chunks", type=_integer(1), help="at most so many (default: all that there are controls for)")
-    add("--keep-ratio", type=_number, default=0.25, help="tokens of a pruned frame that stay (default: %(default)s)")
-    add("--per-frame", action="store_true", help="prune each frame on its own, not a chunk's frames together")
-    add("--retrieved-chunks", type=_integer(0), default=6, help="brought back at most (default: %(default)s)")
-    add("--sink-frames", type=_integer(0), help="latent frames kept from the start (default: the model's own)")
-    add("--recent-frames", type=_integer(0), help="past latent frames kept whole (default: the model's own)")
+    add("--chunks", type=report.integer(1), help="at most so many (default: all that there are controls for)")
+    add("--keep-ratio", type=report.number, default=0.25,
+        help="share of its tokens that every frame but a chunk's first keeps when it is pruned: 0.25 keeps half of a "
+             "chunk of three frames, 0.5 two thirds, 1 all (default: %(default)s)")  # fmt: skip
+    add("--pooled", action=argparse.BooleanOptionalAction, default=True,
+        help="prune a chunk's frames together, or each on its own (default: together)")  # fmt: skip
+    add("--retrieved-chunks", type=report.integer(0), default=6, help="brought back at most (default: %(default)s)")
+    add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
+    add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
     add("--retrieval", help="by pose, by fov, the overlap of the views, or by action, the pose that a player's actions "
-        "lead to (default: action for matrix-game-2, else pose)")  # fmt: skip
-    add("--depth-range", type=_number, nargs=2, metavar=("NEAR", "FAR"), help="of the views' overlap (default: 1 50)")
-    add("--diversity", type=_number, default=0.0, help="0 to 1: avoid near-copies (default: %(default)s)")
+        "lead to (default: action for matrix_game_2, else pose)")  # fmt: skip
+    add("--depth-range", type=report.number, nargs=2, metavar=("NEAR", "FAR"),
+        help="of the views' overlap (default: 1 50)")  # fmt: skip
+    add("--diversity", type=report.number, default=0.0, help="0 to 1: avoid near-copies (default: %(default)s)")
     add("--rebase-time", action="store_true", help="turn retrieved and sink chunks in time next to the recent ones")
     add("--order", default="time", help=f"of retrieved chunks: {', '.join(ORDERS)} (default: %(default)s)")
     add("--bank", default="device", help="where banked chunks lie: device or host (default: %(default)s)")
-    add("--bank-chunks", type=_integer(1), help="that the bank holds (default: enough for the rollout)")
+    add("--bank-chunks", type=report.integer(1), help="that the bank holds (default: enough for the rollout)")
     add("--dtype", help=f"{', '.join(_DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="such as cpu or cuda:0 (default: the first GPU, else the CPU)")
-    add("--threads", type=_integer(1),
+    add("--threads", type=report.integer(1),
         help="of the CPU (default: torch's own choice; 1 for the tiny model, whose tensors are too small to "
              "share)")  # fmt: skip
-    add("--backend", help="of the ops: reference, triton (default: the automatic choice)")
-    add("--seed", type=_integer(0), default=0, help="of weights and noise (default: %(default)s)")
-    add("--json", metavar="PATH", help="also write everything measured, chunk by chunk; - for stdout")
+    add("--backend", help="of the ops: reference or triton (default: the automatic choice)")
+    add("--seed", type=report.seed, default=0, help="of weights and noise (default: %(default)s)")
+    add("--json", metavar="PATH",
+        help="also write everything measured, chunk by chunk, as one JSON document; - for stdout")  # fmt: skip
     add("--picture", metavar="FILE.svg", help="draw which chunks worldkv attended to")
+    report.add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,9 +85,10 @@ def _run(args: argparse.Namespace) -> int:
     check_every_backend("--backend", args.backend, device)
     modes = _modes(args.modes)
     report.writable("--picture", args.picture, [".svg"])
-    if args.picture and "worldkv" not in modes:
+    if args.picture is not None and "worldkv" not in modes:
         raise ValueError(f"--picture must go with --modes that include worldkv, got {args.modes!r}")
-    dtype = _DTYPES[_one_of("--dtype", args.dtype or ("float32" if device.type == "cpu" else "bfloat16"), _DTYPES)]
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = _DTYPES[_one_of("--dtype", default if args.dtype is None else args.dtype, _DTYPES)]
     config = rollout_models.model_config(args)
     motion = rollout_models.motion(args)
     chunks = _chunk_count(args, motion, config)
@@ -107,37 +104,39 @@ def _run(args: argparse.Namespace) -> int:
     along = motion.until(chunks * config.chunk_frames)
     results: dict[str, dict[str, Any]] = {}
     yardstick: list[torch.Tensor] = []
+    revisits: list[Revisit] = []
     stopped: BaseException | None = None
     try:
         for mode in modes:
             memory = _memory(memories[mode], args, say, device=device, dtype=dtype, backend=args.backend)
-            made = _made(mode, model, memory, along, args)
+            made, banked = _made(mode, model, memory, along, args)
             latents = [chunk.latents.cpu() for chunk in made]
             yardstick = latents if mode == "full" else yardstick
             errors = [_relative_error(*pair) for pair in zip(latents, yardstick, strict=True)] if yardstick else None
-            results[mode] = _result(made, errors, memory, args.stride or STRIDE)
+            results[mode] = _result(made, banked, errors, memory, args.stride or STRIDE)
             del memory  # the next one may need its room
-            if mode == "worldkv" and args.picture:
-                Path(args.picture).write_text(picture(made, motion.name))
-                print(f"wrote {args.picture}", file=sys.stderr)
+            if mode == "worldkv":
+                revisits = find_revisits(results[mode]["chunks"], along.poses, config.chunk_frames)
+                if args.picture is not None:
+                    drawn = picture(made, banked, revisits, along.poses, motion.name)
+                    Path(args.picture).write_text(drawn, encoding="utf-8")
+                    report.note(f"wrote {args.picture}")
     except (KeyboardInterrupt, Exception) as error:
         if not results:
             raise
         stopped = error  # raised again when the modes that are complete have been written
 
-    of_worldkv = results["worldkv"]["chunks"] if "worldkv" in results else []
-    revisits = find_revisits(of_worldkv, along.poses, config.chunk_frames)
     report.write_json(args.json, {
         "command": "rollout",
         "machine": {**report.machine(device), "threads": args.threads},
-        motion.kind: {"name": motion.name, "frames": motion.video_frames, "stride": args.stride or STRIDE,
+        motion.kind: {"name": motion.name, "video_frames": motion.video_frames, "stride": args.stride or STRIDE,
                       "latent_frames": motion.latent_frames, "chunks": chunks,
                       **({"scales": asdict(motion.integrator.scales)} if motion.integrator is not None else {})},
         "model": {"name": args.model, "variant": args.variant, **asdict(config),
                   "dtype": str(dtype).removeprefix("torch."), "seed": args.seed, **weights},
         "memory": {
             **{name: getattr(args, name) for name in (
-                "keep_ratio", "per_frame", "retrieved_chunks", "retrieval", "depth_range", "diversity", "rebase_time",
+                "keep_ratio", "pooled", "retrieved_chunks", "retrieval", "depth_range", "diversity", "rebase_time",
                 "order", "bank", "bank_chunks", "backend")},
             **{name: getattr(memories[modes[0]], name) for name in ("sink_frames", "recent_frames")},
         },
@@ -147,7 +146,7 @@ def _run(args: argparse.Namespace) -> int:
     })  # fmt: skip
     say("\n" + _table(results, compared=bool(yardstick)))
     if revisits:
-        say("\n" + _retrieval_at_work(revisits))
+        say("\n" + retrieval_at_work(revisits))
     if stopped is not None:
         say(f"\ninterrupted: {', '.join(results)} of {', '.join(modes)} are complete")
         raise stopped
@@ -155,22 +154,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 # --- arguments ---
-
-
-def _integer(least: int) -> Any:
-    def convert(text: str) -> int:
-        if not text.lstrip("+-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return convert
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def _one_of(argument: str, got: str, names: Sequence[str] | dict[str, Any]) -> str:
@@ -195,9 +178,14 @@ def _chunk_count(args: argparse.Namespace, motion: Motion, config: Config) -> in
             f"got {motion.latent_frames} latent frames"
         )
     chunks = min(chunks, args.chunks or chunks)
-    most = config.memory().make_rope().max_position // frames
-    if chunks > most:
-        raise ValueError(f"--chunks must be at most {most}, which the rotary embedding can number, got {chunks}")
+    positions = config.memory().make_rope().max_position
+    most = {"chunks": positions // frames, "retrieved_chunks": positions // frames, "bank_chunks": positions // frames,
+            "sink_frames": positions, "recent_frames": positions}  # fmt: skip
+    asked = {"chunks": chunks, **{name: getattr(args, name) or 0 for name in most if name != "chunks"}}
+    for name, count in asked.items():
+        if count > most[name]:
+            raise ValueError(f"--{name.replace('_', '-')} must be at most {most[name]}, which the rotary embedding can "
+                             f"number, got {count}")  # fmt: skip
     return chunks
 
 
@@ -208,7 +196,7 @@ def _memory_config(
     given = {name: getattr(args, name) for name in ("sink_frames", "recent_frames") if getattr(args, name) is not None}
     try:
         return config.memory(
-            mode=mode, retrieved_chunks=args.retrieved_chunks, keep_ratio=args.keep_ratio, pooled=not args.per_frame,
+            mode=mode, retrieved_chunks=args.retrieved_chunks, keep_ratio=args.keep_ratio, pooled=args.pooled,
             retrieval=policy, rebase_time=args.rebase_time, order=args.order, bank=args.bank,
             bank_chunks=(args.bank_chunks if mode == "worldkv" else None) or enough, **given,
         )  # fmt: skip
@@ -221,9 +209,10 @@ def _memory(config: MemoryConfig, args: argparse.Namespace, say: Callable[[str],
     """With a bank for the whole rollout, or for fewer chunks where that has no room and no number was asked for."""
     try:
         return WorldMemory(config, **options)
-    except ValueError:
+    except ValueError as error:
         if args.bank_chunks or not config.has_bank:
-            raise
+            smaller = "--bank-chunks, --grid or --layers" if config.has_bank else "--grid, --layers or --chunks"
+            raise ValueError(f"{smaller} must be smaller: {error}") from error
     memory = WorldMemory(replace(config, bank_chunks=None), **options)
     say(f"bank: room for {memory.stats()['bank_capacity']} chunks in half of the free memory, not for the rollout's "
         f"{config.bank_chunks}; past that, chunks are dropped")  # fmt: skip
@@ -232,10 +221,11 @@ def _memory(config: MemoryConfig, args: argparse.Namespace, say: Callable[[str],
 
 def _policy(args: argparse.Namespace, motion: Motion) -> RetrievalPolicy:
     plays = motion.integrator is not None
-    args.retrieval = args.retrieval or ("action" if plays else "pose")
+    if args.retrieval is None:
+        args.retrieval = "action" if plays else "pose"
     name = _one_of("--retrieval", args.retrieval, ("pose", "fov", "action"))
     if name == "action" and not plays:
-        raise ValueError(f"--retrieval action must go with --model matrix-game-2, got --model {args.model}")
+        raise ValueError(f"--retrieval action must go with --model matrix_game_2, got --model {args.model}")
     if not 0 <= args.diversity <= 1:
         raise ValueError(f"--diversity must be from 0 to 1, got {args.diversity}")
     if name != "fov":
@@ -245,8 +235,8 @@ def _policy(args: argparse.Namespace, motion: Motion) -> RetrievalPolicy:
             return ActionRetrieval(motion.integrator, diversity=args.diversity)
         return PoseRetrieval(diversity=args.diversity)
     near, far = args.depth_range or (1.0, 50.0)
-    if not 0 < near < far < math.inf:
-        raise ValueError(f"--depth-range must be 0 < NEAR < FAR, got {near:g} {far:g}")
+    if not 1 / _DEEPEST <= near < far <= _DEEPEST:
+        raise ValueError(f"--depth-range must be {1 / _DEEPEST:g} <= NEAR < FAR <= {_DEEPEST:g}, got {near:g} {far:g}")
     return FovRetrieval(depth_range=(near, far), diversity=args.diversity)
 
 
@@ -255,7 +245,8 @@ def _policy(args: argparse.Namespace, motion: Motion) -> RetrievalPolicy:
 
 def _made(
     mode: str, model: WorldModel, memory: WorldMemory, motion: Motion, args: argparse.Namespace
-) -> list[RolloutChunk]:
+) -> tuple[list[RolloutChunk], list[int]]:
+    """The chunks, and how many were banked when each began."""
     chunks = motion.latent_frames // model.chunk_frames
 
     def chunks_along(steered: Motion) -> Iterator[RolloutChunk]:
@@ -270,64 +261,48 @@ def _made(
                 pass
         memory.reset()
     progress = report.Progress(mode, chunks)
-    made = []
+    made, banked = [], []
     rolling = chunks_along(motion)
     for number in range(1, chunks + 1):
+        banked.append(memory.stats()["chunks_banked"])
         with report.waiting(f"{mode}: chunk {number} of {chunks}"):
             chunk = next(rolling)
         made.append(chunk)
         progress.step(f"chunks, {chunk.plan.num_tokens} tokens attended, {chunk.seconds:.2f} s")
-    return made
+    return made, banked
 
 
 def _relative_error(latents: torch.Tensor, yardstick: torch.Tensor) -> float:
     return ((latents - yardstick).norm() / yardstick.norm()).item()
 
 
-def _result(made: list[RolloutChunk], errors: list[float] | None, memory: WorldMemory, stride: int) -> dict[str, Any]:
+def _result(
+    made: list[RolloutChunk], banked: list[int], errors: list[float] | None, memory: WorldMemory, stride: int
+) -> dict[str, Any]:
     """What was measured in one mode, ready for JSON; latent frame 0 is one video frame, each other `stride` of them."""
     seconds = sum(chunk.seconds for chunk in made)
     tokens = [chunk.plan.num_tokens for chunk in made]
     latent_frames = len(made) * memory.config.chunk_frames
     return {
         "seconds": seconds,
-        "frames_per_second": (stride * (latent_frames - 1) + 1) / seconds,
-        "latents_per_second": latent_frames / seconds,
-        "tokens_mean": sum(tokens) / len(tokens),
-        "tokens_last": tokens[-1],
+        "video_frames_per_second": (stride * (latent_frames - 1) + 1) / seconds,
+        "latent_frames_per_second": latent_frames / seconds,
+        "tokens_attended_mean": sum(tokens) / len(tokens),
+        "tokens_attended_last": tokens[-1],
         "relative_error": sum(errors) / len(errors) if errors else None,
         **memory.stats(),
         "chunks": [
             {
                 "chunk": chunk.plan.chunk,
                 "retrieved": list(chunk.plan.retrieved),
-                "num_tokens": chunk.plan.num_tokens,
+                "banked": banked[i],
+                "tokens_attended": chunk.plan.num_tokens,
                 "seconds": chunk.seconds,
-                "error": errors[i] if errors else None,
+                "relative_error": errors[i] if errors else None,
             }
             for i, chunk in enumerate(made)
         ],
     }
-
-
-def find_revisits(records: Sequence[dict[str, Any]], poses: np.ndarray, chunk_frames: int) -> list[Revisit]:
-    """For each record {"chunk", "retrieved"} that retrieved anything, the retrieved chunk of the nearest pose.
-
-    `poses` [n, 4, 4] are those of the latent frames. Sorted by how far back that chunk lies, farthest first.
-    """
-    means = [mean_pose(poses[i : i + chunk_frames]) for i in range(0, len(poses) - chunk_frames + 1, chunk_frames)]
-    policy = PoseRetrieval()
-    revisits = []
-    for record in records:
-        if not record["retrieved"]:
-            continue
-        chunk = record["chunk"]
-        candidates = [(past, means[past]) for past in sorted(record["retrieved"])]
-        (nearest,) = policy.select(means[chunk], candidates, 1)
-        angle = rotation_angles(means[chunk][None, :3, :3], means[nearest][None, :3, :3]).item()
-        distance = np.linalg.norm(means[chunk][:3, 3] - means[nearest][:3, 3]).item()
-        revisits.append(Revisit(chunk, tuple(record["retrieved"]), nearest, float(np.degrees(angle)), distance))
-    return sorted(revisits, key=lambda revisit: (revisit.nearest - revisit.chunk, revisit.chunk))
 
 
 # --- what is printed ---
@@ -347,24 +322,33 @@ def _introduction(
         lines.append(f"not made: {left} latent frame{'s' if left > 1 else ''} at the end, {reason}")
     rows, columns = config.grid
     variant = f", {args.variant}" if args.variant != args.model else ""
+    weights = "random" if args.weights is None else args.weights
     lines.append(
-        f"model {args.model}{variant}: {args.weights or 'random'} weights, {config.num_layers} layers, "
+        f"model {args.model}{variant}: {weights} weights, {config.num_layers} layers, "
         f"{config.num_heads} heads x {config.head_dim}, {rows} x {columns} tokens a frame; "
         f"{str(dtype).removeprefix('torch.')} on {report.machine(device)['device']}"
     )
+    lines.append(f"downloads nothing{f'; takes {_TAKES} on two cores' if _is_default(args, device) else ''}")
     return "\n".join(lines)
 
 
+def _is_default(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the time that the default run takes says something of this one."""
+    asked = (args.trajectory, args.chunks, args.layers, args.grid, args.stride)
+    return args.model == "tiny" and device.type == "cpu" and asked == (None,) * len(asked)
+
+
 def _table(results: dict[str, dict[str, Any]], *, compared: bool) -> str:
-    columns = ("mode", "frames/s", "latents/s", "KV kept", "tokens/query", "last chunk", "retrieved", "error vs full")
+    columns = ("mode", "video frames/s", "latent frames/s", "KV kept", "tokens attended", "by the last chunk",
+               "chunks retrieved", "relative error")  # fmt: skip
     rows = [
         (
             mode,
-            _rate(result["frames_per_second"]),
-            _rate(result["latents_per_second"]),
+            _rate(result["video_frames_per_second"]),
+            _rate(result["latent_frames_per_second"]),
             report.size(result["kept_bytes"]),
-            f"{result['tokens_mean']:.0f}",
-            str(result["tokens_last"]),
+            f"{result['tokens_attended_mean']:,.0f}",
+            f"{result['tokens_attended_last']:,}",
             str(result["chunks_retrieved"]),
             f"{result['relative_error']:.4f}" if compared else "-",
         )
@@ -375,15 +359,3 @@ def _table(results: dict[str, dict[str, Any]], *, compared: bool) -> str:
 
 def _rate(number: float) -> str:
     return f"{number:.1f}" if number >= 10 else f"{number:.3g}"
-
-
-def _retrieval_at_work(revisits: Sequence[Revisit]) -> str:
-    lines = ["retrieval at work: the chunks whose nearest retrieved view is the oldest"]
-    for revisit in revisits[:_SHOWN_REVISITS]:
-        retrieved = ", ".join(map(str, revisit.retrieved))
-        lines.append(
-            f"  chunk {revisit.chunk} got back {retrieved}; the nearest, chunk {revisit.nearest} from "
-            f"{revisit.chunk - revisit.nearest} chunks before, is {revisit.degrees:.1f} degrees and "
-            f"{revisit.distance:.3g} units away"
-        )
-    return "\n".join(lines)

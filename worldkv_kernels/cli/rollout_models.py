@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,6 +26,8 @@ from ..models.matrix_game_2 import MatrixGame2
 from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
 from ..models.tiny import TinyConfig, TinyWorldModel
+from ..poses import convention_hint
+from ..rope import Rope3D
 from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
 from . import report
 
@@ -29,23 +36,24 @@ Config = TinyConfig | LingBotConfig | MatrixGameConfig
 # Of each model, the variants and their sizes; the first is the default.
 MODELS = {
     "tiny": {"tiny": TinyConfig},
-    "lingbot-world-fast": {
+    "lingbot_world_fast": {
         "fast": LingBotConfig.fast, "v2-14b": LingBotConfig.v2_14b, "v2-1.3b": LingBotConfig.v2_1_3b,
     },
-    "matrix-game-2": {
+    "matrix_game_2": {
         "universal": MatrixGameConfig.universal, "gta_drive": MatrixGameConfig.gta_drive,
         "templerun": MatrixGameConfig.templerun,
     },
 }  # fmt: skip
 
-# Away and back again, so that there is something to retrieve.
-DEFAULT_TRAJECTORY = "right*60,left*60"
+# Away and back again, far longer than the window, so that there is something to choose.
+DEFAULT_TRAJECTORY = "right*60,left*60,forward*36,right*60,forward*36,back*36,left*60,back*36,right*56"
 DEFAULT_ACTIONS = {
     "universal": "W*24,L*60,Q*8,J*60,S*24",
     "gta_drive": "W*24,W+D*60,Q*8,S+A*60,S*24",
     "templerun": "Q*24,Z*24,W*12,D*12,S*12,C*24,Q*24",
 }
-_CLASSES = {"tiny": TinyWorldModel, "lingbot-world-fast": LingBotWorldFast, "matrix-game-2": MatrixGame2}
+_CLASSES = {"tiny": TinyWorldModel, "lingbot_world_fast": LingBotWorldFast, "matrix_game_2": MatrixGame2}
+_MOST_ROWS = Rope3D().max_position  # of tokens, or columns
 _COUNTED_LAYERS = 48  # of which weights are counted one by one; any past that are like the last
 STRIDE = 4  # video frames to a latent frame, of all these models' autoencoders
 
@@ -75,27 +83,27 @@ class Motion(NamedTuple):
         return self._replace(poses=self.poses[:latent_frames], intrinsics=self.intrinsics[:latent_frames])
 
 
-def add_arguments(parser: argparse.ArgumentParser, integer: Any) -> None:
-    """The arguments that choose a model and its motion; `integer(least)` converts one of at least `least`."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that choose a model and its motion."""
     add = parser.add_argument
     add("--model", default="tiny", help=f"{', '.join(MODELS)} (default: %(default)s)")
     of_real = [f"{name}: {', '.join(variants)}" for name, variants in MODELS.items() if name != "tiny"]
     add("--variant", help=f"of the model; {'; '.join(of_real)} (default: the first)")
     add("--random", action="store_true", help="random weights, drawn on the device; the tiny model has no others")
     add("--weights", metavar="FOLDER", help="the published checkpoint, a folder with .safetensors files")
-    add("--layers", type=integer(1), help="so many instead of all; random weights alone")
+    add("--layers", type=report.integer(1), help="so many instead of all; random weights alone")
     add("--grid", type=_grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--trajectory", metavar="FOLDER|MOVES",
-        help="for tiny and lingbot-world-fast: a folder with poses.npy and intrinsics.npy, or moves such as "
+        help="for tiny and lingbot_world_fast: a folder with poses.npy and intrinsics.npy, or moves such as "
              f"right*90,left*90,forward*10 (default: {DEFAULT_TRAJECTORY})")  # fmt: skip
     add("--actions", metavar="KEYS",
-        help="for matrix-game-2: keys held for video frames, such as W*24,L*12,W+J*8; W S A D walk, I K J L look, Q "
+        help="for matrix_game_2: keys held for video frames, such as W*24,L*12,W+J*8; W S A D walk, I K J L look, Q "
              "nothing (gta_drive: A D steer; templerun: W S Z C A D) "
              f"(default: {DEFAULT_ACTIONS['universal']})")  # fmt: skip
     add("--scales", metavar="NAME=NUMBER,...",
         help="how far actions go, such as yaw=10,walk=5: yaw, pitch in degrees a unit of mouse, walk, run in units a "
              "frame, turn in degrees a frame (default: guesses; yaw=15,pitch=15,walk=12.35)")  # fmt: skip
-    add("--stride", type=integer(1), help=f"video frames of a trajectory to a latent frame (default: {STRIDE})")
+    add("--stride", type=report.integer(1), help=f"video frames of a trajectory to a latent frame (default: {STRIDE})")
 
 
 def model_config(args: argparse.Namespace) -> Config:
@@ -107,38 +115,46 @@ def model_config(args: argparse.Namespace) -> Config:
         args.variant = next(iter(variants))
     if args.variant not in variants:
         raise ValueError(f"--variant must be one of {', '.join(variants)} for {args.model}, got {args.variant!r}")
-    if args.weights and (args.model == "tiny" or args.random):
+    if args.weights is not None and (args.model == "tiny" or args.random):
         why = "tiny is always random" if args.model == "tiny" else "--random was given"
         raise ValueError(f"--weights must be left out where weights are random ({why}), got {args.weights!r}")
-    if not (args.weights or args.random or args.model == "tiny"):
+    if args.weights is None and not args.random and args.model != "tiny":
         raise ValueError(f"--model {args.model} must have --weights FOLDER or --random, got neither")
-    if args.weights and args.layers:
+    if args.weights is not None and args.layers:
         raise ValueError(f"--layers must be left out with --weights, which have their own, got {args.layers}")
     changes: dict[str, Any] = {}
     if args.grid:
         changes["grid"] = args.grid
     if args.layers:
         changes["num_layers"] = args.layers
-        if args.model == "matrix-game-2":
+        if args.model == "matrix_game_2":
             changes["action_layers"] = tuple(range(min(args.layers, len(MatrixGameConfig.action_layers))))
     return replace(variants[args.variant](), **changes)
 
 
 def motion(args: argparse.Namespace) -> Motion:
     """What the model is steered by. Raises ValueError on an argument of another model, or one that is misspelled."""
-    if args.model != "matrix-game-2":
+    if args.model != "matrix_game_2":
         for name in ("actions", "scales"):
-            if getattr(args, name):
-                raise ValueError(f"--{name} must go with --model matrix-game-2, got --model {args.model}")
-        trajectory = load(args.trajectory or DEFAULT_TRAJECTORY)
-        poses, intrinsics = latent_poses(trajectory, args.stride or STRIDE)
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} must go with --model matrix_game_2, got --model {args.model}")
+        with _naming("--trajectory", "trajectory"):
+            trajectory = load(DEFAULT_TRAJECTORY if args.trajectory is None else args.trajectory)
+        of_folder = args.trajectory is not None and os.path.isdir(args.trajectory)
+        hint = convention_hint(trajectory.poses) if of_folder else None
+        if hint is not None:
+            print(f"hint: --trajectory: {hint}", file=sys.stderr)
+        # LingBot-World's pipelines spread the latent frames of whole chunks over the clip.
+        chunk_frames = LingBotConfig.chunk_frames if _CLASSES[args.model] is LingBotWorldFast else 1
+        poses, intrinsics = latent_poses(trajectory, args.stride or STRIDE, chunk_frames=chunk_frames)
         return Motion("trajectory", trajectory.name, len(trajectory.poses), poses, intrinsics, None, None)
     for name in ("trajectory", "stride"):
-        if getattr(args, name):
-            raise ValueError(f"--{name} must be left out with --model matrix-game-2, which goes by --actions, "
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} must be left out with --model matrix_game_2, which goes by --actions, "
                              f"got {getattr(args, name)!r}")  # fmt: skip
-    text = args.actions or DEFAULT_ACTIONS[args.variant]
-    actions = parse_actions(text, args.variant)
+    text = DEFAULT_ACTIONS[args.variant] if args.actions is None else args.actions
+    with _naming("--actions", "parse_actions"):
+        actions = parse_actions(text, args.variant)
     rows = len(actions.keyboard)
     whole = actions.until(1 + (rows - 1) // STRIDE * STRIDE)  # rows that end a latent frame
     integrator = ActionIntegrator(_scales(args), args.variant)
@@ -148,15 +164,13 @@ def motion(args: argparse.Namespace) -> Motion:
 
 def check_weights(args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError when the checkpoint cannot be read, or the weights do not fit the device's free memory."""
-    if args.weights:
-        try:
+    if args.weights is not None:
+        with _naming("--weights", "checkpoint"):
             read_layout(args.weights)
-        except ValueError as error:
-            raise ValueError(str(error).replace("checkpoint:", "--weights", 1)) from error
     _, needed = _count(args.model, config, dtype)
     free = free_bytes(device)
     if needed > free:
-        changes = ["--device"] if args.weights else ["--layers", "--device"]
+        changes = ["--device"] if args.weights is not None else ["--layers", "--device"]
         changes += ["--dtype"] if dtype.itemsize > 2 else []
         raise ValueError(
             f"--model {args.model} must fit the {report.size(free)} that are free on {device}, got "
@@ -172,10 +186,10 @@ def make_model(
     made_of = _CLASSES[args.model]
     count, _ = _count(args.model, config, dtype)
     started = time.perf_counter()
-    with report.waiting(f"{'loading' if args.weights else 'drawing'} {count / 1e6:,.1f} million parameters"):
+    with report.waiting(f"{'drawing' if args.weights is None else 'loading'} {count / 1e6:,.1f} million parameters"):
         if args.model == "tiny":
             model = made_of(config, seed=args.seed, **options)
-        elif args.weights:
+        elif args.weights is not None:
             model = made_of.from_pretrained(args.weights, config=config, **options)
         else:
             model = made_of.random(config, args.seed, **options)
@@ -183,7 +197,7 @@ def make_model(
             torch.cuda.synchronize(device)
     parameters = list(model.parameters())
     return model, {
-        "weights": args.weights or "random",
+        "weights": "random" if args.weights is None else args.weights,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weight_bytes": sum(parameter.nbytes for parameter in parameters),
         "seconds_to_load": time.perf_counter() - started,
@@ -192,7 +206,7 @@ def make_model(
 
 def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
     """Of the rollout: stand-ins for prompt and image; and the scale that LingBot-World takes a clip's steps in."""
-    return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot-world-fast" else None
+    return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot_world_fast" else None
 
 
 @cache
@@ -211,7 +225,7 @@ def _count(name: str, config: Config, dtype: torch.dtype) -> tuple[int, int]:
 def _scales(args: argparse.Namespace) -> ActionScales:
     names = [field.name for field in fields(ActionScales) if field.name != "pitch_limits"]
     given = {}
-    for part in args.scales.split(",") if args.scales else ():
+    for part in [] if args.scales is None else args.scales.split(","):
         name, _, number = (piece.strip() for piece in part.partition("="))
         try:
             given[name] = float(number)
@@ -219,14 +233,25 @@ def _scales(args: argparse.Namespace) -> ActionScales:
             name = None
         if name not in names:
             raise ValueError(f"--scales must be numbers of {', '.join(names)}, such as yaw=10,walk=5, got {part!r}")
-    try:
+    with _naming("--scales", "ActionScales"):
         return replace(SCALES[args.variant], **given)
+
+
+@contextmanager
+def _naming(argument: str, where: str) -> Iterator[None]:
+    """What is refused or cannot be read inside is said of the argument, not of the function `where` it was met."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(str(error).replace("ActionScales", "--scales", 1)) from error
+        raise ValueError(f"{argument}: {str(error).removeprefix(f'{where}: ')}") from error
+    except OSError as error:
+        raise ValueError(f"{argument}: {error.filename} must be readable: {error.strerror}") from error
+    except MemoryError as error:
+        raise ValueError(f"{argument}: must fit the memory: {error}") from error
 
 
 def _grid(text: str) -> tuple[int, int]:
     sizes = [part.strip() for part in text.split(",")]
-    if len(sizes) != 2 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"must be height,width of at least 1 token each, got {text!r}")
+    if len(sizes) != 2 or not all(re.fullmatch("[0-9]{1,9}", size) and 0 < int(size) <= _MOST_ROWS for size in sizes):
+        raise argparse.ArgumentTypeError(f"must be height,width of 1 to {_MOST_ROWS} tokens each, got {text!r:.60}")
     return int(sizes[0]), int(sizes[1])

@@ -1,7 +1,8 @@
 """The memory in models' own code.
 
 `integrations.lingbot` and `integrations.matrix_game` put a WorldMemory into the published code of their models by two
-lines. For another model that makes video chunk by chunk with a KV cache (the Self-Forcing family), these are the calls:
+lines; it is made in the pipeline's first forward, where device, dtype and size are known. For another model that makes
+video chunk by chunk with a KV cache (the Self-Forcing family), these are the calls:
 
 | who | calls | when |
 |---|---|---|
@@ -49,3 +50,11 @@ print(chunks.stats()["chunks"])  # 7
 diffusers (0.42.1) has no Wan model with a KV cache over chunks for an attention processor to attach to. Its
 AnyFlowFARTransformer3DModel is causal, but keeps unrotated keys and old frames at another patch size.
 """
+
+from types import ModuleType
+
+from ..lazy import submodule
+
+
+def __getattr__(name: str) -> ModuleType:
+    return submodule(__name__, name)

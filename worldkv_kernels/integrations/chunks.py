@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 
 from ..actions import as_actions, video_frames
-from ..memory.retrieval import make_policy
+from ..memory.config import MemoryConfig
+from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
-from ..poses import as_intrinsics, as_poses
+from ..poses import as_intrinsics, as_poses, convention_hint
+from ..tracing import untraced
 
 
 class Chunks:
@@ -23,6 +26,7 @@ class Chunks:
     - a pass at the first token of the chunk that follows ends the chunk before and begins that one;
     - a pass at the same first token is one more over the same chunk, and overwrites its rows;
     - a pass at token 0 when there is a past, if only the clean pass of chunk 0, is a new rollout: the memory is reset;
+    - so is a pass over chunk 0 with another stream: what came before was a warm-up, or broken off;
     - anything else (a chunk skipped, a jump back, tokens that start no chunk) is an error;
     - an exception inside a pass drops its chunk: the memory is as before that chunk, which may be made again.
 
@@ -30,9 +34,14 @@ class Chunks:
     attended every layer. A chunk is ended by the next one's start, or by `finish` and, if its last pass was at
     timestep 0, by `stats`: until then a further pass could come.
 
+    A UserWarning says, once each, that a rollout is over and asked for so few of the poses listed that they may be of
+    video frames, and that another one goes along the same list where `restart` gave none. Rollouts that an exception
+    ended are not meant, nor those of one chunk.
+
     Args:
         name: of the integration, for its errors.
-        memory: of the model's sizes; it belongs to this object from now on, and is reset.
+        memory: of the model's sizes; it belongs to this object from now on, and is reset. Or its MemoryConfig, of any
+            grid, where the memory is to be made later: `take` then brings it before the first pass.
         poses: camera-to-world [n, 4, 4] of all latent frames, OpenCV coordinates. None where the mode needs none.
         intrinsics: fx, fy, cx, cy in pixels, [4] or [n, 4]; None where retrieval needs none.
         actions: an Actions of all video frames, in place of poses where the memory retrieves by action.
@@ -47,16 +56,27 @@ class Chunks:
     def __init__(
         self,
         name: str,
-        memory: WorldMemory,
+        memory: WorldMemory | MemoryConfig,
         poses: object = None,
         intrinsics: object = None,
         *,
         actions: object = None,
     ) -> None:
-        self.memory = memory
+        of_config = isinstance(memory, MemoryConfig)
+        self.config: MemoryConfig = memory if of_config else memory.config
+        self.memory: WorldMemory | None = None if of_config else memory
         self._name = name
         self._inside = False
-        self.restart(poses, intrinsics, actions=actions)
+        self._controls = _Controls(name, self.config, poses, intrinsics, actions)
+        self._forget()
+
+    def take(self, memory: WorldMemory | None) -> None:
+        """Go on with this memory in place of the one before, with a new rollout; None gives up the one before."""
+        self._check_over()
+        self.memory = memory
+        if memory is not None:
+            self.config = memory.config
+        self._forget()
 
     def restart(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> None:
         """Forget the rollout; the one that comes goes along these poses or actions.
@@ -64,7 +84,9 @@ class Chunks:
         Raises as the constructor does, and then changes nothing. Without it, a rollout that starts again at token 0
         goes along the same poses.
         """
-        self._controls = _Controls(self._name, self.memory, poses, intrinsics, actions)
+        controls = _Controls(self._name, self.config, poses, intrinsics, actions)
+        self.check_used()
+        self._controls = controls
         self._forget()
 
     @contextmanager
@@ -77,7 +99,8 @@ class Chunks:
                 alone, so that it costs no synchronisation later. None when it is not known.
             stream: any object that stays the same over a rollout's passes and differs between two streams that
                 alternate over the same chunk, such as the pipeline's cache. Two forwards a step, as in
-                classifier-free guidance, have two; one memory serves one. None when it is not known.
+                classifier-free guidance, have two; one memory serves one: that is refused when the first of the two
+                comes back. None when it is not known. Held until chunk 1 begins.
 
         Raises RuntimeError, with the memory as before, on a chunk out of turn, a second stream, or a pass inside a
         pass; ValueError when the chunk's poses are missing, too few or wrong, or `current_start` starts no chunk; and
@@ -85,7 +108,7 @@ class Chunks:
         """
         if self._inside:
             raise RuntimeError(f"{self._name}: one pass must be over before another starts, got a pass inside a pass")
-        self._enter(current_start, timestep, id(stream) if stream is not None else None)
+        self._enter(current_start, stream)
         self._attended.clear()
         self._inside = True
         try:
@@ -93,12 +116,13 @@ class Chunks:
         except BaseException:
             self.memory.abort_chunk()
             self._chunk = None
+            self._broken_off = True
             raise
         finally:
             self._inside = False
         self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
 
-    @torch.compiler.disable  # what happens once a chunk, or rests on Python state, is not for tracing
+    @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
     def attend(
         self,
         layer: int,
@@ -128,6 +152,47 @@ class Chunks:
         """
         if self._inside:
             raise RuntimeError(f"{self._name}: finish must be called between passes, got a call inside one")
+        self.check_used()
+        self._end_chunk()
+
+    def check_used(self, latent_frames: int | None = None) -> None:
+        """Warn, once, if the rollout asked for so few of the listed poses that they may be of video frames.
+
+        For one that is over: restart and finish call it, and so does the start of another one. With `latent_frames`,
+        for one that is known beforehand to have so many.
+        """
+        if latent_frames is None:
+            begun = 0 if self._broken_off else self._done + (self._chunk is not None)
+            latent_frames = begun * self.config.chunk_frames
+        if latent_frames >= 2 * self.config.chunk_frames:
+            self._controls.check_used(latent_frames)
+
+    def stats(self) -> dict[str, int]:
+        """WorldMemory.stats. Ends the current chunk first if its clean pass is done, which reads the timestep back."""
+        if self._chunk is not None and not self._inside and _is_zero(self._timestep):
+            self._end_chunk()
+        return self.made().stats()
+
+    def made(self) -> WorldMemory:
+        """The memory. Raises RuntimeError where it is still to be taken."""
+        if self.memory is None:
+            raise RuntimeError(f"{self._name}: the memory is made in the first forward, got none yet")
+        return self.memory
+
+    # --- parts of the above ---
+
+    @property
+    def _done(self) -> int:
+        """Chunks of history."""
+        return self.memory.stats()["chunks"] if self.memory is not None else 0
+
+    def _check_over(self) -> None:
+        """What is to be said of the rollout so far when a new one goes along the same controls."""
+        self.check_used()
+        if self._done and not self._broken_off:
+            self._controls.check_again()
+
+    def _end_chunk(self) -> None:
         if self._chunk is None:
             return
         missing = sorted(set(range(self.memory.config.num_layers)) - self._attended)
@@ -138,31 +203,26 @@ class Chunks:
         self.memory.end_chunk()
         self._chunk = None
 
-    def stats(self) -> dict[str, int]:
-        """WorldMemory.stats. Ends the current chunk first if its clean pass is done, which reads the timestep back."""
-        if self._chunk is not None and not self._inside and _is_zero(self._timestep):
-            self.finish()
-        return self.memory.stats()
-
-    # --- parts of the above ---
-
     def _forget(self) -> None:
-        self.memory.reset()
+        if self.memory is not None:
+            self.memory.reset()
         self._chunk: int | None = None  # begun and not ended
         self._attended: set[int] = set()  # layers, in the last pass
         self._timestep: object = None  # of the last pass
-        self._stream: int | None = None
+        self._stream: int | None = None  # the id of that of the last pass
+        self._of_first: list[object] = []  # the streams of chunk 0, held so that another one has another id
+        self._broken_off = False  # by an exception inside the last pass
 
-    @torch.compiler.disable
-    def _enter(self, current_start: int, timestep: object, stream: int | None) -> None:
-        config = self.memory.config
+    @untraced
+    def _enter(self, current_start: int, stream: object) -> None:
+        config = self.config
         chunk, rest = divmod(int(current_start), config.chunk_tokens)
         if rest or chunk < 0:
             raise ValueError(
                 f"{self._name}: current_start must be a multiple of the chunk's {config.chunk_tokens} tokens "
                 f"({config.chunk_frames} frames of {config.frame_tokens}), got {current_start}"
             )
-        done = self.memory.stats()["chunks"]
+        done = self._done
         following = done if self._chunk is None else done + 1
         again = chunk == self._chunk
         if chunk == 0 and (_is_zero(self._timestep) if again else done):
@@ -176,58 +236,66 @@ class Chunks:
                 f"{self._name}: current_start must be {turn} or 0 (a new rollout), got {int(current_start)}: "
                 f"the memory cannot skip chunks or go back"
             )
-        if following and stream != self._stream:
-            # A warm-up pass has caches of its own, and a timestep of its own; guidance repeats the timestep.
-            warmed_up = again and chunk == 0 and not _equal(timestep, self._timestep)
-            if not warmed_up:
+        if following and _identity(stream) != self._stream:
+            if chunk or any(stream is one for one in self._of_first):
                 raise RuntimeError(
                     f"{self._name}: all passes of a rollout must have one cache, got a second one at chunk {chunk}: "
-                    f"one memory serves one stream, so classifier-free guidance by two forwards is not supported "
-                    f"(after a rollout that was broken off, call restart)"
+                    f"one memory serves one stream, so classifier-free guidance by two forwards is not supported"
                 )
+            given_up = self._of_first
             self._begin_first(stream)
+            self._of_first += given_up
             return
         if again:
             return
         controls = self._controls.of(chunk)  # first: if they fail, nothing has changed
-        self.finish()
+        self._end_chunk()
         self._begin(chunk, controls, stream)
 
-    def _begin_first(self, stream: int | None) -> None:
+    def _begin_first(self, stream: object) -> None:
         controls = self._controls.of(0)
+        self._check_over()
         self._forget()
         self._begin(0, controls, stream)
 
-    def _begin(self, chunk: int, controls: dict[str, Any], stream: int | None) -> None:
+    def _begin(self, chunk: int, controls: dict[str, Any], stream: object) -> None:
         self.memory.begin_chunk(**controls)
-        self._chunk, self._stream = chunk, stream
+        self._chunk, self._stream, self._broken_off = chunk, _identity(stream), False
+        self._of_first = [] if chunk else [*self._of_first, stream]
 
 
 class _Controls:
     """What a rollout goes along: the arguments of begin_chunk, listed for all chunks or given by callables."""
 
-    def __init__(self, name: str, memory: WorldMemory, poses: object, intrinsics: object, actions: object) -> None:
-        self._name, self._frames = name, memory.config.chunk_frames
-        by_action = memory.integrator is not None
-        if memory.config.has_bank:
+    def __init__(self, name: str, config: MemoryConfig, poses: object, intrinsics: object, actions: object) -> None:
+        self._name, self._frames = name, config.chunk_frames
+        policy = make_policy(config.retrieval)
+        by_action = isinstance(policy, ActionRetrieval)
+        if config.has_bank:
             needed = {"actions": actions} if by_action else {"poses": poses}
-            if make_policy(memory.config.retrieval).needs_intrinsics:
+            if policy.needs_intrinsics:
                 needed["intrinsics"] = intrinsics
             for kind, given in needed.items():
                 if given is None:
                     raise ValueError(f"{name}: {kind} must be given, or a callable, for this retrieval, got None")
         for kind, given, taken in (("poses", poses, not by_action), ("actions", actions, by_action)):
             if given is not None and not taken:
-                retrieval = memory.config.retrieval
-                raise ValueError(f"{name}: {kind} must be None for retrieval {retrieval!r}, got {type(given).__name__}")
+                raise ValueError(
+                    f"{name}: {kind} must be None for retrieval {config.retrieval!r}, got {type(given).__name__}"
+                )
         if poses is not None and not callable(poses):
             poses = as_poses(name, poses)
         if intrinsics is not None and not callable(intrinsics):
             per_chunk = poses is None or callable(poses)
             intrinsics = as_intrinsics(name, intrinsics, self._frames if per_chunk else len(poses))
         if actions is not None and not callable(actions):
-            actions = as_actions(name, actions, memory.integrator.layout_name)
+            actions = as_actions(name, actions, policy.integrator.layout_name)
         self._poses, self._intrinsics, self._actions = poses, intrinsics, actions
+        self._retrieves = config.has_bank
+        self._said: set[str] = set()
+        hint = convention_hint(poses) if self._retrieves and poses is not None and not callable(poses) else None
+        if hint is not None:
+            self._say("hint", hint)
 
     def of(self, chunk: int) -> dict[str, Any]:
         """The arguments of begin_chunk. Raises ValueError where the list ends before the chunk, or as a callable."""
@@ -249,6 +317,33 @@ class _Controls:
                 given[kind] = source[first:end] if listed else source
         return given
 
+    def check_used(self, frames: int) -> None:
+        """Warn where a rollout of so many latent frames leaves as many of the poses as if they were of video frames."""
+        listed = self._retrieves and self._poses is not None and not callable(self._poses)
+        if listed and len(self._poses) >= video_frames(frames) > frames:
+            self._say(
+                "used",
+                f"poses must be of the latent frames, got {len(self._poses)} for a rollout of {frames}: as many as "
+                f"if they were of video frames. Of a clip's poses, integrations.lingbot.latent_poses makes those of "
+                f"the latent frames",
+            )
+
+    def check_again(self) -> None:
+        """Warn that one more rollout goes along the same list."""
+        listed = {"poses": self._poses, "actions": self._actions}
+        names = [name for name, given in listed.items() if given is not None and not callable(given)]
+        if names and self._retrieves:
+            self._say(
+                "again",
+                f"a new rollout goes along the {names[0]} of the one before; give restart its own, "
+                f"or the same ones once more where that is meant",
+            )
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"{self._name}: {text}", stacklevel=2)
+
     def _check_length(self, kind: str, got: int, wanted: int, frames: str, chunk: int) -> None:
         if got < wanted:
             raise ValueError(f"{self._name}: {kind} must be of {wanted} {frames} frames up to chunk {chunk}, got {got}")
@@ -260,9 +355,5 @@ def _is_zero(timestep: object) -> bool:
     return timestep is not None and timestep == 0
 
 
-def _equal(one: object, other: object) -> bool:
-    """Whether two timesteps are the same; an unknown one may be."""
-    if one is None or other is None:
-        return True
-    one, other = (torch.as_tensor(timestep).detach().cpu().double() for timestep in (one, other))
-    return one.shape == other.shape and torch.equal(one, other)
+def _identity(stream: object) -> int | None:
+    return None if stream is None else id(stream)

@@ -17,7 +17,7 @@ from torch import nn
 from ..actions import LAYOUTS, ActionIntegrator, Actions, video_frames
 from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
-from ..memory.world_memory import WorldMemory
+from ..tracing import untraced
 from . import patched
 from .chunks import Chunks
 from .patched import PatchedModel
@@ -30,11 +30,11 @@ _CHUNK_FRAMES = 3  # of all published configurations
 def memory_config(model: nn.Module, *, grid: tuple[int, int] = (22, 40), **options: Any) -> MemoryConfig:
     """The MemoryConfig of a model of the published class; `options` are the rest of its fields.
 
-    grid is (height, width) in tokens of one latent frame: the published 352 x 640 pixels over 16. Without options there
-    is no sink, the recent frames are the past ones of the model's own window, rounded up to chunks (3 of its 6, and 3
-    of gta_drive's 4), and retrieval is by action, in the layout of the model's keys and by the scales guessed for it.
-    A window of 6 frames is what the model was trained with: to it all that is retrieved is far, rebase_time brings it
-    nearer.
+    grid is (height, width) in tokens of one latent frame: the published 352 x 640 pixels over 16; `enable` without a
+    config takes that of the rollout's latents. Without options there is no sink, the recent frames are the past ones of
+    the model's own window (3 of its 6; of gta_drive's 4 the last frame of the chunk before), and retrieval is by
+    action, in the layout of the model's keys and by the scales guessed for it. That window is what the model was
+    trained with: to it all that is retrieved is far, rebase_time brings it nearer.
 
     Raises TypeError when the model is not of that class, ValueError when its keys are of no layout and no retrieval is
     given, and what MemoryConfig raises.
@@ -43,9 +43,7 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int] = (22, 40), **optio
     attentions = patched.attentions_of(_OP, model, _MODEL)
     fields = {**patched.sizes_of(attentions), "chunk_frames": _CHUNK_FRAMES, "sink_frames": 0, **options}
     if "recent_frames" not in options and model.local_attn_size > 0:
-        chunk = fields["chunk_frames"]
-        past = max(0, model.local_attn_size - chunk)
-        fields["recent_frames"] = -(-past // chunk) * chunk
+        fields["recent_frames"] = max(0, model.local_attn_size - fields["chunk_frames"])
     if "retrieval" not in options:
         fields["retrieval"] = ActionRetrieval(ActionIntegrator(layout=_layout_of(model)))
     return MemoryConfig(**fields, grid=grid)
@@ -58,15 +56,21 @@ def enable(
     actions: object = None,
     poses: object = None,
     intrinsics: object = None,
+    grid: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    **fields: Any,
 ) -> MatrixGameMemory:
     """Put a memory in the place of a model's KV cache. The mode is the config's: "worldkv", "full", "sliding", ...
 
     The model's forward and that of each `blocks[i].self_attn` are replaced on this instance alone, until `disable`.
     Self-attention then takes the model's q, k, v, o and qk-norm, and rope, cache and attention from the memory. A new
     chunk is recognised by the forward's `current_start`; a forward at 0 with a past starts the rollout anew, with
-    the memory reset. See integrations.chunks for what else may come, and what is an error.
+    the memory reset. See integrations.chunks for what else may come, and what is an error or a warning.
+
+    The memory is made in the first forward, on the device of its latents and of their size, and anew when a later
+    rollout starts on another device, in another dtype or at another size. It then takes what `bank_chunks` says, or
+    half of the memory that is free. What does not fit is a ValueError of that forward.
 
     The window that the model was made with is fixed in its attentions (`max_attention_size`) and in the length of the
     pipeline's `kv_cache`; both are ignored: the config's window holds. A forward replaces the k and v of `kv_cache` by
@@ -77,41 +81,54 @@ def enable(
     rollout counts. That copies them to the host, which synchronises once a chunk.
 
     Args:
-        model: a CausalWanModel, in eval mode, on the device where it will run. One wrapped by torch.compile is
-            unwrapped.
-        config: of the model's sizes; None for memory_config(model), by pose where poses are given.
+        model: a CausalWanModel, in eval mode. It may be wrapped by torch.compile, or in one process by FSDP.
+        config: of the model's sizes; None for memory_config(model, grid=..., **fields) with the grid of the rollout's
+            latents, retrieving by pose where poses are given and no retrieval.
         actions: an Actions of all video frames, mouse [n, 2] and keyboard [n, keys], or a callable that gives the rows
             of a chunk number; None to read them from the forwards.
         poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates, or a callable that gives the
             [chunk_frames, 4, 4] of a chunk number; where retrieval is by pose or field of view.
         intrinsics: fx, fy, cx, cy in pixels, [4], [n, 4] or a callable; None where retrieval needs none.
-        dtype: of the keys and values; None for that of the q projection's weight. Under autocast, autocast's.
+        grid: (height, width) in tokens, where another size is to be an error; None to take any. As the fields, it is
+            the config's where one is given.
+        dtype: of the keys and values; None for autocast's where the first forward runs under it, else that of the q
+            projection's weight.
         backend: of the ops, see segment_attention.
+        fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
-    Returns a handle: `.memory`, `.stats()`, `.restart(...)`, `.finish()`, `.disable()`; a context manager that disables
-    at its end. Raises before anything is changed: TypeError when the model is not of the published class or the config
-    no MemoryConfig, ValueError when it does not agree with the config, or what retrieval needs is missing or wrong,
-    RuntimeError when it is enabled already or something else has replaced its attention.
+    Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(...)`, `.finish()`,
+    `.disable()`; a context manager that disables at its end. Raises before anything is changed: TypeError when the
+    model is not of the published class, the config no MemoryConfig or fields are given beside one; ValueError when the
+    config does not agree with the model, a grid is in pixels, or what retrieval needs is missing or wrong; RuntimeError
+    when the model is enabled already or something else has replaced its attention.
     """
-    model = patched.unwrapped(model)
+    wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
     patched.check_free(_OP, model, attentions)
-    if config is None:
-        config = memory_config(model) if poses is None else memory_config(model, retrieval="pose")
+    keep_grid = config is not None or grid is not None
+    if config is None and poses is not None:
+        fields = {"retrieval": "pose", **fields}
+    config = patched.config_of(_OP, model, config, grid, fields, memory_config)
     patched.check_sizes(_OP, model, attentions, config)
     _check_layout(model, config)
-    weight = attentions[0].q.weight
-    memory = WorldMemory(config, device=weight.device, dtype=dtype or weight.dtype, backend=backend)
-    pressed = _Pressed(memory)
+    patched.check_choices(_OP, dtype, backend)
+    pressed = _Pressed(config)
     if actions is None and pressed.needed:
         actions = pressed.of
-    return MatrixGameMemory(model, Chunks(_OP, memory, poses, intrinsics, actions=actions), pressed)
+    chunks = Chunks(_OP, config, poses, intrinsics, actions=actions)
+    # The published forward takes anything, and hands it on to this one.
+    signature = inspect.signature(getattr(model, "_forward_inference", model.forward))
+    return MatrixGameMemory(
+        _OP, wrapper, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend, signature=signature,
+        pressed=pressed,
+    )  # fmt: skip
 
 
 def disable(model: nn.Module) -> None:
     """Give the model its own attention back. Raises RuntimeError when it is not enabled.
 
-    In the middle of a rollout its own code then has no past to go on from, and fails: start a new one.
+    In the middle of a rollout its own code then has no past to go on from, and makes NaN: start a new one, which is as
+    it would have been, also of a pipeline that keeps its caches.
     """
     patched.disable(_OP, model)
 
@@ -119,10 +136,8 @@ def disable(model: nn.Module) -> None:
 class MatrixGameMemory(PatchedModel):
     """A model with a memory: what `enable` returns."""
 
-    def __init__(self, model: nn.Module, chunks: Chunks, pressed: _Pressed) -> None:
-        # The published forward takes anything, and hands it on to this one.
-        behind = getattr(model, "_forward_inference", model.forward)
-        super().__init__(_OP, model, inspect.signature(behind), chunks)
+    def __init__(self, *arguments: Any, pressed: _Pressed, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._pressed = pressed
 
     def restart(self, *, actions: object = None, poses: object = None, intrinsics: object = None) -> None:
@@ -132,7 +147,7 @@ class MatrixGameMemory(PatchedModel):
             actions = self._pressed.of
         self._chunks.restart(poses, intrinsics, actions=actions)
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         if not given.get("kv_cache"):
             raise RuntimeError(f"{_OP}: forward must have the pipeline's kv_cache, got none, as in training")
@@ -143,12 +158,13 @@ class MatrixGameMemory(PatchedModel):
 class _Pressed:
     """The actions of a chunk, out of the forward that begins it."""
 
-    def __init__(self, memory: WorldMemory) -> None:
-        self._frames = memory.config.chunk_frames
-        self.needed = memory.integrator is not None and memory.config.has_bank
+    def __init__(self, config: MemoryConfig) -> None:
+        policy = make_policy(config.retrieval)
+        self._frames = config.chunk_frames
+        self.needed = isinstance(policy, ActionRetrieval) and config.has_bank
         self.conditions: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # [1, rows so far, c]
         if self.needed:
-            self._has_mouse = memory.integrator.layout.mouse
+            self._has_mouse = policy.integrator.layout.mouse
 
     def of(self, chunk: int) -> Actions:
         """The rows of a chunk. Raises ValueError when the forward had none, or others than up to the chunk's end."""

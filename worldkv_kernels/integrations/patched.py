@@ -3,38 +3,71 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checks import describe
+from ..checks import DTYPES, check_backend, describe
 from ..memory.config import MemoryConfig
+from ..memory.world_memory import WorldMemory
+from ..ops.all import OPS
+from ..tracing import untraced
 from .chunks import Chunks
 
 ATTENTION = "CausalWanSelfAttention"
 _HANDLE = "_worldkv"
+_TOKEN_PIXELS = 16
+_LONGEST_SIDE = 256  # tokens: 4096 pixels, which none of these models makes
 
 
 class PatchedModel:
-    """A model with a memory: what `enable` returns. Patches one instance of the model until `disable`."""
+    """A model with a memory: what `enable` returns. Patches one instance of the model until `disable`.
 
-    def __init__(self, op: str, model: nn.Module, signature: inspect.Signature, chunks: Chunks) -> None:
-        """`signature` is that of the code behind the model's forward; `op` names the integration in errors."""
-        self.memory = chunks.memory
+    The memory is made in the first forward, of that forward's grid, device and dtype. A forward at token 0 of others
+    makes it anew: so it follows a model that is moved or cast between two rollouts, and a clip of another size, as far
+    as enable was not told which grid and dtype to keep to.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        model: nn.Module,
+        attentions: list[nn.Module],
+        chunks: Chunks,
+        *,
+        keep_grid: bool,
+        dtype: torch.dtype | None,
+        backend: str | None,
+        signature: inspect.Signature,
+    ) -> None:
+        """`model` as the pipeline calls it, perhaps a wrapper, its `attentions`, `chunks` still without a memory.
+        `keep_grid`: to that of the chunks' config. `signature` is that of the code behind the model's forward; `op`
+        names the integration in errors."""
         self._op = op
-        self._model = model
+        self._model = unwrapped(model)
+        self._attentions = attentions
         self._chunks = chunks
-        self._patch_size = tuple(model.patch_size)
+        self._keep_grid, self._dtype, self._backend = keep_grid, dtype, backend
+        self._patch_size = tuple(self._model.patch_size)
+        self._released: list[tuple[weakref.ref[torch.Tensor], torch.Size]] = []
         self._originals: list[tuple[nn.Module, Any]] = []
-        for layer, block in enumerate(model.blocks):
-            self._replace(block.self_attn, _attention_of(block.self_attn, layer, chunks))
+        for layer, attention in enumerate(attentions):
+            self._replace(attention, _attention_of(attention, layer, chunks))
         self._replace(model, self._forward_of(model.forward, signature))
-        setattr(model, _HANDLE, self)
+        setattr(self._model, _HANDLE, self)
+
+    @property
+    def memory(self) -> WorldMemory:
+        """The memory. Raises RuntimeError before the first forward, which makes it."""
+        return self._chunks.made()
 
     def stats(self) -> dict[str, int]:
-        """WorldMemory.stats; a chunk whose clean pass (timestep 0) is done counts, which synchronises."""
+        """WorldMemory.stats; a chunk whose clean pass (timestep 0) is done counts, which synchronises. Raises
+        RuntimeError before the first forward."""
         return self._chunks.stats()
 
     def finish(self) -> None:
@@ -43,18 +76,30 @@ class PatchedModel:
 
     def disable(self) -> None:
         """Give the model its own attention back; does nothing the second time. What the memory holds can still be read,
-        but not be gone on from."""
+        but not be gone on from.
+
+        Caches of the model's that the pipeline still holds get their k and v back, at their length and full of NaN: a
+        new rollout writes each row before it reads it, and one that is gone on with shows that its past is not there.
+        """
+        if not self._originals:
+            return
         for module, original in self._originals:
             if original is None:
                 del module.forward
             else:
                 module.forward = original
-        if self._originals:
-            self._originals = []
-            delattr(self._model, _HANDLE)
+        self._originals = []
+        delattr(self._model, _HANDLE)
+        for released, shape in self._released:
+            tensor = released()
+            if tensor is not None and not tensor.numel():
+                tensor.resize_(shape).fill_(torch.nan)
+        self._released = []
+        self._chunks.check_used()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({'enabled' if self._originals else 'disabled'}, {self.memory!r})"
+        memory = self._chunks.memory or "no memory before the first forward"
+        return f"{type(self).__name__}({'enabled' if self._originals else 'disabled'}, {memory})"
 
     def __enter__(self) -> PatchedModel:
         return self
@@ -66,10 +111,10 @@ class PatchedModel:
         """A copy of the model takes its forwards along as they are: they would run this one's weights and memory."""
         raise RuntimeError(f"{self._op}: the model must be disabled before it is copied, got one enabled")
 
-    @torch.compiler.disable
+    @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         """Raise, with the memory as before, on a forward that the memory cannot serve."""
-        model, config = self._model, self.memory.config
+        model, config = self._model, self._chunks.config
         if model.training:
             raise RuntimeError(f"{self._op}: the model must be in eval mode, got training mode")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
@@ -80,15 +125,50 @@ class PatchedModel:
         if len(x) != 1:
             raise ValueError(f"{self._op}: x must hold one video, since one memory serves one stream, got {len(x)}")
         got = tuple(size // patch for size, patch in zip(x[0].shape[1:], self._patch_size, strict=True))
-        wanted = (config.chunk_frames, *config.grid)
+        starts = int(given.get("current_start") or 0) == 0
+        grid = config.grid if self._keep_grid or (self._chunks.memory is not None and not starts) else got[1:]
+        wanted = (config.chunk_frames, *grid)
         if got != wanted:
             raise ValueError(
-                f"{self._op}: x must be of {wanted} frames, rows and columns of tokens, as the config says, got {got}"
+                f"{self._op}: x must be of {wanted} frames, rows and columns of tokens, as the config says or the "
+                f"rollout began, got {got}"
             )
+        self._follow(grid, x[0].device, starts)
+
+    def _follow(self, grid: tuple[int, int], device: torch.device, starts: bool) -> None:
+        """Make the memory where there is none of this grid and device, and of the dtype that q will have."""
+        dtype, memory = self._dtype, self._chunks.memory
+        if dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        elif dtype is None:
+            dtype = self._attentions[0].q.weight.dtype
+        if memory is not None and (grid, device, dtype) == (memory.config.grid, memory.device, memory.dtype):
+            return
+        if memory is not None and not starts:
+            raise RuntimeError(
+                f"{self._op}: the model must stay on {memory.device} in {memory.dtype} for all of a rollout, where its "
+                f"memory is, got {device} and {dtype}"
+            )
+        memory = None  # and with the next line the room of the one before is free, before the new one needs it
+        self._chunks.take(None)
+        config = replace(self._chunks.config, grid=grid)
+        self._chunks.take(WorldMemory(config, device=device, dtype=dtype, backend=self._backend))
 
     def _check_enabled(self, op: str) -> None:
         if not self._originals:
             raise RuntimeError(f"{self._op}: {op} must be called while the model is enabled, got a call after disable")
+
+    @untraced
+    @torch.inference_mode(False)  # what is made in inference mode could not be resized outside of it
+    def _release(self, cache: dict[str, Any]) -> None:
+        """Free the storage of a published cache, until `disable`."""
+        for name in ("k", "v"):
+            tensor = cache.get(name)
+            if isinstance(tensor, torch.Tensor) and tensor.shape[1]:
+                cache[name] = emptied = tensor.new_empty((tensor.shape[0], 0, *tensor.shape[2:]))
+                # Not the cache itself: a pipeline that makes new ones for each rollout has dropped it.
+                self._released = [pair for pair in self._released if pair[0]() is not None]
+                self._released.append((weakref.ref(emptied), tensor.shape))
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._originals.append((module, module.__dict__.get("forward")))
@@ -97,7 +177,6 @@ class PatchedModel:
     def _forward_of(self, original: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
         """The model's forward, with its chunk begun before it."""
 
-        @torch.compiler.disable(recursive=False)  # the original may be compiled, this may not
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = _by_name(signature, args, kwargs)
             self._check_forward(given)
@@ -105,10 +184,10 @@ class PatchedModel:
             stream = caches[0] if caches else None
             with self._chunks.model_pass(given.get("current_start", 0), timestep=given.get("t"), stream=stream):
                 for cache in caches or ():
-                    _release(cache)
+                    self._release(cache)
                 return original(*args, **kwargs)
 
-        return forward
+        return untraced(forward, recursive=False)  # the original may be compiled, this may not
 
 
 def disable(op: str, model: nn.Module) -> None:
@@ -119,25 +198,69 @@ def disable(op: str, model: nn.Module) -> None:
     handle.disable()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what torch.compile made of it."""
-    return getattr(model, "_orig_mod", model)
+def called(model: nn.Module) -> nn.Module:
+    """The module whose forward is to be replaced. What torch.compile made of it would go on with the one it has seen;
+    other wrappers copy the caches on their way in."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod
+    return model
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what torch.compile, FSDP or DDP made of it, however often; a mode of theirs is not its own."""
+    while True:
+        inner = getattr(module, "_orig_mod", getattr(module, "module", None))
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def attentions_of(op: str, model: nn.Module, wanted: str) -> list[nn.Module]:
     """The self-attention of each block. Raises TypeError when the model is not of the published class, `wanted`."""
-    attentions = [getattr(block, "self_attn", None) for block in getattr(model, "blocks", ())]
-    wrong = [type(attention).__name__ for attention in attentions if type(attention).__name__ != ATTENTION]
+    blocks = [unwrapped(block) for block in getattr(model, "blocks", ())]
+    attentions = [unwrapped(getattr(block, "self_attn", None)) for block in blocks]
+    wrong = [type(attention).__name__ for attention in attentions if not _is_attention(attention)]
     if not attentions or wrong or not hasattr(model, "patch_size"):
         got = f"a self_attn of {wrong[0]}" if wrong else type(model).__name__
         raise TypeError(f"{op}: model must be {wanted}, with blocks whose self_attn is a {ATTENTION}, got {got}")
     return attentions
 
 
+def _is_attention(module: object) -> bool:
+    """By its class or a base of it: fully_shard and swapping code derive a class of their own."""
+    return any(base.__name__ == ATTENTION for base in type(module).__mro__)
+
+
 def sizes_of(attentions: list[nn.Module]) -> dict[str, Any]:
     """The fields of a MemoryConfig that the model determines."""
     first = attentions[0]
     return dict(num_layers=len(attentions), num_heads=first.num_heads, head_dim=first.head_dim, eps=first.eps)
+
+
+def config_of(
+    op: str,
+    model: nn.Module,
+    config: MemoryConfig | None,
+    grid: tuple[int, int] | None,
+    fields: dict[str, Any],
+    make: Callable[..., MemoryConfig],
+) -> MemoryConfig:
+    """What `enable` was given, or what `make`, memory_config, makes of the fields; any grid stands for one to be seen.
+
+    Raises TypeError where a config and fields are given, ValueError on a grid that looks like pixels, else as `make`.
+    """
+    given = ["grid"] * (grid is not None) + list(fields)
+    if config is not None and given:
+        raise TypeError(f"{op}.enable: {', '.join(given)} must be left out where a config is given, which has its own")
+    if config is None:
+        config = make(model, grid=(1, 1) if grid is None else grid, **fields)
+    if isinstance(config, MemoryConfig) and max(config.grid) > _LONGEST_SIDE:
+        pixels = tuple(side // _TOKEN_PIXELS for side in config.grid)
+        raise ValueError(
+            f"{op}.enable: grid must be (height, width) in tokens of {_TOKEN_PIXELS} x {_TOKEN_PIXELS} pixels, at most "
+            f"{_LONGEST_SIDE} each, got {config.grid}: as pixels it would be {pixels}"
+        )
+    return config
 
 
 def check_free(op: str, model: nn.Module, attentions: list[nn.Module], allowed: tuple[str, ...] = ()) -> None:
@@ -168,6 +291,15 @@ def check_sizes(op: str, model: nn.Module, attentions: list[nn.Module], config: 
         raise ValueError(f"{op}.enable: config's rope must be the model's, {list(freqs.shape[:2])} angles, got {rope}")
 
 
+def check_choices(op: str, dtype: torch.dtype | None, backend: str | None) -> None:
+    """Raise what WorldMemory would raise of these in the first forward, but for a backend that its device lacks."""
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"{op}.enable: dtype must be bfloat16, float16, float32 or None, got {dtype}")
+    check_backend(f"{op}.enable", backend)
+    if backend is not None and any(backend not in each.backends for each in OPS):
+        raise ValueError(f"{op}.enable: backend must be one of {', '.join(OPS[0].backends)}, got {backend!r}")
+
+
 def _attention_of(attention: nn.Module, layer: int, chunks: Chunks) -> Callable[..., torch.Tensor]:
     """The forward of one layer's self-attention, x [1, tokens, dim] -> [1, tokens, dim]; the rest is the memory's."""
 
@@ -183,16 +315,7 @@ def _weight(norm: nn.Module) -> torch.Tensor | None:
     return getattr(norm, "weight", None)  # None of the Identity that stands for no norm
 
 
-@torch.compiler.disable
-def _release(cache: dict[str, Any]) -> None:
-    """Free the storage of a published cache; code that would go on from it then fails instead of reading zeros."""
-    for name in ("k", "v"):
-        tensor = cache.get(name)
-        if isinstance(tensor, torch.Tensor) and tensor.shape[1]:
-            cache[name] = tensor.new_empty((tensor.shape[0], 0, *tensor.shape[2:]))
-
-
-@torch.compiler.disable
+@untraced
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by their names, also where the callee takes them as **kwargs."""
     given = dict(signature.bind(*args, **kwargs).arguments)

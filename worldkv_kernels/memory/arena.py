@@ -26,7 +26,7 @@ class Arena:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         size, page = math.prod(shape) * dtype.itemsize, mmap.PAGESIZE
         span = -(-size // page) * page  # whole pages, which no other memory shares
-        memory = torch.empty(span + page, dtype=torch.uint8)
+        memory = torch.empty(span + page, dtype=torch.uint8, device="cpu")
         first = -memory.data_ptr() % page
         self.rows = memory[first : first + size].view(dtype).view(shape)
         self.pinned = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..checks import describe, is_integer
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .slots import COUNTS, SlotCache
@@ -68,13 +71,17 @@ class Bank:
     def row_to_fill(self, chunk: int, description: Any) -> int | None:
         """Where to prune a chunk to: the first pool row; None when the full bank gives up this very chunk.
 
-        Raises ValueError when the policy gives up a chunk that is not there; the bank is then as before.
+        Raises ValueError when the policy gives up a chunk that is not there, TypeError when it gives up what is no
+        chunk number; the bank is then as before.
         """
         if not self._free:
             given_up = self._policy.drop([*self.descriptions.items(), (chunk, description)])
-            if given_up != chunk and given_up not in self._place:
-                known = [*self._place, chunk]
-                raise ValueError(f"end_chunk: the retrieval policy must drop one of {known}, got {given_up!r}")
+            known = [*self._place, chunk]
+            if not is_integer(given_up):
+                raise TypeError(f"end_chunk: the retrieval policy must drop one of {known}, got {describe(given_up)}")
+            if given_up not in known:
+                raise ValueError(f"end_chunk: the retrieval policy must drop one of {known}, got {describe(given_up)}")
+            given_up = operator.index(given_up)
             self.dropped.append(given_up)
             if given_up == chunk:
                 return None
@@ -103,6 +110,21 @@ class Bank:
             self._cache.drop(chunk)
 
     # --- into the window ---
+
+    def select(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+        """The policy's choice of up to `budget` candidates, best first, checked; errors name `op`."""
+        known = {chunk for chunk, _ in candidates}
+        selected = self._policy.select(description, candidates, budget)
+        chosen = list(selected) if isinstance(selected, Iterable) else [None]
+        if not all(map(is_integer, chosen)):
+            raise TypeError(f"{op}: the retrieval policy must select a list of chunk numbers, got {describe(selected)}")
+        chosen = [operator.index(chunk) for chunk in chosen]
+        if len(chosen) > budget or len(known.intersection(chosen)) != len(chosen):
+            raise ValueError(
+                f"{op}: the retrieval policy must select up to {budget} different chunks of {sorted(known)}, "
+                f"got {chosen}"
+            )
+        return chosen
 
     def request(self, chunks: list[int]) -> list[int]:
         """Begin to bring in these banked chunks; returns the pool rows at which they start.

@@ -6,20 +6,32 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ..checks import HEAD_DIMS, as_integer, check_bool, check_integer, check_number, is_integer
+from ..checks import (
+    HEAD_DIMS,
+    MAX_HEADS,
+    as_integer,
+    bad_value,
+    check_bool,
+    check_integer,
+    check_number,
+    check_scale,
+    describe,
+    is_integer,
+)
 from ..ops.compress_chunk import kept_tokens
 from ..rope import Rope3D
-from .retrieval import PublishedPoseRetrieval, RetrievalPolicy, make_policy
+from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, make_policy
 
 Mode = Literal["worldkv", "full", "sliding", "sink_recent"]
 Order = Literal["time", "nearest_last", "nearest_first"]
 MODES = ("worldkv", "full", "sliding", "sink_recent")
-_INTEGERS = (
-    "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
-    "unattended_chunks",
-)  # fmt: skip
+_INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks")
+_INTEGERS_IF_GIVEN = ("sink_frames", "recent_frames", "retrieved_chunks", "bank_chunks", "device_slots")
+_NOT_GIVEN: Any = None  # of integers that then follow from others
+_LARGEST = 2**31 - 1  # of every count: far more than memory holds, and sums and products of them stay in float's range
+_RETRIEVED_CHUNKS = 6
 _BOOLS = ("pooled", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink")
 ORDERS = ("time", "nearest_last", "nearest_first")
 
@@ -32,13 +44,21 @@ class MemoryConfig:
     frame, `chunk_frames` latent frames denoised together; `rope`, "wan" for Rope3D(head_dim) or None for no
     rotation; `eps` and `round_before_rope` of its QK-norm; `scale` of its softmax, 1 / sqrt(head_dim) for None.
 
-    The window, in latent frames, multiples of `chunk_frames`: `sink_frames` from the start, then up to
-    `retrieved_chunks` from the bank, then `recent_frames` past ones, then the current chunk.
+    The window: `sink_frames` latent frames from the start (by default one chunk), then up to `retrieved_chunks` from
+    the bank (6, or as many as a given `bank_chunks` or `device_slots` has room for), then `recent_frames` past ones
+    (two chunks), then the current chunk.
+
+    Sink and recent frames may end and begin inside a chunk, as the windows do that some models were made with; chunks
+    are kept whole all the same, each past one in exactly one of sink, recent and bank. Of the chunk in which the sink
+    ends, the frames after `sink_frames` are attended while they are recent and never again: it is not banked. Of the
+    chunk in which the recent frames begin, those before them are not attended until it is banked, when none of its
+    frames is recent, and retrieved.
 
     `mode`: "worldkv" as described; the baselines "full" (every past chunk), "sliding" (recent and current) and
     "sink_recent" (sink, recent and current) ignore what they do not use.
 
-    `keep_ratio`, `pooled`: how a chunk is pruned when it leaves the recent frames, see compress_chunk; 1 keeps all.
+    `keep_ratio`, `pooled`: how a chunk is pruned when it leaves the recent frames, see compress_chunk: its first frame
+    stays whole, of the others this share stays. 0.25 keeps half of a chunk of three frames, 0.5 two thirds, 1 all.
     `retrieval`: "pose", "fov" or "action", or a RetrievalPolicy object. "action" is ActionRetrieval(), with guessed
     scales for Matrix-Game's "universal" actions; give an object for another game or other scales.
     `order` of the retrieved chunks in the window: by "time", or "nearest_last", "nearest_first". `rebase_time`:
@@ -66,13 +86,13 @@ class MemoryConfig:
     grid: tuple[int, int]
     head_dim: int = 128
     chunk_frames: int = 3
-    sink_frames: int = 3
-    recent_frames: int = 6
-    retrieved_chunks: int = 6
+    sink_frames: int = _NOT_GIVEN
+    recent_frames: int = _NOT_GIVEN
+    retrieved_chunks: int = _NOT_GIVEN
     keep_ratio: float = 0.25
     pooled: bool = True
     mode: Mode = "worldkv"
-    retrieval: str | RetrievalPolicy = "pose"
+    retrieval: Literal["pose", "fov", "action"] | RetrievalPolicy = "pose"
     rebase_time: bool = False
     order: Order = "time"
     bank: Literal["device", "host"] = "device"
@@ -90,32 +110,39 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         def check(right: bool, field: str, wanted: str) -> None:
             if not right:
-                raise ValueError(f"MemoryConfig: {field} must be {wanted}, got {getattr(self, field)!r}")
+                raise bad_value("MemoryConfig", field, wanted, getattr(self, field))
 
-        given = [field for field in ("bank_chunks", "device_slots") if getattr(self, field) is not None]
-        for field in (*_INTEGERS, *given):
+        for field in (*_INTEGERS, *(name for name in _INTEGERS_IF_GIVEN if getattr(self, name) is not None)):
             object.__setattr__(self, field, as_integer("MemoryConfig", field, getattr(self, field)))
-        for field in ("keep_ratio", "eps", *(["scale"] if self.scale is not None else [])):
+            check(getattr(self, field) <= _LARGEST, field, f"at most {_LARGEST}")
+        room = [self.device_slots, self.bank_chunks if self.mode == "worldkv" else None]
+        follows = {
+            "sink_frames": self.chunk_frames,
+            "recent_frames": 2 * self.chunk_frames,
+            "retrieved_chunks": max(0, min([_RETRIEVED_CHUNKS, *(chunks for chunks in room if chunks is not None)])),
+        }
+        for field, value in follows.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+        numbers = ("keep_ratio", "eps", *(["scale"] if self.scale is not None else []))
+        for field in numbers:
             check_number("MemoryConfig", field, getattr(self, field))
         for field in _BOOLS:
             check_bool("MemoryConfig", field, getattr(self, field))
         for field in ("num_layers", "num_heads", "chunk_frames"):
             check(getattr(self, field) >= 1, field, "at least 1")
-        check(self.num_heads <= 64, "num_heads", "at most 64")
+        check(self.num_heads <= MAX_HEADS, "num_heads", f"at most {MAX_HEADS}")
         check(self.head_dim in HEAD_DIMS, "head_dim", "64 or 128")
         grid = tuple(self.grid) if isinstance(self.grid, Iterable) else ()
-        sizes = len(grid) == 2 and all(is_integer(n) and n >= 1 for n in grid)
-        check(sizes, "grid", "(height, width) of at least 1 token each")
+        sizes = len(grid) == 2 and all(is_integer(n) and 1 <= n <= _LARGEST for n in grid)
+        check(sizes, "grid", f"(height, width) of at least 1 token each, at most {_LARGEST}")
         object.__setattr__(self, "grid", tuple(map(operator.index, grid)))
-        for field in ("sink_frames", "recent_frames"):
-            frames = getattr(self, field)
-            whole = frames >= 0 and frames % self.chunk_frames == 0
-            check(whole, field, f"a multiple of chunk_frames={self.chunk_frames}")
-        for field in ("retrieved_chunks", "unattended_chunks"):
+        for field in ("sink_frames", "recent_frames", "retrieved_chunks", "unattended_chunks"):
             check(getattr(self, field) >= 0, field, "at least 0")
         check(0 < self.keep_ratio <= 1, "keep_ratio", "above 0 and at most 1")
         check(0 <= self.eps < math.inf, "eps", "finite and not negative")
-        check(self.scale is None or 0 < self.scale < math.inf, "scale", "None or positive and finite")
+        if self.scale is not None:
+            check_scale("MemoryConfig", "scale", self.scale)
         check(self.mode in MODES, "mode", f"one of {', '.join(MODES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")
@@ -130,6 +157,8 @@ class MemoryConfig:
         else:
             check(self.rope in ("wan", None), "rope", "a Rope3D, 'wan' or None")
         check(not (self.rebase_time and self.rope is None), "rebase_time", "False where there is no rope")
+        for field in numbers:
+            object.__setattr__(self, field, float(getattr(self, field)))
 
     @classmethod
     def official(
@@ -140,9 +169,9 @@ class MemoryConfig:
         grid: tuple[int, int],
         head_dim: int = 128,
         chunk_frames: int = 3,
-        sink_frames: int = 3,
-        retrieved_frames: int = 18,
-        recent_frames: int = 6,
+        sink_frames: int | None = None,
+        retrieved_frames: int | None = None,
+        recent_frames: int | None = None,
         keep_ratio: float = 0.5,
         pooled: bool = True,
         rope_correction: bool = False,
@@ -154,41 +183,48 @@ class MemoryConfig:
 
         Arguments have that code's meaning and its README's values: `recent_frames` includes the current
         chunk, and `clip_frames`, the latent frames of the whole clip, shrinks the recent frames of a
-        short one. Reproduced: the chunk just older than the recent frames is neither attended nor a
-        candidate as soon as anything is retrieved; rotation matrices are averaged; distances are divided
-        by their maximum, however small; retrieved chunks stand nearest first, also under the rope
+        short one. None is for a sink of one chunk, six chunks retrieved (or as many as a given `bank_chunks` holds),
+        and two recent ones: 3, 18 and 6 frames. Reproduced: the chunk just older than the recent frames is neither
+        attended nor a candidate as soon as anything is retrieved; rotation matrices are averaged; distances are
+        divided by their maximum, however small; retrieved chunks stand nearest first, also under the rope
         correction, which leaves the sink at its absolute time; chunk 0 is banked beside being the sink.
 
         Raises ValueError where that code leaves a chunk outside its own window: when `clip_frames` is so short
         that no recent frames are left.
         """
-        counts = dict(
-            chunk_frames=chunk_frames, sink_frames=sink_frames, retrieved_frames=retrieved_frames,
-            recent_frames=recent_frames, **({} if clip_frames is None else {"clip_frames": clip_frames}),
+        op = "MemoryConfig.official"
+        given = dict(
+            sink_frames=sink_frames, retrieved_frames=retrieved_frames, recent_frames=recent_frames,
+            clip_frames=clip_frames, bank_chunks=bank_chunks,
         )  # fmt: skip
-        for name, count in counts.items():
-            check_integer("MemoryConfig.official", name, count)
-        if chunk_frames < 1:
-            raise ValueError(f"MemoryConfig.official: chunk_frames must be at least 1, got {chunk_frames}")
+        check_integer(op, "chunk_frames", chunk_frames)
+        for name, count in given.items():
+            if count is not None:
+                check_integer(op, name, count)
+        if not 1 <= chunk_frames <= _LARGEST:
+            raise bad_value(op, "chunk_frames", f"from 1 to {_LARGEST}", chunk_frames)
+        most = _RETRIEVED_CHUNKS if bank_chunks is None else max(0, min(_RETRIEVED_CHUNKS, bank_chunks))
+        sink_frames = chunk_frames if sink_frames is None else sink_frames
+        retrieved_frames = most * chunk_frames if retrieved_frames is None else retrieved_frames
+        recent_frames = 2 * chunk_frames if recent_frames is None else recent_frames
         if clip_frames is not None:
             window = min(sink_frames + retrieved_frames + recent_frames, clip_frames)
             recent_frames = window - sink_frames - retrieved_frames
         if recent_frames < chunk_frames:
             raise ValueError(
-                f"MemoryConfig.official: recent_frames, the current chunk included, must be at least "
-                f"chunk_frames={chunk_frames} after the clip's length is taken off, got {recent_frames} "
+                f"{op}: recent_frames, the current chunk included, must be at least chunk_frames={chunk_frames} after "
+                f"the clip's length is taken off, got {describe(recent_frames)} "
                 f"(the published code then lets a chunk not attend to itself)"
             )
-        for name, frames in (("retrieved_frames", retrieved_frames), ("recent_frames", recent_frames)):
+        multiples = dict(sink_frames=sink_frames, retrieved_frames=retrieved_frames, recent_frames=recent_frames)
+        for name, frames in multiples.items():
             if frames % chunk_frames:
-                raise ValueError(
-                    f"MemoryConfig.official: {name} must be a multiple of chunk_frames={chunk_frames}, got {frames}"
-                )
+                raise bad_value(op, name, f"a multiple of chunk_frames={chunk_frames}", frames)
         return cls(
             num_layers=num_layers, num_heads=num_heads, grid=grid, head_dim=head_dim,
             chunk_frames=chunk_frames, sink_frames=sink_frames, recent_frames=recent_frames - chunk_frames,
             retrieved_chunks=retrieved_frames // chunk_frames, keep_ratio=keep_ratio, pooled=pooled,
-            retrieval=PublishedPoseRetrieval(), rebase_time=rope_correction, rebase_sink=False,
+            retrieval=OfficialPoseRetrieval(), rebase_time=rope_correction, rebase_sink=False,
             order="nearest_first", bank=bank, bank_chunks=bank_chunks,
             unattended_chunks=1, bank_sink=True,
         )  # fmt: skip
@@ -208,11 +244,13 @@ class MemoryConfig:
 
     @property
     def sink_chunks(self) -> int:
-        return self.sink_frames // self.chunk_frames if self.mode in ("worldkv", "sink_recent") else 0
+        """Chunks that the sink has at least a part of; none in a mode without a sink."""
+        return -(-self.sink_frames // self.chunk_frames) if self.mode in ("worldkv", "sink_recent") else 0
 
     @property
     def recent_chunks(self) -> int:
-        return self.recent_frames // self.chunk_frames
+        """Past chunks that the recent frames have at least a part of."""
+        return -(-self.recent_frames // self.chunk_frames)
 
     @property
     def gap_chunks(self) -> int:

@@ -6,18 +6,22 @@ runs on the host, on a few hundred small records; nothing here touches the devic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..actions import ActionIntegrator
+from ..checks import as_integer, as_number, bad_type, bad_value, is_number
 from ..poses import mean_pose, rotation_angles
 
 # Scores within this of the best are as good as the best, so that float noise between views that are the same
 # (standing still, a closed loop) is a tie, and ties go to the older chunk. Not by rounding the scores: noise
 # would still split equal ones that lie where the rounding turns, such as 1/128.
 TIE_RESOLUTION = 1e-6
+
+_MOST_SAMPLES = 2**16  # of a view; the overlap is then right within .001
 
 
 @runtime_checkable
@@ -55,9 +59,9 @@ class NearestPolicy:
     stateless = True
 
     def __init__(self, *, diversity: float = 0.0) -> None:
-        if not 0.0 <= diversity <= 1.0:
-            raise ValueError(f"{type(self).__name__}: diversity must be from 0 to 1, got {diversity}")
-        self.diversity = diversity
+        self.diversity = as_number(type(self).__name__, "diversity", diversity)
+        if not 0.0 <= self.diversity <= 1.0:
+            raise bad_value(type(self).__name__, "diversity", "from 0 to 1", diversity)
 
     def distances(self, views: Sequence[Any], others: Sequence[Any], current: Any) -> np.ndarray:
         """Distances [views, others] between descriptions, on the scale that `current` against `others` sets."""
@@ -148,6 +152,14 @@ def _share(distances: np.ndarray, largest: float, noise: float) -> np.ndarray:
     return distances / largest if largest > noise else np.zeros_like(distances)
 
 
+def _pair(argument: str, names: str, given: object) -> tuple[float, float]:
+    """Two numbers. Raises TypeError naming FovRetrieval's argument on what is none."""
+    if not (isinstance(given, Sequence) and len(given) == 2 and all(map(is_number, given))):
+        raise bad_type("FovRetrieval", argument, f"two numbers {names}", given)
+    first, second = (as_number("FovRetrieval", argument, number) for number in given)
+    return first, second
+
+
 class FovRetrieval(NearestPolicy):
     """Largest overlap of the fields of view.
 
@@ -173,13 +185,16 @@ class FovRetrieval(NearestPolicy):
         samples: int = 128,
     ) -> None:
         super().__init__(diversity=diversity)
-        near, far = depth_range
-        if not 0 < near < far:
-            raise ValueError(f"FovRetrieval: depth_range must be 0 < near < far, got {depth_range}")
-        self.depth_range = (float(near), float(far))
-        self.image_size = image_size
-        if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"FovRetrieval: samples must be an integer of at least 1, got {samples!r}")
+        near, far = _pair("depth_range", "(near, far)", depth_range)
+        if not (0 < near < far and far / near < math.inf):
+            raise bad_value("FovRetrieval", "depth_range", "0 < near < far < infinity", depth_range)
+        self.depth_range = (near, far)
+        self.image_size = None if image_size is None else _pair("image_size", "(height, width)", image_size)
+        if self.image_size is not None and not all(0 < size < math.inf for size in self.image_size):
+            raise bad_value("FovRetrieval", "image_size", "a height and a width above 0", image_size)
+        samples = as_integer("FovRetrieval", "samples", samples)
+        if not 1 <= samples <= _MOST_SAMPLES:
+            raise bad_value("FovRetrieval", "samples", f"from 1 to {_MOST_SAMPLES}", samples)
         root = 1.2207440846057596  # of x^4 = x + 1
         steps = np.arange(1, samples + 1) * root ** -np.arange(3.0, 0.0, -1.0)[:, None]
         self._v, self._u, depth = (0.5 + steps) % 1.0  # each [samples], from 0 to 1
@@ -224,7 +239,7 @@ class FovRetrieval(NearestPolicy):
         return (ahead & (u >= 0) & (u <= width) & (v >= 0) & (v <= height)).mean(axis=1)
 
 
-class PublishedPoseRetrieval:
+class OfficialPoseRetrieval:
     """What the published code computes, faults included; for MemoryConfig.official().
 
     Rotation matrices are averaged and not projected back, the angle is an acos in float32, and both terms

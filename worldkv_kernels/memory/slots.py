@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..ranges import ranged
+from ..tracing import untraced
 from .arena import Arena
 from .pool import Pool
 from .streams import COMPUTE, LOAD, SAVE, CopyEngine
@@ -95,7 +96,7 @@ class SlotCache:
         self.prefetched += len(missing)
         return [chunk for chunk in chunks if chunk in self._cached]
 
-    @torch.compiler.disable  # what it does differs from pass to pass
+    @untraced  # what it does differs from pass to pass
     def wait_layer(self, layer: int) -> None:
         """Let the current stream wait for the window's rows of one layer, once a window.
 

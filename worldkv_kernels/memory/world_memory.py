@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import operator
 import os
-import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, describe, readable
+from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, readable
 from ..ops.all import check_every_backend
-from ..ops.compress_chunk import compress_chunk
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
-from ..window import Segment, Window, tiles_of
-from .bank import Bank
+from ..window import Segment, Window
 from .config import MemoryConfig
-from .pool import Pool
+from .plan import ChunkPlan, capacity, leaving, pieces, place
 from .retrieval import make_policy
-from .room import bank_places, check_room
-from .slots import COUNTS
+from .storage import Storage
 from .views import View, Views
 
-
-class ChunkPlan(NamedTuple):
-    """What the chunk to be made will see."""
-
-    chunk: int
-    start_frame: int
-    retrieved: tuple[int, ...]  # chunk numbers, in window order
-    segments: tuple[tuple[str, int, Segment], ...]  # role, chunk number, rows: in window order
-    num_tokens: int  # what each query attends to, the current chunk included
+__all__ = ["ChunkPlan", "WorldMemory"]
 
 
 class WorldMemory:
@@ -86,49 +72,22 @@ class WorldMemory:
         self._backend = backend
         self._rope = config.make_rope()
         self._process = os.getpid() if self.device.type == "cuda" else None
-        self._policy = make_policy(config.retrieval)
-        self._views = Views(config, self._policy)
+        policy = make_policy(config.retrieval)
+        self._views = Views(config, policy)
         self.integrator = self._views.integrator
-        self._max_chunks = self._rope.max_position // config.chunk_frames if self._rope else sys.maxsize
-
-        sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
-        whole = config.chunk_tokens
-        tokens = whole if config.mode == "full" else config.banked_tokens
-        slot_bytes = Pool.slot_bytes(tokens, dtype=dtype, **sizes)
-        places = bank_places(config, self.device, slot_bytes, self._max_chunks)
-        if config.mode == "full":
-            self._max_chunks = min(self._max_chunks, places)
-            ring = self._max_chunks
-        else:
-            ring = config.recent_chunks + config.gap_chunks + 1
-        on_host = config.has_bank and config.bank == "host"
-        self._may_ask_ahead = getattr(self._policy, "stateless", False)
-        self._foresees = on_host and config.prefetch and self._may_ask_ahead
-        bank_slots = (config.host_bank_slots if on_host else places) if config.has_bank else 0
-        slots = [(whole, config.sink_chunks), (whole, ring), (config.banked_tokens, bank_slots)]
-        check_room(
-            config,
-            self.device,
-            sum(count * Pool.slot_bytes(tokens, dtype=dtype, **sizes) for tokens, count in slots),
-            places * config.banked_tokens * self._token_bytes() if on_host else 0,
-        )
-        self._pool = Pool(slots, device=self.device, dtype=dtype, **sizes)
-        self._sink_rows, self._ring_rows, bank_rows = self._pool.first_rows
-        self._bank = None
-        if config.has_bank:
-            self._bank = Bank(
-                self._pool, bank_rows, tokens=config.banked_tokens, places=places, on_host=on_host, policy=self._policy
-            )
-        in_window = config.sink_chunks + (ring if config.mode == "full" else config.recent_chunks + 1)
-        in_window += config.gap_chunks
-        capacity = in_window * tiles_of(whole) + config.retrieved_chunks * tiles_of(config.banked_tokens)
+        self._may_ask_ahead = getattr(policy, "stateless", False)
+        self._foresees = config.has_bank and config.bank == "host" and config.prefetch and self._may_ask_ahead
+        self._storage = Storage(config, policy, device=self.device, dtype=dtype, backend=backend)
+        self._pool, self._bank = self._storage.pool, self._storage.bank
         self._window = Window(
-            [Segment(0, 1)], device=self.device, rope=self._rope if config.rebase_time else None, capacity=capacity
+            [Segment(0, 1)],
+            device=self.device,
+            rope=self._rope if config.rebase_time else None,
+            capacity=capacity(config, self._storage.max_chunks),
         )
         self._position = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self._q = torch.empty((whole, config.num_heads, config.head_dim), dtype=dtype, device=self.device)
-        # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
-        self._index = torch.empty((config.num_layers, config.banked_tokens), dtype=torch.int32, device=self.device)
+        heads = config.num_heads, config.head_dim
+        self._q = torch.empty((config.chunk_tokens, *heads), dtype=dtype, device=self.device)
         self.reset()
 
     def reset(self) -> None:
@@ -141,7 +100,6 @@ class WorldMemory:
         self._view = self._last_view = View()  # of the chunk begun last, and of the last one of history
         self._tokens_attended = 0
         self._retrieved_total = 0
-        self._left_window = 0
         if self.integrator is not None:
             self.integrator.reset()
         if self._bank is not None:
@@ -166,9 +124,10 @@ class WorldMemory:
         Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError
         when a chunk is already begun or the frames would pass the rope's positions (or, in mode "full", the
         pool), ValueError when the poses or actions are missing, misshapen, not rigid or not finite, or
-        are what this retrieval does not take, or a policy object selects what is not on offer; the memory is
-        then as before. With a host bank, the copies of what is missing on the device are begun, then, under
-        `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it did.
+        are what this retrieval does not take, or a policy object selects what is not on offer, TypeError when
+        that is no list of chunk numbers; the memory is then as before. With a host bank, the copies of what is missing
+        on the device are begun, then, under `MemoryConfig.prefetch`, those of what the next chunk would retrieve if
+        the camera went on as it did.
         """
         if self._plan is not None:
             raise RuntimeError(
@@ -177,30 +136,30 @@ class WorldMemory:
             )
         self._check_process("begin_chunk")
         config, chunk = self.config, self._next_chunk
-        if chunk >= self._max_chunks:
+        if chunk >= self._storage.max_chunks:
             raise RuntimeError(
-                f"begin_chunk: chunk must be below {self._max_chunks} (rope positions, or bank_chunks in mode 'full'), "
-                f"got chunk {chunk}"
+                f"begin_chunk: chunk must be below {self._storage.max_chunks} "
+                f"(rope positions, or bank_chunks in mode 'full'), got chunk {chunk}"
             )
         view = self._views.of("begin_chunk", chunk, poses, intrinsics, actions)
         start_frame = chunk * config.chunk_frames
         retrieved: list[int] = []
         if self._bank is not None:
-            retrieved = self._select("begin_chunk", view.description, self._candidates())
+            retrieved = self._bank.select("begin_chunk", view.description, self._candidates(), config.retrieved_chunks)
             if config.order == "time":
                 retrieved.sort()
             elif config.order == "nearest_last":
                 retrieved.reverse()
-        segments = self._segments(chunk, retrieved)
+        segments = self._storage.segments(pieces(config, chunk, retrieved))
         self._window.update([segment for _, _, segment in segments])
-        self._position[:1].fill_(self._slot(chunk))  # by launch argument: no copy to wait for
+        self._position[:1].fill_(self._storage.first_row(chunk))  # by launch argument: no copy to wait for
         self._position[1:].fill_(start_frame)
         if self._foresees and self._last_view.poses is not None:
             following = self._views.following(self._last_view, view)
             self._prefetch("begin_chunk", following, self._candidates(chunk, view.description))
         self._view = view
         self._layers_done.clear()
-        self._plan = ChunkPlan(chunk, start_frame, tuple(retrieved), tuple(segments), self._window.num_tokens)
+        self._plan = ChunkPlan(chunk, start_frame, tuple(retrieved), segments, self._window.num_tokens)
         return self._plan
 
     def prefetch(
@@ -306,7 +265,8 @@ class WorldMemory:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
 
         Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
-        ValueError when a policy object gives up a chunk that is not in a full bank; the chunk is then still begun.
+        ValueError when a policy object gives up a chunk that is not in a full bank, TypeError when that is no chunk
+        number; the chunk is then still begun.
         When pruning itself fails, it is still begun, to be ended again or dropped; what a full bank gave up is gone.
         """
         self._check_process("end_chunk")
@@ -316,15 +276,12 @@ class WorldMemory:
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
-        leaving = chunk - config.recent_chunks - config.gap_chunks
         if self._bank is not None:
             self._descriptions[chunk] = self._view.description
-            if config.bank_sink and chunk < config.sink_chunks:
-                self._store(chunk)
-            elif leaving >= config.sink_chunks:
-                self._store(leaving)
-        elif config.mode != "full" and leaving >= config.sink_chunks:
-            self._left_window += 1
+            banked = chunk if config.bank_sink and chunk < config.sink_chunks else leaving(config, chunk)
+            if banked is not None:
+                self._storage.prune(banked, self._descriptions[banked])
+                del self._descriptions[banked]
         self._tokens_attended += self._plan.num_tokens
         self._retrieved_total += len(self._plan.retrieved)
         if self.integrator is not None:
@@ -359,13 +316,9 @@ class WorldMemory:
         chunk = as_integer("location", "chunk", chunk)
         if not 0 <= chunk < self._next_chunk:
             raise ValueError(f"location: chunk must be from 0 to {self._next_chunk - 1}, got {chunk}")
-        age = self._next_chunk - chunk
-        if chunk < self.config.sink_chunks:
-            return "sink"
-        if self.config.mode == "full" or age <= self.config.recent_chunks:
-            return "recent"
-        if age <= self.config.recent_chunks + self.config.gap_chunks:
-            return "unattended"
+        found = place(self.config, chunk, self._next_chunk)
+        if found != "left":
+            return found
         return "bank" if self._bank is not None and chunk in self._bank else "dropped"
 
     def stats(self) -> dict[str, int]:
@@ -377,32 +330,12 @@ class WorldMemory:
         prefetched: copies to the device made ahead, of which prefetch_hits were retrieved later and prefetch_misses
         given up before. host_bytes: of the arena; pinned: 1 if it is page-locked.
         """
-        bank, has_bank = self._bank, self._bank is not None  # an empty bank is falsy
         return {
             "chunks": self._next_chunk,
             "tokens_attended": self._tokens_attended,
             "chunks_retrieved": self._retrieved_total,
-            "chunks_banked": len(bank) if has_bank else 0,
-            "bank_capacity": bank.capacity if has_bank else 0,
-            "chunks_dropped": len(bank.dropped) if has_bank else self._left_window,
-            "device_bytes": self._pool.bytes,
-            "kept_bytes": self._kept_bytes(),
-            **(bank.counts() if has_bank else dict.fromkeys(COUNTS, 0)),
+            **self._storage.stats(self._next_chunk),
         }
-
-    def _kept_bytes(self) -> int:
-        """Bytes of the K and V rows that hold the past, without room that is free or a slot's tail."""
-        config = self.config
-        banked = len(self._bank) if self._bank is not None else 0  # with the sink's copy where bank_sink keeps one
-        places = [self.location(chunk) for chunk in range(self._next_chunk)]
-        whole = sum(place not in ("bank", "dropped") for place in places)
-        tokens = whole * config.chunk_tokens + banked * config.banked_tokens
-        return tokens * self._token_bytes()
-
-    def _token_bytes(self) -> int:
-        """Of K and V of one token over all layers."""
-        config = self.config
-        return 2 * config.num_layers * config.num_heads * config.head_dim * self.dtype.itemsize
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -439,31 +372,13 @@ class WorldMemory:
         so that what is chosen is not one chunk too old; it comes to lie on the device by itself."""
         config = self.config
         candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
-        if begun is not None:
-            leaving = begun - config.recent_chunks - config.gap_chunks
-            if leaving >= config.sink_chunks:
-                candidates.append((leaving, {**self._descriptions, begun: description}[leaving]))
+        banked = leaving(config, begun) if begun is not None else None
+        if banked is not None:
+            candidates.append((banked, {**self._descriptions, begun: description}[banked]))
         return candidates
 
-    def _select(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]]) -> list[int]:
-        """The policy's choice, best first, checked."""
-        budget, known = self.config.retrieved_chunks, {c for c, _ in candidates}
-        selected = self._policy.select(description, candidates, budget)
-        try:
-            chosen = [operator.index(chunk) for chunk in selected]
-        except TypeError as error:
-            raise TypeError(
-                f"{op}: the retrieval policy must select a list of chunk numbers, got {describe(selected)}"
-            ) from error
-        if len(chosen) > budget or len(known.intersection(chosen)) != len(chosen):
-            raise ValueError(
-                f"{op}: the retrieval policy must select up to {budget} different chunks of {sorted(known)}, "
-                f"got {chosen}"
-            )
-        return chosen
-
-    def _prefetch(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]]) -> tuple[int, ...]:
-        chosen = self._select(op, description, candidates)
+    def _prefetch(self, op: str, description: Any, candidates: list[tuple[int, Any]]) -> tuple[int, ...]:
+        chosen = self._bank.select(op, description, candidates, self.config.retrieved_chunks)
         return tuple(self._bank.prefetch([chunk for chunk in chosen if chunk in self._bank]))
 
     def _release(self) -> None:
@@ -471,61 +386,6 @@ class WorldMemory:
         self._plan = None
         if self._bank is not None:
             self._bank.release()
-
-    def _slot(self, chunk: int) -> int:
-        """First pool row of a chunk that is whole: in the sink, recent, or current."""
-        sink = self.config.sink_chunks
-        return self._sink_rows[chunk] if chunk < sink else self._ring_rows[(chunk - sink) % len(self._ring_rows)]
-
-    def _segments(self, chunk: int, retrieved: list[int]) -> list[tuple[str, int, Segment]]:
-        """Sink, retrieved, recent, current; with the time shifts that close the gaps between their frames."""
-        config = self.config
-        sink = list(range(min(config.sink_chunks, chunk)))
-        attended = chunk if config.mode == "full" else config.recent_chunks
-        # The published code leaves its gap as soon as something is retrieved; with no room for that, always.
-        if not retrieved and config.retrieved_chunks:
-            attended += config.gap_chunks
-        recent = list(range(max(config.sink_chunks, chunk - attended, 0), chunk))
-        # Chunk numbers at which retrieved and sink chunks would stand next to the recent ones.
-        before = (recent[0] if recent else chunk) - len(retrieved)
-        shift = config.chunk_frames if config.rebase_time else 0
-        segments = []
-        for place, past in enumerate(sink):
-            moved = (before - len(sink) + place - past) * shift if config.rebase_sink else 0
-            segments.append(("sink", past, Segment(self._slot(past), config.chunk_tokens, moved)))
-        rows = self._bank.request(retrieved) if self._bank is not None else []
-        for place, (past, first) in enumerate(zip(retrieved, rows, strict=True)):
-            segments.append(("retrieved", past, Segment(first, config.banked_tokens, (before + place - past) * shift)))
-        for past in recent:
-            segments.append(("recent", past, Segment(self._slot(past), config.chunk_tokens)))
-        segments.append(("current", chunk, Segment(self._slot(chunk), config.chunk_tokens)))
-        return segments
-
-    def _store(self, chunk: int) -> None:
-        """Prune a whole chunk, all layers at once, from its slot into the bank's.
-
-        One call launches as much as it would for one layer. A copy to the host then begins when all layers are pruned,
-        not after the first: about 1 ms later, where the link takes some 36 ms for a chunk (14B, half of it kept).
-        """
-        config, k, v = self.config, self._pool.k, self._pool.v
-        row = self._bank.row_to_fill(chunk, self._descriptions[chunk])
-        self._bank.release()  # before pruning is queued: copies for the next window need not wait for it
-        if row is None:
-            del self._descriptions[chunk]
-            return
-        source = slice(self._slot(chunk), self._slot(chunk) + config.chunk_tokens)
-        target = slice(row, row + config.banked_tokens)
-        try:
-            compress_chunk(
-                k[:, source], v[:, source], frames=config.chunk_frames, keep_ratio=config.keep_ratio,
-                pooled=config.pooled, out_k=k[:, target], out_v=v[:, target], out_index=self._index,
-                backend=self._backend,
-            )  # fmt: skip
-            self._bank.stored(chunk)
-        except BaseException:
-            self._bank.break_off(chunk)
-            raise
-        del self._descriptions[chunk]
 
 
 def _check_finite(layer: int, **given: object) -> None:

@@ -96,8 +96,8 @@ def action_windows(actions: np.ndarray, first_frame: int, frames: int, seen_fram
 
 def frame_turns(config: ActionConfig, first_frame: int, frames: int) -> torch.Tensor:
     """exp(i f theta^(-2j / rope_dim)) for frames f and pairs j, complex64 [frames, rope_dim / 2]; angles in float64."""
-    exponents = -torch.arange(0, config.rope_dim, 2, dtype=torch.float64) / config.rope_dim
-    positions = torch.arange(first_frame, first_frame + frames, dtype=torch.float64)
+    exponents = -torch.arange(0, config.rope_dim, 2, dtype=torch.float64, device="cpu") / config.rope_dim
+    positions = torch.arange(first_frame, first_frame + frames, dtype=torch.float64, device="cpu")
     angles = positions[:, None] * config.rope_theta**exponents
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,9 @@ from torch import nn
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_HEADER = 100_000_000  # bytes, of the format's own definition
-_SHOWN = 5  # names in an error
+_LARGEST_SIZE = 2**20  # in a config.json: far beyond any model's, and small enough to multiply
+_MOST_DIMENSIONS = 64  # of a torch tensor
+_SHOWN, _SHOWN_LETTERS = 5, 200  # names in an error, and letters of each
 
 
 class StoredTensor(NamedTuple):
@@ -33,15 +37,15 @@ def read_layout(path: str | Path) -> dict[str, StoredTensor]:
         path: a .safetensors file, or a folder: with an index (*.safetensors.index.json) the files that it names,
             else all its .safetensors files, taken together.
 
-    A prefix "model." that all names have is taken off. Raises ValueError when there is no such file, the index or a
-    header is not valid, a file is shorter or longer than its header says, the index names a tensor that its file
-    lacks, or two files hold a tensor of the same name.
+    A prefix "model." that all names have is taken off. Raises ValueError, whatever the files hold, when there is no
+    such file, the index or a header is not valid, a file is shorter or longer than its header says, the index names a
+    tensor that its file lacks, or two files hold a tensor of the same name. OSError where the system cannot read.
     """
     path = Path(path)
     placed: dict[str, str] = {}
-    if path.is_dir():
+    if os.path.isdir(path):  # which has an answer for any name
         files, placed = _files_of(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         files = [path]
     else:
         raise ValueError(f"checkpoint: must be an existing folder or .safetensors file, got {path}")
@@ -50,31 +54,27 @@ def read_layout(path: str | Path) -> dict[str, StoredTensor]:
         for name, stored in _read_header(file).items():
             if name in layout:
                 raise ValueError(
-                    f"checkpoint: {name} must be in one file, got it in {layout[name].file.name} and {file.name} "
-                    f"of {file.parent}"
+                    f"checkpoint: {_shown(name)} must be in one file, got it in {layout[name].file.name} and "
+                    f"{file.name} of {file.parent}"
                 )
             layout[name] = stored
     for name, file_name in placed.items():
         if name not in layout or layout[name].file.name != file_name:
-            raise ValueError(f"checkpoint: {path / file_name} must hold {name} as the index says, got a file without")
+            raise ValueError(
+                f"checkpoint: {path / file_name} must hold {_shown(name)} as the index says, got a file without"
+            )
     if layout and all(name.startswith("model.") for name in layout):
         layout = {name.removeprefix("model."): stored for name, stored in layout.items()}
     return layout
 
 
-def load_parameters(op: str, module: nn.Module, layout: dict[str, StoredTensor], *, ignore: Sequence[str] = ()) -> None:
-    """Copy a checkpoint's tensors into a module's parameters, each into the dtype and to the device of its own.
+def check_parameters(
+    op: str, module: nn.Module, layout: Mapping[str, StoredTensor], *, ignore: Sequence[str] = ()
+) -> None:
+    """Raise ValueError where a checkpoint does not fit a module, which may be on the meta device.
 
-    One file is mapped at a time and one tensor copied at a time, so that host memory holds no more than one
-    tensor beside the file cache, which the system takes back when it needs to.
-
-    Args:
-        op: names the caller in errors.
-        layout: as `read_layout` gives it, with the names of the module's state dict.
-        ignore: names of stored tensors that the module has no use for.
-
-    Raises ValueError, before anything is copied, that lists the missing, the unexpected and the misshapen tensors
-    and those of a dtype that is not F64, F32, F16 or BF16.
+    Lists the missing, the unexpected and the misshapen tensors and those of a dtype that is not F64, F32, F16 or BF16.
+    Arguments as of `load_parameters`.
     """
     targets = module.state_dict()
     layout = {name: stored for name, stored in layout.items() if name not in ignore}
@@ -90,14 +90,42 @@ def load_parameters(op: str, module: nn.Module, layout: dict[str, StoredTensor],
         "of another dtype": [f"{name} {layout[name].dtype}" for name in both if layout[name].dtype not in _DTYPES],
     }
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {fault}: {_abbreviated(names)}" for fault, names in faults.items() if names)
+        told = "; ".join(f"{len(names)} {fault}: {abbreviated(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"{op}: checkpoint must hold the {len(targets)} tensors of its config, got {told}")
-    for file in sorted({stored.file for stored in layout.values()}):
-        mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-        for name in both:
-            if layout[name].file == file:
+
+
+def load_parameters(
+    op: str, module: nn.Module, layout: Mapping[str, StoredTensor], *, ignore: Sequence[str] = ()
+) -> None:
+    """Copy a checkpoint's tensors into a module's parameters, each into the dtype and to the device of its own.
+
+    One file is mapped at a time and one tensor copied at a time, so that host memory holds no more than one
+    tensor beside the file cache, which the system takes back when it needs to. The files must stay as they are until
+    all is copied.
+
+    Args:
+        op: names the caller in errors.
+        layout: as `read_layout` gives it, with the names of the module's state dict.
+        ignore: names of stored tensors that the module has no use for.
+
+    Raises ValueError, before anything is copied, as `check_parameters`, and where a file is gone or cut short since
+    its header was read.
+    """
+    check_parameters(op, module, layout, ignore=ignore)
+    ends: dict[Path, int] = {}
+    for stored in layout.values():
+        ends[stored.file] = max(stored.end, ends.get(stored.file, 0))
+    for file, end in ends.items():
+        size = file.stat().st_size if os.path.isfile(file) else 0
+        if size < end:
+            raise ValueError(f"{op}: {file} must have the {end} bytes that its header says, got {size} by now")
+    targets = module.state_dict()
+    for file, end in sorted(ends.items()):
+        mapped = torch.from_file(str(file), shared=False, size=end, dtype=torch.uint8)
+        for name, stored in layout.items():
+            if stored.file == file and name in targets:
                 with torch.no_grad():
-                    targets[name].copy_(_tensor(mapped, layout[name]))
+                    targets[name].copy_(_tensor(mapped, stored))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -106,8 +134,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises ValueError when it is not a JSON object.
     """
     path = Path(path)
-    path = (path if path.is_dir() else path.parent) / "config.json"
-    return _read_json(path) if path.is_file() else {}
+    path = (path if os.path.isdir(path) else path.parent) / "config.json"
+    return _read_json(path) if os.path.isfile(path) else {}
+
+
+def check_fields(
+    op: str, fields: Mapping[str, Any], names: Iterable[str], *, least: int = 1, kinds: tuple[type, ...] = (int,)
+) -> None:
+    """Raise ValueError where one of the named fields of a config.json is there, and is no size that a model has."""
+    for name in names:
+        value = fields.get(name, least)
+        if type(value) not in kinds or not least <= value <= _LARGEST_SIZE:
+            wanted = f"{'a number' if float in kinds else 'an integer'} from {least} to {_LARGEST_SIZE}"
+            raise ValueError(f"{op}: config.json must have {name} {wanted}, got {reprlib.repr(value)}")
 
 
 def _tensor(mapped: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
@@ -121,7 +160,7 @@ def _tensor(mapped: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The .safetensors files of a folder, and by tensor the name of the file that an index gives."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    indices = sorted(filter(os.path.isfile, folder.glob("*.safetensors.index.json")))
     if len(indices) > 1:
         raise ValueError(f"checkpoint: {folder} must hold one index, got {', '.join(i.name for i in indices)}")
     if indices:
@@ -130,11 +169,11 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if not named or not placed:
             raise ValueError(f"checkpoint: {indices[0]} must have a weight_map from tensors to files beside it")
         files = [folder / name for name in sorted(set(placed.values()))]
-        absent = [file.name for file in files if not file.is_file()]
+        absent = [file.name for file in files if not os.path.isfile(file)]
         if absent:
-            raise ValueError(f"checkpoint: {folder} must hold what its index names, got no {_abbreviated(absent)}")
+            raise ValueError(f"checkpoint: {folder} must hold what its index names, got no {abbreviated(absent)}")
         return files, placed
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(filter(os.path.isfile, folder.glob("*.safetensors")))
     if not files:
         inside = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
         hint = f"; its folders {', '.join(inside)} have some" if inside else ""
@@ -150,26 +189,16 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise ValueError(f"checkpoint: {file} must start with a safetensors header, got a file of {size} bytes")
         text = opened.read(length)
-    start = 8 + length
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        layout = {
-            name: StoredTensor(
-                file, entry["dtype"], tuple(map(int, entry["shape"])),
-                *(start + int(offset) for offset in entry["data_offsets"]),
-            )
-            for name, entry in header.items()
-        }  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"checkpoint: {file} must have a valid safetensors header, got {error!r}") from error
-    expected = start
+    header = _parsed(f"the header of {file}", text)
+    header.pop("__metadata__", None)
+    layout = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
+    expected = 8 + length
     for name, stored in sorted(layout.items(), key=lambda item: (item[1].begin, item[1].end)):
         wanted = math.prod(stored.shape) * _DTYPES[stored.dtype].itemsize if stored.dtype in _DTYPES else None
         if stored.begin != expected or stored.end < stored.begin or wanted not in (None, stored.end - stored.begin):
             raise ValueError(
-                f"checkpoint: {file} must have {name} {stored.dtype} {list(stored.shape)} from byte {expected} on, "
-                f"got bytes {stored.begin} to {stored.end}"
+                f"checkpoint: {file} must have {_shown(name)} {_shown(stored.dtype)} {list(stored.shape)} from byte "
+                f"{expected} on, got bytes {stored.begin} to {stored.end}"
             )
         expected = stored.end
     if size != expected:
@@ -177,16 +206,46 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     return layout
 
 
+def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    """Of a header whose data begin at byte `start`."""
+    dtype, shape, offsets = (
+        entry.get(field) if isinstance(entry, dict) else None for field in ("dtype", "shape", "data_offsets")
+    )
+    if not (isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
+        raise ValueError(
+            f"checkpoint: the header of {file} must give {_shown(name)} a dtype, a shape and two data_offsets, "
+            f"got {reprlib.repr(entry)}"
+        )
+    return StoredTensor(file, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _are_counts(found: Any) -> bool:
+    few = isinstance(found, list) and len(found) <= _MOST_DIMENSIONS
+    return few and all(type(n) is int and 0 <= n < 2**63 for n in found)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _LARGEST_HEADER:
+        raise ValueError(f"checkpoint: {path} must be JSON of at most {_LARGEST_HEADER} bytes, got {size}")
+    return _parsed(str(path), path.read_bytes())
+
+
+def _parsed(what: str, text: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"checkpoint: {path} must be JSON, got {error}") from error
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint: {what} must be JSON, got {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"checkpoint: {path} must be a JSON object, got {type(found).__name__}")
+        raise ValueError(f"checkpoint: {what} must be a JSON object, got {type(found).__name__}")
     return found
 
 
-def _abbreviated(names: Sequence[str]) -> str:
+def _shown(name: str) -> str:
+    return name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}..."
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """The first few names, for an error."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(map(_shown, names[:_SHOWN])) + more

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from . import wan
-from .checkpoint import StoredTensor, load_parameters, read_config, read_layout
+from .checkpoint import StoredTensor, check_parameters, load_parameters, read_config, read_layout
 
+_MADE_LAYERS = 1000  # on the meta device, to tell what a checkpoint lacks; not so many as a config.json may ask for
 _MASK_CHANNELS = 4  # of the image conditions: first of all, a latent frame's 4 video frames are given or not
 
 Model = TypeVar("Model", bound="Denoiser")
@@ -53,7 +54,7 @@ class Denoiser(nn.Module, ABC):
         self.chunk_frames = config.chunk_frames
         self.latent_shape = (config.latent_channels, wan.PATCH[1] * config.grid[0], wan.PATCH[2] * config.grid[1])
         self.sigmas = config.sigmas
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, dtype=torch.uint8, device=device).device
         self.dtype = dtype
         dim, in_channels = config.dim, config.latent_channels + config.condition_channels
         with torch.device("meta"):
@@ -98,7 +99,8 @@ class Denoiser(nn.Module, ABC):
             config: of the model; None for what the folder's config.json and the tensors' shapes say.
             config_overrides: fields of the config to change.
 
-        Raises ValueError when there is neither a config nor a config.json, and as read_layout and load_parameters.
+        Raises ValueError when there is neither a config nor a config.json, where that names no sizes of a model, and as
+        read_layout and load_parameters; what does not fit is told before the model takes memory.
         """
         layout = read_layout(folder)
         if config is None:
@@ -108,6 +110,11 @@ class Denoiser(nn.Module, ABC):
             config = cls._published_config(fields, layout, config_overrides)
         else:
             config = replace(config, **config_overrides)
+        if config.num_layers > max(len(layout), _MADE_LAYERS):
+            raise ValueError(
+                f"{cls.__name__}: checkpoint must hold the tensors of {config.num_layers} layers, got {len(layout)}"
+            )
+        check_parameters(cls.__name__, cls(config, device="meta", dtype=dtype, hoist=hoist), layout)
         model = cls(config, device=device, dtype=dtype, hoist=hoist)
         load_parameters(cls.__name__, model, layout)
         return model
@@ -143,7 +150,7 @@ class Denoiser(nn.Module, ABC):
         """
         if image is None:
             shape = (2, self.config.condition_channels, *self.latent_shape[1:])
-            frames = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1))
+            frames = wan.normal(shape, self.seed + 1)
             frames[0, :_MASK_CHANNELS], frames[1, :_MASK_CHANNELS] = 1, 0
         else:
             frames = image.transpose(0, 1)

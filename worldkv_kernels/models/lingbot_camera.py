@@ -63,8 +63,8 @@ def ray_map(
     numbers = np.concatenate([steps[:, :3].reshape(-1, 12), intrinsics * scale], axis=1).astype(np.float32)
     numbers = torch.from_numpy(numbers).to(device)[:, None, None]  # [frames, 1, 1, 16]
     fx, fy, cx, cy = numbers[..., 12:].unbind(-1)
-    u = (torch.arange(width, device=device) + 0.5 - cx) / fx  # [frames, 1, width]
-    v = (torch.arange(height, device=device)[:, None] + 0.5 - cy) / fy  # [frames, height, 1]
+    u = (torch.arange(width, dtype=torch.float32, device=device) + 0.5 - cx) / fx  # [frames, 1, width]
+    v = (torch.arange(height, dtype=torch.float32, device=device)[:, None] + 0.5 - cy) / fy  # [frames, height, 1]
     local = torch.stack(torch.broadcast_tensors(u, v, torch.ones_like(u)), dim=-1)
     local = local / local.norm(dim=-1, keepdim=True)
     pose = numbers[..., :12].unflatten(-1, (3, 4))  # [frames, 1, 1, 3, 4]

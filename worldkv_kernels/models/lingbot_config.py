@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..memory.config import MemoryConfig
+from .checkpoint import abbreviated, check_fields
 from .wan import PATCH
 
 CONTROL_CHANNELS = {"camera": 6, "action": 7}
@@ -94,8 +96,10 @@ class LingBotConfig:
 
     @classmethod
     def v2_14b(cls, **overrides: Any) -> LingBotConfig:
-        """Version 2 at 14B: 4 evenly spaced steps with shift 5, a window of 18 frames, 6 of them the sink."""
-        of_version = dict(sigmas=flow_sigmas((0, 250, 500, 750), shift=5), sink_frames=6, recent_frames=9)
+        """Version 2 at 14B, as it is launched: 4 evenly spaced steps with shift 10 (its function's own default is 5), a
+        window of 18 frames, 6 of them the sink."""
+        recent = max(0, 18 - 6 - overrides.get("chunk_frames", cls.chunk_frames))
+        of_version = dict(sigmas=flow_sigmas((0, 250, 500, 750), shift=10), sink_frames=6, recent_frames=recent)
         return cls(**{**of_version, **overrides})
 
     @classmethod
@@ -111,16 +115,20 @@ class LingBotConfig:
         """
         for field, known in _PUBLISHED_CONSTANTS.items():
             if field in fields and fields[field] not in known:
-                raise ValueError(f"LingBotConfig: config.json must have {field} {known[0]}, got {fields[field]}")
+                got = reprlib.repr(fields[field])
+                raise ValueError(f"LingBotConfig: config.json must have {field} {known[0]}, got {got}")
+        sizes = [field for field in (*_PUBLISHED_FIELDS, "dim", "in_dim", "in_channels") if field != "eps"]
+        check_fields("LingBotConfig", fields, sizes)
+        check_fields("LingBotConfig", fields, ["eps"], least=0, kinds=(int, float))
         found = {ours: fields[theirs] for theirs, ours in _PUBLISHED_FIELDS.items() if theirs in fields}
-        if "dim" in fields and found.get("num_heads"):
+        if "dim" in fields and "num_heads" in found:
             found["head_dim"] = fields["dim"] // found["num_heads"]
         in_channels = fields.get("in_dim", fields.get("in_channels"))
         if in_channels is not None and "latent_channels" in found:
             found["condition_channels"] = in_channels - found["latent_channels"]
         missing = [field for field in ("num_layers", "num_heads", "ffn_dim") if field not in {**found, **overrides}]
         if missing:
-            raise ValueError(f"LingBotConfig: config.json must have {', '.join(missing)}, got {', '.join(fields)}")
+            raise ValueError(f"LingBotConfig: config.json must have {', '.join(missing)}, got {abbreviated([*fields])}")
         return cls(**{**found, **overrides})
 
     @property

@@ -237,7 +237,7 @@ class LingBotWorldFast(Denoiser):
         """Rows of the given text and zeros, or the stand-in: [text_tokens, text_dim]."""
         tokens, config = self.config.text_tokens, self.config
         if text is None:
-            text = torch.randn(tokens, config.text_dim, generator=torch.Generator().manual_seed(self.seed))
+            text = wan.normal((tokens, config.text_dim), self.seed)
         text = text.to(self.device, self.dtype)
         return F.pad(text, (0, 0, 0, tokens - len(text)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .matrix_game_config import MatrixGameConfig
 from .rollout import Controls
 
 _OP = "MatrixGame2"
+_KEYBOARD_EMBEDDING = re.compile(r"blocks\.([0-9]{1,6})\.action_model\.keyboard_embed\.0\.weight")
 
 
 class MatrixGameConditions(NamedTuple):
@@ -147,7 +149,7 @@ class MatrixGame2(Denoiser):
         turns = frame_turns(actions, *local)
         buffers.local_turns[:attended].copy_(turns)
         buffers.turns.copy_(turns[-frames:])
-        buffers.rows.copy_(torch.arange(start_frame, end) % actions.local_frames)
+        buffers.rows.copy_(torch.arange(start_frame, end, dtype=torch.int64, device="cpu") % actions.local_frames)
         last = len(of_rollout.image_latents) - 1
         image = torch.stack([of_rollout.image_latents[min(frame, last)] for frame in range(start_frame, end)])
         buffers.patches.copy_(wan.patchify(image))
@@ -263,17 +265,14 @@ class MatrixGame2(Denoiser):
         """The given ones, or the stand-in: [image_tokens, image_dim]."""
         if tokens is None:
             shape = (self.config.image_tokens, self.config.image_dim)
-            tokens = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+            tokens = wan.normal(shape, self.seed)
         return tokens.to(self.device, self.dtype)
 
 
 def _with_actions_of(layout: Mapping[str, StoredTensor], fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config.json with the actions that a checkpoint's tensors are for."""
-    embeddings = {
-        int(name.split(".")[1]): stored.shape
-        for name, stored in layout.items()
-        if name.startswith("blocks.") and name.endswith(".action_model.keyboard_embed.0.weight")
-    }
+    named = ((_KEYBOARD_EMBEDDING.fullmatch(name), stored.shape) for name, stored in layout.items())
+    embeddings = {int(found[1]): shape for found, shape in named if found and len(shape) == 2}
     if not embeddings:
         return fields  # then loading tells what is missing
     of_tensors = {

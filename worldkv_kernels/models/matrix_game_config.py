@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory.config import MemoryConfig
 from .action_module import ROWS, ActionConfig
+from .checkpoint import abbreviated, check_fields
 from .lingbot_config import flow_sigmas
 from .wan import PATCH
 
 # Steps 1000, 666, 333 and 1000, 750, 500, 250 of the published schedule, which counts down.
 _THREE_STEPS = flow_sigmas((0, 334, 667), shift=5)
 _FOUR_STEPS = flow_sigmas((0, 250, 500, 750), shift=5)
+
+_OF_THE_ACTIONS: Any = None  # of recent_frames, where they are not given
 
 # What the published configs may say and the model always does.
 _PUBLISHED_CONSTANTS = {"model_type": "i2v", "sink_size": 0}
@@ -37,7 +40,8 @@ class MatrixGameConfig:
 
     `grid` is (height, width) in tokens of one latent frame: 16 x 16 pixels each. `action_layers` are the blocks with
     an action module, of the sizes in `actions`. `sigmas`: the noise levels of the denoising passes. `sink_frames` and
-    `recent_frames` (past ones, in latent frames) are the model's own window, `memory`'s default.
+    `recent_frames` (past ones, in latent frames) are the model's own window, `memory`'s default; by default no sink and
+    what the actions' local_frames leave beside the current chunk.
 
     Raises ValueError when a size is below 1 or odd where it must be even, head_dim is not 64 or 128, an action layer
     is not a block, or the actions' local_frames are fewer than chunk_frames.
@@ -59,7 +63,7 @@ class MatrixGameConfig:
     action_layers: tuple[int, ...] = tuple(range(15))
     sigmas: tuple[float, ...] = _THREE_STEPS
     sink_frames: int = 0
-    recent_frames: int = 3
+    recent_frames: int = _OF_THE_ACTIONS
 
     def __post_init__(self) -> None:
         sizes = ("ffn_dim", "latent_channels", "condition_channels", "image_tokens", "image_dim", "frequency_dim")
@@ -77,6 +81,8 @@ class MatrixGameConfig:
                 f"MatrixGameConfig: actions must have local_frames of at least chunk_frames={self.chunk_frames}, "
                 f"got {self.actions.local_frames}"
             )
+        if self.recent_frames is None:
+            object.__setattr__(self, "recent_frames", self.actions.local_frames - self.chunk_frames)
         self.memory()  # checks the rest
 
     @classmethod
@@ -86,11 +92,7 @@ class MatrixGameConfig:
 
     @classmethod
     def gta_drive(cls, **overrides: Any) -> MatrixGameConfig:
-        """Drives by W, S and steers by the mouse.
-
-        Its published window of 4 frames begins inside a chunk. The action modules have it; a memory keeps whole
-        chunks, so `recent_frames` is 3, which makes 6, and 0 would leave a chunk alone.
-        """
+        """Drives by W, S and steers by the mouse; a window of 4 frames, which begins inside a chunk."""
         return cls(**{"actions": ActionConfig(keyboard_dim=2, local_frames=4), **overrides})
 
     @classmethod
@@ -108,13 +110,19 @@ class MatrixGameConfig:
         describes what the model has not.
         """
         of_actions = fields.get("action_config") or {}
+        if not isinstance(of_actions, dict):
+            got = reprlib.repr(of_actions)
+            raise ValueError(f"MatrixGameConfig: config.json must have action_config an object, got {got}")
         for found, constants in ((fields, _PUBLISHED_CONSTANTS), (of_actions, _PUBLISHED_ACTION_CONSTANTS)):
             for name, wanted in constants.items():
                 if name in found and found[name] != wanted:
-                    raise ValueError(f"MatrixGameConfig: config.json must have {name} {wanted}, got {found[name]}")
+                    got = reprlib.repr(found[name])
+                    raise ValueError(f"MatrixGameConfig: config.json must have {name} {wanted}, got {got}")
         missing = [name for name in ("num_layers", "num_heads", "dim", "ffn_dim") if name not in fields]
         if missing:
-            raise ValueError(f"MatrixGameConfig: config.json must have {', '.join(missing)}, got {', '.join(fields)}")
+            got = abbreviated([*fields])
+            raise ValueError(f"MatrixGameConfig: config.json must have {', '.join(missing)}, got {got}")
+        _check_published(fields, of_actions)
         sizes = {ours: of_actions[theirs] for theirs, ours in _PUBLISHED_ACTION_FIELDS.items() if theirs in of_actions}
         if "keyboard_hidden_dim" in of_actions and "heads_num" in of_actions:
             sizes["head_dim"] = of_actions["keyboard_hidden_dim"] // of_actions["heads_num"]
@@ -132,8 +140,6 @@ class MatrixGameConfig:
             found["condition_channels"] = fields["in_dim"] - fields["out_dim"]
         if "blocks" in of_actions:
             found["action_layers"] = tuple(of_actions["blocks"])
-        chunk_frames = overrides.get("chunk_frames", cls.chunk_frames)
-        found["recent_frames"] = math.ceil((actions.local_frames - chunk_frames) / chunk_frames) * chunk_frames
         found["sigmas"] = _THREE_STEPS if actions.mouse_dim else _FOUR_STEPS
         return cls(**{**found, "actions": actions, **overrides})
 
@@ -152,3 +158,20 @@ class MatrixGameConfig:
             sink_frames=self.sink_frames, recent_frames=self.recent_frames,
         )  # fmt: skip
         return MemoryConfig(**{**of_model, **options})
+
+
+def _check_published(fields: dict[str, Any], of_actions: dict[str, Any]) -> None:
+    """Raise ValueError where a field that `from_published` reads is none that a model has."""
+    op, numbers = "MatrixGameConfig", dict(least=0, kinds=(int, float))
+    sizes = [name for name in (*_PUBLISHED_FIELDS, "dim", "in_dim", "local_attn_size") if name != "eps"]
+    check_fields(op, fields, sizes)
+    check_fields(op, fields, ["eps"], **numbers)
+    of_one = [name for name in _PUBLISHED_ACTION_FIELDS if name not in ("mouse_dim_in", "rope_theta")]
+    check_fields(op, of_actions, [*of_one, "keyboard_hidden_dim"])
+    check_fields(op, of_actions, ["mouse_dim_in"], least=0)
+    check_fields(op, of_actions, ["rope_theta"], **numbers)
+    for name, fewest in (("blocks", 0), ("rope_dim_list", 1)):
+        found = of_actions.get(name, [0])
+        right = isinstance(found, list) and len(found) >= fewest and all(type(n) is int for n in found)
+        if not right:
+            raise ValueError(f"{op}: config.json must have {name} a list of integers, got {reprlib.repr(found)}")

@@ -155,7 +155,8 @@ def stream(
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
     """Standard normal fp32 numbers on the CPU, a function of the arguments alone."""
     (state,) = np.random.SeedSequence((seed, chunk, step)).generate_state(1, np.uint64)
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(state >> np.uint64(1))))
+    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _chunks(

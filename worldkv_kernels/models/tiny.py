@@ -104,18 +104,20 @@ class TinyWorldModel(nn.Module):
         dim = config.dim
         self.chunk_frames = config.chunk_frames
         self.latent_shape = (config.latent_channels, wan.PATCH[1] * config.grid[0], wan.PATCH[2] * config.grid[1])
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, dtype=torch.uint8, device=device).device
 
-        self.patch_embedding = nn.Conv3d(config.latent_channels, dim, wan.PATCH, wan.PATCH)
-        self.patch_embedding_wancamctrl = nn.Linear(6, dim)
-        self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim)
-        self.c2ws_hidden_states_layer2 = nn.Linear(dim, dim)
-        self.text_embedding = wan.text_embedding(config.text_dim, dim)
-        self.time_embedding = wan.time_embedding(config.frequency_dim, dim)
-        self.time_projection = wan.time_projection(dim)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
-        self.head = _Head(config)
-        self.register_buffer("prompt", torch.empty(config.text_tokens, config.text_dim), persistent=False)
+        with torch.device("meta"):
+            self.patch_embedding = nn.Conv3d(config.latent_channels, dim, wan.PATCH, wan.PATCH)
+            self.patch_embedding_wancamctrl = nn.Linear(6, dim)
+            self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim)
+            self.c2ws_hidden_states_layer2 = nn.Linear(dim, dim)
+            self.text_embedding = wan.text_embedding(config.text_dim, dim)
+            self.time_embedding = wan.time_embedding(config.frequency_dim, dim)
+            self.time_projection = wan.time_projection(dim)
+            self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+            self.head = _Head(config)
+            self.register_buffer("prompt", torch.empty(config.text_tokens, config.text_dim), persistent=False)
+        self.float().to_empty(device="cpu")
         self._draw_weights(torch.Generator().manual_seed(seed))
         for name, parameter in self.named_parameters():
             wide = any(part in name for part in wan.FP32_PARAMETERS)
@@ -171,7 +173,7 @@ class TinyWorldModel(nn.Module):
 
     def _draw_weights(self, generator: torch.Generator) -> None:
         for name, parameter in [*self.named_parameters(), ("prompt", self.prompt)]:
-            drawn = torch.randn(parameter.shape, generator=generator)
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
             if name.endswith("bias"):
                 drawn *= 0.05
             elif parameter.dim() == 1:  # of a norm

@@ -201,6 +201,12 @@ def allocate(
             owner.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
 
+def normal(shape: Sequence[int], seed: int) -> torch.Tensor:
+    """Standard normal fp32 numbers on the CPU, from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
 @torch.no_grad()
 def draw_parameters(module: nn.Module, seed: int, gains: Mapping[str, float]) -> None:
     """Draw all parameters where they lie, one after the other, so that no second copy of the weights exists.

@@ -181,13 +181,32 @@ def dtype_tolerance(dtype: torch.dtype) -> float:
     return {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
 
 
-LIBRARY = torch.library.Library("worldkv", "DEF")
+def _library() -> torch.library.Library:
+    """The namespace of torch.ops that this copy of the package has to itself.
+
+    A process may hold several copies, such as one that was imported anew and what its old objects still call, or one
+    vendored under another name; their schemas may differ. The first has `worldkv`, and the others `worldkv_2` and so
+    on. Nobody takes a namespace over: compiled graphs, and whoever kept an op, go on calling the copy that they know.
+    """
+    copy, namespace = 1, "worldkv"
+    while True:
+        try:
+            return torch.library.Library(namespace, "DEF")
+        except RuntimeError as error:
+            if "Only a single TORCH_LIBRARY" not in str(error):
+                raise
+        copy += 1
+        namespace = f"worldkv_{copy}"
+
+
+LIBRARY = globals().get("LIBRARY") or _library()  # kept by a reload in place: the ops go with the object
+OPS = getattr(torch.ops, LIBRARY.ns)
 
 
 def register(schema: str, implementation: Callable[..., None]) -> None:
-    """Define torch.ops.worldkv.<op>. The ops only write into tensors they are given, so the fake does nothing."""
+    """Define OPS.<op>. The ops only write into tensors they are given, so the fake does nothing."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, ranged(name)(implementation), key)
-    torch.library.register_fake(f"worldkv::{name}", lambda *args: None, lib=LIBRARY)
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", lambda *args: None, lib=LIBRARY)

@@ -11,19 +11,20 @@ import torch
 from ..checks import (
     HEAD_DIMS,
     Pieces,
+    as_number,
     bad_type,
     bad_value,
     check_backend,
     check_bool,
     check_heads,
+    check_int64,
     check_integer,
     check_layout,
-    check_number,
     check_tensor,
 )
 from ..reference.compress_chunk import compress_chunk as reference
 from . import cuda
-from .backends import Backend, OpBackends, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, exact, on_current_device, register, triton_unavailable
 
 _OP = "compress_chunk"
 _MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
@@ -106,8 +107,8 @@ def compress_chunk(
     *layers, tokens, heads, head_dim = k.shape
     check_layout(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k)
     check_integer(_OP, "frames", frames)
-    check_number(_OP, "keep_ratio", keep_ratio)
-    check_integer(_OP, "anchor", anchor)
+    keep_ratio = as_number(_OP, "keep_ratio", keep_ratio)
+    check_int64(_OP, "anchor", anchor)
     check_bool(_OP, "pooled", pooled)
     check_backend(_OP, backend)
     _check_frames(tokens, frames)
@@ -126,7 +127,7 @@ def compress_chunk(
         out_index = torch.empty(kept, dtype=torch.int32, device=k.device)
     else:
         check_layout(_OP, "out_index", out_index, kept, like=k)
-    torch.ops.worldkv.compress_chunk(
+    OPS.compress_chunk(
         k, v, out_k, out_v, out_index, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
         backend or "auto",
     )  # fmt: skip
@@ -214,12 +215,12 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     """Two layers of three frames of 40 tokens whose similarities are far apart, so that rounding moves no token."""
     dtype, head_dim, pooled, whole, _ = kind
     generator = torch.Generator().manual_seed(0)
-    base, noise = torch.randn(2, 1, 2, head_dim, generator=generator)
-    order = torch.stack([torch.randperm(120, generator=generator) for _ in range(2)])
-    share = torch.linspace(-1, 1, 120)[order].view(2, 120, 1, 1)
+    base, noise = torch.randn(2, 1, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu")
+    order = torch.stack([torch.randperm(120, generator=generator, dtype=torch.int64, device="cpu") for _ in range(2)])
+    share = torch.linspace(-1, 1, 120, dtype=torch.float32, device="cpu")[order].view(2, 120, 1, 1)
     share[:, 40:80] = 1.0  # the anchor frame
     k = (base * share + noise * (1 - share.abs())).to(device, dtype)
-    v = torch.randn(2, 120, 2, head_dim, generator=generator).to(device, dtype)
+    v = torch.randn(2, 120, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
     keep = 40 if whole else 11
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import torch
 
+_EXTENSION = f"{__package__.rpartition('.')[0]}._cuda"  # of this copy of the package, whatever its name
+_NOTE = Path(__file__).parents[1] / "_cuda_missing.txt"  # what setup.py says of an extension that it did not build
 _MAX_APPEND_COLUMNS = 8192  # of a row that a block of csrc/append holds in its registers
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def architectures() -> list[str]:
     """What the extension was compiled for, such as ["80", "90a"]; empty without the extension."""
-    return [] if missing() else importlib.import_module("worldkv_kernels._cuda").architectures.split(",")
+    return [] if missing() else importlib.import_module(_EXTENSION).architectures.split(",")
 
 
 def missing() -> str | None:
     """Why the extension cannot be imported; None when it can."""
     try:
-        importlib.import_module("worldkv_kernels._cuda")
+        importlib.import_module(_EXTENSION)
     except ModuleNotFoundError:
-        return "the extension is not built (install where nvcc is, or see WORLDKV_CUDA in setup.py)"
+        why = f": {_NOTE.read_text().strip()}" if _NOTE.exists() else ""
+        return f"the extension is not built{why} (WORLDKV_CUDA=1 pip install --no-cache-dir insists on it)"
     except ImportError as error:  # it is there, and does not fit this Python or this system
         return f"the extension cannot be loaded: {error}"
     return None
@@ -85,7 +89,7 @@ def norm_rope_append(
 ) -> None:
     """Launch csrc/append on the current stream. Takes what `append_unsupported` lets through."""
     on_device = isinstance(first_row, torch.Tensor)
-    importlib.import_module("worldkv_kernels._cuda").norm_rope_append(
+    importlib.import_module(_EXTENSION).norm_rope_append(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), q_out=q_out.data_ptr(),
         k_pool=k_pool.data_ptr(), v_pool=v_pool.data_ptr(),
         q_weight=_address(q_weight), k_weight=_address(k_weight), table=_address(table),
@@ -126,7 +130,7 @@ def compress_chunk(
     if keep < frame_tokens and frames > 1:  # the mean key, a number a candidate, a counter a group, and one more
         words = layers * (heads * head_dim + tokens - frame_tokens + (1 if pooled else frames - 1)) + 1
     workspace = torch.empty(words, dtype=torch.int32, device=k.device)
-    importlib.import_module("worldkv_kernels._cuda").compress_chunk(
+    importlib.import_module(_EXTENSION).compress_chunk(
         k=k.data_ptr(), v=v.data_ptr(), out_k=out_k.data_ptr(), out_v=out_v.data_ptr(), index=index.data_ptr(),
         workspace=workspace.data_ptr(), workspace_bytes=4 * words,
         stride_k_layer=k.stride(0), stride_v_layer=v.stride(0),

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 
 from ..checks import (
+    as_number,
     bad_type,
     bad_value,
     check_apart,
     check_backend,
     check_bool,
     check_heads,
-    check_integer,
+    check_int64,
     check_layout,
-    check_number,
     check_tensor,
     is_integer,
     readable,
@@ -24,7 +24,7 @@ from ..checks import (
 from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
 from . import cuda
-from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "norm_rope_append"
 
@@ -92,7 +92,9 @@ def norm_rope_append(
             check_layout(_OP, name, weight, (columns,), like=k_pool)
     if not (isinstance(grid, (tuple, list)) and all(map(is_integer, grid))):
         raise bad_type(_OP, "grid", "(frames, height, width) of integers", grid)
-    check_number(_OP, "eps", eps)
+    for count in grid:
+        check_int64(_OP, "grid", count)
+    eps = as_number(_OP, "eps", eps)
     check_bool(_OP, "round_before_rope", round_before_rope)
     check_backend(_OP, backend)
     if rope is not None and not isinstance(rope, Rope3D):
@@ -106,13 +108,13 @@ def norm_rope_append(
         position = first_row, start_frame
         first_row = start_frame = 0
     else:
-        check_integer(_OP, "first_row", first_row)
-        check_integer(_OP, "start_frame", start_frame)
+        check_int64(_OP, "first_row", first_row)
+        check_int64(_OP, "start_frame", start_frame)
     if out is None:
         out = torch.empty((q.shape[0], heads, head_dim), dtype=q.dtype, device=q.device)
     else:
         check_layout(_OP, "out", out, (q.shape[0], heads, head_dim), like=k_pool)
-    torch.ops.worldkv.norm_rope_append(
+    OPS.norm_rope_append(
         q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
         *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),
         q_weight, k_weight, eps, round_before_rope, backend or "auto",
@@ -206,9 +208,10 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     dtype, heads, head_dim, q_weight_dtype, k_weight_dtype, has_rope, round_before_rope, _ = kind
     generator = torch.Generator().manual_seed(0)
     columns = heads * head_dim
-    q, k, v = (torch.randn(30, columns, generator=generator).to(device, dtype) for _ in range(3))
+    fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
+    q, k, v = (torch.randn(30, columns, **fp32).to(device, dtype) for _ in range(3))
     q_weight, k_weight = (
-        torch.randn(columns, generator=generator).to(device, of) if of is not None else None
+        torch.randn(columns, **fp32).to(device, of) if of is not None else None
         for of in (q_weight_dtype, k_weight_dtype)
     )
     rope = Rope3D(head_dim, max_position=64)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from functools import cache
 from pathlib import Path
 
 import torch
 
 REPOSITORY_LIST = Path(__file__).with_name("proven.json")
+_WANTED = "{'cuda': {op: [architectures]}}"
 
 
 def user_list() -> Path:
@@ -24,17 +26,23 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def _read(path: Path) -> dict[str, list[str]]:
+    """The architectures by op, none where there is no file. Raises ValueError naming a file that is no such list."""
+    try:
+        listed = json.loads(path.read_text())["cuda"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"proven: {path} must hold {_WANTED}, got {error!r}") from error
+    lists = listed.values() if isinstance(listed, dict) else [None]
+    if not all(isinstance(archs, list) and all(isinstance(arch, str) for arch in archs) for archs in lists):
+        raise ValueError(f"proven: {path} must hold {_WANTED}, got {reprlib.repr(listed)}")
+    return listed
+
+
 @cache
 def _lists() -> tuple[dict[str, list[str]], ...]:
-    lists = []
-    for path in (REPOSITORY_LIST, user_list()):
-        try:
-            lists.append(json.loads(path.read_text())["cuda"])
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"proven: {path} must hold {{'cuda': {{op: [architectures]}}}}, got {error!r}") from error
-    return tuple(lists)
+    return tuple(_read(path) for path in (REPOSITORY_LIST, user_list()))
 
 
 def is_proven(op: str, device: torch.device) -> bool:
@@ -45,7 +53,7 @@ def is_proven(op: str, device: torch.device) -> bool:
 def record(op: str, device: torch.device) -> Path:
     """Add `op` on this device's architecture to the user's list."""
     path = user_list()
-    proven = json.loads(path.read_text())["cuda"] if path.exists() else {}
+    proven = _read(path)
     proven[op] = sorted({*proven.get(op, ()), architecture(device)})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"cuda": proven}, indent=2) + "\n")

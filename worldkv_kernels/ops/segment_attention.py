@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 
@@ -23,11 +24,41 @@ from ..checks import (
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
 from ..window import TILE_ROWS, Segment, Window
-from .backends import Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
+from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
 
 _OP = "segment_attention"
 
 
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[False] = False, return_mass: Literal[False] = False,
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[True], return_mass: Literal[False] = False,
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[False] = False, return_mass: Literal[True],
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: Literal[True], return_mass: Literal[True],
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def segment_attention(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
+    return_lse: bool = False, return_mass: bool = False,
+    out: torch.Tensor | None = None, backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]: ...  # fmt: skip
 def segment_attention(
     q: torch.Tensor,
     k_pool: torch.Tensor,
@@ -101,7 +132,7 @@ def segment_attention(
         check_layout(_OP, "out", out, (q_len, heads, head_dim), like=q)
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
-    torch.ops.worldkv.segment_attention(
+    OPS.segment_attention(
         q, k_pool, v_pool, *window.tables, out, lse, mass, scale, window.has_shift, backend or "auto",
     )  # fmt: skip
     if lse is None and mass is None:
@@ -187,7 +218,8 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     capacity lets a kernel cut the keys into parts."""
     dtype, head_dim, has_shift, with_lse, with_mass, rows_in_order = kind
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, 2, head_dim, generator=generator).to(device, dtype) for n in (200, 640, 640))
+    fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
+    q, k, v = (torch.randn(n, 2, head_dim, **fp32).to(device, dtype) for n in (200, 640, 640))
     if not rows_in_order:
         k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
     segments = [Segment(256, 300, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 128)]
@@ -201,8 +233,8 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
         results = {}
         for name, window in zip(("", " of a cut window"), windows, strict=True):
             out = torch.full_like(q, float("nan"))
-            lse = torch.full((2, 200), float("nan"), device=device) if with_lse else None
-            mass = torch.full((2, 3), float("nan"), device=device) if with_mass else None
+            lse = torch.full((2, 200), float("nan"), dtype=torch.float32, device=device) if with_lse else None
+            mass = torch.full((2, 3), float("nan"), dtype=torch.float32, device=device) if with_mass else None
             run(q, k, v, *window.tables, out, lse, mass, scale=head_dim**-0.5, has_shift=has_shift)
             made = {f"out{name}": out, f"lse{name}": lse, f"mass{name}": mass}
             results.update((output, x) for output, x in made.items() if x is not None)

@@ -28,7 +28,7 @@ def compress_chunk(
 def _kept(k: torch.Tensor, frames: int, keep: int, pooled: bool, anchor: int) -> torch.Tensor:
     """The kept tokens of one layer."""
     frame_tokens = k.shape[0] // frames
-    token = torch.arange(k.shape[0], device=k.device).view(frames, frame_tokens)
+    token = torch.arange(k.shape[0], dtype=torch.int64, device=k.device).view(frames, frame_tokens)
     others = [f for f in range(frames) if f != anchor]
     if keep >= frame_tokens or not others:
         return torch.cat([token[anchor], *(token[f] for f in others)])

@@ -25,7 +25,7 @@ def norm_rope_append(
 ) -> None:
     """Same contract as the public op, into `q_out` and the pools' rows."""
     tokens = q.shape[0]
-    rows = torch.arange(tokens, device=q.device) + first_row
+    rows = torch.arange(tokens, dtype=torch.int64, device=q.device) + first_row
     factors = None
     if table is not None:
         factors = _factors(table, start_frame, grid, pairs)
@@ -39,7 +39,7 @@ def _factors(
 ) -> torch.Tensor:
     """Cosine and sine of every token's pairs, [tokens, 1, head_dim / 2, 2]."""
     frames, height, width = grid
-    token = torch.arange(frames * height * width, device=table.device)
+    token = torch.arange(frames * height * width, dtype=torch.int64, device=table.device)
     frame = token // (height * width) + start_frame
     row = token // width % height
     col = token % width

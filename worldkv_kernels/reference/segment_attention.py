@@ -76,7 +76,7 @@ def _segment_rows(
     tiles, tail_rows = tiles[:, 0].cpu(), tail_rows[:, 0].cpu()
     segments = []
     for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + num].tolist():
-        full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS)
+        full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS, dtype=torch.int64, device="cpu")
         segments.append(torch.cat([full.flatten(), tail_rows[tail_lo:tail_hi]]))
     return segments
 

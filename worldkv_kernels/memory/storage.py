@@ -1,0 +1,122 @@
+"""Storage: the rows of a memory's keys and values, of whole chunks in the pool and of older ones in the bank."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from ..ops.compress_chunk import compress_chunk
+from ..window import Segment
+from .bank import Bank
+from .config import MemoryConfig
+from .plan import Piece, ring_chunks, whole_chunks
+from .pool import Pool
+from .retrieval import RetrievalPolicy
+from .room import bank_places, check_room
+from .slots import COUNTS
+
+
+class Storage:
+    """Slots of the pool for the sink and for the chunks that are whole, one after the other in a ring; and the bank.
+
+    All of it is allocated here, once. `bank` is None in a mode without one. `max_chunks`: how many chunks a rollout can
+    have, for the rope's positions or, in mode "full", for the pool.
+
+    Raises ValueError when it does not fit the memory that is free, with the numbers.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        policy: RetrievalPolicy,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str | None,
+    ) -> None:
+        self._config, self._backend = config, backend
+        sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
+        self._token_bytes = 2 * config.num_layers * config.num_heads * config.head_dim * dtype.itemsize  # K and V
+        whole, banked = config.chunk_tokens, config.banked_tokens
+        rope = config.make_rope()
+        self.max_chunks = rope.max_position // config.chunk_frames if rope else sys.maxsize
+        slot_bytes = Pool.slot_bytes(whole if config.mode == "full" else banked, dtype=dtype, **sizes)
+        places = bank_places(config, device, slot_bytes, self.max_chunks)
+        if config.mode == "full":
+            self.max_chunks = min(self.max_chunks, places)
+        on_host = config.has_bank and config.bank == "host"
+        bank_slots = (config.host_bank_slots if on_host else places) if config.has_bank else 0
+        slots = [(whole, config.sink_chunks), (whole, ring_chunks(config, self.max_chunks)), (banked, bank_slots)]
+        check_room(
+            config,
+            device,
+            sum(count * Pool.slot_bytes(tokens, dtype=dtype, **sizes) for tokens, count in slots),
+            places * banked * self._token_bytes if on_host else 0,
+        )
+        self.pool = Pool(slots, device=device, dtype=dtype, **sizes)
+        self._sink_rows, self._ring_rows, bank_rows = self.pool.first_rows
+        self.bank = None
+        if config.has_bank:
+            self.bank = Bank(self.pool, bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
+        # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
+        self.index = torch.empty((config.num_layers, banked), dtype=torch.int32, device=device)
+
+    def first_row(self, chunk: int) -> int:
+        """Of a chunk that is whole: in the sink, recent, or current."""
+        sink = self._config.sink_chunks
+        return self._sink_rows[chunk] if chunk < sink else self._ring_rows[(chunk - sink) % len(self._ring_rows)]
+
+    def segments(self, pieces: list[Piece]) -> tuple[tuple[str, int, Segment], ...]:
+        """The rows of a window's pieces, with their role and chunk; requests the retrieved ones of the bank."""
+        retrieved = [piece.chunk for piece in pieces if piece.role == "retrieved"]
+        rows = dict(zip(retrieved, self.bank.request(retrieved), strict=True)) if self.bank is not None else {}
+        found = []
+        for role, chunk, first_token, num_tokens, time_shift in pieces:
+            slot = rows[chunk] if role == "retrieved" else self.first_row(chunk)
+            found.append((role, chunk, Segment(slot + first_token, num_tokens, time_shift)))
+        return tuple(found)
+
+    def prune(self, chunk: int, description: Any) -> None:
+        """Prune a whole chunk, all layers at once, from its slot into the bank's, unless a full bank gives it up.
+
+        One call launches as much as it would for one layer. A copy to the host then begins when all layers are pruned,
+        not after the first: about 1 ms later, where the link takes some 36 ms for a chunk (14B, half of it kept).
+        """
+        config, k, v = self._config, self.pool.k, self.pool.v
+        row = self.bank.row_to_fill(chunk, description)
+        self.bank.release()  # before pruning is queued: copies for the next window need not wait for it
+        if row is None:
+            return
+        source = slice(self.first_row(chunk), self.first_row(chunk) + config.chunk_tokens)
+        target = slice(row, row + config.banked_tokens)
+        try:
+            compress_chunk(
+                k[:, source], v[:, source], frames=config.chunk_frames, keep_ratio=config.keep_ratio,
+                pooled=config.pooled, out_k=k[:, target], out_v=v[:, target], out_index=self.index,
+                backend=self._backend,
+            )  # fmt: skip
+            self.bank.stored(chunk)
+        except BaseException:
+            self.bank.break_off(chunk)
+            raise
+
+    def stats(self, next_chunk: int) -> dict[str, int]:
+        """Of the bank, and bytes, before `next_chunk`; see WorldMemory.stats.
+
+        kept_bytes are of the rows that hold the past, a chunk that the window cuts with all of its frames, without room
+        that is free or a slot's tail.
+        """
+        bank, has_bank = self.bank, self.bank is not None  # an empty bank is falsy
+        whole = whole_chunks(self._config, next_chunk)
+        banked = len(bank) if has_bank else 0  # with the sink's copy where bank_sink keeps one
+        kept_tokens = whole * self._config.chunk_tokens + banked * self._config.banked_tokens
+        return {
+            "chunks_banked": banked,
+            "bank_capacity": bank.capacity if has_bank else 0,
+            "chunks_dropped": len(bank.dropped) if has_bank else next_chunk - whole,
+            "device_bytes": self.pool.bytes,
+            "kept_bytes": kept_tokens * self._token_bytes,
+            **(bank.counts() if has_bank else dict.fromkeys(COUNTS, 0)),
+        }
