@@ -266,7 +266,10 @@ def merge_pieces_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DIMS: tl.constexpr,
     RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
 ):  # fmt: skip
-    """One program merges BLOCK_DIMS columns of a cut item, its pieces always in the order of their keys."""
+    """One program merges BLOCK_DIMS columns of a cut item, its pieces always in the order of their keys.
+
+    32 bits are enough for offsets: `deal` makes fewer than _MAX_PARTS pieces a processor, of 2**14 numbers at most.
+    """
     cut = tl.program_id(0)
     item = num_whole + cut
     head = item // num_blocks
@@ -277,15 +280,16 @@ def merge_pieces_kernel(
 
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     for part in range(0, parts):
-        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
+        piece_rows = (part * num_cut + cut) * BLOCK_Q + in_block
         row_max = tl.maximum(row_max, tl.load(piece_max_ptr + piece_rows))
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DIMS], tl.float32)
     for part in range(0, parts):
-        piece_rows = (part * num_cut + cut).to(tl.int64) * BLOCK_Q + in_block
+        piece_rows = (part * num_cut + cut) * BLOCK_Q + in_block
         weight = tl.math.exp2(tl.load(piece_max_ptr + piece_rows) - row_max)
         row_sum += weight * tl.load(piece_sum_ptr + piece_rows)
-        acc += weight[:, None] * tl.load(piece_out_ptr + piece_rows[:, None] * HEAD_DIM + dims[None, :])
+        piece_out = piece_out_ptr + (part * num_cut + cut) * (BLOCK_Q * HEAD_DIM)
+        acc += weight[:, None] * tl.load(piece_out + (in_block[:, None] * HEAD_DIM + dims[None, :]))
 
     out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
     out = acc * (1.0 / row_sum)[:, None]
@@ -335,7 +339,7 @@ def attention_config(
             return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4, descriptors=True)
         return AttentionConfig(block_q=128, block_k=128, num_warps=8, num_stages=3, descriptors=True)
     if capability[0] == 10:
-        if head_dim == 128 and has_shift:
+        if has_shift and (head_dim == 128 or has_mass):
             return AttentionConfig(block_q=128, block_k=32, num_warps=8, num_stages=4)
         return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
     # 96 KiB shared also fits the 99 KiB of the consumer chips of compute capability 8 and 12.

@@ -192,6 +192,8 @@ def test_the_extension_says_what_it_lacks(monkeypatch):
     assert cuda.unavailable(GPU) == "the extension is built for 80, 90a, not 100"
     assert "bfloat16 and float16" in cuda.append_unsupported((torch.float32, 2, 64, True, True, True, True))
     assert "16 bytes" in cuda.append_unsupported((torch.float16, 2, 64, True, True, True, False))
+    assert "not 65 heads of 128" in cuda.append_unsupported((torch.float16, 65, 128, True, True, True, True))
+    assert cuda.append_unsupported((torch.float16, 128, 64, True, True, True, True)) is None
 
 
 def test_doctor_names_every_backend_and_why(tmp_path, capsys):

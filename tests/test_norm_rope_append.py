@@ -68,6 +68,16 @@ def test_matches_float64_and_writes_only_its_rows(backend, heads, head_dim, q_no
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_as_many_heads_as_there_may_be(backend):
+    (q, k, v), weights, pools = inputs(6, 128, 64, WIDEST.get(backend, torch.float32))
+    got = norm_rope_append(
+        q, k, v, *pools, 3, rope=Rope3D(64), grid=(1, 2, 3), start_frame=2, q_weight=weights[0], backend=backend
+    )
+    assert relative_error(got, brute_force(q, weights[0], 128, (1, 2, 3), 2)) <= LIMIT.get(backend, 2e-6)
+    assert torch.equal(pools[1, 3:9], v.reshape(6, 128, 64))
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight_dtype", ["same", "fp32"])
 def test_rounding_is_that_of_the_models(backend, dtype, weight_dtype):
