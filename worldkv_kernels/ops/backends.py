@@ -200,11 +200,11 @@ def _library() -> torch.library.Library:
 
 
 LIBRARY = globals().get("LIBRARY") or _library()  # kept by a reload in place: the ops go with the object
-OPS = getattr(torch.ops, LIBRARY.ns)
+NAMESPACE = getattr(torch.ops, LIBRARY.ns)
 
 
 def register(schema: str, implementation: Callable[..., None]) -> None:
-    """Define OPS.<op>. The ops only write into tensors they are given, so the fake does nothing."""
+    """Define NAMESPACE.<op>. The ops only write into tensors they are given, so the fake does nothing."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):

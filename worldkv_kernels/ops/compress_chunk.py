@@ -24,7 +24,7 @@ from ..checks import (
 )
 from ..reference.compress_chunk import compress_chunk as reference
 from . import cuda
-from .backends import OPS, Backend, OpBackends, exact, on_current_device, register, triton_unavailable
+from .backends import NAMESPACE, Backend, OpBackends, exact, on_current_device, register, triton_unavailable
 
 _OP = "compress_chunk"
 _MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
@@ -127,7 +127,7 @@ def compress_chunk(
         out_index = torch.empty(kept, dtype=torch.int32, device=k.device)
     else:
         check_layout(_OP, "out_index", out_index, kept, like=k)
-    OPS.compress_chunk(
+    NAMESPACE.compress_chunk(
         k, v, out_k, out_v, out_index, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
         backend or "auto",
     )  # fmt: skip

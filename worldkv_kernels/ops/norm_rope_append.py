@@ -24,7 +24,16 @@ from ..checks import (
 from ..reference.norm_rope_append import norm_rope_append as reference
 from ..rope import Rope3D
 from . import cuda
-from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
+from .backends import (
+    NAMESPACE,
+    Backend,
+    OpBackends,
+    dtype_tolerance,
+    exact,
+    on_current_device,
+    register,
+    triton_unavailable,
+)
 
 _OP = "norm_rope_append"
 
@@ -114,7 +123,7 @@ def norm_rope_append(
         out = torch.empty((q.shape[0], heads, head_dim), dtype=q.dtype, device=q.device)
     else:
         check_layout(_OP, "out", out, (q.shape[0], heads, head_dim), like=k_pool)
-    OPS.norm_rope_append(
+    NAMESPACE.norm_rope_append(
         q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
         *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),
         q_weight, k_weight, eps, round_before_rope, backend or "auto",

@@ -24,7 +24,16 @@ from ..checks import (
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
 from ..window import TILE_ROWS, Segment, Window
-from .backends import OPS, Backend, OpBackends, dtype_tolerance, exact, on_current_device, register, triton_unavailable
+from .backends import (
+    NAMESPACE,
+    Backend,
+    OpBackends,
+    dtype_tolerance,
+    exact,
+    on_current_device,
+    register,
+    triton_unavailable,
+)
 
 _OP = "segment_attention"
 
@@ -132,7 +141,7 @@ def segment_attention(
         check_layout(_OP, "out", out, (q_len, heads, head_dim), like=q)
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
-    OPS.segment_attention(
+    NAMESPACE.segment_attention(
         q, k_pool, v_pool, *window.tables, out, lse, mass, scale, window.has_shift, backend or "auto",
     )  # fmt: skip
     if lse is None and mass is None:
