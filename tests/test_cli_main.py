@@ -144,3 +144,21 @@ def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
         check_every_backend("--backend", "triton", CPU)
     with pytest.raises(ValueError, match="--backend must be one of triton, reference, got 'cuda'"):
         check_every_backend("--backend", "cuda", CPU)
+
+
+@pytest.mark.parametrize("command", [["rollout"], ["recall"]])
+def test_two_files_of_one_name_are_refused_before_the_work(command, tmp_path, capsys):
+    file = tmp_path / "both.svg" if command == ["rollout"] else tmp_path / "both.png"
+    assert main([*command, "--device", "cpu", "--picture", str(file), "--json", str(file)]) == 2
+    assert "--json must be another file than --picture, got " in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_a_photograph_is_not_overwritten(tmp_path, capsys):
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    photograph = tmp_path / "mine.png"
+    Image.new("RGB", (128, 96), "red").save(photograph)
+    before = photograph.read_bytes()
+    assert main(["recall", "--device", "cpu", "--image", str(photograph), "--picture", str(photograph)]) == 2
+    assert "--picture must be another file than --image" in capsys.readouterr().err
+    assert photograph.read_bytes() == before

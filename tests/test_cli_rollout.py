@@ -332,7 +332,7 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--diversity", "x"], "argument --diversity: must be a number, got 'x'"),
         (["--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, got 0"),
         (["--retrieved-chunks", "-1"], "argument --retrieved-chunks: must be an integer of at least 0, got '-1'"),
-        (["--bank-chunks", "5"], "--bank-chunks must be None or at least 6, got 5"),
+        (["--bank-chunks", "5", "--retrieved-chunks", "6"], "--bank-chunks must be None or at least 6, got 5"),
         (["--bank", "cloud"], "--bank must be 'device' or 'host', got 'cloud'"),
         (["--order", "random"], "--order must be one of time, nearest_last, nearest_first, got 'random'"),
         (["--chunks", "0"], "argument --chunks: must be an integer of at least 1, got '0'"),
@@ -448,3 +448,11 @@ def test_a_real_flight(tmp_path):
         "name": "jungle_flight", "video_frames": 961, "stride": 16, "latent_frames": 61, "chunks": 20
     }  # fmt: skip
     assert any(revisit["chunk"] - revisit["nearest"] >= 8 for revisit in result["revisits"])
+
+
+def test_a_small_bank_needs_no_smaller_budget(tmp_path):
+    path = tmp_path / "result.json"
+    small = [*SMALL, "--chunks", "7", "--modes", "worldkv", "--bank-chunks", "3", "--json", str(path)]
+    assert main(small) == 0
+    result = json.loads(path.read_text())
+    assert result["memory"]["retrieved_chunks"] == result["memory"]["bank_chunks"] == 3

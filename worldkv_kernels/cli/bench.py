@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .bench_compare import compare
-from .report import add_quiet, note, writable, write_json
+from .report import add_quiet, different_files, note, writable, write_json
 
 # Each is a script of benchmarks/, bench_<name>, with CASES, SMALL_CASES, variants_of(case, device) -> {name: whether a
 # rival}, and run(small=, device=, seconds=, jsonl_path=, cases=, only=) -> figures.
@@ -194,17 +194,14 @@ def _some(cases: Sequence[Any]) -> str:
 
 def _check_files(args: argparse.Namespace) -> None:
     """Raises ValueError where a file cannot be written, or two arguments name the same."""
-    named: dict[Path, str] = {}
-    for argument in ("json", "jsonl", "csv", "trace"):
-        path = getattr(args, argument)
+    paths = {argument: getattr(args, argument) for argument in ("json", "jsonl", "csv", "trace")}
+    for argument, path in paths.items():
         if path is None or (argument == "json" and path == "-"):
             continue
         if path == "-":
             raise ValueError(f"--{argument} must be a file, got '-', which --json alone writes to")
         writable(f"--{argument}", path)
-        other = named.setdefault(Path(path).resolve(), argument)
-        if other != argument:
-            raise ValueError(f"--{argument} must be another file than --{other}, got {path!r} for both")
+    different_files(**paths)
 
 
 def _make_folder(path: str) -> None:

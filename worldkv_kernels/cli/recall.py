@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     name, image = _load_image(args)
     report.writable("--picture", args.picture, _formats(args.picture))
+    report.different_files(image=args.image, picture=args.picture, json=args.json)
     yaws = pan_and_return(args.frames, args.step)
     again = revisited(yaws)
     if not len(again):

@@ -203,6 +203,17 @@ def writable(argument: str, path: str | None, suffixes: Sequence[str] = ()) -> N
         raise ValueError(f"{argument} must be a file that can be written, got {path!r}: {reason}") from error
 
 
+def different_files(**paths: str | None) -> None:
+    """Raises ValueError where two arguments name the same file; None and "-" name none."""
+    named: dict[Path, str] = {}
+    for argument, path in paths.items():
+        if path in (None, "-"):
+            continue
+        other = named.setdefault(Path(path).resolve(), argument)
+        if other != argument:
+            raise ValueError(f"--{argument} must be another file than --{other}, got {path!r} for both")
+
+
 def write_json(path: str | None, result: dict[str, Any]) -> None:
     """Write `result` as one document to a file, or to stdout for "-"; nothing for None.
 

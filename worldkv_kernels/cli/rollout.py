@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "chunk of three frames, 0.5 two thirds, 1 all (default: %(default)s)")  # fmt: skip
     add("--pooled", action=argparse.BooleanOptionalAction, default=True,
         help="prune a chunk's frames together, or each on its own (default: together)")  # fmt: skip
-    add("--retrieved-chunks", type=report.integer(0), default=6, help="brought back at most (default: %(default)s)")
+    add("--retrieved-chunks", type=report.integer(0), help="brought back at most (default: 6, or what the bank holds)")
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
     add("--retrieval", help="by pose, by fov, the overlap of the views, or by action, the pose that a player's actions "
@@ -85,6 +85,7 @@ def _run(args: argparse.Namespace) -> int:
     check_every_backend("--backend", args.backend, device)
     modes = _modes(args.modes)
     report.writable("--picture", args.picture, [".svg"])
+    report.different_files(picture=args.picture, json=args.json)
     if args.picture is not None and "worldkv" not in modes:
         raise ValueError(f"--picture must go with --modes that include worldkv, got {args.modes!r}")
     default = "float32" if device.type == "cpu" else "bfloat16"
@@ -136,9 +137,10 @@ def _run(args: argparse.Namespace) -> int:
                   "dtype": str(dtype).removeprefix("torch."), "seed": args.seed, **weights},
         "memory": {
             **{name: getattr(args, name) for name in (
-                "keep_ratio", "pooled", "retrieved_chunks", "retrieval", "depth_range", "diversity", "rebase_time",
+                "keep_ratio", "pooled", "retrieval", "depth_range", "diversity", "rebase_time",
                 "order", "bank", "bank_chunks", "backend")},
-            **{name: getattr(memories[modes[0]], name) for name in ("sink_frames", "recent_frames")},
+            **{name: getattr(memories.get("worldkv", memories[modes[0]]), name) for name in (
+                "sink_frames", "recent_frames", "retrieved_chunks")},
         },
         "interrupted": stopped is not None,
         "modes": results,
@@ -192,11 +194,12 @@ def _chunk_count(args: argparse.Namespace, motion: Motion, config: Config) -> in
 def _memory_config(
     args: argparse.Namespace, config: Config, policy: RetrievalPolicy, mode: str, chunks: int
 ) -> MemoryConfig:
-    enough = chunks if mode == "full" else max(chunks, args.retrieved_chunks)
-    given = {name: getattr(args, name) for name in ("sink_frames", "recent_frames") if getattr(args, name) is not None}
+    enough = chunks if mode == "full" else max(chunks, args.retrieved_chunks or 1)
+    asked = ("sink_frames", "recent_frames", "retrieved_chunks")
+    given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     try:
         return config.memory(
-            mode=mode, retrieved_chunks=args.retrieved_chunks, keep_ratio=args.keep_ratio, pooled=args.pooled,
+            mode=mode, keep_ratio=args.keep_ratio, pooled=args.pooled,
             retrieval=policy, rebase_time=args.rebase_time, order=args.order, bank=args.bank,
             bank_chunks=(args.bank_chunks if mode == "worldkv" else None) or enough, **given,
         )  # fmt: skip
