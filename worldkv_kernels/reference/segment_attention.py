@@ -33,9 +33,10 @@ def segment_attention(
     segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
     lengths = [len(rows) for rows in segments]
     rows = torch.cat(segments)
-    if not 0 <= rows.amin() <= rows.amax() < len(k_pool):
-        wanted, got = f"rows of the pool, from 0 to {len(k_pool) - 1}", f"{rows.amin()} to {rows.amax()}"
-        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {got}")
+    lowest, highest = map(int, rows.aminmax())
+    if lowest < 0 or highest >= len(k_pool):
+        wanted = f"rows of the pool, from 0 to {len(k_pool) - 1}"
+        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {lowest} to {highest}")
     rows = rows.to(q.device)
     step = max(1, _MAX_SCORES // max(1, len(rows)))
     for head in range(heads):
