@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import threshold_
 
 _TILE_ROWS = 128
 _MAX_SCORES = 1 << 24  # scores held at once, so that a long window does not need gigabytes
@@ -55,7 +54,7 @@ def segment_attention(
                 scores = query @ k.T
             row_max = scores.amax(dim=1, keepdim=True)
             # The scale after the difference, which is exact where it matters: large scores lose no digit.
-            p = threshold_(scores.sub_(row_max).mul_(scale).clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
+            p = torch.threshold_(scores.sub_(row_max).mul_(scale).clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
             row_sum = p.sum(dim=1, keepdim=True)
             out[first : first + step, head] = ((p @ v) / row_sum).to(out.dtype)
             if lse is not None:
