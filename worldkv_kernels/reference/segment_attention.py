@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import threshold_
 
 _TILE_ROWS = 128
 _MAX_SCORES = 1 << 24  # scores held at once, so that a long window does not need gigabytes
@@ -33,9 +32,10 @@ def segment_attention(
     segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
     lengths = [len(rows) for rows in segments]
     rows = torch.cat(segments)
-    if not 0 <= rows.amin() <= rows.amax() < len(k_pool):
-        wanted, got = f"rows of the pool, from 0 to {len(k_pool) - 1}", f"{rows.amin()} to {rows.amax()}"
-        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {got}")
+    lowest, highest = map(int, rows.aminmax())
+    if lowest < 0 or highest >= len(k_pool):
+        wanted = f"rows of the pool, from 0 to {len(k_pool) - 1}"
+        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {lowest} to {highest}")
     rows = rows.to(q.device)
     step = max(1, _MAX_SCORES // max(1, len(rows)))
     for head in range(heads):
@@ -54,7 +54,7 @@ def segment_attention(
                 scores = query @ k.T
             row_max = scores.amax(dim=1, keepdim=True)
             # The scale after the difference, which is exact where it matters: large scores lose no digit.
-            p = threshold_(scores.sub_(row_max).mul_(scale).clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
+            p = torch.threshold_(scores.sub_(row_max).mul_(scale).clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
             row_sum = p.sum(dim=1, keepdim=True)
             out[first : first + step, head] = ((p @ v) / row_sum).to(out.dtype)
             if lse is not None:
