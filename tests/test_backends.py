@@ -273,4 +273,4 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch):
 def test_bad_input_is_one_line_and_status_2(capsys):
     assert main(["doctor", "--device", "abacus"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("worldkv doctor: --device must be a device of this machine, got 'abacus'")
+    assert error.startswith("worldkv doctor: --device must be cpu or a CUDA device of this machine, got 'abacus'")
