@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import Problem, Variant, bench_main, dtype_name, ours, parse_device, run_cases, worst
-from shapes import DTYPE, HEAD_DIM, one_of, ratio, read_shape, whole
+from shapes import DTYPE, HEAD_DIM, HEADS, one_of, ratio, read_shape, up_to, whole
 from timing import Run, l2_bytes, sets_for
 
 from worldkv_kernels import compress_chunk
@@ -86,8 +86,8 @@ def several_frames(text: str) -> int:
 
 # Of --shape.
 KEYS = {
-    "frames": several_frames, "frame_tokens": whole, "heads": whole, "head_dim": HEAD_DIM, "keep_ratio": ratio,
-    "pooled": one_of({"true": True, "false": False}), "layers": whole, "dtype": DTYPE,
+    "frames": several_frames, "frame_tokens": whole, "heads": HEADS, "head_dim": HEAD_DIM, "keep_ratio": ratio,
+    "pooled": one_of({"true": True, "false": False}), "layers": up_to(65535), "dtype": DTYPE,
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from common import (
     run_cases,
     worst,
 )
-from shapes import DTYPE, HEAD_DIM, grid, read_shape, whole
+from shapes import DTYPE, HEAD_DIM, HEADS, grid, read_shape
 from timing import Run, l2_bytes, sets_for
 
 from worldkv_kernels import Rope3D, norm_rope_append
@@ -72,12 +72,19 @@ SMALL_CASES = [
     AppendCase((2, 3, 4), heads=2, head_dim=64, dtype=torch.float16),
 ]
 
-KEYS = {"heads": whole, "head_dim": HEAD_DIM, "grid": grid, "dtype": DTYPE}  # of --shape
+KEYS = {"heads": HEADS, "head_dim": HEAD_DIM, "grid": grid, "dtype": DTYPE}  # of --shape
 
 
 def case_of(shape: str) -> AppendCase:
     """The case of a --shape. Raises ValueError that names the key at fault."""
-    return AppendCase(**read_shape(shape, KEYS, {"head_dim": 128, "dtype": torch.bfloat16}))
+    case = AppendCase(**read_shape(shape, KEYS, {"head_dim": 128, "dtype": torch.bfloat16}))
+    positions = Rope3D(case.head_dim).max_position
+    most = (positions - START_FRAME, positions, positions)
+    if any(count > limit for count, limit in zip(case.grid, most, strict=True)):
+        wanted = "x".join(map(str, most))
+        got = "x".join(map(str, case.grid))
+        raise ValueError(f"--shape: grid must be at most {wanted}, which the rope's positions number, got {got}")
+    return case
 
 
 def append_bytes(grid: Sequence[int], heads: int, head_dim: int, itemsize: int, pairs: Sequence[int]) -> int:

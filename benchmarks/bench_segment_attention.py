@@ -31,7 +31,7 @@ from common import (
     run_cases,
     worst,
 )
-from shapes import DTYPE, HEAD_DIM, read_shape, runs, whole
+from shapes import DTYPE, HEAD_DIM, HEADS, read_shape, runs, whole
 from timing import Run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -140,7 +140,7 @@ def storage(case: Case) -> str:
 
 
 # Of --shape. What is grouped is not supported: kv_heads is there to be told so.
-KEYS = {"heads": whole, "kv_heads": whole, "q": whole, "head_dim": HEAD_DIM, "window": runs, "dtype": DTYPE}
+KEYS = {"heads": HEADS, "kv_heads": HEADS, "q": whole, "head_dim": HEAD_DIM, "window": runs, "dtype": DTYPE}
 
 
 def case_of(shape: str) -> ShapeCase:
@@ -390,9 +390,21 @@ def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = 
     inputs = Inputs(case, device)
     limit = ERROR_LIMITS[case.dtype]
 
+    given = (inputs.q, inputs.k_pool, inputs.v_pool, inputs.index)
+    untouched, spoiled_by = [x._version for x in given], []
+
     def rival(name: str, make: Callable[[], Run], limit: float) -> Variant:
         def check(run: Run) -> float:
-            return relative_error(run(0), inputs.exact(False)[0])
+            if spoiled_by:
+                raise RuntimeError(f"{spoiled_by[0]} has written to the inputs")
+            out = run(0)
+            if untouched != [x._version for x in given]:
+                spoiled_by.append(name)
+                raise RuntimeError("it has written to its inputs")
+            if getattr(out, "shape", None) != inputs.q.shape:
+                got = list(out.shape) if isinstance(out, torch.Tensor) else out
+                raise TypeError(f"run must return a tensor {list(inputs.q.shape)}, got {got!r:.60}")
+            return relative_error(out, inputs.exact(False)[0])
 
         return Variant(name, make, check, limit, **inputs.counts(), rival=True)
 
@@ -404,7 +416,7 @@ def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = 
         for name, kernel in kernels.items()
     ]
     variants += [
-        rival(name, partial(make, inputs.q, inputs.k_pool, inputs.v_pool, inputs.index), widened or limit)
+        rival(name, partial(make, *given), widened or limit)
         for name, (make, widened) in {**RIVALS, **{name: (make, None) for name, make in (own or {}).items()}}.items()
     ]
     shape = {"heads": case.heads, "queries": case.q_len, "tokens": case.num_tokens, "keys": case.kind}

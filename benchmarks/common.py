@@ -119,7 +119,7 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             run = variant.make()
             error = variant.check(run)
             synchronize(device)
-        except Exception as raised:  # a rival that cannot run, or a kernel that fails, must not end the bench
+        except (Exception, SystemExit) as raised:  # a rival that cannot run, or a kernel that fails, ends no bench
             figure.update(status="skipped" if variant.rival else "failed", reason=_first_line(raised))
             continue
         figure["error"] = error if math.isfinite(error) else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from worldkv_kernels.checks import MAX_HEADS
 from worldkv_kernels.cli.report import size
 from worldkv_kernels.memory.pool import free_bytes
 
@@ -19,10 +20,17 @@ _MOST = 2**31 - 1  # of any count, as rows of a pool are numbered
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and 1 <= int(text) <= _MOST):
-        raise ValueError(f"an integer from 1 to {_MOST}")
-    return int(text)
+def up_to(most: int) -> Convert:
+    def convert(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) <= 10 and 1 <= int(text) <= most):
+            raise ValueError(f"an integer from 1 to {most}")
+        return int(text)
+
+    return convert
+
+
+whole = up_to(_MOST)
+HEADS = up_to(MAX_HEADS)
 
 
 def one_of(choices: Mapping[str, Any]) -> Convert:

@@ -23,6 +23,7 @@ merge of parts is Flash-Decoding's, and cutting only what does not fill a round 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -510,14 +511,17 @@ def segment_attention(
         raise ValueError(_wrong("q", wanted, q))
     if v_pool.shape[2:] not in ((), (head_dim,)):
         raise ValueError(_wrong("v_pool", f"of head_dim {head_dim}, which K and V share", v_pool))
-    if not pool == v_pool.shape == (pool[0], heads, head_dim):
-        raise ValueError(_wrong("k_pool and v_pool", f"[{pool[0]}, {heads}, {head_dim}]", k_pool, v_pool))
+    if not pool == v_pool.shape == (*pool[:1], heads, head_dim):
+        rows = pool[0] if pool else "rows"
+        raise ValueError(_wrong("k_pool and v_pool", f"[{rows}, {heads}, {head_dim}]", k_pool, v_pool))
     if out.shape != shape:
         raise ValueError(_wrong("out", f"[{q_len}, {heads}, {head_dim}]", out))
     if not q.dtype is k_pool.dtype is v_pool.dtype is out.dtype:
         raise TypeError(_wrong("q, k_pool, v_pool and out", "of one dtype", q, k_pool, v_pool, out))
     if q.dtype not in DTYPES:
         raise TypeError(_wrong("q", " or ".join(map(str, DTYPES)), q))
+    if q.dtype is torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        raise TypeError(_wrong("q", "float16 or float32 in Triton's interpreter, which multiplies bf16 as integers", q))
     if not 1e-25 <= scale <= 1e25:
         raise ValueError(_wrong("scale", "from 1e-25 to 1e25", scale))
     stride_q_token, stride_q_head, stride_q_dim = q.stride()
@@ -527,7 +531,7 @@ def segment_attention(
     if not stride_q_dim == stride_k_dim == stride_v_dim == stride_out_dim == 1:
         raise ValueError(_wrong("q, k_pool, v_pool and out", "dense in head_dim", q, k_pool, v_pool, out))
     shape = tiles.shape
-    capacity = shape[0]
+    capacity = shape[0] if len(shape) == 2 else 0
     if not (
         shape == (capacity, 2) and tiles.is_contiguous()
         and tail_rows.shape == (TILE_ROWS * capacity, 2) and tail_rows.is_contiguous()
@@ -555,7 +559,7 @@ def segment_attention(
     segment_sums = block_mass = None
     max_segments = 0
     if mass is not None:
-        max_segments = mass.shape[-1]
+        max_segments = mass.shape[-1] if mass.dim() == 2 else 0
         if mass.shape != (heads, max_segments) or mass.dtype is not torch.float32:
             raise ValueError(_wrong("mass", f"torch.float32 [{heads}, max_segments]", mass))
         segment_sums = torch.empty((num_whole + pieces, max_segments, 2, config.block_q), **scratch)

@@ -326,7 +326,7 @@ ROLLOUT = ["rollout", *QUICK]
         ),
         ([*SHAPE, ""], "--shape must be KEY=VALUE,... with the keys heads, kv_heads, q, "),
         ([*SHAPE, "heads=2,window=1x1"], "--shape: q must be given, got 'heads=2,window=1x1'"),
-        ([*SHAPE, "heads=0,q=1,window=1x1"], "--shape: heads must be an integer from 1 to 2147483647, got '0'"),
+        ([*SHAPE, "heads=0,q=1,window=1x1"], "--shape: heads must be an integer from 1 to 128, got '0'"),
         ([*SHAPE, "heads=2,q=1e3,window=1x1"], "--shape: q must be an integer from 1 to 2147483647, got '1e3'"),
         (
             [*SHAPE, f"heads=2,q={'9' * 5000},window=1x1"],
@@ -353,6 +353,10 @@ ROLLOUT = ["rollout", *QUICK]
         ),
         (
             [*APPEND_SHAPE, "heads=2,grid=999999x9999x9"],
+            "--shape: grid must be at most 997x1024x1024, which the rope's positions number, got 999999x9999x9",
+        ),
+        (
+            [*APPEND_SHAPE, "heads=128,grid=997x1024x1024"],
             " that are free on cpu, got ",
         ),
         (

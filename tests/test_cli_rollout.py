@@ -228,7 +228,7 @@ def test_picture_of_a_name_with_markup(tmp_path):
 
 
 def test_a_hint_on_a_folder_whose_poses_are_of_another_convention(tmp_path, capsys):
-    walked = load("right*45,forward*20").poses
+    walked = load("forward*20").poses
     np.save(tmp_path / "intrinsics.npy", np.array((500.0, 500.0, 416.0, 240.0)))
     args = argparse.Namespace(model="tiny", actions=None, scales=None, trajectory=str(tmp_path), stride=None)
     for poses, hinted in ((walked, False), (np.linalg.inv(walked), True)):

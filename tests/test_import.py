@@ -1,7 +1,6 @@
 """Importing the package costs what importing torch costs, and the command's first answers not even that."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +85,9 @@ def test_first_answers_need_no_torch(start, arguments, status, said, torch_stand
 
 @pytest.mark.parametrize("start", STARTS)
 def test_ctrl_c_while_torch_is_imported_is_one_line_and_status_130(start, torch_stands_for):
-    environment = torch_stands_for(f"import os; os.kill(os.getpid(), {int(signal.SIGINT)})")
+    # A process in the background of a shell ignores the signal from the start, and so would its children.
+    heard = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    environment = torch_stands_for(f"{heard}; os.kill(os.getpid(), signal.SIGINT)")
     done = python(*STARTS[start], "doctor", env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "worldkv: interrupted\n")
 

@@ -355,7 +355,7 @@ def rollout_of(chunks, count):
         run_chunk(chunks, chunk)
 
 
-OF_VIDEO_FRAMES = "test: poses must be of the latent frames, got 21 for a rollout of 6: as many as if they were of vide"
+OF_VIDEO_FRAMES = "test: poses may be of video frames, 21 for a rollout of 6 latent ones: of a clip"
 
 
 @ALONG_THE_SAME
@@ -375,7 +375,7 @@ def test_what_is_told_is_told_once():
         for _ in range(3):
             rollout_of(chunks, 2)
     assert [str(one.message)[:30] for one in told] == [
-        "test: poses must be of the lat",
+        "test: poses may be of video fr",
         "test: a new rollout goes along",
     ]
     chunks.restart(POSES[:6])
@@ -481,7 +481,7 @@ def test_poses_and_actions_are_not_taken_for_one_another():
 
 
 def test_poses_of_another_convention_are_told_of_at_once():
-    walked = load("right*45,forward*20,left*45,forward*20").poses
+    walked = load("forward*30,right*90,forward*30,up*20,forward*20").poses
     make(poses=walked[:72])
     for wrong in (np.linalg.inv(walked), walked @ np.diag([1.0, -1.0, -1.0, 1.0])):
         with pytest.warns(UserWarning, match="test: the camera hardly ever goes where it looks .* camera-to-world"):

@@ -270,7 +270,7 @@ def test_latent_poses_refuse_less_than_a_chunk_and_what_is_no_pose():
         lingbot.latent_poses(CLIP, 81.0)
 
 
-AS_VIDEO_FRAMES = "lingbot: poses must be of the latent frames, got 371 for a rollout of 24"
+AS_VIDEO_FRAMES = "lingbot: poses may be of video frames, 371 for a rollout of 24 latent ones"
 
 
 def test_a_clips_own_poses_are_told_of_in_the_first_forward_where_the_cache_is_of_the_whole_clip():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_memory import as_quaternion, quaternion_angle, rotation_mean
 
+from worldkv_kernels.cli.rollout_models import DEFAULT_TRAJECTORY
 from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval, PoseRetrieval
 from worldkv_kernels.poses import (
     _exp,
@@ -352,11 +353,15 @@ def test_a_hint_where_no_motion_goes_where_the_camera_looks(moves):
     poses = load(moves).poses
     assert convention_hint(poses) is None
     assert "OpenGL" in convention_hint(poses @ GL)
-    assert "inverted" in convention_hint(np.linalg.inv(poses))
+    if moves != WALKS[1]:  # of which some goes ahead inverted, too
+        assert "inverted" in convention_hint(np.linalg.inv(poses))
 
 
-@pytest.mark.parametrize("moves", ["right*90", "strafe_left*30", "right*40,strafe_right*40", "back*4"])
-def test_no_hint_on_a_camera_that_turns_strafes_or_hardly_moves(moves):
+@pytest.mark.parametrize(
+    "moves",
+    ["right*90", "strafe_left*30", "right*40,strafe_right*40", "back*4", "forward*40,back*40", DEFAULT_TRAJECTORY],
+)
+def test_no_hint_on_a_camera_that_turns_strafes_comes_back_or_hardly_moves(moves):
     assert convention_hint(load(moves).poses) is None
 
 

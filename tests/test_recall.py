@@ -1,7 +1,6 @@
 """The main job: what recall promises, on three photographs, and its picture and figures."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -14,14 +13,6 @@ from worldkv_kernels.recall import MODES, Scene, pan_and_return, recall, revisit
 
 skimage = pytest.importorskip("skimage", reason="scikit-image, which brings the photographs, is not installed")
 Image = pytest.importorskip("PIL.Image")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def all_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(threads)
 
 
 DOCS = Path(__file__).parents[1] / "docs"

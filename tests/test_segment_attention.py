@@ -440,3 +440,14 @@ def test_opcheck_and_compile():
 
     for have, want in zip(compiled(q, k, v), (out, lse, mass), strict=True):
         assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("keys", [65, 435])
+def test_equal_keys_weigh_the_same_however_large_their_scores(keys):
+    """Sums of q . k in fp32 end some ulp apart in different places of a matrix product; an ulp of these is 512."""
+    q, k = (torch.full((n, 2, 64), 3e4, dtype=torch.float16) for n in (5, keys))
+    v = torch.randn(keys, 2, 64).half()
+    window = Window([Segment(0, keys - 5), Segment(keys - 5, 5)], device="cpu")
+    out, mass = segment_attention(q, k, v, window, return_mass=True, backend="reference")
+    assert torch.allclose(mass[:, 1], torch.tensor(5 / keys), rtol=1e-5)
+    assert torch.allclose(out, v.float().mean(dim=0).half().expand_as(out), atol=2e-3)

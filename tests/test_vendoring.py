@@ -267,6 +267,9 @@ def attention_arguments():
         ({"lse": torch.zeros(5, 2).T}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
         ({"lse": torch.zeros(2, 5).half()}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
         ({"mass": torch.zeros(3, 1)}, ValueError, "mass must be torch.float32 [2, max_segments]"),
+        ({"mass": torch.zeros(())}, ValueError, "mass must be torch.float32 [2, max_segments], got []"),
+        ({"k_pool": torch.zeros(())}, ValueError, "k_pool and v_pool must be [rows, 2, 64], got []"),
+        ({"tiles": torch.zeros(()).int()}, ValueError, "tiles, tail_rows, ranges and num_segments must be torch.int32"),
         ({"tiles": torch.zeros(3, 2).long()}, ValueError, TABLES),
         (
             {"tiles": torch.zeros(4, 2).int()},
@@ -283,6 +286,13 @@ def attention_arguments():
 )
 def test_attention_refuses(monkeypatch, changes, error, wanted):
     check_refusal(monkeypatch, segment_attention, attention_arguments(), changes, error, wanted)
+
+
+def test_attention_refuses_what_the_interpreter_gets_wrong(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    bf16 = {x: t.bfloat16() for x, t in attention_arguments().items() if x in ("q", "k_pool", "v_pool", "out")}
+    wanted = "q must be float16 or float32 in Triton's interpreter, which multiplies bf16 as integers"
+    check_refusal(monkeypatch, segment_attention, attention_arguments(), bf16, TypeError, wanted)
 
 
 def append_arguments():

@@ -11,8 +11,8 @@ from .checks import bad_value
 
 _RIGID_TOLERANCE = 1e-3  # of R^T R - I; poses in half precision pass, a scaled or sheared frame does not
 _FARTHEST = 1e9  # in any unit of length: its square is far from overflow, also in the float32 of the published code
-# Of convention_hint: steps of a clip that may have one, cosine of one that goes ahead, share of one that goes sideways.
-_LEAST_MOVING, _GOES_AHEAD, _GOES_SIDEWAYS = 8, 0.1, 0.97
+# Of convention_hint: steps of a clip that may have one, what counts as ahead, and shares of its length.
+_LEAST_MOVING, _AHEAD, _SHARE_AHEAD, _SHARE_SIDEWAYS = 8, 0.7, 0.1, 0.97
 
 
 def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
@@ -167,11 +167,12 @@ def mean_pose(poses: np.ndarray) -> np.ndarray:
 
 
 def convention_hint(poses: np.ndarray) -> str | None:
-    """What to look at when a clip's camera hardly ever goes where it looks, which poses of another convention do.
+    """What to look at when a clip's camera hardly ever goes where it looks, which poses of another convention often do.
 
-    Of camera-to-world poses [n, 4, 4], judged from the mean cosine between the camera's steps and its viewing
-    direction, weighted by length. Two videos that fly and sweep have .97 and .28; inverted matrices about 0, OpenGL's
-    less. None where that cosine is above 0.1, where nearly all motion is to the side, or where fewer than 8 steps move.
+    Of camera-to-world poses [n, 4, 4], judged by the share of the camera's way that goes within 45 degrees of its
+    viewing direction: .99 and .30 in two videos that fly and sweep, .02 and .01 when inverted, 0 and .04 when turned
+    to OpenGL's. None where it is above a tenth, as in a way there and back, where nearly all motion is to the side, or
+    where fewer than 8 steps move: then nothing can be told.
     """
     steps = np.diff(poses[:, :3, 3], axis=0)
     lengths = np.linalg.norm(steps, axis=1)
@@ -181,11 +182,11 @@ def convention_hint(poses: np.ndarray) -> str | None:
     own = np.einsum("nij,ni->nj", poses[:-1, :3, :3], steps)[moving]  # in the camera's axes
     weights = lengths[moving] / lengths[moving].sum()
     directions = own / lengths[moving, None]
-    ahead, sideways = weights @ directions[:, 2], weights @ directions[:, 0] ** 2
-    if ahead > _GOES_AHEAD or sideways > _GOES_SIDEWAYS:
+    ahead, sideways = weights @ (directions[:, 2] > _AHEAD), weights @ directions[:, 0] ** 2
+    if ahead > _SHARE_AHEAD or sideways > _SHARE_SIDEWAYS:
         return None
     return (
-        f"the camera hardly ever goes where it looks (mean cosine {ahead:.2f}): poses are camera-to-world in OpenCV "
-        f"coordinates (x right, y down, z forward); world-to-camera matrices are to be inverted, "
+        f"the camera hardly ever goes where it looks ({ahead:.0%} of its way). If it should: poses are camera-to-world "
+        f"in OpenCV coordinates (x right, y down, z forward); world-to-camera matrices are to be inverted, "
         f"numpy.linalg.inv(poses), and OpenGL's turned, poses @ numpy.diag([1, -1, -1, 1])"
     )

@@ -139,7 +139,9 @@ def _planned(args: argparse.Namespace, device: torch.device) -> list[tuple[str, 
     Raises ValueError that lists what there is when --case or a name of --only fits nothing.
     """
     picked = script("common").picked
-    only = None if args.only is None else [word.strip() for word in args.only.split(",")]
+    only = None
+    if args.only is not None:  # a rival of one's own was asked for by name
+        only = [*(word.strip() for word in args.only.split(",")), *(getattr(args, "rival", None) or ())]
     try:
         pattern = re.compile(args.case or "")
     except re.error as error:

@@ -323,9 +323,8 @@ class _Controls:
         if listed and len(self._poses) >= video_frames(frames) > frames:
             self._say(
                 "used",
-                f"poses must be of the latent frames, got {len(self._poses)} for a rollout of {frames}: as many as "
-                f"if they were of video frames. Of a clip's poses, integrations.lingbot.latent_poses makes those of "
-                f"the latent frames",
+                f"poses may be of video frames, {len(self._poses)} for a rollout of {frames} latent ones: of a clip's "
+                f"poses, integrations.lingbot.latent_poses makes those of the latent frames",
             )
 
     def check_again(self) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -253,6 +255,12 @@ def config_of(
     if config is not None and given:
         raise TypeError(f"{op}.enable: {', '.join(given)} must be left out where a config is given, which has its own")
     if config is None:
+        names = [field.name for field in dataclass_fields(MemoryConfig)]
+        for name in fields:
+            if name not in names:
+                near = get_close_matches(name, names, n=1)
+                wanted = f"an argument of enable or a field of MemoryConfig{f', such as {near[0]}' if near else ''}"
+                raise TypeError(f"{op}.enable: {name} must be {wanted}, got {describe(fields[name])}")
         config = make(model, grid=(1, 1) if grid is None else grid, **fields)
     if isinstance(config, MemoryConfig) and max(config.grid) > _LONGEST_SIDE:
         pixels = tuple(side // _TOKEN_PIXELS for side in config.grid)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _TILE_ROWS = 128
 _MAX_SCORES = 1 << 24  # scores held at once, so that a long window does not need gigabytes
 # Weights below exp(-70) of the largest are 0: denormals, which products come to as well, slow a CPU a hundredfold.
+_LARGE = 1024.0  # scores from which on their last bits in fp32 are worth a tenth of a per mille of a weight, or more
 _LOG_NOTHING, _NOTHING = -70.0, 4e-31  # exp(-70) is 3.98e-31
 
 
@@ -44,17 +47,21 @@ def segment_attention(
         shares = []
         for first in range(0, q_len, step):
             query = q[first : first + step, head].to(wide)
+            queries, parts = [query], [k]
             if has_shift:
-                turned = [_turned(query, turns[s].to(wide)) for s in range(len(lengths))]
                 # Rounded once to the input's dtype, as every backend reads it.
-                turned = [t.to(q.dtype).to(wide) for t in turned]
-                parts = [t @ part.T for t, part in zip(turned, k.split(lengths), strict=True)]
-                scores = torch.cat(parts, dim=1)
-            else:
-                scores = query @ k.T
+                queries = [_turned(query, turns[s].to(wide)).to(q.dtype).to(wide) for s in range(len(lengths))]
+                parts = k.split(lengths)
+            scores = _scores(queries, parts)
             row_max = scores.amax(dim=1, keepdim=True)
+            if float(row_max.abs().amax()) * scale > _LARGE:
+                # Sums of fp32 end differently in different orders, and a matrix product has several: equal keys would
+                # get unlike weights.
+                scores = _scores([x.double() for x in queries], [x.double() for x in parts])
+                row_max = scores.amax(dim=1, keepdim=True)
             # The scale after the difference, which is exact where it matters: large scores lose no digit.
-            p = torch.threshold_(scores.sub_(row_max).mul_(scale).clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
+            differences = scores.sub_(row_max).to(wide).mul_(scale)
+            p = torch.threshold_(differences.clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
             row_sum = p.sum(dim=1, keepdim=True)
             out[first : first + step, head] = ((p @ v) / row_sum).to(out.dtype)
             if lse is not None:
@@ -79,6 +86,11 @@ def _segment_rows(
         full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS, dtype=torch.int64, device="cpu")
         segments.append(torch.cat([full.flatten(), tail_rows[tail_lo:tail_hi]]))
     return segments
+
+
+def _scores(queries: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    products = [q @ k.T for q, k in zip(queries, parts, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 def _turned(q: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
