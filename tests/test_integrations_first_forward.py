@@ -170,7 +170,7 @@ def test_under_autocast_the_memory_is_of_its_dtype():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"bank_chunk": 9}, TypeError, "bank_chunk must be an argument of enable or a field of MemoryConfig, such as bank_c"),
+        ({"bank_chunk": 9}, TypeError, "bank_chunk must be an argument of enable or a field of Memory"),
         ({"keep_ratio": 2}, ValueError, "keep_ratio must be above 0 and at most 1, got 2"),
         ({"bank_chunks": 0}, ValueError, "bank_chunks must be None or at least 1, got 0"),
         ({"num_layers": 3}, ValueError, "config's num_layers must be the model's 2, got 3"),
