@@ -76,6 +76,8 @@ import re, sys
 from pathlib import Path
 
 sys.modules["triton"] = None  # an import of it fails
+# An editable install of the package would bring its extension in where the wheel has none.
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import torch
 import worldkv_kernels
 from worldkv_kernels.cli import main
