@@ -42,6 +42,8 @@ class UsualDefaults(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # what is traced has no frames to look at
+            return function(*args, **kwargs)
         caller = sys._getframe(1)
         while caller.f_back and caller.f_code.co_filename.startswith(os.path.dirname(torch.__file__)):
             caller = caller.f_back  # such as the parts of a torch.nn module
