@@ -22,7 +22,18 @@ from typing import Any
 
 import torch
 from machine import clocks, environment
-from timing import Ceilings, Run, describe_ceilings, measure_ceilings, one_thread, roof, synchronize, time_variants
+from timing import (
+    Ceilings,
+    Run,
+    Timing,
+    VariantError,
+    describe_ceilings,
+    measure_ceilings,
+    one_thread,
+    roof,
+    synchronize,
+    time_variants,
+)
 from traces import recorded
 
 from worldkv_kernels.cli import main as command
@@ -128,7 +139,15 @@ def measure(problem: Problem, device: torch.device, ceilings: Ceilings, *, secon
             continue
         runs[variant.name] = run
     options = {"sets": problem.sets, "flush": problem.flush, "settle": problem.settle}
-    timings = time_variants(runs, device, **options, seconds=seconds) if runs else {}
+    timings: dict[str, Timing] = {}
+    while runs and not timings:
+        try:
+            timings = time_variants(runs, device, **options, seconds=seconds)
+        except VariantError as failed:  # the others are timed without it
+            del runs[failed.name]
+            (figure,) = (figure for figure in figures if figure["variant"] == failed.name)
+            status = "skipped" if figure["is_rival"] else "failed"
+            figure.update(status=status, reason=_first_line(failed.__cause__))
     if _trace_to is not None:
         for name, run in runs.items():
             with recorded(f"{problem.case}: {name}", device, keep=_trace_to):

@@ -49,6 +49,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class VariantError(Exception):
+    """What the variant of that name raised while it was timed is its cause."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 def time_variants(
     runs: dict[str, Run],
     device: torch.device,
@@ -67,7 +75,7 @@ def time_variants(
 
     On a GPU samples lie between two events, and the device waits before the first until the host has queued the work,
     so that launches hide as in a busy stream; on a CPU they are wall-clock. About `seconds` in all after warm-up, 5 to
-    200 rounds.
+    200 rounds. Raises VariantError when a variant does.
     """
     names = list(runs)
     on_gpu = device.type == "cuda"
@@ -77,8 +85,11 @@ def time_variants(
     sink = torch.zeros((), dtype=torch.float32, device=device)
 
     def walk(name: str) -> None:
-        for i in range(sets):
-            runs[name](i)
+        try:
+            for i in range(sets):
+                runs[name](i)
+        except (Exception, SystemExit) as error:
+            raise VariantError(name) from error
 
     # Warm-up, and the time until a call returns to the host.
     host: dict[str, list[float]] = {name: [] for name in names}

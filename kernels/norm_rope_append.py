@@ -219,7 +219,7 @@ def norm_rope_append(
         raise ValueError(_wrong("first_row", f"from 0 to {rows - tokens}", first_row))
     if table is not None:
         shape = table.shape
-        positions, half = shape[0], head_dim // 2
+        positions, half = shape[0] if shape else "positions", head_dim // 2
         if not (shape == (positions, half, 2) and table.dtype is torch.float32 and table.is_contiguous()):
             raise ValueError(_wrong("table", f"torch.float32 [{positions}, {half}, 2], contiguous", table))
         if not (0 < height <= positions and 0 < width <= positions):

@@ -177,11 +177,16 @@ def test_the_readmes_rival_is_checked_and_timed(mine):
         ("raise KeyError('no kernel')", "skipped", "KeyError: 'no kernel'"),
         ("return None", "skipped", "TypeError: run must return a tensor ["),
         ("raise SystemExit(3)", "skipped", "SystemExit: 3"),
+        (
+            "calls.append(i); assert len(calls) < 3, 'tired'; return out.squeeze(0).transpose(0, 1)",
+            "skipped",
+            "AssertionError: tired",
+        ),
         ("q.zero_(); return out.squeeze(0).transpose(0, 1)", "skipped", "RuntimeError: it has written to its inputs"),
     ],
 )
 def test_a_rival_of_ones_own_that_is_wrong_gets_no_number(mine, fault, status, reason):
-    mine.write_text(mine.read_text().replace("return out.squeeze(0).transpose(0, 1)", fault))
+    mine.write_text("calls = []\n" + mine.read_text().replace("return out.squeeze(0).transpose(0, 1)", fault))
     figure = run_with(mine)
     assert (figure["status"], figure["us"], figure["times_rival"]) == (status, None, None)
     assert figure["reason"].startswith(reason)

@@ -13,6 +13,8 @@ from torch import nn
 
 from worldkv_kernels.models import checkpoint
 from worldkv_kernels.models.checkpoint import load_parameters, read_config, read_layout
+from worldkv_kernels.models.lingbot_world_fast import LingBotWorldFast
+from worldkv_kernels.models.matrix_game_2 import MatrixGame2
 
 
 class Small(nn.Module):
@@ -362,3 +364,15 @@ def test_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json must be JSON, got"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("model, tensor, shape, config", [
+    (LingBotWorldFast, "patch_embedding_wancamctrl.weight", [], {"dim": 64}),
+    (MatrixGame2, "blocks.0.action_model.keyboard_embed.0.weight", [1, 1], {"dim": 64, "action_config": [1]}),
+])  # fmt: skip
+def test_what_a_model_reads_off_a_checkpoint_may_be_of_any_shape(tmp_path, model, tensor, shape, config):
+    header = json.dumps({tensor: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json|checkpoint"):
+        model.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)

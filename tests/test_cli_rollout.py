@@ -332,7 +332,7 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--diversity", "x"], "argument --diversity: must be a number, got 'x'"),
         (["--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, got 0"),
         (["--retrieved-chunks", "-1"], "argument --retrieved-chunks: must be an integer of at least 0, got '-1'"),
-        (["--bank-chunks", "5", "--retrieved-chunks", "6"], "--bank-chunks must be None or at least 6, got 5"),
+        (["--bank-chunks", "5", "--retrieved-chunks", "6"], "--bank-chunks must be None or at least 6, since retr"),
         (["--bank", "cloud"], "--bank must be 'device' or 'host', got 'cloud'"),
         (["--order", "random"], "--order must be one of time, nearest_last, nearest_first, got 'random'"),
         (["--chunks", "0"], "argument --chunks: must be an integer of at least 1, got '0'"),

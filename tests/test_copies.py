@@ -90,3 +90,18 @@ def test_a_vendored_copy_beside_the_original(tmp_path):
     names = 'assert sys.modules["game.memory_kernels.ops.cuda"]._EXTENSION == "game.memory_kernels._cuda"\n'
     names += "import game.memory_kernels.integrations.lingbot, game.memory_kernels.models.tiny\n"
     run(PRELUDE + "import game.memory_kernels as second\n" + CHECK + names, tmp_path, ROOT)
+
+
+RELOAD = """
+import importlib
+for name in ("compress_chunk", "segment_attention", "norm_rope_append", "backends", "compress_chunk"):
+    module = importlib.reload(sys.modules[f"worldkv_kernels.ops.{name}"])
+first.compress_chunk = module.compress_chunk
+assert torch.equal(compress(first).k, want.k) and not of_first  # the new module's table chose
+assert torch.equal(compiled(K, V), want.k + 1) and first_op is torch.ops.worldkv.compress_chunk
+"""
+
+
+def test_modules_of_ops_reloaded_in_place():
+    """As IPython's autoreload does."""
+    run(PRELUDE + RELOAD, ROOT)

@@ -222,7 +222,7 @@ def test_shrunk_to_the_current_chunk_the_hole_is_the_chunk_before():
         (dict(recent_frames=0), "official: recent_frames, the current chunk included, must be at least"),
         (dict(sink_frames=2), "official: sink_frames must be a multiple of chunk_frames=3, got 2"),
         (dict(chunk_frames=4, recent_frames=6), "official: recent_frames must be a multiple of chunk_frames=4, got 6"),
-        (dict(bank_chunks=5, retrieved_frames=18), "bank_chunks must be None or at least 6, got 5"),
+        (dict(bank_chunks=5, retrieved_frames=18), "bank_chunks must be None or at least 6, since retrieved_chunks=6"),
         (dict(bank_chunks=0), "bank_chunks must be None or at least 1, got 0"),
     ],
 )

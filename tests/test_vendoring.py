@@ -363,6 +363,7 @@ NAN, INF = float("nan"), float("inf")
             "table must be torch.float32 [8, 32, 2], contiguous, got [8, 64, 2]",
         ),
         ({"table": torch.zeros(8, 32, 2).double()}, ValueError, "table must be torch.float32 [8, 32, 2], contiguous"),
+        ({"table": torch.zeros(())}, ValueError, "table must be torch.float32 [positions, 32, 2], contiguous, got []"),
         ({"table": torch.zeros(8, 2, 32).mT}, ValueError, "table must be torch.float32 [8, 32, 2], contiguous"),
         ({"table": torch.zeros(2, 32, 2), "start_frame": 0}, ValueError, "grid must be within the table's 2 positions"),
         ({"pairs": (12, 10, 9)}, ValueError, "pairs must be three counts that add up to 32, got (12, 10, 9)"),

@@ -148,7 +148,9 @@ class MemoryConfig:
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")
         make_policy(self.retrieval)
         least = max(1, self.retrieved_chunks) if self.mode == "worldkv" else 1
-        check(self.bank_chunks is None or self.bank_chunks >= least, "bank_chunks", f"None or at least {least}")
+        enough = self.bank_chunks is None or self.bank_chunks >= least
+        of_window = f", since retrieved_chunks={self.retrieved_chunks}" if least > 1 else ""
+        check(enough, "bank_chunks", f"None or at least {least}{of_window}")
         slots = self.device_slots is None or self.device_slots >= max(1, self.retrieved_chunks)
         retrieved = f"retrieved_chunks={self.retrieved_chunks}"
         check(slots, "device_slots", f"None or at least {max(1, self.retrieved_chunks)} with {retrieved}")

@@ -103,7 +103,7 @@ class LingBotWorldFast(Denoiser):
         cls, fields: dict[str, Any], layout: Mapping[str, StoredTensor], overrides: dict[str, Any]
     ) -> LingBotConfig:
         control = layout.get("patch_embedding_wancamctrl.weight")
-        acts = control is not None and control.shape[-1] == CONTROL_CHANNELS["action"] * _PIXELS**2
+        acts = control is not None and control.shape[-1:] == (CONTROL_CHANNELS["action"] * _PIXELS**2,)
         return LingBotConfig.from_published(fields, **{"control": "action" if acts else "camera", **overrides})
 
     # --- models.rollout.WorldModel ---

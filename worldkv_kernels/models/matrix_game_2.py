@@ -273,14 +273,15 @@ def _with_actions_of(layout: Mapping[str, StoredTensor], fields: dict[str, Any])
     """The fields of a config.json with the actions that a checkpoint's tensors are for."""
     named = ((_KEYBOARD_EMBEDDING.fullmatch(name), stored.shape) for name, stored in layout.items())
     embeddings = {int(found[1]): shape for found, shape in named if found and len(shape) == 2}
-    if not embeddings:
-        return fields  # then loading tells what is missing
+    given = fields.get("action_config") or {}
+    if not embeddings or not isinstance(given, dict):
+        return fields  # then loading tells what is missing, or from_published what is wrong
     of_tensors = {
         "blocks": sorted(embeddings),
         "keyboard_dim_in": next(iter(embeddings.values()))[-1],
         "enable_mouse": any(".action_model.mouse_mlp." in name for name in layout),
     }
-    return {**fields, "action_config": {**(fields.get("action_config") or {}), **of_tensors}}
+    return {**fields, "action_config": {**given, **of_tensors}}
 
 
 def _block(config: MatrixGameConfig, layer: int) -> wan.Block:

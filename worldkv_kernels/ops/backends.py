@@ -203,10 +203,20 @@ LIBRARY = globals().get("LIBRARY") or _library()  # kept by a reload in place: t
 NAMESPACE = getattr(torch.ops, LIBRARY.ns)
 
 
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = globals().get("IMPLEMENTATIONS") or {}
+
+
 def register(schema: str, implementation: Callable[..., None]) -> None:
-    """Define NAMESPACE.<op>. The ops only write into tensors they are given, so the fake does nothing."""
+    """Define NAMESPACE.<op>, or where its module is reloaded in place, let the op run the new code.
+
+    The ops only write into tensors they are given, so the fake does nothing.
+    """
     name = schema.split("(", 1)[0]
+    defined = name in IMPLEMENTATIONS
+    IMPLEMENTATIONS[name] = ranged(name)(implementation)
+    if defined:
+        return
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, ranged(name)(implementation), key)
+        LIBRARY.impl(name, lambda *args: IMPLEMENTATIONS[name](*args), key)
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", lambda *args: None, lib=LIBRARY)
