@@ -8,6 +8,8 @@ import small_matrix_game
 import torch
 
 from worldkv_kernels import WorldMemory
+from worldkv_kernels.models.lingbot_config import LingBotConfig
+from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -78,3 +80,11 @@ def test_every_page_of_docs_is_pointed_to_and_every_variable_explained():
     variables = set(re.findall(r"environ(?:\.get\(|\[)\"(WORLDKV_\w+)\"", text))
     explained = (ROOT / "docs" / "environment.md").read_text()
     assert len(variables) > 4 and not [name for name in variables if name not in explained]
+
+
+def test_banked_chunks_take_what_is_said():
+    said = {"1.79 GiB": LingBotConfig.fast().memory(), ".23 GiB": MatrixGameConfig.universal().memory()}
+    for size, config in said.items():
+        numbers = config.banked_tokens * config.num_layers * config.num_heads * config.head_dim * 2  # K and V, in bf16
+        assert f"{2 * numbers / 2**30:.2f}".lstrip("0") == size.removesuffix(" GiB")
+        assert all(size in " ".join(page.read_text().split()) for page in (PAGES[0], ROOT / "docs" / "guide.md"))
