@@ -149,10 +149,15 @@ __device__ __forceinline__ constexpr uint64_t matrix(uint32_t half_bytes, uint32
     return uint64_t{1} << 62 | uint64_t{group_bytes >> 4} << 32 | uint64_t{half_bytes >> 4} << 16;
 }
 
-__device__ __forceinline__ uint64_t matrix_at(uint64_t matrix, uint32_t address) { return matrix + (address >> 4); }
+// Apart from `offset`, a constant, so that it is one addition to a register, and in the low half alone.
+__device__ __forceinline__ uint64_t matrix_at(uint64_t matrix, uint32_t address, uint32_t offset = 0) {
+    const uint32_t low = static_cast<uint32_t>(matrix) + (address >> 4) + (offset >> 4);
+    return matrix >> 32 << 32 | low;
+}
 
 // from_shared(d, a, b): a and b by their matrix_at, rows of k both. from_registers<kTransposed>(d, a, b): b's rows are
-// its k where kTransposed is 1. `accumulate` false takes d as zeros.
+// its k where kTransposed is 1. Without kAccumulate d is written and not read, as the compiler is told: it takes no
+// registers until then.
 template <typename T, int N>
 struct Product;
 
@@ -165,45 +170,62 @@ struct Product;
 #define WORLDKV_R88 WORLDKV_R64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
     ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define WORLDKV_D8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-    "+f"(d[i + 7])
-#define WORLDKV_D32 WORLDKV_D8(0), WORLDKV_D8(8), WORLDKV_D8(16), WORLDKV_D8(24)
-#define WORLDKV_D64 WORLDKV_D32, WORLDKV_D8(32), WORLDKV_D8(40), WORLDKV_D8(48), WORLDKV_D8(56)
-#define WORLDKV_D88 WORLDKV_D64, WORLDKV_D8(64), WORLDKV_D8(72), WORLDKV_D8(80)
+#define WORLDKV_D8(io, i) \
+    io(d[i]), io(d[i + 1]), io(d[i + 2]), io(d[i + 3]), io(d[i + 4]), io(d[i + 5]), io(d[i + 6]), io(d[i + 7])
+#define WORLDKV_D32(io) WORLDKV_D8(io, 0), WORLDKV_D8(io, 8), WORLDKV_D8(io, 16), WORLDKV_D8(io, 24)
+#define WORLDKV_D64(io) \
+    WORLDKV_D32(io), WORLDKV_D8(io, 32), WORLDKV_D8(io, 40), WORLDKV_D8(io, 48), WORLDKV_D8(io, 56)
+#define WORLDKV_D88(io) WORLDKV_D64(io), WORLDKV_D8(io, 64), WORLDKV_D8(io, 72), WORLDKV_D8(io, 80)
+#define WORLDKV_ADDED "+f"
+#define WORLDKV_WRITTEN "=f"
 
-// The operands after N / 2 accumulators are numbered I0 to I6.
-#define WORLDKV_PRODUCT(T, TYPES, N, NUMBERS, ACCUMULATORS, I0, I1, I2, I3, I4, I5, I6)                               \
-    template <>                                                                                                       \
-    struct Product<T, N> {                                                                                            \
-        static __device__ __forceinline__ void from_shared(float (&d)[N / 2], uint64_t a, uint64_t b,                 \
-                                                           bool accumulate) {                                         \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\n"                                            \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32" TYPES " {" NUMBERS "}, %" #I0 ", %" #I1     \
-                         ", p, 1, 1, 0, 0;\n}"                                                                        \
-                         : ACCUMULATORS                                                                               \
-                         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                        \
-        }                                                                                                             \
-        template <int kTransposed>                                                                                    \
-        static __device__ __forceinline__ void from_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,  \
-                                                              bool accumulate) {                                      \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\n"                                            \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32" TYPES " {" NUMBERS "}, {%" #I0 ", %" #I1    \
-                         ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 ";\n}"                                     \
-                         : ACCUMULATORS                                                                               \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),     \
-                           "n"(kTransposed));                                                                         \
-        }                                                                                                             \
+#define WORLDKV_WGMMA(TYPES, N, NUMBERS, ACCUMULATORS, A, B, ACCUMULATE, MODES, ...)                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " #ACCUMULATE ", 0;\n"                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32" TYPES " {" NUMBERS "}, " A ", " B ", p, " MODES \
+                 ";\n}"                                                                                           \
+                 : ACCUMULATORS                                                                                   \
+                 : __VA_ARGS__)
+
+// The operands after N / 2 accumulators are numbered I0 to I5.
+#define WORLDKV_PRODUCT(T, TYPES, N, NUMBERS, D, I0, I1, I2, I3, I4, I5)                                             \
+    template <>                                                                                                      \
+    struct Product<T, N> {                                                                                           \
+        template <bool kAccumulate>                                                                                  \
+        static __device__ __forceinline__ void from_shared(float (&d)[N / 2], uint64_t a, uint64_t b) {              \
+            if constexpr (kAccumulate) {                                                                             \
+                WORLDKV_WGMMA(TYPES, N, NUMBERS, D(WORLDKV_ADDED), "%" #I0, "%" #I1, 1, "1, 1, 0, 0", "l"(a),        \
+                              "l"(b));                                                                               \
+            } else {                                                                                                 \
+                WORLDKV_WGMMA(TYPES, N, NUMBERS, D(WORLDKV_WRITTEN), "%" #I0, "%" #I1, 0, "1, 1, 0, 0", "l"(a),      \
+                              "l"(b));                                                                               \
+            }                                                                                                        \
+        }                                                                                                            \
+        template <bool kAccumulate, int kTransposed>                                                                 \
+        static __device__ __forceinline__ void from_registers(float (&d)[N / 2], const uint32_t (&a)[4],             \
+                                                              uint64_t b) {                                          \
+            if constexpr (kAccumulate) {                                                                             \
+                WORLDKV_WGMMA(TYPES, N, NUMBERS, D(WORLDKV_ADDED), "{%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}",       \
+                              "%" #I4, 1, "1, 1, %" #I5, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),         \
+                              "n"(kTransposed));                                                                     \
+            } else {                                                                                                 \
+                WORLDKV_WGMMA(TYPES, N, NUMBERS, D(WORLDKV_WRITTEN), "{%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}",     \
+                              "%" #I4, 0, "1, 1, %" #I5, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),         \
+                              "n"(kTransposed));                                                                     \
+            }                                                                                                        \
+        }                                                                                                            \
     };
 
-WORLDKV_PRODUCT(__nv_bfloat16, ".bf16.bf16", 64, WORLDKV_R32, WORLDKV_D32, 32, 33, 34, 35, 36, 37, 38)
-WORLDKV_PRODUCT(__nv_bfloat16, ".bf16.bf16", 128, WORLDKV_R64, WORLDKV_D64, 64, 65, 66, 67, 68, 69, 70)
-WORLDKV_PRODUCT(__nv_bfloat16, ".bf16.bf16", 176, WORLDKV_R88, WORLDKV_D88, 88, 89, 90, 91, 92, 93, 94)
-WORLDKV_PRODUCT(__half, ".f16.f16", 64, WORLDKV_R32, WORLDKV_D32, 32, 33, 34, 35, 36, 37, 38)
-WORLDKV_PRODUCT(__half, ".f16.f16", 128, WORLDKV_R64, WORLDKV_D64, 64, 65, 66, 67, 68, 69, 70)
-WORLDKV_PRODUCT(__half, ".f16.f16", 176, WORLDKV_R88, WORLDKV_D88, 88, 89, 90, 91, 92, 93, 94)
+WORLDKV_PRODUCT(__nv_bfloat16, ".bf16.bf16", 64, WORLDKV_R32, WORLDKV_D32, 32, 33, 34, 35, 36, 37)
+WORLDKV_PRODUCT(__nv_bfloat16, ".bf16.bf16", 128, WORLDKV_R64, WORLDKV_D64, 64, 65, 66, 67, 68, 69)
+WORLDKV_PRODUCT(__nv_bfloat16, ".bf16.bf16", 176, WORLDKV_R88, WORLDKV_D88, 88, 89, 90, 91, 92, 93)
+WORLDKV_PRODUCT(__half, ".f16.f16", 64, WORLDKV_R32, WORLDKV_D32, 32, 33, 34, 35, 36, 37)
+WORLDKV_PRODUCT(__half, ".f16.f16", 128, WORLDKV_R64, WORLDKV_D64, 64, 65, 66, 67, 68, 69)
+WORLDKV_PRODUCT(__half, ".f16.f16", 176, WORLDKV_R88, WORLDKV_D88, 88, 89, 90, 91, 92, 93)
 
 #undef WORLDKV_PRODUCT
+#undef WORLDKV_WGMMA
+#undef WORLDKV_WRITTEN
+#undef WORLDKV_ADDED
 #undef WORLDKV_D88
 #undef WORLDKV_D64
 #undef WORLDKV_D32
@@ -213,6 +235,13 @@ WORLDKV_PRODUCT(__half, ".f16.f16", 176, WORLDKV_R88, WORLDKV_D88, 88, 89, 90, 9
 #undef WORLDKV_R32
 
 // Numbers.
+
+// The same number, of which the compiler knows nothing: what depends on it is computed where it is wanted, and not ahead
+// of a loop, where it would take registers.
+__device__ __forceinline__ int computed_here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
