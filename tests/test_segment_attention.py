@@ -164,6 +164,22 @@ def test_turning_the_query_equals_rewriting_the_keys(backend):
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_a_table_of_more_pairs_is_one_whose_further_pairs_do_not_turn(backend):
+    """Of 32 pairs the window's table names the 12 that turn; one that names them all says the same."""
+    segments = [Segment(0, 130, -17), Segment(150, 40, 9), Segment(300, 20)]
+    k, v, generator = make_pool(330, 2, 64, segments, torch.float16)
+    q = torch.randn(40, 2, 64, generator=generator).to(DEVICE, torch.float16)
+    *tables, turns = make_window(segments, 64).tables
+    of_all = torch.tensor([1.0, 0.0], device=DEVICE).repeat(len(turns), 32, 1)
+    of_all[:, : turns.shape[1]] = turns
+    got = torch.empty(3, *q.shape, dtype=q.dtype, device=DEVICE)
+    for out, table in zip(got, (turns, of_all, of_all[:, :13].contiguous()), strict=True):
+        torch.ops.worldkv.segment_attention(q, k, v, *tables, table, out, None, None, 0.125, True, backend)
+    assert turns.shape[1] == 12 and relative_error(got[0], brute_force(q, k, v, segments)[0]) <= 1e-3
+    assert relative_error(got[1], got[0]) <= 1e-3 and relative_error(got[2], got[0]) <= 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_mass_is_a_share_and_lse_is_natural(backend):
     """With all keys zero every token weighs the same: mass is the share of tokens, lse is log(tokens)."""
     k = torch.zeros(400, 2, 64, device=DEVICE)

@@ -187,7 +187,9 @@ def _check(
     check_tensor(_OP, "tail_rows", tail_rows, (TILE_ROWS * capacity, 2), like=q, dtypes=integers, inner=2)
     check_tensor(_OP, "num_segments", num_segments, (1,), like=q, dtypes=integers)
     if has_shift:
-        check_tensor(_OP, "turns", turns, (capacity, head_dim // 2, 2), like=q, dtypes=(torch.float32,), inner=3)
+        check_tensor(_OP, "turns", turns, (capacity, "pairs", 2), like=q, dtypes=(torch.float32,), inner=3)
+        if not 1 <= turns.shape[1] <= head_dim // 2:
+            raise bad_value(_OP, "turns", f"[{capacity}, 1 to {head_dim // 2} pairs, 2]", turns)
     outputs = {"out": out}
     check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
     if lse is not None:
