@@ -110,7 +110,7 @@ def test_tile_edges(backend, head_dim, num_rows, q_len):
 @pytest.mark.parametrize("shift", [0, -33])
 def test_half_precision_within_twice_the_error_of_sdpa(backend, dtype, shift):
     """SDPA in the same dtype, on the gathered window with its keys rewritten and rounded."""
-    reason = BACKENDS.backends[backend].unsupported((dtype,))
+    reason = BACKENDS.backends[backend].unsupported((dtype, 64, 12, False, False, True, True))
     if reason:
         pytest.skip(f"{reason}; fp16 stands in for them there")
     segments = [Segment(128, 300, shift), Segment(10, 77)]
@@ -161,6 +161,22 @@ def test_turning_the_query_equals_rewriting_the_keys(backend):
     plain = Window([s._replace(time_shift=0) for s in segments], device=DEVICE)
     want = segment_attention(q, moved, v, plain, backend=backend)
     assert relative_error(got, want) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_a_table_of_more_pairs_is_one_whose_further_pairs_do_not_turn(backend):
+    """Of 32 pairs the window's table names the 12 that turn; one that names them all says the same."""
+    segments = [Segment(0, 130, -17), Segment(150, 40, 9), Segment(300, 20)]
+    k, v, generator = make_pool(330, 2, 64, segments, torch.float16)
+    q = torch.randn(40, 2, 64, generator=generator).to(DEVICE, torch.float16)
+    *tables, turns = make_window(segments, 64).tables
+    of_all = torch.tensor([1.0, 0.0], device=DEVICE).repeat(len(turns), 32, 1)
+    of_all[:, : turns.shape[1]] = turns
+    got = torch.empty(3, *q.shape, dtype=q.dtype, device=DEVICE)
+    for out, table in zip(got, (turns, of_all, of_all[:, :13].contiguous()), strict=True):
+        torch.ops.worldkv.segment_attention(q, k, v, *tables, table, out, None, None, 0.125, True, backend)
+    assert turns.shape[1] == 12 and relative_error(got[0], brute_force(q, k, v, segments)[0]) <= 1e-3
+    assert relative_error(got[1], got[0]) <= 1e-3 and relative_error(got[2], got[0]) <= 1e-3
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)

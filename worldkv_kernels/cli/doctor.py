@@ -11,6 +11,7 @@ import torch
 from ..ops import cuda, proven
 from ..ops.all import OPS, SEGMENT_ATTENTION
 from ..ops.backends import OpBackends
+from ..rope import Rope3D
 from .report import Progress, add_quiet, machine, parse_device, table, write_json
 
 # Heads, queries of a chunk, and keys of a window, all with head_dim 128: what segment_attention is mostly asked for.
@@ -120,7 +121,8 @@ def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
     """Which backend attends over a model's window in bf16, and how it is launched."""
     heads, q_len, keys = SHAPES[model]
     has_shift, has_mass = extra == "rebase", extra == "mass"
-    backend = SEGMENT_ATTENTION.name("auto", device, (torch.bfloat16, 128, has_shift, False, has_mass, True))
+    kind = (torch.bfloat16, 128, Rope3D(128).pairs[0] if has_shift else 0, False, has_mass, True, True)
+    backend = SEGMENT_ATTENTION.name("auto", device, kind)
     how = "-"
     if backend == "triton":
         from ..kernels import segment_attention as kernel
