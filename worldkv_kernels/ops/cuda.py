@@ -94,7 +94,7 @@ def attention_aligned(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tenso
         if x.data_ptr() % (2 * numbers):
             return False
         for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True):
-            if size > 1 and (stride % numbers or stride >= _MAX_STRIDE):
+            if size > 1 and (stride % numbers or not 0 < stride < _MAX_STRIDE):
                 return False
     return True
 
