@@ -442,6 +442,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, uint32_t share
             ring = ring.next();
             if (kMass) end_segment(0);
         } else if (num_tails == 0) {  // a part that has nothing to do
+            __syncwarp();             // all lanes have read the slot
             release(shared + L::empty_q);
         }
 
@@ -488,6 +489,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, uint32_t share
                     for (int r = 0; r < 2; ++r) rows.sum[r] += scores[4 * i + 2 * r] + scores[4 * i + 2 * r + 1];
                 }
             }
+            __syncwarp();  // all lanes have read the slot
             release(shared + L::empty_k + 8 * ring.stage);
             to_weights<T>(weights, scores);
             rescale();

@@ -77,7 +77,7 @@ def build(sources: Path, folder: Path) -> Path:
     def compiled(arguments: list) -> None:
         done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr[-4000:]}")
+            raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr[:6000]}")
 
     with tempfile.TemporaryDirectory(dir=folder) as work:
         units = list(own)
