@@ -21,8 +21,8 @@ void arrive_once(Barrier& barrier, Place place) {
 
 void check_phase(const Barrier& barrier, uint32_t until, Place place) {
     if (barrier.completed <= until) return;
-    fault(text(place) + " for phase " + std::to_string(static_cast<int>(until) - 1) + " of " + describe(barrier) +
-          ": the barrier may run past this thread, which then waits for the wrong phase");
+    const std::string phase = until ? "phase " + std::to_string(until - 1) : "what was before the first phase";
+    fault(text(place) + " for " + phase + " of " + describe(barrier) + ": the barrier may run past this thread, which then waits for the wrong phase");
 }
 
 Named& named_barrier(int name, int threads, Place place) {
