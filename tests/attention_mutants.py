@@ -26,7 +26,9 @@ def instead(name: str, old: str, new: str, file: str = KERNEL) -> Mutant:
     return Mutant(name, file, old, new)
 
 
-_WAIT_FOR_FIRST_K = "            hopper::wait(shared + L::full_k + 8 * ring.stage, ring.parity);\n            if (kTurnedSlabs ||"
+_WAIT_FOR_FIRST_K = (
+    "            hopper::wait(shared + L::full_k + 8 * ring.stage, ring.parity);\n            if (kTurnedSlabs ||"
+)
 _WAIT_FOR_NEXT_K = """                if (tile + 1 < num_tiles) {
                     hopper::wait(shared + L::full_k + 8 * ring.next().stage, ring.next().parity);
                 }
@@ -40,7 +42,9 @@ _WAIT_FOR_LAST_V = """            hopper::wait(shared + L::full_v + 8 * ring.sta
             release(shared + L::empty_v + 8 * ring.stage);
             ring = ring.next();
             if (kMass) end_segment(0);"""
-_WAIT_FOR_TAIL_K = "            hopper::wait(shared + L::full_k + 8 * ring.stage, ring.parity);\n            if (kTurnedSlabs) {"
+_WAIT_FOR_TAIL_K = (
+    "            hopper::wait(shared + L::full_k + 8 * ring.stage, ring.parity);\n            if (kTurnedSlabs) {"
+)
 _WAIT_FOR_EMPTY_K = """            hopper::wait(shared + L::empty_k + 8 * ring.stage, ring.parity ^ 1);
             if (lane == 0) {"""
 _WAIT_FOR_EMPTY_V = "            hopper::wait(shared + L::empty_v + 8 * at.stage, at.parity ^ 1);\n"
@@ -139,8 +143,8 @@ MUTANTS = [
             "                hopper::arrive_named(2 - group, 256);\n                hopper::wait_products<1>",
             "                hopper::arrive_named(1 + group, 256);\n                hopper::wait_products<1>"),
     instead("more registers than there are", "take_registers<240>", "take_registers<248>"),
-    without("the ring stands still after the last full tile",
-            "            ring = ring.next();\n            if (kMass) end_segment(0);".split("            if")[0]),
+    instead("the ring stands still after the last full tile", "ring = ring.next();\n            if (kMass) end_segment(0);",
+            "if (kMass) end_segment(0);"),
     # Softmax, turns and mass.
     instead("rows of a turned fragment swapped", "row_in_block + 8 * (i % 2)", "row_in_block + 8 * (i / 2)"),
     instead("turned the wrong way", "x.x * by.x + x.y * by.y, x.y * by.x - x.x * by.y",
@@ -151,7 +155,6 @@ MUTANTS = [
     without("a segment's sum runs on", "                rows.sum[r] = 0.f;\n"),
     instead("a segment's end passed over", "                        if (kMass) end_segment(0);\n", ""),
     without("the last tail's sum not written", "        if (kMass && num_tails > 0) end_segment(1);\n"),
-    instead("tails keep the last tile's turn", "        // Tail rows.\n        segment = -1;", "        // Tail rows."),
     instead("one scale for all scores", "fabsf(largest * p.scale_log2) < kLarge ? p.scale_log2 : p.scale_power",
             "p.scale_log2"),
     # Where rows lie.
@@ -180,5 +183,7 @@ MUTANTS = [
 
 UNSEEN = [
     # ptxas would serialise the products (its warning C7519); the fence before the scores comes after the last weights.
-    without("no second fence", "                hopper::fence_products();\n                multiply"),
+    instead("no second fence", "                hopper::fence_products();\n                multiply", "                multiply"),
+    # A tail of the last tile's segment finds the turn that it wants; what is written for it is a sum of 0.
+    instead("tails keep the last tile's turn", "        // Tail rows.\n        segment = -1;", "        // Tail rows."),
 ]
