@@ -119,13 +119,13 @@ void check_fenced(Member& member, const uint32_t* address, int count, Place plac
 }
 
 bool poisoned(const float* d, int count) {
-    bool all = true;
+    uint32_t differing = 0;
     for (int i = 0; i < count; ++i) {
         uint32_t bits;
         memcpy(&bits, d + i, 4);
-        all &= bits == kPoison;
+        differing |= bits ^ kPoison;
     }
-    return all;
+    return differing == 0;
 }
 
 // The accumulators of this thread for the product that it brings; they hold poison from here on.
