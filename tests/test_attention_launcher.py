@@ -179,8 +179,9 @@ def test_what_starts_where_the_copy_engine_and_the_stores_take_it(changes, align
 
 def test_strides_are_below_those_that_the_copy_engine_takes():
     for stride, aligned in ((2**39 - 8, True), (2**39, False)):
-        far = SimpleNamespace(data_ptr=lambda: 0, shape=(2, 2, 64), stride=lambda stride=stride: (stride, 64, 1))
-        assert cuda.attention_aligned(strided(), far, strided(), strided()) is aligned
+        for strides in ((stride, 64, 1), (128, stride, 1)):
+            far = SimpleNamespace(data_ptr=lambda: 0, shape=(2, 2, 64), stride=lambda strides=strides: strides)
+            assert cuda.attention_aligned(strided(), far, strided(), strided()) is aligned
 
 
 # --- the binding ---

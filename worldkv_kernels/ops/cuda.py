@@ -91,11 +91,14 @@ def attention_aligned(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tenso
     bytes where the copy engine reads, less than 2**40 apart, and on multiples of 4 where pairs of numbers are written.
     """
     for x, numbers in ((q, 8), (k_pool, 8), (v_pool, 8), (out, 2)):
-        if x.data_ptr() % (2 * numbers):
+        tokens, heads, _ = x.shape
+        stride_token, stride_head, _ = x.stride()
+        if (
+            x.data_ptr() % (2 * numbers)
+            or (tokens > 1 and (stride_token % numbers or not 0 < stride_token < _MAX_STRIDE))
+            or (heads > 1 and (stride_head % numbers or not 0 < stride_head < _MAX_STRIDE))
+        ):
             return False
-        for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True):
-            if size > 1 and (stride % numbers or not 0 < stride < _MAX_STRIDE):
-                return False
     return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 
@@ -36,6 +36,18 @@ from .backends import (
 )
 
 _OP = "segment_attention"
+
+
+class Shape(NamedTuple):
+    """What decides which backend is the fastest. `keys` fill the window's capacity: how many it holds now only the
+    device knows."""
+
+    heads: int
+    q_len: int
+    keys: int
+    head_dim: int
+    turned_pairs: int
+    has_mass: bool
 
 
 @overload
@@ -107,9 +119,9 @@ def segment_attention(
     size costs no digit, up to 1e38 with the scale, which no fp16 reaches. Deterministic: on one device and in a window
     of one capacity, the same segments in the same order give the same bits wherever their rows lie. Does not
     synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at most
-    about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment, in a last round that is cut once a
-    part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the number of
-    segments that it was captured with (later ones are left out, missing ones get zero).
+    about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment (16 in CUDA), in a last round that is
+    cut once a part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the
+    number of segments that it was captured with (later ones are left out, missing ones get zero).
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
@@ -157,10 +169,12 @@ def _run(
     scale: float, has_shift: bool, backend: str,
 ) -> None:  # fmt: skip
     _check(q, k_pool, v_pool, tiles, tail_rows, ranges, num_segments, turns, out, lse, mass, scale, has_shift)
+    q_len, heads, head_dim = q.shape
     layout = _rows_in_order(k_pool, v_pool), cuda.attention_aligned(q, k_pool, v_pool, out)
     turned_pairs = turns.shape[1] if has_shift else 0
-    kind = (q.dtype, q.shape[2], turned_pairs, lse is not None, mass is not None, *layout)
-    run = BACKENDS.choose(backend, q.device, kind)
+    kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, *layout)
+    shape = Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None)
+    run = BACKENDS.choose(backend, q.device, kind, shape)
     with on_current_device(q.device):
         tables = (tiles, tail_rows, ranges, num_segments, turns)
         run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift)
@@ -279,6 +293,7 @@ BACKENDS = OpBackends(
         for head_dim, turned_pairs in _TURNED_PAIRS
         for with_extras in (False, True)
     ),
+    typical_shape=Shape(40, 4680, 32_768, 128, 0, False),
 )
 
 register(
