@@ -48,7 +48,20 @@ _WAIT_FOR_TAIL_K = (
 _WAIT_FOR_EMPTY_K = """            hopper::wait(shared + L::empty_k + 8 * ring.stage, ring.parity ^ 1);
             if (lane == 0) {"""
 _WAIT_FOR_EMPTY_V = "            hopper::wait(shared + L::empty_v + 8 * at.stage, at.parity ^ 1);\n"
-_WAIT_FOR_EMPTY_Q = "        hopper::wait(shared + L::empty_q, round % 2 ^ 1);\n        if (lane == 0) {\n            hopper::store_shared(shared + L::piece, piece);"
+_WAIT_FOR_EMPTY_Q = """        hopper::wait(shared + L::empty_q, round % 2 ^ 1);
+        if (lane == 0) {
+            hopper::store_shared(shared + L::piece, piece);"""
+_COPY_K = """                hopper::arrive_expecting(full, L::kTileBytes);
+#pragma unroll
+                for (int half = 0; half < L::kHalves; ++half) {
+                    hopper::copy_box<L2::kEvictLast>(
+                        shared + L::k"""
+_SCORES_OF_TAIL = """            hopper::fence_products();
+            score(scores, shared + L::k + ring.stage * L::kTileBytes);
+            hopper::commit_products();
+            hopper::wait_products<0>(scores);
+"""
+_LAST_READ_OF_Q = "            if (tail == num_tails - 1) release(shared + L::empty_q);\n"
 _SCORES_DONE = """                hopper::wait_products<1>(scores);
                 release(shared + L::empty_k + 8 * ring.stage);
                 take_maxima<kMass>(rows, scores, p);
@@ -75,17 +88,17 @@ MUTANTS = [
     instead("K is waited for in the wrong phase", _WAIT_FOR_EMPTY_K, _WAIT_FOR_EMPTY_K.replace(" ^ 1", "")),
     without("V is filled before it is empty", _WAIT_FOR_EMPTY_V),
     instead("Q is filled before it is empty", _WAIT_FOR_EMPTY_Q, _WAIT_FOR_EMPTY_Q.split("\n", 1)[1]),
-    instead("half of K's bytes expected", "hopper::arrive_expecting(full, L::kTileBytes);\n#pragma unroll\n                for (int half = 0; half < L::kHalves; ++half) {\n                    hopper::copy_box<L2::kEvictLast>(\n                        shared + L::k",
-            "hopper::arrive_expecting(full, L::kTileBytes / 2);\n#pragma unroll\n                for (int half = 0; half < L::kHalves; ++half) {\n                    hopper::copy_box<L2::kEvictLast>(\n                        shared + L::k"),
+    instead("half of K's bytes expected", _COPY_K, _COPY_K.replace("kTileBytes)", "kTileBytes / 2)")),
     instead("twice Q's bytes expected", "full_q, L::kQueryBytes);", "full_q, 2 * L::kQueryBytes);"),
     instead("a tail's bytes are a tile's", "hopper::arrive_expecting(full, L::kTailBytes);",
             "hopper::arrive_expecting(full, L::kTileBytes);"),
     instead("one arrival a group counted", "kConsumerWarps = 8;", "kConsumerWarps = 2;"),
     instead("an arrival a thread counted", "kConsumerWarps = 8;", "kConsumerWarps = 256;"),
-    without("barriers used before all see them", "    __syncthreads();\n    if (threadIdx.x < 128) {".split("    if")[0]),
+    without("barriers used before all see them", "    __syncthreads();\n"),
     instead("full_v and empty_v are one", "empty_v = full_v + 8 * kStages", "empty_v = full_v"),
     # What is released too early, or never.
-    instead("K released before its scores are done", _SCORES_DONE, """                release(shared + L::empty_k + 8 * ring.stage);
+    instead("K released before its scores are done", _SCORES_DONE, """\
+                release(shared + L::empty_k + 8 * ring.stage);
                 hopper::wait_products<1>(scores);
                 take_maxima<kMass>(rows, scores, p);
 """),
@@ -97,13 +110,11 @@ MUTANTS = [
 """),
     instead("the next V released in place of the last", "release(shared + L::empty_v + 8 * before.stage);",
             "release(shared + L::empty_v + 8 * ring.stage);"),
-    instead("Q released before the last tail's scores",
-            "            hopper::fence_products();\n            score(scores, shared + L::k + ring.stage * L::kTileBytes);\n            hopper::commit_products();\n            hopper::wait_products<0>(scores);\n            if (tail == num_tails - 1) release(shared + L::empty_q);",
-            "            if (tail == num_tails - 1) release(shared + L::empty_q);\n            hopper::fence_products();\n            score(scores, shared + L::k + ring.stage * L::kTileBytes);\n            hopper::commit_products();\n            hopper::wait_products<0>(scores);"),
-    without("Q never released after tails", "            if (tail == num_tails - 1) release(shared + L::empty_q);\n"),
-    instead("a tail's slot read after its release",
-            "            if (tail == num_tails - 1) release(shared + L::empty_q);\n",
-            "            if (tail == num_tails - 1) release(shared + L::empty_q);\n            release(shared + L::empty_k + 8 * ring.stage);\n"),
+    instead("Q released before the last tail's scores", _SCORES_OF_TAIL + _LAST_READ_OF_Q,
+            _LAST_READ_OF_Q + _SCORES_OF_TAIL),
+    without("Q never released after tails", _LAST_READ_OF_Q),
+    instead("a tail's slot read after its release", _LAST_READ_OF_Q,
+            _LAST_READ_OF_Q + "            release(shared + L::empty_k + 8 * ring.stage);\n"),
     # Products in flight.
     instead("scores read in flight", _SCORES_DONE, """                take_maxima<kMass>(rows, scores, p);
                 hopper::wait_products<1>(scores);
@@ -131,7 +142,8 @@ MUTANTS = [
     instead("slabs of V 8 rows apart", "values, slab * 16 * kRowBytes", "values, slab * 8 * kRowBytes"),
     instead("V not transposed", "from_registers<true, 1>", "from_registers<true, 0>"),
     instead("halves of K side by side", "slab / 4 * kRows * kRowBytes + slab % 4 * 32", "slab * 32"),
-    instead("queries of the other group", "group * kGroupQueries * kRowBytes", "(1 - group) * kGroupQueries * kRowBytes"),
+    instead("queries of the other group", "group * kGroupQueries * kRowBytes",
+            "(1 - group) * kGroupQueries * kRowBytes"),
     instead("scores added to the last tile's", "from_registers<false, 0>(result, turned[0], b)",
             "from_registers<true, 0>(result, turned[0], b)"),
     instead("a tile 1024 bytes into the last", "v = k + kStages * kTileBytes;", "v = k + kStages * kTileBytes - 1024;"),
@@ -143,7 +155,8 @@ MUTANTS = [
             "                hopper::arrive_named(2 - group, 256);\n                hopper::wait_products<1>",
             "                hopper::arrive_named(1 + group, 256);\n                hopper::wait_products<1>"),
     instead("more registers than there are", "take_registers<240>", "take_registers<248>"),
-    instead("the ring stands still after the last full tile", "ring = ring.next();\n            if (kMass) end_segment(0);",
+    instead("the ring stands still after the last full tile",
+            "ring = ring.next();\n            if (kMass) end_segment(0);",
             "if (kMass) end_segment(0);"),
     # Softmax, turns and mass.
     instead("rows of a turned fragment swapped", "row_in_block + 8 * (i % 2)", "row_in_block + 8 * (i / 2)"),
@@ -164,9 +177,11 @@ MUTANTS = [
     instead("a short segment reads on", "group.first_row + min(i, group.num_rows - 1)", "group.first_row + i"),
     instead("halves of a tail a tile apart", "half * kTailRows * kRowBytes", "half * kTileRows * kRowBytes"),
     instead("a segment's second tile is its first", "first + (index - before) * kTileRows", "first", SEGMENTS),
-    instead("one group too few", "+ kGroupRows - 1) / kGroupRows;\n        return", ") / kGroupRows;\n        return", SEGMENTS),
+    instead("one group too few", "+ kGroupRows - 1) / kGroupRows;\n        return",
+            ") / kGroupRows;\n        return", SEGMENTS),
     instead("pages are not turned back", "load(0);\n        for (;;)", ";\n        for (;;)", SEGMENTS),
-    instead("V of the first head", "full,\n                        64 * half, kv_head, row);", "full,\n                        64 * half, 0, row);"),
+    instead("V of the first head", "full,\n                        64 * half, kv_head, row);",
+            "full,\n                        64 * half, 0, row);"),
     instead("a query head reads its own number's K", "head / (p.heads / p.kv_heads)", "head % p.kv_heads"),
     instead("a part ends where it begins", "segments.tiles() * (work.part + 1) / work.parts",
             "segments.tiles() * (work.part + 1) / work.parts - (work.part > 0)"),
@@ -183,7 +198,8 @@ MUTANTS = [
 
 UNSEEN = [
     # ptxas would serialise the products (its warning C7519); the fence before the scores comes after the last weights.
-    instead("no second fence", "                hopper::fence_products();\n                multiply", "                multiply"),
+    instead("no second fence", "                hopper::fence_products();\n                multiply",
+            "                multiply"),
     # A tail of the last tile's segment finds the turn that it wants; what is written for it is a sum of 0.
     instead("tails keep the last tile's turn", "        // Tail rows.\n        segment = -1;", "        // Tail rows."),
-]
+]  # fmt: skip

@@ -53,7 +53,7 @@ def digest(*texts: str) -> str:
 
 
 def with_includes(path: Path, texts: dict[Path, str], seen: dict[Path, str]) -> dict[Path, str]:
-    """What `path` is compiled from: its text, and that of each file of `texts` that it includes, by way of others too."""
+    """What `path` is compiled from: its text, and that of each file of `texts` that it includes, directly or not."""
     if path not in seen:
         seen[path] = texts[path]
         for name in re.findall(r'#include ["<]([^">]+)[">]', texts[path]):
