@@ -1,7 +1,7 @@
 """The sources of the CUDA kernels, compiled by the host's C++ compiler and run on fibers (scheduler.cpp).
 
 What is no C++ is rewritten: launches, and the one instruction in assembly. All else is compiled as it stands, against
-include/, which stands for the CUDA runtime.
+include/, which stands for the CUDA runtime, and for attention/hopper.cuh: hopper/ models what that has in assembly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def why_not() -> str | None:
 
 
 def translated(text: str, name: Path) -> str:
-    text = LAUNCH.sub(r"cuda_on_host::launch([=] { \1(\3); }, \2);", text)
+    launch = r"cuda_on_host::launch(reinterpret_cast<const void*>(+\1), [=] { \1(\3); }, \2);"
+    text = LAUNCH.sub(launch, text)
     text = LOAD_ACQUIRE.sub(r"\1 = cuda_on_host::load_acquire(\2);", text)
     assert "<<<" not in text and "asm" not in re.findall(r"\w+", text), f"{name}: not understood"
     return f'#line 1 "{name}"\n{text}'
@@ -50,18 +51,24 @@ def translated(text: str, name: Path) -> str:
 def build(sources: Path, folder: Path) -> Path:
     """Compile every .cu and .cpp under `sources` into one module in `folder`, unless the same one is there."""
     files = sorted(path for path in sources.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
-    texts = {
-        path.relative_to(sources): translated(path.read_text(), path.relative_to(sources.parent)) for path in files
-    }
-    own = [HERE / "scheduler.cpp", *sorted((HERE / "include").iterdir()), *sorted(CSRC.glob("*/*.*h"))]
+    include = HERE / "include"
+    texts = {}
+    for path in files:
+        relative = path.relative_to(sources)
+        stand_in = include / relative
+        texts[relative] = (
+            stand_in.read_text() if stand_in.exists() else translated(path.read_text(), path.relative_to(sources.parent))
+        )
+    own = [HERE / "scheduler.cpp", *sorted((HERE / "hopper").glob("*.cpp"))]
+    headers = [HERE / "scheduler.h", HERE / "hopper/model.h", *sorted(path for path in include.rglob("*.*h"))]
     # nvcc fuses products and sums too. Vectors are read as numbers, which CUDA's compiler allows.
     flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC"]
-    flags += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{HERE / 'include'}", f"-I{CSRC}"]
+    flags += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{include}", f"-I{CSRC}"]
     if Path("bindings.cpp") in texts:
         pybind11 = importlib.import_module("pybind11").get_include()
         flags += ['-DWORLDKV_ARCHITECTURES="host"', f"-I{pybind11}", f"-I{sysconfig.get_path('include')}"]
     content = [platform.node(), COMPILER, *flags, *map(str, texts), *texts.values()]
-    content += [path.read_text() for path in own]
+    content += [path.read_text() for path in [*own, *headers, *sorted(CSRC.glob("*/*.*h"))]]
     digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
     module = folder / digest / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
@@ -73,7 +80,7 @@ def build(sources: Path, folder: Path) -> Path:
             raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr[-4000:]}")
 
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        units = [own[0]]
+        units = list(own)
         for relative, text in texts.items():
             path = Path(work) / (relative.with_suffix(".cpp") if relative.suffix == ".cu" else relative)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +88,11 @@ def build(sources: Path, folder: Path) -> Path:
             units += [path] if path.suffix == ".cpp" else []
         objects = [Path(work) / f"{unit.stem}.o" for unit in units]
         with ThreadPoolExecutor(os.cpu_count()) as workers:
-            list(workers.map(compiled, ([*flags, "-c", unit, "-o", o] for unit, o in zip(units, objects, strict=True))))
+            fast = {unit: ["-O3"] for unit in own}  # the model, where most of the time goes
+            commands = (
+                [*flags, *fast.get(unit, []), "-c", unit, "-o", o] for unit, o in zip(units, objects, strict=True)
+            )
+            list(workers.map(compiled, commands))
         compiled(["-shared", *objects, "-o", Path(work) / module.name])
         module.parent.mkdir(exist_ok=True)
         (Path(work) / module.name).replace(module)

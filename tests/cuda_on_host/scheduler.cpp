@@ -1,11 +1,12 @@
 // Runs a grid on one thread of the host. A CUDA thread is a fiber; a few blocks are resident at a time. Fibers change
 // where threads wait for each other and at atomic operations; which one goes on is drawn from a seed, so that every
-// run can be had again. Memory is sequentially consistent: a missing fence shows nowhere.
-#include <cuda_runtime.h>
+// run can be had again. Memory is sequentially consistent: a missing fence shows nowhere, but in what hopper/ models.
+#include "scheduler.h"
 
 #include <csetjmp>
 #include <csignal>
 #include <link.h>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -20,11 +21,10 @@ dim3 blockDim, gridDim;
 namespace cuda_on_host {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxResident = 6;
 constexpr size_t kStackBytes = 128 << 10;
+constexpr int kStaticBytes = 48 << 10, kMostBytes = 232448;  // of dynamic shared memory: unasked, and at all
 
-enum class State { kRunnable, kAtBarrier, kAmongLanes, kReturned };
+enum class State { kRunnable, kAtBarrier, kAmongLanes, kWaiting, kReturned };
 
 struct Thread {
     char* stack = nullptr;
@@ -63,12 +63,16 @@ struct Random {
 };
 
 Random g_random;
+uint64_t g_seed;
+int g_launches;  // since it was given
+std::map<const void*, int> g_dynamic_bytes;  // that a kernel may be launched with, where it was asked for
 Block g_blocks[kMaxResident];
 const std::function<void()>* g_body;
 int g_num_threads;
 jmp_buf g_scheduler;
 Block* g_block;  // of the thread that runs
 Thread* g_self;  // the thread that runs, null in the scheduler
+bool g_in_engines;
 std::string g_fault;
 int64_t g_idle_steps;  // since a thread did anything but look whether it may go on
 bool g_spun;
@@ -76,14 +80,6 @@ cudaError_t g_last_error = cudaSuccess;
 
 std::string text(const uint3& index) {
     return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
-}
-
-std::string text(const Place& place) {
-    return std::string(place.call) + " at " + place.file + ":" + std::to_string(place.line);
-}
-
-bool same(const Place& a, const Place& b) {
-    return a.line == b.line && a.call == b.call && a.file == b.file;
 }
 
 // Back to the scheduler and, when it has chosen this thread again, on. Not inlined: nothing but the jump may be live.
@@ -97,6 +93,7 @@ void for_each_lane(unsigned mask, Use use) {
 }
 
 void check_return() {
+    hopper::thread_returns();
     const int thread = g_self - g_block->threads.data();
     Warp& warp = g_block->warps[thread / 32];
     for_each_lane(warp.waiting, [&](int lane) {
@@ -183,7 +180,7 @@ struct Signals {
     struct sigaction before[3];
 
     static void caught(int signal) {
-        if (!g_self) {
+        if (!g_self && !g_in_engines) {
             std::signal(signal, SIG_DFL);
             return;
         }
@@ -230,23 +227,43 @@ void step(Block& block, int thread) {
     g_self = nullptr;
 }
 
+// Named only where Hopper's warp groups have a meaning.
+std::string role(const Block& block, int thread) {
+    g_block = const_cast<Block*>(&block);
+    return hopper::started() ? " (" + hopper::role(thread) + ")" : "";
+}
+
+// What Hopper's engines do on behalf of a block.
+template <typename Work>
+void beside_threads(Block& block, Work work) {
+    g_block = &block;
+    if (_setjmp(g_scheduler)) {
+        g_in_engines = false;
+        throw std::runtime_error(g_fault);
+    }
+    g_in_engines = true;
+    work();
+    g_in_engines = false;
+}
+
 std::string what_waits(const std::vector<Block*>& resident) {
     std::ostringstream out;
     for (const Block* block : resident) {
         out << "; block " << text(block->index) << ": " << block->returned << " of " << g_num_threads << " returned";
-        const Thread* last = nullptr;
+        std::string last;
         for (int i = 0; i < g_num_threads; ++i) {
             const Thread& thread = block->threads[i];
             if (thread.state == State::kReturned || thread.state == State::kRunnable) continue;
-            if (!last || !same(last->place, thread.place)) out << ", thread " << i << " in " << text(thread.place);
-            last = &thread;
+            const std::string what = text(thread.place) + hopper::what_it_waits_for(block - g_blocks, i);
+            if (what != last) out << ", thread " << i << role(*block, i) << " in " << what;
+            last = what;
         }
         if (!block->runnable.empty()) out << ", " << block->runnable.size() << " spin";
     }
     return out.str();
 }
 
-void run_grid() {
+void run_grid(size_t dynamic_bytes) {
     const Signals signals;
     Shared shared;
     std::vector<uint64_t> order(static_cast<uint64_t>(gridDim.x) * gridDim.y * gridDim.z);
@@ -278,6 +295,7 @@ void run_grid() {
                 block.warps[i] = {0, lanes == 32 ? 0 : ~0u << lanes};
             }
             shared.fill_with_garbage(block);
+            beside_threads(block, [&] { hopper::start_block(dynamic_bytes); });
             release(block);
         }
         if (resident.empty()) return;
@@ -288,10 +306,15 @@ void run_grid() {
         for (size_t turn = 1 + g_random.below(longest_turn); turn > 0 && !block.runnable.empty(); --turn) {
             step(block, take_runnable(block, any ? kMaxThreads : 32));
             if (!g_fault.empty()) throw std::runtime_error(g_fault);
+            if (hopper::engines_busy()) beside_threads(block, [] { hopper::step_engines(false); });
             if (g_spun) break;
             any = g_random.below(1 + ahead) == 0;
         }
+        while (block.runnable.empty() && block.returned < g_num_threads && hopper::engines_busy()) {
+            beside_threads(block, [] { hopper::step_engines(true); });
+        }
         if (block.returned == g_num_threads) {
+            beside_threads(block, [] { hopper::finish_block(); });
             resident.erase(resident.begin() + chosen);
             free.push_back(&block);
         } else if (block.runnable.empty() || g_idle_steps > 100 * kMaxResident * g_num_threads) {
@@ -303,8 +326,32 @@ void run_grid() {
 }  // namespace
 
 void fault(const std::string& what) {
-    g_fault = "block " + text(blockIdx) + ", thread " + text(threadIdx) + ": " + what;
+    const std::string thread = g_self ? ", thread " + text(threadIdx) + role(*g_block, thread_in_block()) : "";
+    g_fault = "block " + text(g_block->index) + thread + ": " + what;
     _longjmp(g_scheduler, 1);
+}
+
+std::string text(const Place& place) {
+    return std::string(place.call) + " at " + place.file + ":" + std::to_string(place.line);
+}
+
+bool same(const Place& a, const Place& b) { return a.line == b.line && a.call == b.call && a.file == b.file; }
+
+int resident_block() { return g_block - g_blocks; }
+int block_threads() { return g_num_threads; }
+int thread_in_block() { return g_self - g_block->threads.data(); }
+size_t draw(size_t bound) { return g_random.below(bound); }
+
+void wait_to_be_woken(Place place) {
+    g_idle_steps = 0;
+    g_self->state = State::kWaiting;
+    g_self->place = place;
+    suspend();
+}
+
+void wake(int thread) {
+    g_block->threads[thread].state = State::kRunnable;
+    g_block->runnable.push_back(thread);
 }
 
 void let_others_run(bool spins) {
@@ -325,12 +372,13 @@ void barrier(Place place) {
     g_self->place = place;
     if (++g_block->at_barrier == g_num_threads) {
         g_block->at_barrier = 0;
+        hopper::all_threads_meet();
         release(*g_block);
     }
     suspend();
 }
 
-unsigned among_lanes(Place place, unsigned mask, unsigned value, int source, Combine combine) {
+unsigned among_lanes(Place place, unsigned mask, unsigned value, int source, Combine combine, bool orders_memory) {
     g_idle_steps = 0;
     const int thread = g_self - g_block->threads.data(), first = thread / 32 * 32;
     if (!(mask >> thread % 32 & 1)) fault(text(place) + " by a lane that is not in its mask");
@@ -359,38 +407,63 @@ unsigned among_lanes(Place place, unsigned mask, unsigned value, int source, Com
             g_block->runnable.push_back(first + lane);
         });
         warp.waiting &= ~mask;
+        if (orders_memory) hopper::lanes_meet(mask);
     }
     suspend();
     return g_self->result;
 }
 
-void launch(const std::function<void()>& thread, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t) {
-    if (shared_bytes) throw std::logic_error("dynamic shared memory is not emulated");
+void launch(const void* kernel, const std::function<void()>& thread, dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t) {
     const uint64_t num_threads = static_cast<uint64_t>(block.x) * block.y * block.z;
     if (num_threads == 0 || num_threads > kMaxThreads || grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 ||
         grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
         g_last_error = cudaErrorInvalidConfiguration;
         return;
     }
+    const auto asked = g_dynamic_bytes.find(kernel);
+    if (shared_bytes > static_cast<size_t>(asked == g_dynamic_bytes.end() ? kStaticBytes : asked->second)) {
+        g_last_error = cudaErrorInvalidValue;
+        return;
+    }
+    ++g_launches;
     g_body = &thread;
     g_num_threads = num_threads;
     gridDim = grid;
     blockDim = block;
     try {
-        run_grid();
-    } catch (...) {
+        run_grid(shared_bytes);
+    } catch (const std::exception& error) {
         for (Block& each : g_blocks) {
             for (Thread& abandoned : each.threads) abandoned.started = false;
         }
-        throw;
+        throw std::runtime_error(std::string(error.what()) + " (launch " + std::to_string(g_launches) + " of seed " +
+                                 std::to_string(g_seed) + ")");
     }
+}
+
+cudaError_t allow_dynamic_bytes(const void* kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kMostBytes) {
+        return g_last_error = cudaErrorInvalidValue;
+    }
+    g_dynamic_bytes[kernel] = value;
+    return cudaSuccess;
 }
 
 }  // namespace cuda_on_host
 
 cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::g_last_error, cudaSuccess); }
-const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid configuration argument" : "no error"; }
+const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "no error";
+        case cudaErrorInvalidValue: return "invalid argument";
+        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+        default: return "an error of the driver";
+    }
+}
 
 extern "C" __attribute__((visibility("default"))) void cuda_on_host_seed(uint64_t seed) {
-    cuda_on_host::g_random.state = seed;
+    cuda_on_host::g_random.state = cuda_on_host::g_seed = seed;
+    cuda_on_host::g_launches = 0;
 }
