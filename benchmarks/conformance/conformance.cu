@@ -11,17 +11,10 @@
 namespace worldkv::conformance {
 namespace {
 
-using bfloat16 = __nv_bfloat16;
-
 struct Fact {
     const char* name;
     Words (*run)();
 };
-
-template <typename T, int N, int kHeadDim, int kGroups>
-Words sums() {
-    return scores<T, N, kHeadDim, kGroups>(of_query, of_key);
-}
 
 const Fact kFacts[] = {
     {"numbers", numbers},
@@ -38,12 +31,12 @@ const Fact kFacts[] = {
     {"registers", registers},
     {"accumulate", accumulate},
     {"accumulators", accumulators},
-    {"slabs", slabs},
-    {"scores_64", sums<bfloat16, 64, 128, 2>},
-    {"scores_128", sums<bfloat16, 128, 128, 2>},
-    {"scores_176", sums<bfloat16, 176, 128, 2>},
-    {"scores_fp16", sums<__half, 176, 64, 2>},
-    {"turned_scores", turned_scores<bfloat16, 128, 128>},
+    {"scores_64", slabs<64, 128, 2>},
+    {"scores_128", slabs<128, 128, 2>},
+    {"scores_176", slabs<176, 128, 1>},
+    {"scores_narrow", slabs<64, 64, 1>},
+    {"fp16", fp16},
+    {"turned_scores", turned_scores<__nv_bfloat16, 128, 128>},
     {"values_64", values<128, 64>},
     {"values_128", values<128, 128>},
     {"values_176", values<128, 176>},

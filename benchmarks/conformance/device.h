@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,38 +28,42 @@ inline void check(cudaError_t error, const char* what) {
 class Memory {
 public:
     template <typename T>
-    explicit Memory(const std::vector<T>& from) : bytes_(from.size() * sizeof(T)) {
-        check(cudaMalloc(&data_, bytes_), "cudaMalloc");
-        check(cudaMemcpy(data_, from.data(), bytes_, cudaMemcpyHostToDevice), "a copy to the device");
+    explicit Memory(const std::vector<T>& from) {
+        void* data = nullptr;
+        check(cudaMalloc(&data, from.size() * sizeof(T)), "cudaMalloc");
+        data_.reset(data, cudaFree);
+        check(cudaMemcpy(data, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "a copy to the device");
     }
-    ~Memory() { cudaFree(data_); }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-
     template <typename T>
     T* as() const {
-        return static_cast<T*>(data_);
+        return static_cast<T*>(data_.get());
     }
 
 private:
-    void* data_ = nullptr;
-    size_t bytes_;
-    friend class Output;
+    std::shared_ptr<void> data_;
 };
 
 // Words that a kernel is to write, all of them.
-class Output : public Memory {
+class Output {
 public:
-    explicit Output(size_t words) : Memory(Words(words, 0xdeadbeef)) {}
+    explicit Output(size_t count) : count_(count), memory_(Words(count, 0xdeadbeef)) {}
 
+    template <typename T>
+    T* as() const {
+        return memory_.as<T>();
+    }
     uint32_t* words() const { return as<uint32_t>(); }
     Words read() const {
         check(cudaGetLastError(), "the launch");
         check(cudaDeviceSynchronize(), "the kernel");
-        Words words(bytes_ / 4);
-        check(cudaMemcpy(words.data(), data_, bytes_, cudaMemcpyDeviceToHost), "a copy from the device");
+        Words words(count_);
+        check(cudaMemcpy(words.data(), memory_.as<void>(), 4 * count_, cudaMemcpyDeviceToHost), "a copy from the device");
         return words;
     }
+
+private:
+    size_t count_;
+    Memory memory_;
 };
 
 template <typename Kernel>

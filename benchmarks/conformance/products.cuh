@@ -226,8 +226,15 @@ __global__ void __launch_bounds__(128) accumulate_kernel(const uint32_t* g_queri
     dump(g_out + 128 * 32, d);
 }
 
+// Each in [-1, 1], for sums of many.
 inline int of_query(int row, int column) { return static_cast<int>(mix(row * 256 + column) % 3) - 1; }
 inline int of_key(int row, int column) { return static_cast<int>(mix(70000 + row * 256 + column) % 3) - 1; }
+
+// For sums of which bit i tells what slab i has brought: a row of `chosen` takes one element of each slab of `bit`.
+inline int chosen(int row, int k) {
+    return k % 16 == static_cast<int>(mix(row * 16 + k / 16) % 16) ? 1 << k / 16 : 0;
+}
+inline int bit(int row, int column) { return mix(row * 256 + column) % 2; }
 
 // A pool of one head whose rows are all one box.
 template <typename T>
@@ -259,20 +266,10 @@ Words turned_scores() {
     return output.read();
 }
 
-// A sum is a number of as many digits as there are slabs, each the one element that a query or weight has chosen there.
-template <int kDigitBits>
-int chosen(int row, int k) {
-    return k % 16 == static_cast<int>(mix(row * 16 + k / 16) % 16) ? 1 << kDigitBits * (k / 16) : 0;
-}
-template <int kDigitBits>
-int digit(int row, int column) {
-    return mix(row * 256 + column) % (1 << kDigitBits);
-}
-
 template <int kHeadDim, int kRows>
 Words values() {
-    using T = __nv_bfloat16;  // whose range the digits want
-    const Memory weights(matrix_of<T>(64, kRows, chosen<2>)), v(matrix_of<T>(kRows, kHeadDim, digit<2>));
+    using T = __nv_bfloat16;
+    const Memory weights(matrix_of<T>(64, kRows, chosen)), v(matrix_of<T>(kRows, kHeadDim, bit));
     const Output output(128 * kHeadDim / 2);
     const CUtensorMap v_map = map_of<T>(v, kRows, kHeadDim);
     const auto kernel = values_kernel<T, kHeadDim, kRows>;
@@ -288,11 +285,16 @@ inline Words accumulators() {
                                              [](int row, int k) { return k == 0 ? 256 : k == 1 ? row : 0; });
 }
 
-inline Words slabs() { return scores<__nv_bfloat16, 64, 128, 1>(chosen<3>, digit<3>); }
+template <int N, int kHeadDim, int kGroups>
+Words slabs() {
+    return scores<__nv_bfloat16, N, kHeadDim, kGroups>(chosen, bit);
+}
+
+inline Words fp16() { return scores<__half, 176, 64, 1>(of_query, of_key); }
 
 inline Words chain() {
     using T = __nv_bfloat16;
-    const Memory q(matrix_of<T>(64, 64, of_query)), k(matrix_of<T>(64, 64, of_key)), v(matrix_of<T>(64, 64, digit<2>));
+    const Memory q(matrix_of<T>(64, 64, of_query)), k(matrix_of<T>(64, 64, of_key)), v(matrix_of<T>(64, 64, bit));
     const Output output(2 * 128 * 32);
     const CUtensorMap q_map = map_of<T>(q, 64, 64), k_map = map_of<T>(k, 64, 64), v_map = map_of<T>(v, 64, 64);
     constexpr int kShared = 3 * kTileBytes<64, 64> + kPatternBytes;

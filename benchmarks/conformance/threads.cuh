@@ -86,14 +86,15 @@ __global__ void __launch_bounds__(256) turns_kernel(uint32_t* g_out) {
 
 // A warp group gives registers, two take them and hold more at once than each thread was launched with.
 constexpr int kHeld = 208;
-__global__ void __launch_bounds__(384, 1) registers_kernel(const uint32_t* g_in, uint32_t* g_out) {
+__global__ void __launch_bounds__(384, 1) registers_kernel(const volatile uint32_t* g_in,
+                                                           uint32_t* g_out) {
     if (threadIdx.x < 128) {
         hopper::give_registers<24>();
         g_out[threadIdx.x] = threadIdx.x;
         return;
     }
     hopper::take_registers<240>();
-    uint32_t held[kHeld];
+    uint32_t held[kHeld];  // loaded before the barrier, as volatile, since else each were loaded where it is wanted
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) held[i] = g_in[i * 256 + threadIdx.x - 128];
     hopper::sync_named(1, 256);

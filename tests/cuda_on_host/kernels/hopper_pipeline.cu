@@ -121,7 +121,11 @@ __device__ void scores(float (&d)[kN / 2], uint32_t q, uint32_t k, const Params&
         const uint32_t half = p.flaw == kOtherHalf ? 0 : slab / 4, off = p.flaw == kNotOnAPattern ? 128 : 0;
         const uint64_t a = matrix_at(rows, q + half * (L::kQ / 2) + slab % 4 * 32);
         const uint64_t b = matrix_at(rows, k + half * L::kHalf + slab % 4 * 32 + off);
-        Product<T, kN>::from_shared(d, a, b, slab > 0);
+        if (slab == 0) {
+            Product<T, kN>::template from_shared<false>(d, a, b);
+        } else {
+            Product<T, kN>::template from_shared<true>(d, a, b);
+        }
     }
 }
 
@@ -134,9 +138,9 @@ __device__ void add_values(float (&d)[kColumns / 2], const uint32_t (&weights)[k
     for (int slab = 0; slab < kN / 16; ++slab) {
         const uint64_t b = matrix_at(rows, v + slab * 16 * kRowBytes);
         if (p.flaw == kNotTransposed) {
-            Product<T, kColumns>::template from_registers<0>(d, weights[slab], b, true);
+            Product<T, kColumns>::template from_registers<true, 0>(d, weights[slab], b);
         } else {
-            Product<T, kColumns>::template from_registers<1>(d, weights[slab], b, true);
+            Product<T, kColumns>::template from_registers<true, 1>(d, weights[slab], b);
         }
     }
 }

@@ -146,7 +146,10 @@ inline constexpr uint64_t matrix(uint32_t half_bytes, uint32_t group_bytes) {
     return uint64_t{1} << 62 | uint64_t{group_bytes >> 4} << 32 | uint64_t{half_bytes >> 4} << 16;
 }
 
-inline uint64_t matrix_at(uint64_t matrix, uint32_t address) { return matrix + (address >> 4); }
+inline uint64_t matrix_at(uint64_t matrix, uint32_t address, uint32_t offset = 0) {
+    const uint32_t low = static_cast<uint32_t>(matrix) + (address >> 4) + (offset >> 4);
+    return matrix >> 32 << 32 | low;
+}
 
 template <typename T, int N>
 struct Product {
@@ -154,14 +157,17 @@ struct Product {
     static constexpr bool kHalf = std::is_same_v<T, __half>;
     static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
 
-    static void from_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, FILE_LINE) {
-        model::bring_product({kHalf, false, false, accumulate, N}, d, a, nullptr, b, PLACE);
+    template <bool kAccumulate>
+    static void from_shared(float (&d)[N / 2], uint64_t a, uint64_t b, FILE_LINE) {
+        model::bring_product({kHalf, false, false, kAccumulate, N}, d, a, nullptr, b, PLACE);
     }
-    template <int kTransposed>
-    static void from_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, FILE_LINE) {
-        model::bring_product({kHalf, true, kTransposed == 1, accumulate, N}, d, 0, a, b, PLACE);
+    template <bool kAccumulate, int kTransposed>
+    static void from_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, FILE_LINE) {
+        model::bring_product({kHalf, true, kTransposed == 1, kAccumulate, N}, d, 0, a, b, PLACE);
     }
 };
+
+inline int computed_here(int x) { return x; }
 
 // Results below 2**-126 become zeros.
 inline float exp2_approx(float x, FILE_LINE) {
