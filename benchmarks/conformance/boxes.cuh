@@ -44,7 +44,7 @@ __global__ void copy_boxes_kernel(const __grid_constant__ CUtensorMap map, const
     for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) g_out[i] = hopper::load_shared(shared + 4 * i);
 }
 
-// Two numbers of a pool say where they are from: row << 16 | head << 8 | pair of columns.
+// Two numbers of a pool say where they are from: 1 << 31 | row << 16 | head << 8 | pair of columns.
 struct Pool {
     int rows, heads, stride_row, stride_head;  // strides in elements
 };
@@ -69,7 +69,7 @@ private:
             for (int head = 0; head < pool.heads; ++head) {
                 for (int pair = 0; pair < 64; ++pair) {
                     const int at = (row * pool.stride_row + head * pool.stride_head) / 2 + pair;
-                    words[kMargin + at] = row << 16 | head << 8 | pair;
+                    words[kMargin + at] = 1u << 31 | row << 16 | head << 8 | pair;  // never zero
                 }
             }
         }

@@ -193,7 +193,7 @@ inline Words ring() {
 inline Words numbers() {
     // Ties of bfloat16 and of fp16, which go to the even neighbour; numbers beside them; the largest ones.
     const Memory pairs(std::vector<float2>{{1.f, -2.f}, {1.00390625f, 1.01171875f}, {1.00390637f, 1.01171863f},
-                                           {1.00048828125f, 1.00146484375f}, {-0.f, 0.333333343f}, {65504.f, 0.75f},
+                                           {1.00048828125f, 1.00146484375f}, {-0.f, 0.3333333f}, {65504.f, 0.75f},
                                            {-3.14159274f, 6.1e-5f}, {0.0009765f, -INFINITY}});
     const Memory exponents(std::vector<float>{0.f, -0.f, -INFINITY, INFINITY, -1000.f, -160.f, 1000.f, -INFINITY});
     const Output of_bfloat16(4 * 8), of_half(4 * 8);
