@@ -141,6 +141,10 @@ FACTS = {
         "a[i] in registers holds the rows of d[2 i] and columns 8 (i / 2) + 2 (t % 4), the lower one in the low half",
         _number, 64,
     ),
+    "partly_turned_scores": Fact(
+        "products of one sum may take a from registers and then from shared memory without a fence between them",
+        _number, 64,
+    ),
     "values_64": _values(64, 128),
     "values_128": _values(128, 128),
     "values_176": _values(176, 128),

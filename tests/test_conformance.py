@@ -161,6 +161,7 @@ DERIVED = {
     "scores_narrow": lambda: slabs(64, 64, 1),
     "fp16": lambda: in_registers(few(0, 64, 64) @ few(70000, 176, 64).T),
     "turned_scores": lambda: in_registers(few(0, 64, 128) @ few(70000, 128, 128).T),
+    "partly_turned_scores": lambda: in_registers(few(0, 64, 128) @ few(70000, 128, 128).T),
     "values_64": lambda: values(64, 128),
     "values_128": lambda: values(128, 128),
     "values_176": lambda: values(176, 128),
@@ -197,7 +198,7 @@ def on_gpu(load, on_host, monkeypatch):
     return conformance
 
 
-def test_the_script_says_of_each_fact_that_it_holds(on_gpu, tmp_path, capsys):
+def test_the_script_says_of_each_fact_that_it_holds(load, on_gpu, tmp_path, capsys):
     lines = tmp_path / "lines.jsonl"
     assert on_gpu.main(["--jsonl", str(lines), "--json", "-"]) == 0
     said, progress = capsys.readouterr()
@@ -207,6 +208,7 @@ def test_the_script_says_of_each_fact_that_it_holds(on_gpu, tmp_path, capsys):
     assert json.loads(said) == {"command": "conformance", "figures": figures}
     assert [figure["case"] for figure in figures] == list(on_gpu.FACTS)
     assert {(f["bench"], f["status"], f["reason"], f["differing"]) for f in figures} == {("conformance", "ok", None, 0)}
+    assert load("common").measured_in(lines) == []  # nothing to draw or to compare
 
 
 def test_the_script_says_what_does_not_hold(on_gpu, monkeypatch, tmp_path, capsys):

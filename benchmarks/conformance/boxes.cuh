@@ -110,7 +110,8 @@ inline Words boxes_of_a_row() {
 
 inline Words boxes_past_the_end() {
     Words words = copied(kPool, 128 * kRowBytes, {1, 128, {{0, 0, 2, 260}}});
-    const Words groups = copied(kPool, 3 * kPatternBytes, {3, 8, {{0, 0, 0, 297}, {1024, 64, 1, 300}, {2048, 0, 0, 5000}}});
+    const Boxes of_8{3, 8, {{0, 0, 0, 297}, {1024, 64, 1, 300}, {2048, 0, 0, 5000}}};
+    const Words groups = copied(kPool, 3 * kPatternBytes, of_8);
     const Words row = copied(kPool, kPatternBytes, {2, 1, {{384, 64, 2, 299}, {640, 64, 2, 300}}});
     words.insert(words.end(), groups.begin(), groups.end());
     words.insert(words.end(), row.begin(), row.end());

@@ -36,7 +36,8 @@ const Fact kFacts[] = {
     {"scores_176", slabs<176, 128, 1>},
     {"scores_narrow", slabs<64, 64, 1>},
     {"fp16", fp16},
-    {"turned_scores", turned_scores<__nv_bfloat16, 128, 128>},
+    {"turned_scores", turned_scores<8>},
+    {"partly_turned_scores", turned_scores<3>},
     {"values_64", values<128, 64>},
     {"values_128", values<128, 128>},
     {"values_176", values<128, 176>},
@@ -55,8 +56,8 @@ EXPORTED const char* conformance_fact(int i) {
     return i >= 0 && i < static_cast<int>(std::size(kFacts)) ? kFacts[i].name : nullptr;
 }
 
-// Runs it. Returns the number of words written, of which the first `capacity` are in `words`; -1 for a failure, of which
-// `message` then tells.
+// Runs the fact. Returns the number of words written, of which the first `capacity` are in `words`; -1 for a failure,
+// of which `message` then tells.
 EXPORTED int conformance_run(const char* name, uint32_t* words, int capacity, char* message, int message_bytes) {
     using namespace worldkv::conformance;
     try {

@@ -57,7 +57,7 @@ public:
         check(cudaGetLastError(), "the launch");
         check(cudaDeviceSynchronize(), "the kernel");
         Words words(count_);
-        check(cudaMemcpy(words.data(), memory_.as<void>(), 4 * count_, cudaMemcpyDeviceToHost), "a copy from the device");
+        check(cudaMemcpy(words.data(), memory_.as<void>(), 4 * count_, cudaMemcpyDeviceToHost), "a copy to the host");
         return words;
     }
 
@@ -68,8 +68,8 @@ private:
 
 template <typename Kernel>
 void allow_shared(Kernel kernel, int bytes) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-          "asking for shared memory");
+    constexpr auto kMost = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), kMost, bytes), "asking for shared memory");
 }
 
 // A tensor [rows, heads, columns] of 16-bit numbers, copied in boxes of `box_rows` rows and 64 columns of one head.

@@ -84,30 +84,35 @@ __global__ void __launch_bounds__(128 * kGroups) scores_kernel(const __grid_cons
     dump(g_out, d);
 }
 
-// The same of one warp group, with queries in registers.
-template <typename T, int N, int kHeadDim>
+// The same of one warp group, with the first slabs of the queries in registers.
+template <typename T, int N, int kHeadDim, int kTurnedSlabs>
 __global__ void __launch_bounds__(128) turned_scores_kernel(const T* g_queries,
+                                                            const __grid_constant__ CUtensorMap q_map,
                                                             const __grid_constant__ CUtensorMap k_map, float* g_out) {
-    constexpr int kKeyBytes = kTileBytes<N, kHeadDim>;
-    const uint32_t k = hopper::shared_base(), barrier = k + kKeyBytes;
+    constexpr int kQueryBytes = kTileBytes<64, kHeadDim>, kKeyBytes = kTileBytes<N, kHeadDim>;
+    const uint32_t q = hopper::shared_base(), k = q + kQueryBytes, barrier = k + kKeyBytes;
     init(barrier);
     if (threadIdx.x == 0) {
-        hopper::arrive_expecting(barrier, kKeyBytes);
+        hopper::arrive_expecting(barrier, kQueryBytes + kKeyBytes);
+        load_tile<64, kHeadDim>(q, q_map, barrier);
         load_tile<N, kHeadDim>(k, k_map, barrier);
     }
-    uint32_t a[kHeadDim / 16][4];
+    uint32_t turned[kTurnedSlabs][4];
 #pragma unroll
-    for (int slab = 0; slab < kHeadDim / 16; ++slab) load_fragment(a[slab], g_queries, kHeadDim, slab);
+    for (int slab = 0; slab < kTurnedSlabs; ++slab) load_fragment(turned[slab], g_queries, kHeadDim, slab);
     hopper::wait(barrier, 0);
     float d[N / 2];
     hopper::fence_products();
 #pragma unroll
     for (int slab = 0; slab < kHeadDim / 16; ++slab) {
+        const uint64_t a = hopper::matrix_at(kRowsOfK, q, slab / 4 * 64 * kRowBytes + slab % 4 * 32);
         const uint64_t b = hopper::matrix_at(kRowsOfK, k, slab / 4 * N * kRowBytes + slab % 4 * 32);
         if (slab == 0) {
-            hopper::Product<T, N>::template from_registers<false, 0>(d, a[slab], b);
+            hopper::Product<T, N>::template from_registers<false, 0>(d, turned[0], b);
+        } else if (slab < kTurnedSlabs) {
+            hopper::Product<T, N>::template from_registers<true, 0>(d, turned[slab % kTurnedSlabs], b);
         } else {
-            hopper::Product<T, N>::template from_registers<true, 0>(d, a[slab], b);
+            hopper::Product<T, N>::template from_shared<true>(d, a, b);
         }
     }
     hopper::commit_products();
@@ -144,8 +149,8 @@ __global__ void __launch_bounds__(128) values_kernel(const T* g_weights, const _
     dump(g_out, d);
 }
 
-// Scores become weights. The next tile's scores, the same ones here, are read while the products of these weights may go
-// on. Head_dim 64, 64 keys.
+// Scores become weights. The next tile's scores, the same ones here, are read while the products of these weights may
+// go on. Head_dim 64, 64 keys.
 __global__ void __launch_bounds__(128) chain_kernel(const __grid_constant__ CUtensorMap q_map,
                                                     const __grid_constant__ CUtensorMap k_map,
                                                     const __grid_constant__ CUtensorMap v_map, float* g_out) {
@@ -254,15 +259,21 @@ Words scores(Query query, Key key) {
     return output.read();
 }
 
-template <typename T, int N, int kHeadDim>
+template <int kTurnedSlabs>
 Words turned_scores() {
-    const Memory q(matrix_of<T>(64, kHeadDim, of_query)), k(matrix_of<T>(N, kHeadDim, of_key));
-    const Output output(128 * N / 2);
-    const CUtensorMap k_map = map_of<T>(k, N, kHeadDim);
-    const auto kernel = turned_scores_kernel<T, N, kHeadDim>;
-    constexpr int kShared = kTileBytes<N, kHeadDim> + kPatternBytes;
+    using T = __nv_bfloat16;
+    constexpr int kKeys = 128, kHeadDim = 128;
+    const Memory q(matrix_of<T>(64, kHeadDim, of_query)), k(matrix_of<T>(kKeys, kHeadDim, of_key));
+    // Where they are taken from registers, what shared memory holds shall not matter.
+    const Memory unturned(matrix_of<T>(64, kHeadDim, [](int row, int column) {
+        return column < 16 * kTurnedSlabs ? 100 : of_query(row, column);
+    }));
+    const Output output(128 * kKeys / 2);
+    const CUtensorMap q_map = map_of<T>(unturned, 64, kHeadDim), k_map = map_of<T>(k, kKeys, kHeadDim);
+    const auto kernel = turned_scores_kernel<T, kKeys, kHeadDim, kTurnedSlabs>;
+    constexpr int kShared = kTileBytes<64 + kKeys, kHeadDim> + kPatternBytes;
     allow_shared(kernel, kShared);
-    kernel<<<1, 128, kShared, nullptr>>>(q.as<T>(), k_map, output.as<float>());
+    kernel<<<1, 128, kShared, nullptr>>>(q.as<T>(), q_map, k_map, output.as<float>());
     return output.read();
 }
 
