@@ -56,8 +56,9 @@ def build(sources: Path, folder: Path) -> Path:
     for path in files:
         relative = path.relative_to(sources)
         stand_in = include / relative
+        found = stand_in.exists()
         texts[relative] = (
-            stand_in.read_text() if stand_in.exists() else translated(path.read_text(), path.relative_to(sources.parent))
+            stand_in.read_text() if found else translated(path.read_text(), path.relative_to(sources.parent))
         )
     own = [HERE / "scheduler.cpp", *sorted((HERE / "hopper").glob("*.cpp"))]
     headers = [HERE / "scheduler.h", HERE / "hopper/model.h", *sorted(path for path in include.rglob("*.*h"))]
@@ -86,7 +87,7 @@ def build(sources: Path, folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             units += [path] if path.suffix == ".cpp" else []
-        objects = [Path(work) / f"{unit.stem}.o" for unit in units]
+        objects = [Path(work) / f"{number}_{unit.stem}.o" for number, unit in enumerate(units)]
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             fast = {unit: ["-O3"] for unit in own}  # the model, where most of the time goes
             commands = (

@@ -228,8 +228,7 @@ void step(Block& block, int thread) {
 }
 
 // Named only where Hopper's warp groups have a meaning.
-std::string role(const Block& block, int thread) {
-    g_block = const_cast<Block*>(&block);
+std::string role(int thread) {
     return hopper::started() ? " (" + hopper::role(thread) + ")" : "";
 }
 
@@ -246,19 +245,29 @@ void beside_threads(Block& block, Work work) {
     g_in_engines = false;
 }
 
-std::string what_waits(const std::vector<Block*>& resident) {
+// Where the threads of a block wait, those together that wait for the same.
+std::string what_waits(const Block& block) {
     std::ostringstream out;
-    for (const Block* block : resident) {
-        out << "; block " << text(block->index) << ": " << block->returned << " of " << g_num_threads << " returned";
-        std::string last;
-        for (int i = 0; i < g_num_threads; ++i) {
-            const Thread& thread = block->threads[i];
-            if (thread.state == State::kReturned || thread.state == State::kRunnable) continue;
-            const std::string what = text(thread.place) + hopper::what_it_waits_for(block - g_blocks, i);
-            if (what != last) out << ", thread " << i << role(*block, i) << " in " << what;
-            last = what;
+    out << "; block " << text(block.index) << ": " << block.returned << " of " << g_num_threads << " returned";
+    std::vector<std::pair<std::string, int>> seen;  // and by which warp group
+    std::vector<int> first, count;
+    for (int i = 0; i < g_num_threads; ++i) {
+        const Thread& thread = block.threads[i];
+        if (thread.state == State::kReturned || thread.state == State::kRunnable) continue;
+        const std::string what = text(thread.place) + hopper::what_it_waits_for(&block - g_blocks, i);
+        const std::pair<std::string, int> by_role{what, hopper::started() ? i / 128 : 0};
+        const size_t known = std::find(seen.begin(), seen.end(), by_role) - seen.begin();
+        if (known == seen.size()) {
+            seen.push_back(by_role);
+            first.push_back(i);
+            count.push_back(0);
         }
-        if (!block->runnable.empty()) out << ", " << block->runnable.size() << " spin";
+        ++count[known];
+    }
+    for (size_t i = 0; i < seen.size(); ++i) {
+        out << ", thread " << first[i] << role(first[i]);
+        if (count[i] > 1) out << " and " << count[i] - 1 << " others";
+        out << " in " << seen[i].first;
     }
     return out.str();
 }
@@ -317,8 +326,16 @@ void run_grid(size_t dynamic_bytes) {
             beside_threads(block, [] { hopper::finish_block(); });
             resident.erase(resident.begin() + chosen);
             free.push_back(&block);
-        } else if (block.runnable.empty() || g_idle_steps > 100 * kMaxResident * g_num_threads) {
-            throw std::runtime_error("deadlock" + what_waits(resident));
+        } else if (block.runnable.empty()) {
+            g_block = &block;
+            throw std::runtime_error("deadlock" + what_waits(block));
+        } else if (g_idle_steps > 100 * kMaxResident * g_num_threads) {
+            std::string what = "deadlock";
+            for (Block* each : resident) {
+                g_block = each;
+                what += what_waits(*each) + ", " + std::to_string(each->runnable.size()) + " spin";
+            }
+            throw std::runtime_error(what);
         }
     }
 }
@@ -326,7 +343,7 @@ void run_grid(size_t dynamic_bytes) {
 }  // namespace
 
 void fault(const std::string& what) {
-    const std::string thread = g_self ? ", thread " + text(threadIdx) + role(*g_block, thread_in_block()) : "";
+    const std::string thread = g_self ? ", thread " + text(threadIdx) + role(thread_in_block()) : "";
     g_fault = "block " + text(g_block->index) + thread + ": " + what;
     _longjmp(g_scheduler, 1);
 }

@@ -21,8 +21,8 @@ void arrive_once(Barrier& barrier, Place place) {
 
 void check_phase(const Barrier& barrier, uint32_t until, Place place) {
     if (barrier.completed <= until) return;
-    fault(text(place) + " for phase " + std::to_string(static_cast<int>(until) - 1) + " of " + describe(barrier) +
-          ": the barrier may run past this thread, which then waits for the wrong phase");
+    const std::string phase = until ? "phase " + std::to_string(until - 1) : "what was before the first phase";
+    fault(text(place) + " for " + phase + " of " + describe(barrier) + ": the barrier may run past this thread, which then waits for the wrong phase");
 }
 
 Named& named_barrier(int name, int threads, Place place) {
@@ -194,9 +194,10 @@ void change_registers(int count, bool take, Place place) {
     Model& m = model();
     const int thread = thread_in_block();
     const int more = count - m.registers[thread];
-    const std::string what = text(place) + " of " + std::to_string(count) + " registers";
-    if (count < 24 || count > kMaxThreadRegisters || count % 8) fault(what + ", where they are 24 to 256 in eights");
-    if (take ? more < 0 : more > 0) fault(what + " by a thread that has " + std::to_string(m.registers[thread]));
+    if (take ? more < 0 : more > 0) {
+        fault(text(place) + " of " + std::to_string(count) + " registers by a thread that has " +
+              std::to_string(m.registers[thread]));
+    }
     bring_step(take ? Step::kTakeRegisters : Step::kGiveRegisters, place, count);
     while (m.free_registers < more) {
         m.register_waiters.push_back({thread, static_cast<uint32_t>(more)});

@@ -67,7 +67,7 @@ void finish_block() {
 }
 
 void thread_returns() {
-    if (started()) check_nothing_in_flight();
+    if (started()) leave_group();
 }
 
 int warp() { return thread_in_block() / 32; }

@@ -167,6 +167,7 @@ struct Group {
     std::deque<std::pair<uint32_t, uint64_t>> open;  // committed groups that are not done: number, last product
     uint64_t brought = 0, taken = 0;                 // products
     uint32_t commits = 0, done = 0;
+    int returned = 0;
     std::vector<Waiter> waiters;
 };
 
@@ -231,7 +232,7 @@ void land_some_rows(size_t copy);
 // products.cpp
 void bring_step(Step step, Place place, int number);  // what all threads of a warp group do alike
 void take_next_product(int group);
-void check_nothing_in_flight();
+void leave_group();  // the thread that runs returns
 void clear_groups(int count);
 
 // operands.cpp

@@ -48,7 +48,10 @@ void end_groups(Group& group) {
 GroupStep& bring(Group& group, Step step, Place place, int number) {
     Member& member = own_member(group);
     const uint64_t index = member.next_step++ - group.first_step;
-    if (index == group.steps.size()) group.steps.push_back({step, place, number, 0, nullptr});
+    if (index == group.steps.size()) {
+        if (group.returned) fault(text(place) + ", after others of its warp group have returned");
+        group.steps.push_back({step, place, number, 0, nullptr});
+    }
     GroupStep& first = group.steps[index];
     if (first.step != step || first.number != number || !same(first.place, place)) {
         fault("the threads of a warp group part: " + text(place) + " (" + name_of(step) + " " + std::to_string(number) +
@@ -116,13 +119,13 @@ void check_fenced(Member& member, const uint32_t* address, int count, Place plac
 }
 
 bool poisoned(const float* d, int count) {
-    bool all = true;
+    uint32_t differing = 0;
     for (int i = 0; i < count; ++i) {
         uint32_t bits;
         memcpy(&bits, d + i, 4);
-        all &= bits == kPoison;
+        differing |= bits ^ kPoison;
     }
-    return all;
+    return differing == 0;
 }
 
 // The accumulators of this thread for the product that it brings; they hold poison from here on.
@@ -213,11 +216,17 @@ void clear_groups(int count) {
     for (Product& product : m.products) m.free_products.push_back(&product);
 }
 
-void check_nothing_in_flight() {
+void leave_group() {
     Model& m = model();
     const size_t number = thread_in_block() / kGroupThreads;
     if (number >= m.groups.size()) return;
-    const Member& member = own_member(m.groups[number]);
+    Group& group = m.groups[number];
+    const Member& member = own_member(group);
+    ++group.returned;
+    if (member.next_step < group.first_step + group.steps.size()) {
+        fault("it returned where others of its warp group have come to " +
+              text(group.steps[member.next_step - group.first_step].place));
+    }
     if (!member.products.empty()) {
         fault("it returned while products are under way, the last from " + text(member.products.back()->place));
     }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -123,11 +124,16 @@ unsigned among_lanes(Place place, unsigned mask, unsigned value, int source, Com
 
 inline int lane() { return threadIdx.x % 32; }
 
+namespace hopper {
+void check_number(unsigned bits, Place place);  // is none that products were writing
+}
+
 template <typename T>
 T shuffle(Place place, unsigned mask, T value, int source) {
     static_assert(sizeof(T) == 4);
     unsigned bits;
     memcpy(&bits, &value, 4);
+    if (std::is_same_v<T, float>) hopper::check_number(bits, place);
     bits = among_lanes(place, mask, bits, source, nullptr);
     memcpy(&value, &bits, 4);
     return value;

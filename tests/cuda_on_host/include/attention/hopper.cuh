@@ -89,11 +89,13 @@ inline void fence_async_proxy(FILE_LINE) { model::fence_async_proxy(PLACE); }
 
 template <int kRegisters>
 inline void take_registers(FILE_LINE) {
+    static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
     model::change_registers(kRegisters, true, PLACE);
 }
 
 template <int kRegisters>
 inline void give_registers(FILE_LINE) {
+    static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
     model::change_registers(kRegisters, false, PLACE);
 }
 
