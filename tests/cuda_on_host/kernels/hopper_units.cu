@@ -61,6 +61,18 @@ enum ProductFlaw {
     kReadInFlight,
 };
 
+// Where threads disagree on whether to accumulate, they do so on one line of the source.
+template <typename T, int N, bool kTransposed, bool kFromRegisters>
+__device__ __forceinline__ void multiply(float (&d)[N / 2], const uint32_t (&r)[4], uint64_t a, uint64_t b, bool adds) {
+    using P = Product<T, N>;
+    constexpr int kT = kTransposed;
+    if constexpr (kFromRegisters) {
+        adds ? P::template from_registers<true, kT>(d, r, b) : P::template from_registers<false, kT>(d, r, b);
+    } else {
+        adds ? P::template from_shared<true>(d, a, b) : P::template from_shared<false>(d, a, b);
+    }
+}
+
 template <typename T, int N, bool kTransposed, bool kFromRegisters>
 __global__ void __launch_bounds__(kGroup) product_kernel(const uint32_t* g_a, const uint32_t* g_b, float* g_d, int flaw) {
     constexpr uint32_t kB = 64 * kRowBytes, kBRows = kTransposed ? 64 * ((N + 63) / 64) : N;
@@ -84,7 +96,8 @@ __global__ void __launch_bounds__(kGroup) product_kernel(const uint32_t* g_a, co
     if (flaw != kNoFence) fence_products(d, other);
     if (flaw == kWrittenAfterFence || flaw == kAWrittenAfterFence) {
         // A second round: where the registers are is known by then.
-        Product<T, N>::template from_registers<kTransposed>(d, a_registers[0], matrix_at(matrix(8192, 1024), s + kB), false);
+        const uint64_t b = matrix_at(matrix(8192, 1024), s + kB);
+        Product<T, N>::template from_registers<false, kTransposed>(d, a_registers[0], b);
         commit_products();
         wait_products<0>(d);
         fence_products(d);
@@ -101,11 +114,8 @@ __global__ void __launch_bounds__(kGroup) product_kernel(const uint32_t* g_a, co
         if (flaw == kAlongARow) b += 16;
         const bool accumulate = flaw == kFlagsApart ? threadIdx.x != 77 : slab > 0;
         float(&to)[N / 2] = flaw == kAccumulatorsApart && slab == 1 && threadIdx.x == 77 ? other : d;
-        if (kFromRegisters) {
-            Product<T, N>::template from_registers<kTransposed>(to, a_registers[slab], matrix_at(b_matrix, b), accumulate);
-        } else {
-            Product<T, N>::from_shared(to, matrix_at(a_matrix, s + slab * 32), matrix_at(b_matrix, b), accumulate);
-        }
+        multiply<T, N, kTransposed, kFromRegisters>(to, a_registers[slab], matrix_at(a_matrix, s + slab * 32),
+                                                    matrix_at(b_matrix, b), accumulate);
     }
     if (flaw != kNoCommit) commit_products();
     if (flaw == kReadInFlight) {
