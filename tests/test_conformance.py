@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import BENCHMARKS
 
-SEEDS = range(6)
+SEEDS = range(50)
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
 

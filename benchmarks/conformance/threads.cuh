@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(32 + kConsumers) ring_kernel(const __grid_cons
         const uint32_t slot = slots + stage * kSlotBytes;
         if (threadIdx.x < 32) {
             hopper::wait(empty + 8 * stage, parity ^ 1);
+            __syncwarp();  // else the barrier might run phases past a lane that lags
             if (lane == 0) {
                 hopper::store_shared(slot, 1000 + tile);
                 hopper::arrive_expecting(full + 8 * stage, kPatternBytes);
