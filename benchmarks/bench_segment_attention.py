@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from worldkv_kernels import Rope3D, Segment, Window, segment_attention
+from worldkv_kernels.ops.segment_attention import BACKENDS
 
 TILE_ROWS = 128
 MOST_SCORES = 2**28  # held at once by the check
@@ -325,6 +326,12 @@ class Inputs:
         }  # fmt: skip
 
 
+def our_backends(case: Case, device: torch.device) -> list[str]:
+    """Those that run here and take the case's numbers."""
+    kind = (case.dtype, case.head_dim, 0, False, False, True, True)
+    return [name for name in ours("segment_attention", device) if BACKENDS.backends[name].unsupported(kind) is None]
+
+
 def our_variant(inputs: Inputs, backend: str, extra: str) -> Variant:
     """segment_attention by a backend, alone or with one of EXTRAS on top."""
     rebase, lse, mass = extra == "rebase", extra == "lse", extra == "mass"
@@ -380,7 +387,7 @@ def sdpa_kernels(device: torch.device) -> dict[str, SDPBackend]:
 
 def variants_of(case: Case, device: torch.device, own: Collection[str] = ()) -> dict[str, bool]:
     """The names of a case's variants, and whether each is a rival, without making any."""
-    mine = [f"{backend} {extra}".strip() for backend in ours("segment_attention", device) for extra in ("", *EXTRAS)]
+    mine = [f"{backend} {extra}".strip() for backend in our_backends(case, device) for extra in ("", *EXTRAS)]
     sdpa = [f"{name}{gather}" for gather in ("", " gather") for name in sdpa_kernels(device)]
     return dict.fromkeys(mine, False) | dict.fromkeys([*sdpa, *RIVALS, *own], True)
 
@@ -409,7 +416,7 @@ def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = 
         return Variant(name, make, check, limit, **inputs.counts(), rival=True)
 
     kernels = sdpa_kernels(device)
-    variants = [our_variant(inputs, b, extra) for b in ours("segment_attention", device) for extra in ("", *EXTRAS)]
+    variants = [our_variant(inputs, b, extra) for b in our_backends(case, device) for extra in ("", *EXTRAS)]
     variants += [
         rival(f"{name} gather" if gather else name, partial(_sdpa, inputs, kernel, gather), limit)
         for gather in (False, True)

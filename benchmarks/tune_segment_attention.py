@@ -1,11 +1,12 @@
-"""Which launch configuration of the Triton segment_attention is fastest, by shape and by what is asked for on top.
+"""Which launch configuration of segment_attention is fastest, by shape and by what is asked for on top.
 
     python benchmarks/tune_segment_attention.py [--small] [--jsonl FILE] [--device DEVICE] [--seconds S]
 
 Every candidate is checked, then timed beside the others in one loop; the shipped one is among them. What it prints
-belongs into `attention_config` of kernels/segment_attention.py: nothing is tuned while a model runs. Candidates that
-need more shared memory than the GPU has, or do not compile, are skipped with their reason. Kernels are compiled first,
-by as many processes as there are cores.
+belongs into `attention_config` of kernels/segment_attention.py, or for CUDA into `attention_tile_rows` of
+worldkv_kernels/ops/cuda.py: nothing is tuned while a model runs. Candidates that need more shared memory than the GPU
+has, or do not compile, are skipped with their reason. Kernels are compiled first, by as many processes as there are
+cores.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from worldkv_kernels.kernels import segment_attention as kernel
 from worldkv_kernels.kernels.segment_attention import AttentionConfig
 
 from worldkv_kernels.cli.report import writable
+from worldkv_kernels.ops import cuda
+from worldkv_kernels.ops.all import SEGMENT_ATTENTION
 
 # 4 warps spill with 128 queries, as compiling shows, and 256 queries fit only with 16 warps and 64 rows of keys.
 CANDIDATES = [
@@ -68,26 +72,41 @@ def named(config: AttentionConfig) -> str:
     return f"{config.block_q} x {config.block_k}, {config.num_warps} warps, {config.num_stages} stages{loads}"
 
 
-def configured(variant: Variant, config: AttentionConfig, name: str, *, cut: bool = True) -> Variant:
-    """The variant, launched with `config` in place of what the launcher would take; not `cut`: every item whole."""
-    choose, deal = kernel.attention_config, kernel.deal
+def launched_with(variant: Variant, name: str, module: ModuleType, **functions: Callable[..., Any]) -> Variant:
+    """The variant, while `module`, which chooses how to launch it, has other `functions`."""
 
     def make() -> Run:
         inner = variant.make()
 
         def run(i: int) -> Any:
-            kernel.attention_config = lambda *args: config
-            if not cut:
-                kernel.deal = lambda num_items, *args: kernel.Deal(num_items, 0, 1)
+            own = {function: getattr(module, function) for function in functions}
+            vars(module).update(functions)
             try:
                 return inner(i)
             finally:
-                kernel.attention_config, kernel.deal = choose, deal
+                vars(module).update(own)
 
         run(0)  # a configuration that cannot be launched is told here
         return run
 
     return replace(variant, name=name, make=make, rival=True, base=None)
+
+
+def configured(variant: Variant, config: AttentionConfig, name: str) -> Variant:
+    """The variant in Triton, launched with `config` in place of what the launcher would take."""
+    return launched_with(variant, name, kernel, attention_config=lambda *args: config)
+
+
+def in_cuda(inputs: Inputs, extra: str) -> list[Variant]:
+    """The kernel in CUDA by the rows of its tiles, where it runs: whether 128 or 176 are the faster ones."""
+    backend = SEGMENT_ATTENTION.backends["cuda"]
+    if backend.unavailable(inputs.q.device) or inputs.q.dtype == torch.float32:
+        return []
+    variant = our_variant(inputs, "cuda", extra)
+    return [
+        launched_with(variant, f"cuda, {rows} keys", cuda, attention_tile_rows=lambda *args, rows=rows: rows)
+        for rows in (128, 176)
+    ]
 
 
 def prepare(case: TuneCase, device: torch.device, candidates: Sequence[AttentionConfig]) -> Problem:
@@ -96,8 +115,10 @@ def prepare(case: TuneCase, device: torch.device, candidates: Sequence[Attention
     variant = our_variant(inputs, "triton", case.extra)
     own = shipped(case, device)
     variants = [replace(configured(variant, own, f"{named(own)} (shipped)"), rival=False)]
-    variants.append(configured(variant, own, f"{named(own)}, uncut", cut=False))
+    whole = {"attention_config": lambda *args: own, "deal": lambda num_items, *args: kernel.Deal(num_items, 0, 1)}
+    variants.append(launched_with(variant, f"{named(own)}, uncut", kernel, **whole))
     variants += [configured(variant, config, named(config)) for config in candidates if config != own]
+    variants += in_cuda(inputs, case.extra)
     shape = {"heads": case.window.heads, "queries": case.window.q_len, "tokens": case.window.num_tokens}
     return Problem(str(case), variants, flush=True, shape={**shape, "extra": case.extra or "none"})
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "append/norm_rope_append.h"
+#include "attention/segment_attention.h"
 #include "compress/compress_chunk.h"
 
 namespace py = pybind11;
@@ -96,6 +97,54 @@ void compress_chunk(
     worldkv::compress_chunk(params, static_cast<worldkv::Dtype>(dtype), pointer<CUstream_st>(stream));
 }
 
+void segment_attention(
+    uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t block_mass, uintptr_t tiles,
+    uintptr_t ranges, uintptr_t tail_rows, uintptr_t num_segments, uintptr_t turns, uintptr_t piece_out,
+    uintptr_t piece_sums, uintptr_t segment_sums, int64_t rows, int64_t stride_q_token, int64_t stride_q_head,
+    int64_t stride_k_row, int64_t stride_k_head, int64_t stride_v_row, int64_t stride_v_head, int64_t stride_out_token,
+    int64_t stride_out_head, int q_len, int heads, int kv_heads, int head_dim, int turned_pairs, int max_segments,
+    int num_whole, int num_cut, int parts, int processors, int tile_rows, float scale_log2, float scale_power,
+    int dtype, uintptr_t stream) {
+    worldkv::AttentionParams params{};
+    params.q = pointer<const void>(q);
+    params.k = pointer<const void>(k);
+    params.v = pointer<const void>(v);
+    params.out = pointer<void>(out);
+    params.lse = pointer<float>(lse);
+    params.block_mass = pointer<float>(block_mass);
+    params.tiles = pointer<const int2>(tiles);
+    params.ranges = pointer<const int4>(ranges);
+    params.tail_rows = pointer<const int2>(tail_rows);
+    params.num_segments = pointer<const int>(num_segments);
+    params.turns = pointer<const float2>(turns);
+    params.piece_out = pointer<float>(piece_out);
+    params.piece_sums = pointer<float2>(piece_sums);
+    params.segment_sums = pointer<float2>(segment_sums);
+    params.rows = rows;
+    params.stride_q_token = stride_q_token;
+    params.stride_q_head = stride_q_head;
+    params.stride_k_row = stride_k_row;
+    params.stride_k_head = stride_k_head;
+    params.stride_v_row = stride_v_row;
+    params.stride_v_head = stride_v_head;
+    params.stride_out_token = stride_out_token;
+    params.stride_out_head = stride_out_head;
+    params.q_len = q_len;
+    params.heads = heads;
+    params.kv_heads = kv_heads;
+    params.head_dim = head_dim;
+    params.turned_pairs = turned_pairs;
+    params.max_segments = max_segments;
+    params.num_whole = num_whole;
+    params.num_cut = num_cut;
+    params.parts = parts;
+    params.processors = processors;
+    params.tile_rows = tile_rows;
+    params.scale_log2 = scale_log2;
+    params.scale_power = scale_power;
+    worldkv::segment_attention(params, static_cast<worldkv::Dtype>(dtype), pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -120,4 +169,14 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("stride_out_k_row"), py::arg("stride_out_v_row"), py::arg("layers"), py::arg("frames"),
         py::arg("frame_tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("keep"), py::arg("anchor"),
         py::arg("pooled"), py::arg("dtype"), py::arg("stream"));
+    module.def(
+        "segment_attention", &segment_attention, py::kw_only(),
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("block_mass"),
+        py::arg("tiles"), py::arg("ranges"), py::arg("tail_rows"), py::arg("num_segments"), py::arg("turns"),
+        py::arg("piece_out"), py::arg("piece_sums"), py::arg("segment_sums"), py::arg("rows"),
+        py::arg("stride_q_token"), py::arg("stride_q_head"), py::arg("stride_k_row"), py::arg("stride_k_head"),
+        py::arg("stride_v_row"), py::arg("stride_v_head"), py::arg("stride_out_token"), py::arg("stride_out_head"),
+        py::arg("q_len"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("turned_pairs"),
+        py::arg("max_segments"), py::arg("num_whole"), py::arg("num_cut"), py::arg("parts"), py::arg("processors"),
+        py::arg("tile_rows"), py::arg("scale_log2"), py::arg("scale_power"), py::arg("dtype"), py::arg("stream"));
 }

@@ -12,8 +12,9 @@ The window's tables (int32, on the device; `window_tables` makes them, `worldkv_
     tail_rows     [128 * capacity, 2]  pool row and segment of what follows the full tiles of segments, in their order
     ranges        [capacity + 1, 4]    full tiles lo, hi and tail rows lo, hi: of the whole window, then of each segment
     num_segments  [1]
-    turns         [capacity, head_dim / 2, 2] fp32: per segment and rotary pair, the cosine and sine of the
-                                       angle by which a query is turned back for the segment's time shift
+    turns         [capacity, pairs, 2] fp32: per segment and leading rotary pair, the cosine and sine of the angle by
+                                       which a query is turned back for the segment's time shift; of a head's
+                                       head_dim / 2 pairs those that follow stay as they are
 `capacity` is in tiles of 128 rows, a segment's last one counted whole. What lies past the entries in use is not read.
 
 The online softmax is Milakov and Gimelshein's, arXiv 1805.02867, tiled as in FlashAttention-2, arXiv 2307.08691; the
@@ -41,12 +42,15 @@ _LARGE = tl.constexpr(2.0**28)
 
 
 @triton.jit
-def _turned_query(q_ptrs, turns_ptr, segment, mask_q, BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _turned_query(
+    q_ptrs, turns_ptr, segment, mask_q, BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr, TURNED_PAIRS: tl.constexpr
+):
     """The original query tile times R(-shift), pair by pair."""
     PAIRS: tl.constexpr = HEAD_DIM // 2
-    factors = turns_ptr + (segment * PAIRS + tl.arange(0, PAIRS)) * 2
-    cos = tl.load(factors)[None, :]
-    sin = tl.load(factors + 1)[None, :]
+    pairs = tl.arange(0, PAIRS)
+    factors = turns_ptr + (segment * TURNED_PAIRS + pairs) * 2
+    cos = tl.load(factors, mask=pairs < TURNED_PAIRS, other=1.0)[None, :]
+    sin = tl.load(factors + 1, mask=pairs < TURNED_PAIRS, other=0.0)[None, :]
     q = tl.load(q_ptrs, mask=mask_q, other=0.0)
     real, imag = tl.split(q.reshape(BLOCK_Q, PAIRS, 2))
     real = real.to(tl.float32)
@@ -92,7 +96,7 @@ def segment_attention_kernel(
     stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, TURNED_PAIRS: tl.constexpr, RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     # Which item, and which part of its keys. Items of one head run side by side, so its K and V stay in L2; so do
@@ -155,7 +159,7 @@ def segment_attention_kernel(
         tail_hi = tl.minimum(tl.load(ranges_ptr + r * 4 + 3), part_tail_hi)
         if (full_lo < full_hi) | (tail_lo < tail_hi):  # no query is turned for nothing, and no register spills
             if HAS_SHIFT:
-                q = _turned_query(q_ptrs, turns_ptr, r - 1, mask_q, BLOCK_Q, HEAD_DIM)
+                q = _turned_query(q_ptrs, turns_ptr, r - 1, mask_q, BLOCK_Q, HEAD_DIM, TURNED_PAIRS)
             # Full tiles. A tile's row is carried a step ahead: K and V can be fetched ahead only if it is known ahead.
             tile_row = tl.load(tiles_ptr + full_lo * 2, mask=full_lo < full_hi, other=0)
             if RETURN_MASS:
@@ -403,8 +407,9 @@ def window_tables(
     further by time_shift * frequencies[i] radians.
 
     Args:
-        frequencies: [head_dim / 2], best in float64: radians a latent frame, 0 for pairs that do not turn with time.
-            None where no segment is shifted; attention is then called with has_shift=False.
+        frequencies: [head_dim / 2], best in float64: radians a latent frame, 0 for pairs that do not turn with time;
+            those at the end may be left out. None where no segment is shifted; attention is then called with
+            has_shift=False.
         capacity: of the tables, in tiles of 128 rows; what the segments need by default. A captured graph sees another
             window when its tables, made with the same capacity, are copied into those that it was captured with.
 
@@ -438,9 +443,12 @@ def window_tables(
         tables.append(table)
     turns = torch.zeros(1, 1, 2, dtype=torch.float32, device="cpu")
     if frequencies is not None:
+        frequencies = frequencies.double().cpu()
+        turning = frequencies.nonzero().flatten().tolist()
+        frequencies = frequencies[: turning[-1] + 1 if turning else 1]
         turns = torch.zeros(capacity, len(frequencies), 2, dtype=torch.float32, device="cpu")
         shifts = torch.tensor([time_shift for *_, time_shift in segments], dtype=torch.int64, device="cpu")
-        angles = shifts[:, None] * frequencies.double().cpu()
+        angles = shifts[:, None] * frequencies
         turns[: len(segments)] = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
     tables += [torch.tensor([len(segments)], dtype=torch.int32, device="cpu"), turns]
     return tuple(table.to(device) for table in tables)
@@ -541,11 +549,13 @@ def segment_attention(
         wanted = f"torch.int32 [{capacity}, 2], [{TILE_ROWS * capacity}, 2], [{capacity + 1}, 4] and [1], contiguous"
         tables = (tiles, tail_rows, ranges, num_segments)
         raise ValueError(_wrong("tiles, tail_rows, ranges and num_segments", wanted, *tables))
-    half = head_dim // 2
+    turned_pairs = turns.shape[1] if has_shift and turns.dim() == 3 else 0
     if has_shift and not (
-        turns.shape == (capacity, half, 2) and turns.dtype is torch.float32 and turns.is_contiguous()
-    ):
-        raise ValueError(_wrong("turns", f"torch.float32 [{capacity}, {half}, 2], contiguous", turns))
+        turns.shape == (capacity, turned_pairs, 2) and 1 <= turned_pairs <= head_dim // 2
+        and turns.dtype is torch.float32 and turns.is_contiguous()
+    ):  # fmt: skip
+        wanted = f"torch.float32 [{capacity}, 1 to {head_dim // 2} pairs, 2], contiguous"
+        raise ValueError(_wrong("turns", wanted, turns))
     if lse is not None and not (lse.shape == (heads, q_len) and lse.dtype is torch.float32 and lse.is_contiguous()):
         raise ValueError(_wrong("lse", f"torch.float32 [{heads}, {q_len}], contiguous", lse))
     capability = device_capability(q.device)
@@ -581,7 +591,7 @@ def segment_attention(
         stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
         stride_out_token, stride_out_head,
         HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_TAIL=block_tail,
-        HAS_SHIFT=has_shift, RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
+        HAS_SHIFT=has_shift, TURNED_PAIRS=turned_pairs, RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS, HOPPER=capability[0] == 9,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

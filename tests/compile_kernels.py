@@ -122,22 +122,24 @@ def matrix_loops(lines):
 
 
 def attention_launches():
-    for dtype, head_dim, shift, mass, *pointers in [
+    for dtype, head_dim, shift, mass, *how in [
         (torch.bfloat16, 128, False, False), (torch.bfloat16, 128, True, False), (torch.bfloat16, 128, False, True),
         (torch.bfloat16, 128, False, True, "pointers"),
-        (torch.bfloat16, 128, True, True), (torch.bfloat16, 64, False, False), (torch.bfloat16, 64, True, True),
-        (torch.float16, 128, False, False), (torch.float32, 128, False, False), (torch.float32, 64, True, True),
+        (torch.bfloat16, 128, True, True), (torch.bfloat16, 128, True, False, "all"),
+        (torch.bfloat16, 64, False, False), (torch.bfloat16, 64, True, True), (torch.float16, 128, False, False),
+        (torch.float32, 128, False, False), (torch.float32, 64, True, True),
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 80, head_dim, dtype=dtype, device="meta")
-        pool = pool[:, ::2] if pointers else pool[:, :40]  # every other head: not for the copy engine
+        pool = pool[:, ::2] if "pointers" in how else pool[:, :40]  # every other head: not for the copy engine
         shapes = ((400, 2), (400 * 128, 2), (401, 4), (1,))
         tables = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
-        turns = torch.empty(400, head_dim // 2, 2, device="meta")
+        time = head_dim // 2 - 2 * (head_dim // 6)  # pairs that turn: 22 or 12, as in Rope3D; else all
+        turns = torch.empty(400, head_dim // 2 if "all" in how else time, 2, device="meta")
         lse = torch.empty(40, 4680, device="meta") if mass else None
         share = torch.empty(40, 9, device="meta") if mass else None
         yield (
-            " ".join([f"{str(dtype)[6:]} {head_dim}{' shift' * shift}{' mass' * mass}", *pointers]),
+            " ".join([f"{str(dtype)[6:]} {head_dim}{' shift' * shift}{' mass' * mass}", *how]),
             lambda q=q, pool=pool, tables=tables, turns=turns, lse=lse, share=share, shift=shift: (
                 segment_attention.segment_attention(
                     q, pool, pool, *tables, turns, q, lse, share, scale=0.1, has_shift=shift

@@ -28,6 +28,7 @@ from torch.utils._device import _device_constructors
 
 from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS_BACKENDS
 from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND_BACKENDS
+from worldkv_kernels.ops.segment_attention import BACKENDS as ATTENTION_BACKENDS
 
 # Most tensors here are small: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -140,7 +141,7 @@ def small_kernels(build_for_host):
 @pytest.fixture
 def cuda_kernels(request, monkeypatch):
     """Lets the backend "cuda" of the ops run where the tests run; skips where it cannot."""
-    tables = [COMPRESS_BACKENDS, APPEND_BACKENDS]
+    tables = [COMPRESS_BACKENDS, APPEND_BACKENDS, ATTENTION_BACKENDS]
     if DEVICE.type == "cuda":
         reason = tables[0].backends["cuda"].unavailable(DEVICE)
         if reason:

@@ -168,9 +168,7 @@ class PoseOrder:
         if len(chunks) == 1:
             return chunks[0]
         scales = self.scales(candidates[chunks[-1]], list(candidates.values()))
-        pairs = {
-            (a, b): self.distance(candidates[a], candidates[b], scales) for a in chunks for b in chunks if a < b
-        }
+        pairs = {(a, b): self.distance(candidates[a], candidates[b], scales) for a in chunks for b in chunks if a < b}
         least = min(pairs.values())
         return min(pair for pair, distance in pairs.items() if distance <= least + TIE)[0]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from worldkv_kernels import Segment, Window, segment_attention
+from worldkv_kernels import Rope3D, Segment, Window, segment_attention
 from worldkv_kernels.cli import doctor, main
 from worldkv_kernels.ops import cuda, proven
 from worldkv_kernels.ops.backends import Backend, OpBackends, on_current_device
@@ -140,7 +140,7 @@ K_POOL, Q_OUT = 3, 5  # among those of norm_rope_append
     ],
 )
 def test_the_check_looks_at_each_output_by_itself(monkeypatch, op, output, spoil):
-    kind = op.kinds[0] if op is not ATTENTION else (torch.bfloat16, 128, False, True, True, True)
+    kind = op.kinds[0] if op is not ATTENTION else (torch.bfloat16, 128, 0, True, True, True, True)
     assert kind[0] == torch.bfloat16
     monkeypatch.setitem(op.loaded, "triton", op.run("reference"))
     assert op.disagreement("triton", CPU, kind) is None
@@ -161,12 +161,33 @@ def test_autocast_touches_neither_the_reference_nor_the_check(op):
 
 def test_attention_from_pools_that_the_copy_engine_does_not_take_is_a_kind_of_its_own(monkeypatch):
     seen = []
-    monkeypatch.setattr(ATTENTION, "choose", lambda backend, device, kind: seen.append(kind) or (lambda *x, **y: None))
+    monkeypatch.setattr(ATTENTION, "choose", lambda *x: seen.append(x[2]) or (lambda *x, **y: None))
     window, pool = Window([Segment(0, 100)], device=CPU), torch.zeros(128, 2, 64)
     by_heads = torch.zeros(2, 128, 64).transpose(0, 1)
     for pools in ((pool, pool), (pool, by_heads), (by_heads, pool), (pool[:, :1], by_heads[:, :1])):
         segment_attention(torch.zeros(3, pools[0].shape[1], 64), *pools, window)
-    assert [kind[-1] for kind in seen] == [True, False, False, True]
+    assert [kind[5] for kind in seen] == [True, False, False, True]
+
+
+def test_attention_from_what_the_cuda_kernel_does_not_take_is_a_kind_of_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ATTENTION, "choose", lambda *x: seen.append(x[2]) or (lambda *x, **y: None))
+    segments, pool = [Segment(0, 100)], torch.zeros(128, 2, 64, dtype=torch.float16)
+    q, odd = pool[:3], torch.zeros(400, dtype=torch.float16)[1:385].view(3, 2, 64)
+    window, turned = Window(segments, device=CPU), Window(segments, device=CPU, rope=Rope3D(64, pairs=(7, 20, 5)))
+    segment_attention(q, pool, pool, window)
+    segment_attention(odd, pool, pool, window)
+    segment_attention(q, pool, pool, turned, out=odd)
+    assert seen == [(torch.float16, 64, *rest) for rest in (
+        (0, False, False, True, True), (0, False, False, True, False), (7, False, False, True, False)
+    )]  # fmt: skip
+
+
+def test_the_check_of_what_is_not_aligned_looks_at_such(monkeypatch):
+    aligned = []
+    for kind in ((torch.float16, 64, 0, False, False, True, True), (torch.float16, 64, 0, False, False, True, False)):
+        ATTENTION.small_case(CPU, kind)(lambda q, k, v, *x, **y: aligned.append(cuda.attention_aligned(q, k, v, q)))
+    assert aligned == [True, True, False, False]
 
 
 def test_the_gpu_of_the_tensors_is_made_current(monkeypatch):
@@ -196,6 +217,36 @@ def test_the_extension_says_what_it_lacks(monkeypatch):
     assert cuda.append_unsupported((torch.float16, 128, 64, True, True, True, True)) is None
 
 
+def test_attention_in_cuda_is_for_hopper_alone(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    built, capability = ["80", "90a"], [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: tuple(capability))
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "architectures", lambda: built)
+    assert cuda.attention_unavailable(CPU) == "it needs a GPU"
+    assert cuda.attention_unavailable(GPU) is None
+    capability[:] = [8, 6]
+    assert cuda.attention_unavailable(GPU) == "it is for compute capability 9.0, not 8.6"
+    capability[:] = [10, 0]
+    assert cuda.attention_unavailable(GPU) == "the extension is built for 80, 90a, not 100"
+    capability[:], built[:] = [9, 0], ["80", "90"]
+    assert cuda.attention_unavailable(GPU) == "the extension is built for 80, 90, not 90a"
+    built[:] = ["90a"]
+    monkeypatch.setitem(sys.modules, "worldkv_kernels.kernels.segment_attention", None)
+    assert "triton cannot be imported" in cuda.attention_unavailable(GPU)
+    monkeypatch.setattr(cuda, "missing", lambda: "it is not there")
+    assert cuda.attention_unavailable(GPU) == "it is not there"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kinds_of_attention_that_the_cuda_kernel_takes(dtype):
+    assert cuda.attention_unsupported((dtype, 128, 22, False, True, False, True)) is None
+    assert "16 bytes" in cuda.attention_unsupported((dtype, 128, 22, False, True, True, False))
+    wide = (torch.float32, 128, 22, False, True, True, True)
+    assert cuda.attention_unsupported(wide) == "it takes bfloat16 and float16, not torch.float32"
+    assert all(cuda.attention_unsupported(kind) is None for kind in ATTENTION.kinds)
+
+
 def test_doctor_names_every_backend_and_why(tmp_path, capsys):
     path = tmp_path / "doctor.json"
     assert main(["doctor", "--device", str(DEVICE), "--json", str(path)]) == 0
@@ -216,8 +267,10 @@ def test_doctor_names_every_backend_and_why(tmp_path, capsys):
 
 def test_doctor_says_how_each_shape_is_launched(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(ATTENTION, "name", lambda requested, device, kind: "reference" if kind[4] else "triton")
-    shapes = {(f["keys"], f["extra"]): f["how"] for f in doctor._shapes(torch.device("cpu"))}  # an H200's launches
+    monkeypatch.setattr(ATTENTION, "name", lambda requested, device, kind, shape: "reference" if kind[4] else "triton")
+    found = doctor._shapes(torch.device("cpu"))
+    assert {f["why"] for f in found} == {""}  # what cannot run here is passed over for no shape's sake
+    shapes = {(f["keys"], f["extra"]): f["how"] for f in found}  # an H200's launches
     tiles = "tiles of 128 queries x 128 keys by tensor descriptors, 8 warps, 3 stages; "
     assert shapes["40 x 4680 x 32760", ""] == tiles + "1452 of 1480 items whole, 28 in 9 parts each"
     assert shapes["12 x 2640 x 27720", ""] == tiles + "252 of 252 items whole"
@@ -258,7 +311,7 @@ def test_a_proof_is_noted_as_soon_as_an_op_has_it(monkeypatch, tmp_path, capsys,
 
 
 def test_where_no_cuda_kernel_runs_there_is_nothing_to_prove(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "OPS", (ATTENTION,))  # which has none
+    monkeypatch.setattr(doctor, "OPS", (ATTENTION,))
     assert main(["doctor", "--device", "cpu", "--prove"]) == 0
     assert "no CUDA kernel can run here, so there is nothing to prove" in capsys.readouterr().out
 

@@ -255,8 +255,12 @@ def test_a_capture_that_would_wait_for_copies_is_refused(monkeypatch):
 
 def test_wait_brings_all_rows(monkeypatch):
     memory, streams, _ = late_memory(monkeypatch)
-    rows = [row for role, _, segment in memory._plan.segments if role == "retrieved"
-            for row in range(segment.first_row, segment.first_row + segment.num_rows)]
+    rows = [
+        row
+        for role, _, segment in memory._plan.segments
+        if role == "retrieved"
+        for row in range(segment.first_row, segment.first_row + segment.num_rows)
+    ]
     monkeypatch.setattr(streams, "_run_some", lambda: None)
     memory.wait()
     monkeypatch.setattr(streams, "wait", None)  # none is waited for any more

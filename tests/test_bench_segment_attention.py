@@ -109,6 +109,18 @@ def test_segments_are_scattered_over_aligned_slots(load, lengths):
     assert len(lengths) < 3 or in_pool != segments
 
 
+def test_a_backend_is_timed_on_the_numbers_that_it_takes(load, monkeypatch):
+    bench = load("bench_segment_attention")
+    monkeypatch.setattr(bench, "ours", lambda op, device: ["cuda", "reference"])
+    half, full = bench.SMALL_CASES[-1], bench.SMALL_CASES[0]
+    assert (half.dtype, full.dtype) == (torch.float16, torch.float32)
+    extras = ["", " rebase", " mass", " lse"]
+    for case, mine in ((half, ["cuda", "reference"]), (full, ["reference"])):
+        wanted = [f"{name}{extra}" for name in mine for extra in extras]
+        assert [name for name, rival in bench.variants_of(case, CPU).items() if not rival] == wanted
+        assert [v.name for v in bench.prepare(case, CPU).variants if not v.rival] == wanted
+
+
 def test_an_attention_rival_with_wrong_numbers_is_not_timed(load, monkeypatch):
     bench = load("bench_segment_attention")
     right = bench.scaled_dot_product_attention

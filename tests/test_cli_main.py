@@ -142,8 +142,10 @@ def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
     check_every_backend("--backend", "reference", CPU)
     with pytest.raises(ValueError, match="--backend must be one that runs on cpu, got 'triton': triton on a CPU needs"):
         check_every_backend("--backend", "triton", CPU)
-    with pytest.raises(ValueError, match="--backend must be one of triton, reference, got 'cuda'"):
+    with pytest.raises(ValueError, match="--backend must be one that runs on cpu, got 'cuda': it needs a GPU"):
         check_every_backend("--backend", "cuda", CPU)
+    with pytest.raises(ValueError, match="--backend must be one of cuda, triton, reference, got 'tpu'"):
+        check_every_backend("--backend", "tpu", CPU)
 
 
 @pytest.mark.parametrize("command", [["rollout"], ["recall"]])

@@ -363,7 +363,7 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--seed", "-1"], "argument --seed: must be an integer of at least 0, got '-1'"),
         (["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32, got 'int8'"),
         (["--device", "abacus"], "--device must be cpu or a CUDA device of this machine, got 'abacus'"),
-        (["--backend", "abacus"], "--backend must be one of triton, reference, got 'abacus'"),
+        (["--backend", "abacus"], "--backend must be one of cuda, triton, reference, got 'abacus'"),
         (["--threads", "100000"], r"--threads must be at most \d+, 4 to a processor, got 100000"),
         (["--layers", "9999999"], "--model tiny must fit the .* that are free on cpu, got .* GiB of weights; change"),
         (["--trajectory", "right*9999999"], "--trajectory: moves must be at most 100000 together, got 'right"),

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import APPEND_BACKENDS, COMPRESS_BACKENDS, DEVICE, relative_error
+from conftest import APPEND_BACKENDS, ATTENTION_BACKENDS, COMPRESS_BACKENDS, DEVICE, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,8 +210,11 @@ def test_append_agrees_with_the_reference_and_writes_nothing_else(case, seed):
         assert relative_error(got[i], want[i]) <= {torch.bfloat16: 1.5e-3, torch.float16: 2e-4}[dtype]
 
 
-@pytest.mark.parametrize("op", [COMPRESS_BACKENDS, APPEND_BACKENDS], ids=lambda op: op.op)
+@pytest.mark.parametrize("op", [COMPRESS_BACKENDS, APPEND_BACKENDS, ATTENTION_BACKENDS], ids=lambda op: op.op)
 def test_the_check_on_first_use_passes_for_every_kind(op):
+    reason = op.backends["cuda"].unavailable(DEVICE)  # of attention also on a GPU that is no Hopper
+    if reason:
+        pytest.skip(reason)
     for kind in op.kinds:
         assert op.backends["cuda"].unsupported(kind) is None
         assert op.disagreement("cuda", DEVICE, kind) is None, kind

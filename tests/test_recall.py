@@ -138,7 +138,7 @@ def test_pan_comes_back_and_revisits_are_old():
         (["--step", "1e308"], "--step must be from 0.001 to 360 degrees, got 1e+308"),
         (["--image", "nowhere.png"], "--image must be a picture that Pillow reads, got 'nowhere.png': No such file"),
         (["--image", __file__], "--image must be a picture that Pillow reads"),
-        (["--backend", "abacus"], "--backend must be one of triton, reference, got 'abacus'"),
+        (["--backend", "abacus"], "--backend must be one of cuda, triton, reference, got 'abacus'"),
         (["--picture", "nope/x.png"], "--picture must be a file that can be written, got 'nope/x.png': No such file"),
         (["--picture", "x.zzz"], "--picture must end in .png or .jpg or .webp, got 'x.zzz'"),
         (["--picture", "x.xbm"], "--picture must end in .png or .jpg or .webp, got 'x.xbm'"),  # black and white alone

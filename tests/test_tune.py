@@ -2,12 +2,18 @@
 
 import json
 import os
+import sys
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import DEVICE
 
 pytest.importorskip("triton", reason="triton is not installed")
 from worldkv_kernels.kernels import segment_attention as kernel
+
+from worldkv_kernels.ops import cuda
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
@@ -50,6 +56,21 @@ def test_a_launch_takes_the_candidate_and_only_it(tune, monkeypatch):
         seen.clear()
         run(0)
         assert seen == [int(variant.name.split()[0])]
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+def test_cuda_is_launched_with_each_of_its_tiles(tune, monkeypatch):
+    case = tune.replace(tune.SMALL_WINDOW, dtype=torch.float16)
+    variants = tune.in_cuda(tune.Inputs(case, DEVICE), "rebase")
+    module, seen = import_module("worldkv_kernels._cuda"), []
+    launch = module.segment_attention
+    recorder = SimpleNamespace(segment_attention=lambda **given: seen.append(given["tile_rows"]) or launch(**given))
+    monkeypatch.setitem(sys.modules, "worldkv_kernels._cuda", recorder)
+    runs = [variant.make() for variant in variants]
+    assert seen == [128, 176] and cuda.attention_tile_rows(128, 0, False) == 176
+    errors = [variant.check(run) for variant, run in zip(variants, runs, strict=True)]
+    assert [variant.name for variant in variants] == ["cuda, 128 keys", "cuda, 176 keys"] and max(errors) < 2e-3
+    assert tune.in_cuda(tune.Inputs(tune.SMALL_WINDOW, DEVICE), "") == []  # it takes no fp32
 
 
 @interpreted

@@ -172,6 +172,16 @@ def test_tables_are_those_of_a_window(segments, spare, shifted):
 
 
 @pytest.mark.parametrize(
+    ("frequencies", "pairs"), [([0.0] * 32, 1), ([0.5], 1), ([0.5, 0.0, 0.25, 0.0], 3), ([0.5] * 32, 32)]
+)
+def test_the_table_of_turns_ends_with_the_last_pair_that_turns(frequencies, pairs):
+    frequencies = torch.tensor(frequencies)
+    *_, turns = segment_attention.window_tables([(0, 5, 3), (9, 1, -2)], frequencies, device="cpu")
+    angles = torch.tensor([[3.0], [-2.0]]) * frequencies[:pairs]
+    torch.testing.assert_close(turns, torch.stack([angles.cos(), angles.sin()], dim=-1))
+
+
+@pytest.mark.parametrize(
     ("segments", "wanted"),
     [
         ([], "segments must hold at least one, got none"),
@@ -280,8 +290,17 @@ def attention_arguments():
         ({"tail_rows": torch.zeros(383, 2).int()}, ValueError, TABLES),
         ({"ranges": torch.zeros(3, 4).int()}, ValueError, TABLES),
         ({"num_segments": torch.ones(1).long()}, ValueError, TABLES),
-        ({"turns": torch.zeros(1, 1, 2)}, ValueError, "turns must be torch.float32 [3, 32, 2], contiguous"),
-        ({"turns": torch.zeros(3, 32, 2).double()}, ValueError, "turns must be torch.float32 [3, 32, 2], contiguous"),
+        *[
+            ({"turns": turns}, ValueError, "turns must be torch.float32 [3, 1 to 32 pairs, 2], contiguous, got")
+            for turns in (
+                torch.zeros(1, 1, 2),
+                torch.zeros(3, 2),
+                torch.zeros(3, 0, 2),
+                torch.zeros(3, 33, 2),
+                torch.zeros(3, 12, 2).double(),
+                torch.zeros(3, 24, 2)[:, ::2],
+            )
+        ],
     ],
 )
 def test_attention_refuses(monkeypatch, changes, error, wanted):

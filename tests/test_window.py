@@ -49,10 +49,11 @@ def check_tables(window: Window, segments: list[Segment]) -> None:
         assert {*tile_segments[full_lo:full_hi], *tail_segments[tail_lo:tail_hi]} == {i}
     assert (next_full, next_tail) == (num_full, num_tail)
     if window.rope is not None:
-        half, time = window.rope.head_dim // 2, window.rope.pairs[0]
+        time = window.rope.pairs[0]
+        assert turns.shape == (window.capacity, time, 2)  # the pairs that turn with time, and no other
         for segment, turn in zip(segments, turns.double().numpy(), strict=False):
             rates = 10000.0 ** (-np.arange(time) / time)
-            want = np.concatenate([np.exp(1j * segment.time_shift * rates), np.ones(half - time)])
+            want = np.exp(1j * segment.time_shift * rates)
             assert np.abs(turn[:, 0] + 1j * turn[:, 1] - want).max() <= 1e-7
 
 
@@ -101,7 +102,7 @@ def test_turning_the_query_is_turning_the_key_back(shift, seed):
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, 32)) + 1j * rng.normal(size=(2, 32))
     turn = window.tables[-1][0].double().numpy()
-    turn = turn[:, 0] + 1j * turn[:, 1]
+    turn = np.concatenate([turn[:, 0] + 1j * turn[:, 1], np.ones(20)])
     rates = np.concatenate([10000.0 ** (-np.arange(12) / 12), np.zeros(20)])
     turned_key = k * np.exp(1j * shift * rates)  # the key of a token `shift` frames later
 
@@ -122,6 +123,11 @@ def test_without_a_rope_there_are_no_turns():
     assert (window.rope, window.has_shift) == (None, False)
     window.update([(7, 2, 0)])
     assert window.segments == (Segment(7, 2),)
+
+
+def test_a_rope_without_pairs_for_time_turns_nothing():
+    window = Window([(0, 1, 9), (0, 1, -4)], device="cpu", rope=Rope3D(64, pairs=(0, 16, 16)))
+    assert torch.equal(window.tables[-1], torch.tensor([[[1.0, 0.0]]] * 2))
 
 
 def test_integers_of_other_libraries():

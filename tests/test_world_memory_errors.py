@@ -191,7 +191,7 @@ NO_SUCH_DEVICE = f"cuda:{torch.cuda.device_count()}"
         (dict(device=NO_SUCH_DEVICE), ValueError, f"device must be 'cpu' or a CUDA .* here, got '{NO_SUCH_DEVICE}': "),
         (dict(device="foo"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got 'foo': "),
         (dict(device="meta"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got 'meta'"),
-        (dict(backend="zzz"), ValueError, "backend must be one of triton, reference, got 'zzz'"),
+        (dict(backend="zzz"), ValueError, "backend must be one of cuda, triton, reference, got 'zzz'"),
         (dict(backend=1), TypeError, "backend must be None or a name, got 1"),
     ],
 )

@@ -66,7 +66,8 @@ class Window:
         self.device = as_device("Window", device)
         self.rope = rope
         self.has_shift = rope is not None
-        turns = (self.capacity, rope.head_dim // 2, 2) if rope else (1, 1, 2)
+        self._turned_pairs = max(1, rope.pairs[0]) if rope else 1  # a table is not empty
+        turns = (self.capacity if rope else 1, self._turned_pairs, 2)
         on_gpu = self.device.type == "cuda"
         self._device_tables = {
             "tiles": torch.zeros((self.capacity, 2), dtype=torch.int32, device=self.device),
@@ -88,7 +89,8 @@ class Window:
         """What a kernel reads, always at the same addresses; kernels/segment_attention.py says what is in each.
 
         tiles int32 [capacity, 2], tail_rows int32 [128 * capacity, 2], ranges int32 [capacity + 1, 4], num_segments
-        int32 [1], turns fp32 [capacity, head_dim / 2, 2], or [1, 1, 2] without a rope.
+        int32 [1], turns fp32 [capacity, pairs, 2] of the rope's pairs that turn with time, one at least, or [1, 1, 2]
+        without a rope.
         """
         return tuple(self._device_tables.values())
 
@@ -124,7 +126,7 @@ class Window:
         if self.rope is not None:
             used["turns"] = len(segments)
             for i, segment in enumerate(segments):
-                host["turns"][i] = self.rope.turn(segment.time_shift)
+                host["turns"][i] = self.rope.turn(segment.time_shift)[: self._turned_pairs]
         for name, count in used.items():
             if count:
                 self._device_tables[name][:count].copy_(self._host_tables[name][:count], non_blocking=True)

@@ -26,8 +26,13 @@ void check(cudaError_t error, const char* what) {
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "looking for cuTensorMapEncodeTiled in the driver");
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    check(error, "looking for cuTensorMapEncodeTiled in the driver");
     if (found != cudaDriverEntryPointSuccess || !function) {
         throw std::runtime_error("segment_attention: the driver has no cuTensorMapEncodeTiled, of CUDA 12.0 or later");
     }
@@ -88,7 +93,9 @@ template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs, bool kMass>
 void launch(const AttentionParams& p, const TensorMaps& maps, cudaStream_t stream) {
     constexpr int kShared = Layout<kHeadDim, kTileRows>::bytes;
     const auto kernel = segment_attention_kernel<T, kHeadDim, kTileRows, kTurnedSlabs, kMass>;
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "asking for shared memory");
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               kShared),
+          "asking for shared memory");
     const int pieces = p.num_whole + p.num_cut * p.parts;
     const int blocks = pieces < p.processors ? pieces : p.processors;
     kernel<<<blocks, kThreads, kShared, stream>>>(p, maps);

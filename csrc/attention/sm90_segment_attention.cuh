@@ -442,6 +442,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, uint32_t share
             ring = ring.next();
             if (kMass) end_segment(0);
         } else if (num_tails == 0) {  // a part that has nothing to do
+            __syncwarp();             // all lanes have read the slot
             release(shared + L::empty_q);
         }
 
@@ -488,6 +489,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, uint32_t share
                     for (int r = 0; r < 2; ++r) rows.sum[r] += scores[4 * i + 2 * r] + scores[4 * i + 2 * r + 1];
                 }
             }
+            __syncwarp();  // all lanes have read the slot
             release(shared + L::empty_k + 8 * ring.stage);
             to_weights<T>(weights, scores);
             rescale();
@@ -531,6 +533,8 @@ __global__ void __launch_bounds__(kThreads, 1) segment_attention_kernel(const __
         hopper::take_registers<240>();
         consume<T, kHeadDim, kTileRows, kTurnedSlabs, kMass>(p, shared);
     }
+#else
+    __trap();  // other architectures have none of these instructions; the launcher asks for none
 #endif
 }
 

@@ -48,53 +48,76 @@ def translated(text: str, name: Path) -> str:
     return f'#line 1 "{name}"\n{text}'
 
 
-def build(sources: Path, folder: Path) -> Path:
-    """Compile every .cu and .cpp under `sources` into one module in `folder`, unless the same one is there."""
-    files = sorted(path for path in sources.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def with_includes(path: Path, texts: dict[Path, str], seen: dict[Path, str]) -> dict[Path, str]:
+    """What `path` is compiled from: its text, and that of each file of `texts` that it includes, directly or not."""
+    if path not in seen:
+        seen[path] = texts[path]
+        for name in re.findall(r'#include ["<]([^">]+)[">]', texts[path]):
+            found = [Path(os.path.normpath(place / name)) for place in (path.parent, HERE / "include", HERE, CSRC)]
+            for header in (x for x in found if x in texts):
+                with_includes(header, texts, seen)
+    return seen
+
+
+def build(sources: Path, folder: Path, parts: Path | None = None) -> Path:
+    """Compile every .cu and .cpp under `sources` into one module in `folder`, unless the same one is there.
+
+    What was compiled there, or in the folder `parts`, from the same text is taken as it is.
+    """
     include = HERE / "include"
-    texts = {}
-    for path in files:
-        relative = path.relative_to(sources)
-        stand_in = include / relative
-        found = stand_in.exists()
-        texts[relative] = (
-            stand_in.read_text() if found else translated(path.read_text(), path.relative_to(sources.parent))
-        )
-    own = [HERE / "scheduler.cpp", *sorted((HERE / "hopper").glob("*.cpp"))]
-    headers = [HERE / "scheduler.h", HERE / "hopper/model.h", *sorted(path for path in include.rglob("*.*h"))]
+    texts = {path: path.read_text() for path in HERE.rglob("*") if path.suffix in (".cuh", ".h", ".cpp")}
+    texts |= {path: path.read_text() for path in CSRC.rglob("*.*h")}
+    for path in sorted(sources.rglob("*")):
+        if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
+            stand_in = include / path.relative_to(sources)
+            known = stand_in.exists()
+            texts[path] = texts[stand_in] if known else translated(path.read_text(), path.relative_to(sources.parent))
     # nvcc fuses products and sums too. Vectors are read as numbers, which CUDA's compiler allows.
-    flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC"]
+    flags = ["-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC"]
     flags += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{include}", f"-I{CSRC}"]
-    if Path("bindings.cpp") in texts:
+    if sources / "bindings.cpp" in texts:
         pybind11 = importlib.import_module("pybind11").get_include()
         flags += ['-DWORLDKV_ARCHITECTURES="host"', f"-I{pybind11}", f"-I{sysconfig.get_path('include')}"]
-    content = [platform.node(), COMPILER, *flags, *map(str, texts), *texts.values()]
-    content += [path.read_text() for path in [*own, *headers, *sorted(CSRC.glob("*/*.*h"))]]
-    digest = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
-    module = folder / digest / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    model = [HERE / "scheduler.cpp", *sorted((HERE / "hopper").glob("*.cpp"))]
+    units = {unit: ["-O3"] for unit in model}  # where most of the time goes
+    units |= {path: ["-O1"] for path in texts if path.is_relative_to(sources) and path.suffix in (".cu", ".cpp")}
+    machine = (platform.node(), COMPILER, *flags)
+    objects = {}
+    for unit, optimised in units.items():
+        name = f"{unit.stem}_{digest(*machine, *optimised, *with_includes(unit, texts, {}).values())}.o"
+        objects[unit] = parts / name if parts and (parts / name).exists() else folder / name
+    module = (
+        folder / digest(*(path.name for path in objects.values())) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )
     if module.exists():
         return module
 
     def compiled(arguments: list) -> None:
         done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr[-4000:]}")
+            raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr[:6000]}")
 
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        units = list(own)
-        for relative, text in texts.items():
-            path = Path(work) / (relative.with_suffix(".cpp") if relative.suffix == ".cu" else relative)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            units += [path] if path.suffix == ".cpp" else []
-        objects = [Path(work) / f"{number}_{unit.stem}.o" for number, unit in enumerate(units)]
+        for path, text in texts.items():
+            if path.is_relative_to(sources):
+                copy = Path(work) / path.relative_to(sources)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_text(text)
+
+        def make(unit: Path) -> None:
+            if not objects[unit].exists():
+                place = Path(work) / unit.relative_to(sources) if unit.is_relative_to(sources) else unit
+                made = Path(work) / objects[unit].name
+                compiled([*flags, *units[unit], "-x", "c++", "-c", place, "-o", made])
+                made.replace(objects[unit])
+
         with ThreadPoolExecutor(os.cpu_count()) as workers:
-            fast = {unit: ["-O3"] for unit in own}  # the model, where most of the time goes
-            commands = (
-                [*flags, *fast.get(unit, []), "-c", unit, "-o", o] for unit, o in zip(units, objects, strict=True)
-            )
-            list(workers.map(compiled, commands))
-        compiled(["-shared", *objects, "-o", Path(work) / module.name])
+            list(workers.map(make, units))
+        compiled(["-shared", *objects.values(), "-o", Path(work) / module.name])
         module.parent.mkdir(exist_ok=True)
         (Path(work) / module.name).replace(module)
     return module
@@ -102,8 +125,8 @@ def build(sources: Path, folder: Path) -> Path:
 
 def load(path: Path) -> ModuleType:
     """The module, with what `import worldkv_kernels._cuda` gives, and seed(number) for the order of its threads."""
-    # Not under that name: pybind11 would hand back the installed module, where one has been imported.
-    spec = importlib.util.spec_from_file_location(f"{__name__}._cuda", path)
+    # Not under that name, nor twice under one: pybind11 would hand back the module that was imported first.
+    spec = importlib.util.spec_from_file_location(f"{__name__}.{path.parent.name}._cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert Path(module.__file__) == path, f"{module.__file__} was loaded for {path}"

@@ -11,6 +11,8 @@ import torch
 from ..ops import cuda, proven
 from ..ops.all import OPS, SEGMENT_ATTENTION
 from ..ops.backends import OpBackends
+from ..ops.segment_attention import Shape
+from ..rope import Rope3D
 from .report import Progress, add_quiet, machine, parse_device, table, write_json
 
 # Heads, queries of a chunk, and keys of a window, all with head_dim 128: what segment_attention is mostly asked for.
@@ -60,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
     rows = [[f["op"], f["backend"], "takes it" if f["auto"] else "-", f["why"]] for f in findings]
     print(f"\n{table(columns, rows, left=4)}", file=out)
     shapes = _shapes(device)
-    rows = [[f["model"], f["keys"], f["extra"] or "-", f["backend"], f["how"]] for f in shapes]
-    print(f"\n{table(['segment_attention of', 'heads x queries x keys', 'and', 'by', 'how'], rows, left=5)}", file=out)
+    rows = [[f["model"], f["keys"], f["extra"] or "-", f["backend"], f["why"] or "-", f["how"]] for f in shapes]
+    columns = ["segment_attention of", "heads x queries x keys", "and", "by", "passed over", "how"]
+    print(f"\n{table(columns, rows, left=6)}", file=out)
     disagree = [f for f in findings if f["disagreement"]]
     write_json(args.json, {"command": "doctor", "machine": where, "backends": findings, "shapes": shapes})
     return 1 if disagree else 0
@@ -97,13 +100,17 @@ def _finding(op: OpBackends, device: torch.device, name: str, checked: int, disa
     elif chosen:
         why = "serves"
     else:
-        why = passed_over or "a better one serves"
+        why = passed_over or _slower(op, device, name) or "a better one serves"
     if checked and not disagreement:
         why += f"; agrees with the reference on {checked} kinds of problem"
     return {
         "op": op.op, "backend": name, "auto": chosen, "available": unavailable is None, "why": why,
         "checked": checked, "disagreement": disagreement,
     }  # fmt: skip
+
+
+def _slower(op: OpBackends, device: torch.device, name: str, shape: Shape | None = None) -> str | None:
+    return op.slower(device, shape) if name == "cuda" else None
 
 
 def _shapes(device: torch.device) -> list[dict[str, Any]]:
@@ -117,20 +124,46 @@ def _shapes(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
-    """Which backend attends over a model's window in bf16, and how it is launched."""
+    """Which backend attends over a model's window in bf16, why none that could before it, and how it is launched."""
     heads, q_len, keys = SHAPES[model]
     has_shift, has_mass = extra == "rebase", extra == "mass"
-    backend = SEGMENT_ATTENTION.name("auto", device, (torch.bfloat16, 128, has_shift, False, has_mass, True))
-    how = "-"
-    if backend == "triton":
-        from ..kernels import segment_attention as kernel
+    turned_pairs = Rope3D(128).pairs[0] if has_shift else 0
+    kind = (torch.bfloat16, 128, turned_pairs, False, has_mass, True, True)
+    shape = Shape(heads, q_len, keys, 128, turned_pairs, has_mass)
+    op = SEGMENT_ATTENTION
+    backend = op.name("auto", device, kind, shape)
+    reasons = {
+        name: op.passed_over(name, device, kind) or _slower(op, device, name, shape)
+        for name, other in op.backends.items()
+        if name != backend and other.why_not(device, kind) is None
+    }
+    return {
+        "model": model, "keys": f"{heads} x {q_len} x {keys}", "extra": extra, "backend": backend,
+        "why": "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason),
+        "how": _launch(backend, device, shape),
+    }  # fmt: skip
 
-        config = kernel.attention_config(kernel.device_capability(device), torch.bfloat16, 128, has_shift, has_mass)
-        items = heads * -(-q_len // config.block_q)
-        whole, cut, parts = kernel.deal(items, kernel.device_processors(device), keys // kernel.TILE_ROWS)
+
+def _launch(backend: str, device: torch.device, shape: Shape) -> str:
+    """How a backend launches segment_attention of a shape in bf16."""
+    if backend == "reference":
+        return "-"
+    from ..kernels import segment_attention as kernel
+
+    processors, block_q = kernel.device_processors(device), 128
+    if backend == "cuda":
+        tile_rows = cuda.attention_tile_rows(shape.head_dim, shape.turned_pairs, shape.has_mass)
+        how = f"{tile_rows} keys, {processors} blocks that stay"
+    else:
+        config = kernel.attention_config(
+            kernel.device_capability(device), torch.bfloat16, shape.head_dim, shape.turned_pairs > 0, shape.has_mass
+        )
+        block_q = config.block_q
         how = (
-            f"tiles of {config.block_q} queries x {config.block_k} keys by "
-            f"{'tensor descriptors' if config.descriptors else 'pointers'}, {config.num_warps} warps, "
-            f"{config.num_stages} stages; {whole} of {items} items whole"
-        ) + f", {cut} in {parts} parts each" * (cut > 0)
-    return {"model": model, "keys": f"{heads} x {q_len} x {keys}", "extra": extra, "backend": backend, "how": how}
+            f"{config.block_k} keys by {'tensor descriptors' if config.descriptors else 'pointers'}, "
+            f"{config.num_warps} warps, {config.num_stages} stages"
+        )
+    items = shape.heads * -(-shape.q_len // block_q)
+    whole, cut, parts = kernel.deal(items, processors, shape.keys // kernel.TILE_ROWS)
+    how = f"tiles of {block_q} queries x {how}; {whole} of {items} items whole"
+    return how + f", {cut} in {parts} parts each" * (cut > 0)

@@ -1,9 +1,11 @@
 """Which implementation of an op runs: the rule, the first-use check, and what `worldkv doctor` reports.
 
 On a CPU `auto` is the reference. On a GPU it is a CUDA kernel where one is built and proven for the
-architecture, then Triton, then the reference. The first automatic use of a kernel in a process, per
-device and kind of problem, compares it with the reference on a small case; on disagreement the next
-backend serves, with one warning and a mark in the report. WORLDKV_SELF_CHECK=0 switches this off.
+architecture, then Triton, then the reference. An op may put the CUDA kernel after Triton but for shapes
+for which it has been measured faster: which is right and which is fast are two questions. The first
+automatic use of a kernel in a process, per device and kind of problem, compares it with the reference
+on a small case; on disagreement the next backend serves, with one warning and a mark in the report.
+WORLDKV_SELF_CHECK=0 switches this off.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..ranges import ranged
 from . import proven
+from .faster import faster_on
 
 Run = Callable[..., None]
 Kind = tuple  # what selects a compiled variant: the dtype first, then sizes and flags
@@ -57,7 +61,8 @@ class OpBackends:
 
     `small_case(device, kind)` returns a call: given an implementation, it runs it on fresh small inputs of
     that kind, the same on every device, and returns its outputs by name. `tolerance(kind)` is for outputs of
-    the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`.
+    the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`. Where there is a `typical_shape`, a
+    named tuple of integers, `auto` takes the CUDA kernel before Triton only for shapes of faster.py.
     """
 
     op: str
@@ -65,9 +70,10 @@ class OpBackends:
     small_case: Callable[[torch.device, Kind], Callable[[Run], dict[str, torch.Tensor]]]
     tolerance: Callable[[Kind], float]
     kinds: tuple[Kind, ...]
+    typical_shape: Any = None
     loaded: dict[str, Run] = field(default_factory=dict)
     checked: dict[tuple[str, str, Kind], str | None] = field(default_factory=dict)
-    chosen: dict[tuple[str, torch.device, Kind], Run] = field(default_factory=dict)
+    chosen: dict[tuple[str, torch.device, Kind, frozenset[str] | None], Run] = field(default_factory=dict)
 
     def run(self, name: str) -> Run:
         """The implementation called `name`, loaded on first use."""
@@ -75,20 +81,20 @@ class OpBackends:
             self.loaded[name] = self.backends[name].load()
         return self.loaded[name]
 
-    def choose(self, requested: str, device: torch.device, kind: Kind) -> Run:
-        """The implementation to run: `requested`, or with "auto" the first that is available and agrees."""
-        key = (requested, device, kind)
+    def choose(self, requested: str, device: torch.device, kind: Kind, shape: Any = None) -> Run:
+        """The implementation to run: `requested`, or with "auto" the first in `order` that is available and agrees."""
+        key = (requested, device, kind, self._faster_on(shape))  # of a shape, all that matters
         run = self.chosen.get(key)
         if run is None:
-            run = self.run(self.name(requested, device, kind))
+            run = self.run(self.name(requested, device, kind, shape))
             if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
                 self.chosen[key] = run
         return run
 
-    def name(self, requested: str, device: torch.device, kind: Kind) -> str:
+    def name(self, requested: str, device: torch.device, kind: Kind, shape: Any = None) -> str:
         """What `choose` runs, by name."""
         if requested == "auto":
-            return next(name for name in self.backends if self.passed_over(name, device, kind) is None)
+            return next(name for name in self.order(device, shape) if self.passed_over(name, device, kind) is None)
         if requested not in self.backends:
             names = ", ".join(repr(name) for name in self.backends)
             raise ValueError(f"{self.op}: backend must be None or one of {names}, got {requested!r}")
@@ -96,6 +102,24 @@ class OpBackends:
         if reason:
             raise ValueError(f"{self.op}: backend must be able to run this on {device}, got {requested!r}: {reason}")
         return requested
+
+    def order(self, device: torch.device, shape: Any = None) -> list[str]:
+        """All backends, the fastest first; the reference is the last."""
+        if self.slower(device, shape) is None:
+            return list(self.backends)
+        return sorted(self.backends, key=lambda name: (name == "reference", name == "cuda"))
+
+    def slower(self, device: torch.device, shape: Any = None) -> str | None:
+        """Why the CUDA kernel comes after Triton for a shape, the typical one by default; None where it does not."""
+        architectures = self._faster_on(shape)
+        if architectures is None or device.type != "cuda" or proven.architecture(device) in architectures:
+            return None
+        return f"not measured faster than triton on {proven.architecture(device)}"
+
+    def _faster_on(self, shape: Any) -> frozenset[str] | None:
+        if self.typical_shape is None:
+            return None
+        return faster_on(self.op, self.typical_shape if shape is None else shape)
 
     def forget(self) -> None:
         """Drop what this process has learned, so that the next call chooses and checks anew."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +12,9 @@ import torch
 _EXTENSION = f"{__package__.rpartition('.')[0]}._cuda"  # of this copy of the package, whatever its name
 _NOTE = Path(__file__).parents[1] / "_cuda_missing.txt"  # what setup.py says of an extension that it did not build
 _MAX_APPEND_COLUMNS = 8192  # of a row that a block of csrc/append holds in its registers
+_MAX_STRIDE = 2**39  # numbers of 16 bits: the copy engine takes strides below 2**40 bytes
+_PARTLY_TURNED_PAIRS = 24  # three steps of 16 columns; the temporal pairs of 128 are 22
+_BLOCK_Q = 128  # queries of an item: 64 of each of two warp groups
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -45,6 +50,23 @@ def unavailable(device: torch.device) -> str | None:
     return None if exact or older else f"the extension is built for {', '.join(built)}, not {major}{minor}"
 
 
+def attention_unavailable(device: torch.device) -> str | None:
+    """Why csrc/attention cannot run on `device`; None when it can. It is of instructions that Hopper alone has."""
+    reason = unavailable(device)
+    if reason:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"it is for compute capability 9.0, not {major}.{minor}"
+    if "90a" not in architectures():
+        return f"the extension is built for {', '.join(architectures())}, not 90a"
+    try:
+        _shared_with_triton()
+    except ImportError as error:
+        return f"it deals out its work as the Triton kernel does, and triton cannot be imported ({error})"
+    return None
+
+
 def append_unsupported(kind: tuple) -> str | None:
     """Why csrc/append does not take a kind of norm_rope_append, (dtype, heads, head_dim, ..., aligned); None when it
     does."""
@@ -54,6 +76,41 @@ def append_unsupported(kind: tuple) -> str | None:
     if heads * head_dim > _MAX_APPEND_COLUMNS:
         return f"it takes rows of up to {_MAX_APPEND_COLUMNS} numbers, not {heads} heads of {head_dim}"
     return _rows_unsupported(aligned)
+
+
+def attention_unsupported(kind: tuple) -> str | None:
+    """Why csrc/attention does not take a kind of segment_attention, (dtype, ..., aligned); None when it does."""
+    dtype, *_, aligned = kind
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    return None if aligned else "it takes q and pools that start on multiples of 16 bytes, head by head, and out on 4"
+
+
+def attention_aligned(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether tokens, rows and heads start where csrc/attention takes them, in 16 bits a number: on multiples of 16
+    bytes where the copy engine reads, less than 2**40 apart, and on multiples of 4 where pairs of numbers are written.
+    """
+    for x, numbers in ((q, 8), (k_pool, 8), (v_pool, 8), (out, 2)):
+        tokens, heads, _ = x.shape
+        stride_token, stride_head, _ = x.stride()
+        if (
+            x.data_ptr() % (2 * numbers)
+            or (tokens > 1 and (stride_token % numbers or not 0 < stride_token < _MAX_STRIDE))
+            or (heads > 1 and (stride_head % numbers or not 0 < stride_head < _MAX_STRIDE))
+        ):
+            return False
+    return True
+
+
+def attention_tile_rows(head_dim: int, turned_pairs: int, has_mass: bool) -> int:
+    """How many keys csrc/attention multiplies at once: 176 as long as the registers last, with a mass or without.
+
+    A thread has 240 registers. With head_dim 128 it holds 64 of the output and, at 176 keys, 88 scores; a turned query
+    takes 4 more for each 16 of its columns. 12 for 48 columns, 24 pairs, fit beside them; 32 for all of them do not.
+    Kernels that turn all columns, as those of head_dim 64 do where any turns, are therefore of 128 keys.
+    """
+    turned_in_part = head_dim == 128 and turned_pairs <= _PARTLY_TURNED_PAIRS
+    return 176 if turned_pairs == 0 or turned_in_part else 128
 
 
 def compress_unsupported(kind: tuple) -> str | None:
@@ -141,3 +198,81 @@ def compress_chunk(
         keep=keep, anchor=anchor, pooled=pooled,
         dtype=_DTYPES[k.dtype], stream=torch.cuda.current_stream(k.device).cuda_stream,
     )  # fmt: skip
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    tiles: torch.Tensor,
+    tail_rows: torch.Tensor,
+    ranges: torch.Tensor,
+    num_segments: torch.Tensor,
+    turns: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    mass: torch.Tensor | None,
+    *,
+    scale: float,
+    has_shift: bool,
+    tile_rows: int | None = None,
+    processors: int | None = None,
+) -> None:
+    """Launch csrc/attention on the current stream. Takes what `attention_unsupported` lets through.
+
+    Also pools of fewer heads than q's, which they divide: query head h reads head h * kv_heads // heads. `tile_rows` is
+    128 or 176, `attention_tile_rows` by default; `processors` is how many thread blocks share the work, by default one
+    a processor of the GPU.
+    """
+    deal, device_processors = _shared_with_triton()
+    (q_len, heads, head_dim), (rows, kv_heads, _) = q.shape, k_pool.shape
+    num_blocks = -(-q_len // _BLOCK_Q)
+    turned_pairs = turns.shape[1] if has_shift else 0
+    if tile_rows is None:
+        tile_rows = attention_tile_rows(head_dim, turned_pairs, mass is not None)
+    if processors is None:
+        processors = device_processors(q.device)
+    num_whole, num_cut, parts = deal(num_blocks * heads, processors, len(tiles))
+    num_parts = num_cut * parts
+    pieces = num_parts + (num_whole if mass is not None else 0)
+    scratch = dict(dtype=torch.float32, device=q.device)
+    piece_out = torch.empty((num_parts, _BLOCK_Q, head_dim), **scratch)
+    piece_sums = torch.empty((pieces, _BLOCK_Q, 2), **scratch)
+    segment_sums = block_mass = None
+    max_segments = 0
+    if mass is not None:
+        max_segments = mass.shape[1]
+        # Zeros, since a piece writes what it has met alone.
+        segment_sums = torch.zeros((pieces, 2, max_segments, _BLOCK_Q, 2), **scratch)
+        block_mass = torch.empty((heads, max_segments, num_blocks), **scratch)
+    scale_log2 = scale * 1.4426950408889634
+    strides = {}
+    for name, x in {"q_token": q, "k_row": k_pool, "v_row": v_pool, "out_token": out}.items():
+        strides[f"stride_{name}"], strides[f"stride_{name.partition('_')[0]}_head"] = _outer_strides(x)
+    importlib.import_module(_EXTENSION).segment_attention(
+        q=q.data_ptr(), k=k_pool.data_ptr(), v=v_pool.data_ptr(), out=out.data_ptr(), lse=_address(lse),
+        block_mass=_address(block_mass), tiles=tiles.data_ptr(), ranges=ranges.data_ptr(),
+        tail_rows=tail_rows.data_ptr(), num_segments=num_segments.data_ptr(), turns=turns.data_ptr(),
+        piece_out=piece_out.data_ptr(), piece_sums=piece_sums.data_ptr(), segment_sums=_address(segment_sums),
+        rows=rows, **strides, q_len=q_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        turned_pairs=turned_pairs, max_segments=max_segments, num_whole=num_whole, num_cut=num_cut, parts=parts,
+        processors=processors, tile_rows=tile_rows,
+        scale_log2=scale_log2, scale_power=2.0 ** math.ceil(math.log2(scale_log2)),
+        dtype=_DTYPES[q.dtype], stream=torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
+    if mass is not None:
+        torch.sum(block_mass, dim=2, out=mass)
+        mass.div_(q_len)
+
+
+def _shared_with_triton() -> tuple[Callable[..., tuple[int, int, int]], Callable[[torch.device], int]]:
+    """How the work is dealt out, which both kernels do alike. It lies with the one whose file stands alone."""
+    from ..kernels.segment_attention import deal, device_processors
+
+    return deal, device_processors
+
+
+def _outer_strides(x: torch.Tensor) -> tuple[int, int]:
+    """Of the first two dimensions of three. Torch gives any to a dimension of size 1; here those of a dense tensor."""
+    _, heads, head_dim = x.shape
+    return x.stride(0) if len(x) > 1 else heads * head_dim, x.stride(1) if heads > 1 else head_dim

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 
 from ..checks import (
-    HEAD_DIMS,
     bad_type,
     bad_value,
     check_apart,
@@ -24,6 +23,7 @@ from ..checks import (
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
 from ..window import TILE_ROWS, Segment, Window
+from . import cuda
 from .backends import (
     NAMESPACE,
     Backend,
@@ -36,6 +36,18 @@ from .backends import (
 )
 
 _OP = "segment_attention"
+
+
+class Shape(NamedTuple):
+    """What decides which backend is the fastest. `keys` fill the window's capacity: how many it holds now only the
+    device knows."""
+
+    heads: int
+    q_len: int
+    keys: int
+    head_dim: int
+    turned_pairs: int
+    has_mass: bool
 
 
 @overload
@@ -97,7 +109,8 @@ def segment_attention(
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
-        backend: "reference", "triton", or None for the automatic choice.
+        backend: "reference", "triton", "cuda" (bf16 and fp16 on Hopper, where tokens, rows and heads of q and the pools
+            start on multiples of 16 bytes and those of out on multiples of 4), or None for the automatic choice.
 
     Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
     q; K and V of one head_dim; no gradients.
@@ -106,9 +119,9 @@ def segment_attention(
     size costs no digit, up to 1e38 with the scale, which no fp16 reaches. Deterministic: on one device and in a window
     of one capacity, the same segments in the same order give the same bits wherever their rows lie. Does not
     synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at most
-    about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment, in a last round that is cut once a
-    part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the number of
-    segments that it was captured with (later ones are left out, missing ones get zero).
+    about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment (16 in CUDA), in a last round that is
+    cut once a part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the
+    number of segments that it was captured with (later ones are left out, missing ones get zero).
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
@@ -156,8 +169,12 @@ def _run(
     scale: float, has_shift: bool, backend: str,
 ) -> None:  # fmt: skip
     _check(q, k_pool, v_pool, tiles, tail_rows, ranges, num_segments, turns, out, lse, mass, scale, has_shift)
-    kind = (q.dtype, q.shape[2], has_shift, lse is not None, mass is not None, _rows_in_order(k_pool, v_pool))
-    run = BACKENDS.choose(backend, q.device, kind)
+    q_len, heads, head_dim = q.shape
+    layout = _rows_in_order(k_pool, v_pool), cuda.attention_aligned(q, k_pool, v_pool, out)
+    turned_pairs = turns.shape[1] if has_shift else 0
+    kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, *layout)
+    shape = Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None)
+    run = BACKENDS.choose(backend, q.device, kind, shape)
     with on_current_device(q.device):
         tables = (tiles, tail_rows, ranges, num_segments, turns)
         run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift)
@@ -187,7 +204,9 @@ def _check(
     check_tensor(_OP, "tail_rows", tail_rows, (TILE_ROWS * capacity, 2), like=q, dtypes=integers, inner=2)
     check_tensor(_OP, "num_segments", num_segments, (1,), like=q, dtypes=integers)
     if has_shift:
-        check_tensor(_OP, "turns", turns, (capacity, head_dim // 2, 2), like=q, dtypes=(torch.float32,), inner=3)
+        check_tensor(_OP, "turns", turns, (capacity, "pairs", 2), like=q, dtypes=(torch.float32,), inner=3)
+        if not 1 <= turns.shape[1] <= head_dim // 2:
+            raise bad_value(_OP, "turns", f"[{capacity}, 1 to {head_dim // 2} pairs, 2]", turns)
     outputs = {"out": out}
     check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
     if lse is not None:
@@ -225,18 +244,22 @@ def _load_triton() -> Callable[..., None]:
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
     """200 queries, 2 heads, three segments with tails; unused rows are NaN. In two windows, of which the larger
     capacity lets a kernel cut the keys into parts."""
-    dtype, head_dim, has_shift, with_lse, with_mass, rows_in_order = kind
+    dtype, head_dim, turned_pairs, with_lse, with_mass, rows_in_order, aligned = kind
+    has_shift = turned_pairs > 0
     generator = torch.Generator().manual_seed(0)
     fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
     q, k, v = (torch.randn(n, 2, head_dim, **fp32).to(device, dtype) for n in (200, 640, 640))
     if not rows_in_order:
         k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
+    if not aligned:
+        q = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
     segments = [Segment(256, 300, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 128)]
     used = torch.zeros(640, dtype=torch.bool, device=device)
     for segment in segments:
         used[segment.first_row : segment.first_row + segment.num_rows] = True
     k[~used], v[~used] = float("nan"), float("nan")
-    windows = [Window(segments, device=device, rope=Rope3D(head_dim), capacity=capacity) for capacity in (5, 32)]
+    rope = Rope3D(head_dim, pairs=(turned_pairs, head_dim // 2 - turned_pairs, 0)) if has_shift else None
+    windows = [Window(segments, device=device, rope=rope, capacity=capacity) for capacity in (5, 32)]
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
         results = {}
@@ -252,21 +275,25 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     return call
 
 
+# No pair, those of a Rope3D, and all of them where fewer may take another kernel.
+_TURNED_PAIRS = ((64, 0), (64, 12), (128, 0), (128, 22), (128, 64))
+
 BACKENDS = OpBackends(
     op=_OP,
     backends={
+        "cuda": Backend(lambda: cuda.segment_attention, cuda.attention_unavailable, cuda.attention_unsupported),
         "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
         "reference": Backend(lambda: exact(reference)),
     },
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
     kinds=tuple(
-        (dtype, head_dim, has_shift, with_extras, with_extras, True)
+        (dtype, head_dim, turned_pairs, with_extras, with_extras, True, True)
         for dtype in (torch.bfloat16, torch.float16)
-        for head_dim in HEAD_DIMS
-        for has_shift in (False, True)
+        for head_dim, turned_pairs in _TURNED_PAIRS
         for with_extras in (False, True)
     ),
+    typical_shape=Shape(40, 4680, 32_768, 128, 0, False),
 )
 
 register(

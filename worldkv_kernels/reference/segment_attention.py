@@ -94,6 +94,8 @@ def _scores(queries: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> t
 
 
 def _turned(q: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    real, imag = q[..., 0::2], q[..., 1::2]
+    turning, staying = q.split([2 * len(turn), q.shape[-1] - 2 * len(turn)], dim=-1)
+    real, imag = turning[..., 0::2], turning[..., 1::2]
     cos, sin = turn[:, 0], turn[:, 1]
-    return torch.stack([real * cos + imag * sin, imag * cos - real * sin], dim=-1).flatten(-2)
+    turned = torch.stack([real * cos + imag * sin, imag * cos - real * sin], dim=-1).flatten(-2)
+    return torch.cat([turned, staying], dim=-1)

@@ -149,8 +149,7 @@ inline constexpr uint64_t matrix(uint32_t half_bytes, uint32_t group_bytes) {
 }
 
 inline uint64_t matrix_at(uint64_t matrix, uint32_t address, uint32_t offset = 0) {
-    const uint32_t low = static_cast<uint32_t>(matrix) + (address >> 4) + (offset >> 4);
-    return matrix >> 32 << 32 | low;
+    return matrix + (address >> 4) + (offset >> 4);
 }
 
 template <typename T, int N>
