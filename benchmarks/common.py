@@ -37,7 +37,7 @@ from timing import (
 from traces import recorded
 
 from worldkv_kernels.cli import main as command
-from worldkv_kernels.cli.bench_compare import read_figures
+from worldkv_kernels.cli.bench_compare import UNTIMED, read_figures
 from worldkv_kernels.cli.report import note, waiting, writable
 
 COLUMNS = ("case", "variant", "us", "GB/s", "TFLOP/s", "share", "x rival")
@@ -223,12 +223,12 @@ def append_json_line(path: str | Path | None, record: dict[str, Any]) -> None:
 
 
 def measured_in(path: str | Path) -> list[dict[str, Any]]:
-    """The figures of a file of --jsonl or --json, but for lines of ceilings. Raises ValueError where one is none."""
+    """The figures of a file of --jsonl or --json, but for `UNTIMED` lines. Raises ValueError where one is none."""
     figures = read_figures(path)
     for where, figure in figures:
         if not (isinstance(figure, dict) and "bench" in figure):
             raise ValueError(f"{path}, {where}: not a figure that --json or --jsonl wrote")
-    return [figure for _, figure in figures if figure["bench"] != "ceilings"]
+    return [figure for _, figure in figures if figure["bench"] not in UNTIMED]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go and without a network. Installs the package, lets doctor compare the CUDA
-# kernels with the reference, and then does what is asked for, in the order asked for; the first three by default.
+# Everything that wants a GPU, in one go and without a network. Installs the package, sees whether the GPU does what the
+# kernels take for granted (conformance.py, for sm_90), lets doctor compare the CUDA kernels with the reference, and then
+# does what is asked for, in the order asked for; the first three by default.
 #
 #   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--tune] [--fuzz] [--models] [--dry]
 #
@@ -119,10 +120,14 @@ link_package() {
     export PYTHONPATH="$scratch/path${PYTHONPATH:+:$PYTHONPATH}"
 }
 
+compute_capability() { # such as 90
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .
+}
+
 install_package() {
     local arch
     if [ "$dry" = 0 ]; then
-        arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+        arch=$(compute_capability)
         case $arch in 90 | 100) arch+=a ;; esac
         # With WORLDKV_CUDA=1 a build that fails is an error, and what nvcc said is printed.
         stage install 150 env WORLDKV_CUDA=1 WORLDKV_CUDA_ARCHS="$arch" \
@@ -148,6 +153,24 @@ print_environment() {
 
 export -f print_environment
 export python
+
+conformance() {
+    local arch
+    if [ "$dry" = 1 ]; then
+        if command -v nvcc >/dev/null; then
+            stage conformance 60 "$python" "$root/benchmarks/conformance.py" --compile
+        else
+            skip conformance "needs a GPU, or nvcc to compile it"
+        fi
+        return
+    fi
+    arch=$(compute_capability)
+    if [ "$arch" = 90 ]; then
+        stage conformance 90 "$python" "$root/benchmarks/conformance.py" --jsonl "$results"
+    else
+        skip conformance "its facts are those of sm_90, and this GPU is of sm_$arch"
+    fi
+}
 
 run_tests() {
     local pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=10 -p no:cacheprovider) processes
@@ -226,6 +249,7 @@ main() {
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
     install_package
     stage environment 30 bash -c print_environment
+    conformance
     stage doctor 90 "$python" -m worldkv_kernels doctor --prove
     stage ceilings 30 "$python" "$root/benchmarks/common.py" --jsonl "$results" "${small[@]:0:1}"
     local part all=("${small[@]+"${small[@]}"}")

@@ -171,7 +171,7 @@ def test_compare_marks_what_lies_beyond_the_spread_and_names_the_lone(tmp_path, 
     skipped = {"status": "skipped", "reason": "no GPU"}
     a = write(
         tmp_path / "a.jsonl",
-        {"bench": "ceilings", "ceilings": {}},
+        {"bench": "ceilings", "ceilings": {}}, {"bench": "conformance", "case": "turns", "status": "ok"},
         figure("again", 1, 1, 1), figure("again", 9, 10, 11), figure("slower", 9, 10, 11), figure("faster", 9, 10, 11),
         figure("touching", 9, 10, 11), figure("below", 9, 10, 11), figure("went", 9, 10, 11),
         figure("stopped", 9, 10, 11),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ case "$*" in
     *bench_segment*) exit 124 ;;
 esac
 """
+CONFORMANCE = ["conformance"] if shutil.which("nvcc") else []
 BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "prefetch"]
 
 
@@ -33,6 +35,7 @@ def test_device_script_runs_dry(tmp_path):
     assert {json.loads(line)["bench"] for line in results.read_text().splitlines()} == {"ceilings", *BENCHES}
     assert log.read_text() == done.stdout
     assert "memcheck             skipped: needs a GPU" in done.stdout
+    assert f"conformance          {'ok' if CONFORMANCE else 'skipped: needs a GPU'}" in done.stdout
     assert "FAILED" not in done.stdout
     # The table comes last, and nothing was left beside the two files.
     assert "x rival" in done.stdout.split(f"figures in {results}")[1]
@@ -66,8 +69,8 @@ def test_device_script_goes_on_past_a_failing_stage(tmp_path):
 def test_device_script_starts_nothing_past_its_budget(tmp_path):
     done = dry_run_with_a_stub(tmp_path, BUDGET="3")
     assert done.returncode == 1, done.stdout + done.stderr
-    # environment, doctor, ceilings and the benches
-    assert done.stdout.count("FAILED: no time left of 3 s") == 7
+    # environment, conformance, doctor, ceilings and the benches
+    assert done.stdout.count("FAILED: no time left of 3 s") == 7 + len(CONFORMANCE)
     assert "(at most" not in done.stdout
 
 
@@ -75,8 +78,8 @@ def test_device_script_does_what_it_is_asked_to_in_order(tmp_path):
     done = dry_run_with_a_stub(tmp_path, "--models", "--ops", "--fuzz")
     stages = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("== ") and " (at most" in line]
     assert stages == [
-        "environment", "doctor", "ceilings", "chunk", "rollout", "rollout", "norm_rope_append", "compress_chunk",
-        "prefetch",
+        "environment", *CONFORMANCE, "doctor", "ceilings", "chunk", "rollout", "rollout", "norm_rope_append",
+        "compress_chunk", "prefetch",
     ]  # fmt: skip
     assert "fuzz                 skipped: needs a GPU" in done.stdout
     commands = (tmp_path / "commands").read_text().splitlines()

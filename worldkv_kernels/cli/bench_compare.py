@@ -12,6 +12,8 @@ from .report import table, write_json
 
 Figure = dict[str, Any]
 
+UNTIMED = ("ceilings", "conformance")  # what device.sh puts beside the figures
+
 
 def compare(args: argparse.Namespace) -> int:
     """Print what both files have timed, and the lines that have no partner; and all of it as JSON, if asked for."""
@@ -69,7 +71,7 @@ def _read(path: str) -> dict[tuple[str, str, str], Figure]:
     figures = {}
     for where, figure in read_figures(path):
         try:
-            if figure["bench"] == "ceilings":
+            if figure["bench"] in UNTIMED:
                 continue
             key = (figure["bench"], figure["case"], figure["variant"])
             times = [figure[name] for name in ("us_20", "us", "us_80")]

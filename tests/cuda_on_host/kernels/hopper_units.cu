@@ -53,7 +53,7 @@ enum ProductFlaw {
     kNoCommit,
     kNoWait,
     kAccumulatorsApart,
-    kFlagsApart,
+    kDescriptorsApart,
     kOutside,
     kAlongARow,
     kReservedBits,
@@ -61,8 +61,18 @@ enum ProductFlaw {
     kReadInFlight,
 };
 
+template <typename T, int N, bool kTransposed, bool kFromRegisters, bool kAccumulate>
+__device__ void multiply(float (&d)[N / 2], const uint32_t (&registers)[4], uint64_t a, uint64_t b) {
+    if constexpr (kFromRegisters) {
+        Product<T, N>::template from_registers<kAccumulate, kTransposed>(d, registers, b);
+    } else {
+        Product<T, N>::template from_shared<kAccumulate>(d, a, b);
+    }
+}
+
 template <typename T, int N, bool kTransposed, bool kFromRegisters>
-__global__ void __launch_bounds__(kGroup) product_kernel(const uint32_t* g_a, const uint32_t* g_b, float* g_d, int flaw) {
+__global__ void __launch_bounds__(kGroup)
+    product_kernel(const uint32_t* g_a, const uint32_t* g_b, float* g_d, int flaw) {
     constexpr uint32_t kB = 64 * kRowBytes, kBRows = kTransposed ? 64 * ((N + 63) / 64) : N;
     const uint32_t s = shared_base();
     if (flaw == kProxyFenceTooEarly) fence_async_proxy();
@@ -84,7 +94,8 @@ __global__ void __launch_bounds__(kGroup) product_kernel(const uint32_t* g_a, co
     if (flaw != kNoFence) fence_products(d, other);
     if (flaw == kWrittenAfterFence || flaw == kAWrittenAfterFence) {
         // A second round: where the registers are is known by then.
-        Product<T, N>::template from_registers<kTransposed>(d, a_registers[0], matrix_at(matrix(8192, 1024), s + kB), false);
+        const uint64_t b = matrix_at(matrix(64 * kRowBytes, kPattern), s + kB);
+        Product<T, N>::template from_registers<false, kTransposed>(d, a_registers[0], b);
         commit_products();
         wait_products<0>(d);
         fence_products(d);
@@ -99,12 +110,13 @@ __global__ void __launch_bounds__(kGroup) product_kernel(const uint32_t* g_a, co
         uint32_t b = s + kB + slab * (kTransposed ? 16 * kRowBytes : 32);
         if (flaw == kOutside) b = s + kBytes - kPattern;
         if (flaw == kAlongARow) b += 16;
-        const bool accumulate = flaw == kFlagsApart ? threadIdx.x != 77 : slab > 0;
+        if (flaw == kDescriptorsApart && threadIdx.x == 77) b += kPattern;
         float(&to)[N / 2] = flaw == kAccumulatorsApart && slab == 1 && threadIdx.x == 77 ? other : d;
-        if (kFromRegisters) {
-            Product<T, N>::template from_registers<kTransposed>(to, a_registers[slab], matrix_at(b_matrix, b), accumulate);
+        const uint64_t a_at = matrix_at(a_matrix, s + slab * 32), b_at = matrix_at(b_matrix, b);
+        if (slab == 0) {
+            multiply<T, N, kTransposed, kFromRegisters, false>(to, a_registers[slab], a_at, b_at);
         } else {
-            Product<T, N>::from_shared(to, matrix_at(a_matrix, s + slab * 32), matrix_at(b_matrix, b), accumulate);
+            multiply<T, N, kTransposed, kFromRegisters, true>(to, a_registers[slab], a_at, b_at);
         }
     }
     if (flaw != kNoCommit) commit_products();
