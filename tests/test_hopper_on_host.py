@@ -146,6 +146,7 @@ def test_products_are_right_and_have_the_same_bits_in_every_schedule(call, half,
         ("kAlongARow", 0, r"from_shared at .*: b starts at byte 16 of a row"),
         ("kReservedBits", 0, r"from_shared at .*: a: bits are set in its descriptor that have to be 0"),
         ("kGroupsOnOneRow", 0, r"from_shared at .*: b: groups of 8 rows lie 128 bytes apart"),
+        ("kStoredInFlight", 0, r"store_shared at .*: a number made of accumulators that were read while products"),
         ("kReadInFlight", 0, r"__shfl_xor_sync at .*: a number made of accumulators that were read while products"),
     ],
 )

@@ -59,6 +59,7 @@ enum ProductFlaw {
     kReservedBits,
     kGroupsOnOneRow,
     kReadInFlight,
+    kStoredInFlight,
 };
 
 template <typename T, int N, bool kTransposed, bool kFromRegisters, bool kAccumulate>
@@ -124,6 +125,7 @@ __global__ void __launch_bounds__(kGroup)
         read = d[2] * 2.f;
         read += __shfl_xor_sync(0xffffffff, read, 1);
     }
+    if (flaw == kStoredInFlight) store_shared(s + kBarrier + 4 * threadIdx.x, __float_as_uint(d[2]));
     if (flaw != kNoWait) wait_products<0>(d);
     for (int i = 0; i < N / 2; ++i) {
         const int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
