@@ -236,7 +236,9 @@ bool engines_busy() {
 
 void step_engines(bool nothing_else) {
     Model& m = model();
-    const int engine = draw_engine(nothing_else || draw(m.copy_pace) == 0, nothing_else || draw(m.product_pace) == 0);
+    const bool copies = nothing_else || draw(m.copy_pace) == 0;
+    const bool products = nothing_else || draw(m.product_pace) == 0;
+    const int engine = draw_engine(copies, products);
     if (engine == -1) land_some_rows(draw(m.copies.size()));
     if (engine >= 0) take_next_product(engine);
 }
