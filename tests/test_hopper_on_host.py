@@ -328,7 +328,7 @@ STUCK = r"deadlock; block \(\d, 0, 0\): \d+ of 384 returned, .*"
         ("kNoWaitForK", UNHEARD.format("shared")),
         ("kNoWaitForV", UNHEARD.format("registers")),
         ("kNoWaitForQ", UNHEARD.format("shared")),
-        ("kVOfTheNextPhase", r"wait at .* for .* may run past this thread|" + UNHEARD.format("registers") + "|" + STUCK),
+        ("kVOfTheNextPhase", r"wait at .* may run past this thread|" + UNHEARD.format("registers") + "|" + STUCK),
         ("kNoWaitForEmptyK", r"arrive_expecting at .*: more arrivals than there|" + REFILLED.format("shared")),
         ("kEmptyKOfTheOtherParity", STUCK + r"thread 0 .* in wait at .* for phase 0 of the barrier at .* 2 of 2 arr"),
         ("kNoWaitForEmptyQ", UNHEARD.format("shared") + "|" + REFILLED.format("shared") + "|more arrivals"),
