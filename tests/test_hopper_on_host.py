@@ -66,7 +66,7 @@ def box_of(tensor, column, head, row, box_rows):
 @pytest.mark.parametrize("box_rows", [1, 2, 7, 8, 128, 176, 256])
 @pytest.mark.parametrize(
     ("column", "head", "row"),
-    [(0, 0, 0), (64, 2, 11), (0, 1, -3), (64, 1, 129), (0, -1, 5), (0, 3, 5), (96, 1, 0), (-24, 0, 140), (99, 1, 3), (-5, 2, 7)],
+    [(0, 0, 0), (64, 2, 11), (0, 1, -3), (64, 1, 129), (0, -1, 5), (0, 3, 5), (-24, 0, 140), (99, 1, 3)],
 )
 def test_a_box_lands_swizzled_and_with_zeros_for_what_lies_outside(call, box_rows, column, head, row):
     rng = np.random.default_rng(0)
@@ -199,7 +199,8 @@ RACE_ON_A_WORD = (
         ("load outside", r"load_shared at .*: 0x\w+ lies outside of the \d+ bytes of dynamic shared memory at 0x400"),
         ("store below", r"store_shared at .*: 0x3fc lies outside of"),
         ("load misaligned", r"load_shared at .*: the address 0x402 is no multiple of 4"),
-        ("part of a group", r"fence_products at .*, after others of its .* returned|it returned where others of its"),
+        ("part of a group", r"fence_products at .*, after others of its .* returned|it returned where others"),
+        ("part of a group, the others gone", r"fence_products at .*, after others of its warp group have returned"),
         ("other order", r"the threads of a warp group part: (fence|commit)_products at .* where others have come to"),
         ("null map", r"an illegal memory access"),
     ],
