@@ -1,7 +1,10 @@
 """The sources of the CUDA kernels, compiled by the host's C++ compiler and run on fibers (scheduler.cpp).
 
 What is no C++ is rewritten: launches, and the one instruction in assembly. All else is compiled as it stands, against
-include/, which stands for the CUDA runtime, and for attention/hopper.cuh: hopper/ models what that has in assembly.
+include/, which stands for the CUDA runtime, and for attention/hopper.cuh: what that has in assembly is modelled by
+hopper/, where copies and products take their time in a drawn order, and whoever touches memory or registers that are
+not its own, or not yet, ends the launch with a message. What holds of the model is as true of a GPU as the facts of
+the instruction set are that it is written after.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ def build(sources: Path, folder: Path, parts: Path | None = None) -> Path:
     if sources / "bindings.cpp" in texts:
         pybind11 = importlib.import_module("pybind11").get_include()
         flags += ['-DWORLDKV_ARCHITECTURES="host"', f"-I{pybind11}", f"-I{sysconfig.get_path('include')}"]
-    model = [HERE / "scheduler.cpp", *sorted((HERE / "hopper").glob("*.cpp"))]
+    model = [*sorted(HERE.glob("*.cpp")), *sorted((HERE / "hopper").glob("*.cpp"))]
     units = {unit: ["-O3"] for unit in model}  # where most of the time goes
     units |= {path: ["-O1"] for path in texts if path.is_relative_to(sources) and path.suffix in (".cu", ".cpp")}
     machine = (platform.node(), COMPILER, *flags)

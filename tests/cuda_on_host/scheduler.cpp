@@ -6,13 +6,11 @@
 #include <csetjmp>
 #include <csignal>
 #include <link.h>
-#include <map>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <utility>
 #include <vector>
 
 uint3 threadIdx, blockIdx;
@@ -22,7 +20,6 @@ namespace cuda_on_host {
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
-constexpr int kStaticBytes = 48 << 10, kMostBytes = 232448;  // of dynamic shared memory: unasked, and at all
 
 enum class State { kRunnable, kAtBarrier, kAmongLanes, kWaiting, kReturned };
 
@@ -63,9 +60,6 @@ struct Random {
 };
 
 Random g_random;
-uint64_t g_seed;
-int g_launches;  // since it was given
-std::map<const void*, int> g_dynamic_bytes;  // that a kernel may be launched with, where it was asked for
 Block g_blocks[kMaxResident];
 const std::function<void()>* g_body;
 int g_num_threads;
@@ -76,7 +70,6 @@ bool g_in_engines;
 std::string g_fault;
 int64_t g_idle_steps;  // since a thread did anything but look whether it may go on
 bool g_spun;
-cudaError_t g_last_error = cudaSuccess;
 
 std::string text(const uint3& index) {
     return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
@@ -430,57 +423,21 @@ unsigned among_lanes(Place place, unsigned mask, unsigned value, int source, Com
     return g_self->result;
 }
 
-void launch(const void* kernel, const std::function<void()>& thread, dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t) {
-    const uint64_t num_threads = static_cast<uint64_t>(block.x) * block.y * block.z;
-    if (num_threads == 0 || num_threads > kMaxThreads || grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 ||
-        grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
-        g_last_error = cudaErrorInvalidConfiguration;
-        return;
-    }
-    const auto asked = g_dynamic_bytes.find(kernel);
-    if (shared_bytes > static_cast<size_t>(asked == g_dynamic_bytes.end() ? kStaticBytes : asked->second)) {
-        g_last_error = cudaErrorInvalidValue;
-        return;
-    }
-    ++g_launches;
+void run(const std::function<void()>& thread, dim3 grid, dim3 block, size_t dynamic_bytes) {
     g_body = &thread;
-    g_num_threads = num_threads;
+    g_num_threads = block.x * block.y * block.z;
     gridDim = grid;
     blockDim = block;
     try {
-        run_grid(shared_bytes);
-    } catch (const std::exception& error) {
+        run_grid(dynamic_bytes);
+    } catch (...) {
         for (Block& each : g_blocks) {
             for (Thread& abandoned : each.threads) abandoned.started = false;
         }
-        throw std::runtime_error(std::string(error.what()) + " (launch " + std::to_string(g_launches) + " of seed " +
-                                 std::to_string(g_seed) + ")");
+        throw;
     }
 }
 
-cudaError_t allow_dynamic_bytes(const void* kernel, cudaFuncAttribute attribute, int value) {
-    if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kMostBytes) {
-        return g_last_error = cudaErrorInvalidValue;
-    }
-    g_dynamic_bytes[kernel] = value;
-    return cudaSuccess;
-}
+void seed(uint64_t number) { g_random.state = number; }
 
 }  // namespace cuda_on_host
-
-cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::g_last_error, cudaSuccess); }
-const char* cudaGetErrorString(cudaError_t error) {
-    switch (error) {
-        case cudaSuccess: return "no error";
-        case cudaErrorInvalidValue: return "invalid argument";
-        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-        default: return "an error of the driver";
-    }
-}
-
-extern "C" __attribute__((visibility("default"))) void cuda_on_host_seed(uint64_t seed) {
-    cuda_on_host::g_random.state = cuda_on_host::g_seed = seed;
-    cuda_on_host::g_launches = 0;
-}

@@ -1,4 +1,4 @@
-// Between the scheduler of threads and the model of what Hopper does beside them (hopper/).
+// Between launches (runtime.cpp), the scheduler of threads, and the model of what Hopper does beside them (hopper/).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,11 @@ namespace cuda_on_host {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxResident = 6;
+constexpr int kMaxDynamicBytes = 232448;  // of shared memory
+
+// Every thread of a grid. Throws std::runtime_error on a fault.
+void run(const std::function<void()>& thread, dim3 grid, dim3 block, size_t dynamic_bytes);
+void seed(uint64_t number);  // for all that is drawn from here on
 
 // Of the block whose thread, or whose engines, run.
 int resident_block();   // its number among those that are resident

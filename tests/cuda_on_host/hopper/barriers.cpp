@@ -22,7 +22,8 @@ void arrive_once(Barrier& barrier, Place place) {
 void check_phase(const Barrier& barrier, uint32_t until, Place place) {
     if (barrier.completed <= until) return;
     const std::string phase = until ? "phase " + std::to_string(until - 1) : "what was before the first phase";
-    fault(text(place) + " for " + phase + " of " + describe(barrier) + ": the barrier may run past this thread, which then waits for the wrong phase");
+    fault(text(place) + " for " + phase + " of " + describe(barrier) +
+          ": the barrier may run past this thread, which then waits for the wrong phase");
 }
 
 Named& named_barrier(int name, int threads, Place place) {
@@ -98,7 +99,9 @@ Barrier& barrier_for_use(uint32_t address, Place place) {
 }
 
 void end_phase_if_done(Barrier& barrier) {
-    if (barrier.pending == 0 && barrier.bytes < 0) fault("more bytes were copied than expected for " + describe(barrier));
+    if (barrier.pending == 0 && barrier.bytes < 0) {
+        fault("more bytes were copied than expected for " + describe(barrier));
+    }
     if (barrier.pending || barrier.bytes) return;
     if (barrier.copies) {
         fault("fewer bytes were expected than are being copied: " + std::to_string(barrier.copies) +

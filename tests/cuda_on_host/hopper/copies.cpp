@@ -98,7 +98,8 @@ void land_row(const Copy& copy, int row) {
         }
         memset(chunk_to, 0, kChunk);
         for (int i = 0; inside && i < 8; ++i) {
-            if (first + i >= 0 && first + i <= map.last[0]) memcpy(chunk_to + 2 * i, source + chunk * kChunk + 2 * i, 2);
+            if (first + i < 0 || first + i > map.last[0]) continue;
+            memcpy(chunk_to + 2 * i, source + chunk * kChunk + 2 * i, 2);
         }
     }
 }
@@ -111,7 +112,7 @@ void prefetch(const CUtensorMap* map, Place place) { read_map(map, place); }
 void copy_box(uint32_t destination, const CUtensorMap* from, uint32_t barrier_address, int column, int head, int row,
               Place place) {
     Model& m = model();
-    Copy copy{read_map(from, place), destination, 0, 0, {column, head, row}, {}};
+    Copy copy{read_map(from, place), destination, 0, {column, head, row}, {}};
     const int rows = box_rows(copy.map);
     const uint32_t bytes = rows * kRowBytes;
     check_inside(destination, bytes, place);
@@ -122,10 +123,10 @@ void copy_box(uint32_t destination, const CUtensorMap* from, uint32_t barrier_ad
     }
     Barrier& barrier = barrier_for_use(barrier_address, place);
     copy.barrier = &barrier - m.barriers.data();
-    copy.phase = barrier.completed;
     ++barrier.copies;
     clock().at[warp()] = m.warp_time[warp()];
-    note_write(destination, bytes, {kFirstBarrierAgent + copy.barrier, barrier.completed + 1, place}, clock(), -1, true);
+    const Access by{kFirstBarrierAgent + copy.barrier, barrier.completed + 1, place};
+    note_write(destination, bytes, by, clock(), -1, true);
     constexpr uint16_t kPoison = 0x7fc5;  // a NaN, in bf16 and in fp16
     std::fill_n(reinterpret_cast<uint16_t*>(&m.memory[destination]), bytes / 2, kPoison);
     copy.rows.resize(rows);

@@ -44,6 +44,17 @@ bool ordered(const Access& access, const Clock& known, int own_warp) {
     return access.known_to(known) || access.agent == own_warp;
 }
 
+// One that has work: -1 for the copies, else a warp group; -2 where none has.
+int draw_engine(bool with_copies, bool with_products) {
+    Model& m = model();
+    int candidates[kMaxGroups + 1], count = 0;
+    if (with_copies && !m.copies.empty()) candidates[count++] = -1;
+    for (size_t i = 0; with_products && i < m.groups.size(); ++i) {
+        if (!m.groups[i].queue.empty()) candidates[count++] = i;
+    }
+    return count ? candidates[draw(count)] : -2;
+}
+
 }  // namespace
 
 Model& model() {
@@ -223,24 +234,11 @@ bool engines_busy() {
     return false;
 }
 
-namespace {
-
-// Who has work: the copies, then the groups.
-int draw_engine(bool with_copies, bool with_products) {
-    Model& m = model();
-    int candidates[kMaxGroups + 1], count = 0;
-    if (with_copies && !m.copies.empty()) candidates[count++] = -1;
-    for (size_t i = 0; with_products && i < m.groups.size(); ++i) {
-        if (!m.groups[i].queue.empty()) candidates[count++] = i;
-    }
-    return count ? candidates[draw(count)] : -2;
-}
-
-}  // namespace
-
 void step_engines(bool nothing_else) {
     Model& m = model();
-    const int engine = draw_engine(nothing_else || draw(m.copy_pace) == 0, nothing_else || draw(m.product_pace) == 0);
+    const bool copies = nothing_else || draw(m.copy_pace) == 0;
+    const bool products = nothing_else || draw(m.product_pace) == 0;
+    const int engine = draw_engine(copies, products);
     if (engine == -1) land_some_rows(draw(m.copies.size()));
     if (engine >= 0) take_next_product(engine);
 }
@@ -263,6 +261,7 @@ void store_shared(uint32_t address, uint32_t value, Place place) {
     check_inside(address, 4, place);
     if (address % 4) fault(text(place) + ": the address " + text_of(address) + " is no multiple of 4");
     Model& m = model();
+    check_number(value, place);
     note_write(address, 4, access_now(place), clock(), warp(), false);
     memcpy(&m.memory[address], &value, 4);
     std::vector<uint32_t>& mine = m.unfenced[thread_in_block()];

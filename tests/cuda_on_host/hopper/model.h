@@ -18,8 +18,7 @@ constexpr int kMaxWarps = kMaxThreads / 32, kMaxBarriers = 64, kGroupThreads = 1
 constexpr int kMaxGroups = kMaxThreads / kGroupThreads;
 constexpr int kFirstBarrierAgent = kMaxWarps, kFirstGroupAgent = kFirstBarrierAgent + kMaxBarriers;
 constexpr int kAgents = kFirstGroupAgent + kMaxGroups;
-constexpr uint32_t kBase = 1024;         // where dynamic shared memory begins: on a device something lies below
-constexpr uint32_t kMaxBytes = 232448;   // of dynamic shared memory
+constexpr uint32_t kBase = 1024;  // where dynamic shared memory begins: on a device something lies below
 constexpr uint32_t kGranule = 128, kPattern = 1024, kRowBytes = 128;
 
 struct alignas(64) Clock {
@@ -82,15 +81,14 @@ struct TensorMap {
     uint64_t strides[4];  // bytes; of dimensions 1 up
     uint32_t last[5];     // sizes less one
     uint8_t box_less_one[5], element_strides[5];
-    uint8_t rank, type, swizzle, interleave, fill;
+    uint8_t rank, type, swizzle;
 };
 
 struct Copy {
     TensorMap map;
     uint32_t destination;
     int barrier;
-    uint32_t phase;  // that it counts for
-    int from[3];     // column, head, row
+    int from[3];                 // column, head, row
     std::vector<uint16_t> rows;  // of the box, that have not landed
 };
 
@@ -181,14 +179,14 @@ struct Wait {
 struct Model {
     bool started = false;
     uint32_t bytes = 0;
-    std::vector<uint8_t> memory = std::vector<uint8_t>(kBase + kMaxBytes);
-    std::vector<Granule> granules = std::vector<Granule>((kBase + kMaxBytes) / kGranule);
-    std::vector<Clock> clocks;  // of the threads
+    std::vector<uint8_t> memory = std::vector<uint8_t>(kBase + kMaxDynamicBytes);
+    std::vector<Granule> granules = std::vector<Granule>((kBase + kMaxDynamicBytes) / kGranule);
+    std::vector<Clock> clocks;                    // of the threads
     std::vector<std::vector<uint32_t>> unfenced;  // granules, by thread
-    std::vector<Wait> waits;
+    std::vector<Wait> waits;                      // of the threads
     uint32_t warp_time[kMaxWarps];
     std::vector<Barrier> barriers;
-    std::vector<int8_t> barrier_at = std::vector<int8_t>((kBase + kMaxBytes) / 8);
+    std::vector<int8_t> barrier_at = std::vector<int8_t>((kBase + kMaxDynamicBytes) / 8);
     Named named[16];
     std::vector<Copy> copies;
     std::vector<Group> groups;
@@ -196,7 +194,7 @@ struct Model {
     std::deque<Product> products;
     std::vector<Accumulator*> free_accumulators;
     std::vector<Product*> free_products;
-    std::vector<int> registers;  // of each thread
+    std::vector<int> registers;                   // of each thread
     int64_t free_registers;
     std::deque<Waiter> register_waiters;
     size_t copy_pace, product_pace;  // one step of the engines in so many, beside those of the threads

@@ -1,4 +1,4 @@
-// What csrc uses of the driver's interface. The functions are got by cudaGetDriverEntryPointByVersion alone, as where no
+// What csrc uses of the driver's interface. Its functions come from cudaGetDriverEntryPointByVersion alone, as where no
 // driver is linked: they are declared here and defined nowhere.
 #pragma once
 

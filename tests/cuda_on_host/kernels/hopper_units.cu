@@ -59,6 +59,7 @@ enum ProductFlaw {
     kReservedBits,
     kGroupsOnOneRow,
     kReadInFlight,
+    kStoredInFlight,
 };
 
 template <typename T, int N, bool kTransposed, bool kFromRegisters, bool kAccumulate>
@@ -124,6 +125,7 @@ __global__ void __launch_bounds__(kGroup)
         read = d[2] * 2.f;
         read += __shfl_xor_sync(0xffffffff, read, 1);
     }
+    if (flaw == kStoredInFlight) store_shared(s + kBarrier + 4 * threadIdx.x, __float_as_uint(d[2]));
     if (flaw != kNoWait) wait_products<0>(d);
     for (int i = 0; i < N / 2; ++i) {
         const int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
@@ -278,8 +280,12 @@ __global__ void store_below(int*) { store_shared(shared_base() - 4, 0); }
 
 __global__ void load_misaligned(int* g_out) { g_out[0] = load_shared(shared_base() + 2); }
 
-__global__ void part_of_a_group(int*) {
-    if (threadIdx.x % kGroup < 96) fence_products();
+// A warp of each group does not come; where kGone, it has had the time to return before.
+template <bool kGone>
+__global__ void part_of_a_group(int* g_out) {
+    if (threadIdx.x % kGroup >= 96) return;
+    for (int i = 0; kGone && i < 2000; ++i) atomicAdd(g_out, 1);
+    fence_products();
 }
 
 __global__ void other_order(int*) {
@@ -331,7 +337,8 @@ const std::pair<const char*, Kernel> kKernels[] = {
     {"load outside", load_outside},
     {"store below", store_below},
     {"load misaligned", load_misaligned},
-    {"part of a group", part_of_a_group},
+    {"part of a group", part_of_a_group<false>},
+    {"part of a group, the others gone", part_of_a_group<true>},
     {"other order", other_order},
     {"null map", null_map},
     {"read unset", read_unset},
