@@ -7,13 +7,14 @@
 #
 # --check              tests that use the GPU, memory checker                      (at most 5 minutes)
 # --ops                benches of norm_rope_append, compress_chunk and prefetch    (3)
-# --segment_attention  its bench                                                   (4)
+# --segment_attention  tests of it in CUDA, its bench                              (5)
 # --tune               which launch configuration of segment_attention is the fastest                         (5)
-# --fuzz               1000 random windows on each backend of segment_attention, racecheck and synccheck      (9)
+# --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA, racecheck and
+#                      synccheck                                                   (13)
 # --models             one pass and rollouts of the models; LingBot's published path wants more than 80 GB    (7)
 #
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
-# OUT     folder for <gpu>-<date>.jsonl and <gpu>-<date>.log; benchmarks/results by default, with --dry a new
+# OUT     folder for <gpu>-<date>.jsonl, .log and .clocks.csv; benchmarks/results by default, with --dry a new
 #         temporary folder
 # PYTHON  the interpreter; python3 by default
 # BUDGET  seconds in all, 530 by default; no stage runs past it. What found no time left can be asked for by itself.
@@ -154,6 +155,15 @@ print_environment() {
 export -f print_environment
 export python
 
+# Clock, power and temperature of the card, five times a second: what a figure was measured at.
+sample_clocks() {
+    [ "$dry" = 0 ] || return
+    nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu \
+        --format=csv,nounits -lms 200 >"$out/$name.clocks.csv" &
+    sampler=$!
+    trap 'kill "$sampler" 2>/dev/null; rm -rf "$scratch"' EXIT
+}
+
 conformance() {
     local arch
     if [ "$dry" = 1 ]; then
@@ -172,11 +182,12 @@ conformance() {
     fi
 }
 
+pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=10 -p no:cacheprovider)
+processes=$(nproc)
+[ "$processes" -gt 12 ] && processes=12
+"$python" -c "import xdist" 2>/dev/null && pytest+=(-n "$processes")
+
 run_tests() {
-    local pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=10 -p no:cacheprovider) processes
-    processes=$(nproc)
-    [ "$processes" -gt 12 ] && processes=12
-    "$python" -c "import xdist" 2>/dev/null && pytest+=(-n "$processes")
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
         "$root"/tests/test_{cuda_schedules,graphs,norm_rope_append,segment_attention,segment_attention_triton}.py
@@ -218,7 +229,14 @@ do_ops() {
 }
 
 do_segment_attention() {
-    bench 200 segment_attention --core  # FlexAttention compiles anew for every case
+    local own=ours
+    if [ "$dry" = 1 ]; then
+        skip "attention in CUDA" "run pytest itself on a CPU"
+    else
+        stage "attention in CUDA" 90 "${pytest[@]}" "$root/tests/test_segment_attention_cuda.py"
+        case $? in 124 | 137) own=triton ;; esac  # it hangs
+    fi
+    bench 200 segment_attention --core --only "$own,sdpa"  # others compile for minutes, or are not installed
 }
 
 do_tune() {
@@ -234,6 +252,7 @@ do_fuzz() {
     fi
     WORLDKV_FUZZ=1000 stage fuzz 240 "$python" -m pytest -c "$root/pyproject.toml" -q -p no:cacheprovider \
         "$root/tests/test_segment_attention.py" -k random_windows
+    stage "windows in CUDA" 240 "${pytest[@]}" -m slow "$root/tests/test_segment_attention_cuda.py"
     sanitize 120 racecheck synccheck
 }
 
@@ -249,6 +268,7 @@ main() {
     [ "$dry" = 1 ] && small=(--small --seconds 0.1)
     install_package
     stage environment 30 bash -c print_environment
+    sample_clocks
     conformance
     stage doctor 90 "$python" -m worldkv_kernels doctor --prove
     stage ceilings 30 "$python" "$root/benchmarks/common.py" --jsonl "$results" "${small[@]:0:1}"
