@@ -166,6 +166,12 @@ def cuda_kernels_where_backend_is_cuda(request):
         request.getfixturevalue("cuda_kernels")
 
 
+def moved(x: torch.Tensor) -> torch.Tensor:
+    """On the device with its strides and its place in memory, which `to` makes dense and aligned."""
+    storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return storage.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """2-norm of the difference over the 2-norm of `want`; infinite where `got` is not finite but `want` is."""
     got, want = got.double().cpu(), want.double().cpu()

@@ -278,6 +278,7 @@ def test_doctor_says_how_each_shape_is_launched(monkeypatch):
     assert shapes["40 x 4680 x 32760", "mass"] == "-"
 
 
+@pytest.mark.filterwarnings("ignore:worldkv norm_rope_append. the .* kernel is not used:UserWarning")  # on a GPU
 def test_doctor_fails_when_a_backend_disagrees(monkeypatch, capsys):
     monkeypatch.setattr(APPEND, "kinds", APPEND.kinds[:1])
     monkeypatch.setattr(APPEND, "disagreement", lambda name, device, kind: "it differs from the reference by 1")

@@ -31,6 +31,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(proven, "REPOSITORY_LIST", tmp_path / "proven.json")
 
     def measured(*entries):
         monkeypatch.setattr(faster, "FASTER", entries)
@@ -193,7 +194,8 @@ def fault(entry, root=ROOT):
             return f"{name} is of another shape"
         others = [
             f for f in figures
-            if (f["bench"], f["case"], f["status"], f["is_rival"]) == (figure["bench"], figure["case"], "timed", False)
+            if f["bench"] == figure["bench"] and not f["is_rival"]
+            and (f["case"], f["status"]) == (figure["case"], "timed")
             and f["variant"] != figure["variant"] and f["variant"].partition(" ")[2] == extra
         ]  # fmt: skip
         if not others or any(f["us"] <= figure["us"] for f in others):

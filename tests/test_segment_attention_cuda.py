@@ -11,7 +11,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import DEVICE, relative_error
+from conftest import DEVICE, moved, relative_error
 
 from worldkv_kernels import Rope3D, Segment, Window
 from worldkv_kernels.ops import cuda
@@ -74,12 +74,7 @@ def inputs_of(case: Case) -> Inputs:
         rope = Rope3D(case.head_dim, pairs=(case.turned_pairs, case.head_dim // 2 - case.turned_pairs, 0))
     capacity = sum(-(-s.num_rows // 128) for s in case.segments) + case.spare
     window = Window(case.segments, device=DEVICE, rope=rope, capacity=capacity)
-    # Strides are kept only by a copy of the whole storage.
-    on_device = [torch.empty(x.untyped_storage().nbytes() // 2, dtype=x.dtype, device=DEVICE) for x in (q, k, v)]
-    for there, here in zip(on_device, (q, k, v), strict=True):
-        there.copy_(here.as_strided(there.shape, (1,)))
-    moved = [there.as_strided(here.shape, here.stride()) for there, here in zip(on_device, (q, k, v), strict=True)]
-    return Inputs(*moved, window)
+    return Inputs(*map(moved, (q, k, v)), window)
 
 
 def run(case: Case, inputs: Inputs, order: int = 0) -> list[torch.Tensor]:

@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(256) merge_parts_kernel(const __grid_constant_
     }
 }
 
-// A block, an item; a thread, a row. Per segment, the shares of its softmax weight summed over the rows.
+// A block, an item and a segment; a thread, a row. The segment's shares of softmax weight, averaged over all queries as
+// far as these have a part in it.
 __global__ void __launch_bounds__(kQueries) segment_shares_kernel(const __grid_constant__ AttentionParams p) {
     __shared__ float s_shares[kQueries / 32];
     const int blocks = (p.q_len + kQueries - 1) / kQueries, item = blockIdx.x;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kQueries) segment_shares_kernel(const __grid_c
     const Merged merged(p.piece_sums + static_cast<int64_t>(item) * kQueries + threadIdx.x,
                         static_cast<int64_t>(p.num_cut) * kQueries, parts);
     const bool is_query = block * kQueries + static_cast<int>(threadIdx.x) < p.q_len;
-    for (int segment = 0; segment < p.max_segments; ++segment) {
+    for (int segment = blockIdx.y; segment < p.max_segments; segment += gridDim.y) {
         float share = 0.f;
         for (int part = 0; part < parts; ++part) {
             for (int kind = 0; kind < 2; ++kind) {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kQueries) segment_shares_kernel(const __grid_c
         __syncthreads();
         if (threadIdx.x == 0) {
             const int64_t entry = static_cast<int64_t>(head) * p.max_segments + segment;
-            p.block_mass[entry * blocks + block] = s_shares[0] + s_shares[1] + (s_shares[2] + s_shares[3]);
+            p.block_mass[entry * blocks + block] = (s_shares[0] + s_shares[1] + (s_shares[2] + s_shares[3])) / p.q_len;
         }
         __syncthreads();
     }

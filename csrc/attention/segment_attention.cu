@@ -184,8 +184,9 @@ void segment_attention(const AttentionParams& p, Dtype dtype, cudaStream_t strea
         launch<__half>(p, maps, stream);
     }
     if (p.block_mass) {
-        const int items = p.num_whole + p.num_cut;
-        segment_shares_kernel<<<items, kQueries, 0, stream>>>(p);
+        constexpr int kMostBlocks = 65535;  // along y
+        const dim3 grid(p.num_whole + p.num_cut, p.max_segments < kMostBlocks ? p.max_segments : kMostBlocks);
+        segment_shares_kernel<<<grid, kQueries, 0, stream>>>(p);
     }
     check(cudaGetLastError(), "launch");
 }

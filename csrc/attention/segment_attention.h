@@ -13,7 +13,7 @@ struct AttentionParams {
     const void *q, *k, *v;  // [q_len, heads, head_dim], [rows, kv_heads, head_dim]
     void* out;              // [q_len, heads, head_dim]
     float* lse;             // [heads, q_len], or null
-    float* block_mass;      // [heads, max_segments, blocks of 128 queries]: sums over a block's queries; null for none
+    float* block_mass;      // [heads, max_segments, blocks of 128 queries]: parts of a mean; null for none
     const int2* tiles;
     const int4* ranges;
     const int2* tail_rows;

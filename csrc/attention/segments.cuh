@@ -1,4 +1,4 @@
-// A window's rows as the producer's warp looks them up: full tiles, and what segments leave over, in groups of 8 rows.
+// A window's rows as the producer's warp looks them up: full tiles, and what segments leave over, in groups of 16 rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,18 +8,18 @@
 namespace worldkv {
 
 constexpr int kWindowTileRows = 128;  // of the window's tables, whatever the kernel's tiles
-constexpr int kGroupRows = 8;         // 8 rows of 128 bytes are a whole pattern of the swizzle
-constexpr int kTailGroups = 8;        // of a block of tail rows
+constexpr int kGroupRows = 16;        // 8 rows of 128 bytes are a whole pattern of the swizzle
+constexpr int kTailGroups = 4;        // of a block of tail rows
 constexpr int kTailRows = kTailGroups * kGroupRows;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// 8 rows of one segment, of which the low bits of `mask` say which are to be attended to here: the last group of a
+// 16 rows of one segment, of which the low bits of `mask` say which are to be attended to here: the last group of a
 // tail ends with its segment, and its first rows belong to the group, or tile, before. So every row that is read is one
-// of the window's. A segment of fewer than 8 rows gives its last one again, row by row.
+// of the window's. A segment of fewer rows gives its last one again, row by row.
 struct Group {
     int segment, first_row;
     unsigned mask;
-    int num_rows;  // 8, or of a shorter segment
+    int num_rows;  // 16, or of a shorter segment
 };
 
 struct Tile {
@@ -80,7 +80,7 @@ class Segments {
         if (rows < kGroupRows) return {segment, first, group > last || is_padding ? 0 : (1u << rows) - 1, rows};
         const int wanted = first + rows / kTileRows * kTileRows + min(group, last) * kGroupRows;
         const int row = min(wanted, first + rows - kGroupRows);
-        const unsigned mask = 0xffu << (wanted - row) & 0xffu;
+        const unsigned all = (1u << kGroupRows) - 1, mask = all << (wanted - row) & all;
         return {segment, row, group > last || is_padding ? 0 : mask, kGroupRows};
     }
 

@@ -6,7 +6,11 @@
 namespace worldkv {
 
 // The online softmax of the two rows of a thread, i and i + 8 of its warp's 16; four threads share a row. `maximum` is
-// a logarithm to base 2.
+// a logarithm to base 2, of a weight that was the largest once: it is replaced only by one that is 2**kSlack times as
+// large, so that after a few tiles nothing has to be rescaled (FlashAttention-4, arXiv 2603.05451). Weights stay within
+// fp16, with the 2**8 that kLarge allows for.
+constexpr float kSlack = 4.f;
+
 struct Softmax {
     float maximum[2], sum[2];
     float total[2];    // of segments that have ended, where the mass is wanted
@@ -24,17 +28,19 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+// Two chains a row, here and for the sums: one of dependent instructions would take twice the time.
 template <bool kMass, int kSize>
 __device__ __forceinline__ void take_maxima(Softmax& rows, const float (&scores)[kSize], const AttentionParams& p) {
+    float largest[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) largest[i / 2 % 2][i % 2] = fmaxf(largest[i / 2 % 2][i % 2], scores[i]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float largest = -INFINITY;
-#pragma unroll
-        for (int i = 0; i < kSize / 2; ++i) largest = fmaxf(largest, scores[4 * (i / 2) + 2 * r + i % 2]);
-        largest = quad_max(largest);
+        const float of_tile = quad_max(fmaxf(largest[r][0], largest[r][1]));
         // Beyond kLarge the rounding of the product no longer fits the weights; by a power of two it is exact.
-        rows.scale[r] = fabsf(largest * p.scale_log2) < kLarge ? p.scale_log2 : p.scale_power;
-        const float maximum = fmaxf(rows.maximum[r], largest * rows.scale[r]);
+        rows.scale[r] = fabsf(of_tile * p.scale_log2) < kLarge ? p.scale_log2 : p.scale_power;
+        const float scaled = of_tile * rows.scale[r];
+        const float maximum = scaled > rows.maximum[r] + kSlack ? scaled : rows.maximum[r];
         rows.rescale[r] = hopper::exp2_approx(rows.maximum[r] - maximum);
         rows.maximum[r] = maximum;
         rows.sum[r] *= rows.rescale[r];
@@ -44,15 +50,20 @@ __device__ __forceinline__ void take_maxima(Softmax& rows, const float (&scores)
 
 template <int kSize>
 __device__ __forceinline__ void exponentiate(Softmax& rows, float (&scores)[kSize], bool sums) {
+    float sum[2] = {};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int i = 0; i < kSize / 2; ++i) {
-            float& x = scores[4 * (i / 2) + 2 * r + i % 2];
-            x = hopper::exp2_approx(fmaf(x, rows.scale[r], -rows.maximum[r]));
-            if (sums) rows.sum[r] += x;
+    for (int i = 0; i < kSize; ++i) {
+        const int r = i / 2 % 2;
+        scores[i] = hopper::exp2_approx(fmaf(scores[i], rows.scale[r], -rows.maximum[r]));
+        if (!sums) continue;
+        if (i % 2) {
+            sum[r] += scores[i];
+        } else {
+            rows.sum[r] += scores[i];
         }
     }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
 }
 
 template <typename T, int kSlabs, int kSize>
@@ -178,12 +189,13 @@ struct Consumer {
         hopper::commit_products();
         hopper::wait_products<0>(scores);
         if (releases_q) release(L::empty_q);
+        constexpr int kOfGroup = kGroupRows / 2;  // scores of a thread, 4 in 8 columns
 #pragma unroll
         for (int i = 0; i < kTailGroups; ++i) {
             const unsigned mask = hopper::load_shared(slot() + L::masks + 4 * i) >> 2 * (lane % 4);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (!(mask >> j % 2 & 1)) scores[4 * i + j] = -INFINITY;
+            for (int j = 0; j < kOfGroup; ++j) {
+                if (!(mask >> (j / 4 * 8 + j % 2) & 1)) scores[kOfGroup * i + j] = -INFINITY;
             }
         }
         take_maxima<kMass>(rows, scores, p);
@@ -197,7 +209,7 @@ struct Consumer {
                     segment = next;
                 }
 #pragma unroll
-                for (int r = 0; r < 2; ++r) rows.sum[r] += scores[4 * i + 2 * r] + scores[4 * i + 2 * r + 1];
+                for (int j = 0; j < kOfGroup; ++j) rows.sum[j / 2 % 2] += scores[kOfGroup * i + j];
             }
         }
         __syncwarp();  // all lanes have read the slot
@@ -288,6 +300,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void rescale() {
+        if (!__any_sync(kAllLanes, rows.rescale[0] != 1.f || rows.rescale[1] != 1.f)) return;
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rows.rescale[i / 2 % 2];
     }

@@ -12,7 +12,7 @@ constexpr int kThreads = 384;
 constexpr int kRowBytes = 128;  // of half a row at head_dim 128: what the swizzle spans
 constexpr int kMaxShared = 232448;
 
-// Of q in boxes of 128 queries, and of each pool in boxes of a tile's rows, of 8 and of 1.
+// Of q in boxes of 128 queries, and of each pool in boxes of a tile's rows, of 16 and of 1.
 struct TensorMaps {
     CUtensorMap q, k_tile, v_tile, k_group, v_group, k_row, v_row;
 };
@@ -30,7 +30,7 @@ struct Layout {
 
     static constexpr uint32_t q = 0, k = kQueryBytes, v = k + kStages * kTileBytes;
     static constexpr uint32_t piece = v + kStages * kTileBytes;  // slots: {piece, full tiles, blocks of tail rows},
-    static constexpr uint32_t tile = piece + kSlotBytes;         // and of each stage {segment}, or of 8 groups, too,
+    static constexpr uint32_t tile = piece + kSlotBytes;         // and of each stage {segment}, or of 4 groups, too,
     static constexpr uint32_t masks = 32;                        // from here on their masks
     static constexpr uint32_t full_q = tile + kStages * kSlotBytes, empty_q = full_q + 8;
     static constexpr uint32_t full_k = empty_q + 8, empty_k = full_k + 8 * kStages;

@@ -1,5 +1,5 @@
 // The producer of segment attention: one warp, which looks up where the rows of a window lie and has them copied. Its first
-// lane issues the copies; of tail rows its first 8 lanes do, a group each.
+// lane issues the copies; of tail rows its first 4 lanes do, a group each.
 #pragma once
 
 #include "sm90_layout.cuh"

@@ -262,7 +262,6 @@ def segment_attention(
     )  # fmt: skip
     if mass is not None:
         torch.sum(block_mass, dim=2, out=mass)
-        mass.div_(q_len)
 
 
 def _shared_with_triton() -> tuple[Callable[..., tuple[int, int, int]], Callable[[torch.device], int]]:

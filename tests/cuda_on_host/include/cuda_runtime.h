@@ -189,6 +189,9 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate, FILE_LINE) {
     const unsigned bit = static_cast<unsigned>(predicate) << cuda_on_host::lane();
     return cuda_on_host::among_lanes(PLACE, mask, bit, 0, [](unsigned a, unsigned b) { return a | b; });
 }
+inline int __any_sync(unsigned mask, bool predicate, FILE_LINE) {
+    return cuda_on_host::among_lanes(PLACE, mask, predicate, 0, [](unsigned a, unsigned b) { return a | b; }) != 0;
+}
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value, FILE_LINE) {
     return cuda_on_host::among_lanes(PLACE, mask, value, 0, [](unsigned a, unsigned b) { return a | b; });
 }
