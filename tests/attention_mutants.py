@@ -45,7 +45,7 @@ WAIT_FOR_V = "hopper::wait(shared + L::full_v + 8 * before.stage, before.parity)
 SCORES_WAIT, RELEASE_K = "hopper::wait_products<1>(scores);", "release(L::empty_k + 8 * ring.stage);"
 PRODUCTS_WAIT, RELEASE_V = "hopper::wait_products<0>(out);", "release(L::empty_v + 8 * before.stage);"
 SCORE_TAIL = "hopper::fence_products(); score(scores); hopper::commit_products(); hopper::wait_products<0>(scores);"
-RELEASE_Q_OF_TAIL = "if (releases_q) release(L::empty_q);\n#pragma unroll"
+RELEASE_Q, AFTER_RELEASE_Q = "if (releases_q) release(L::empty_q);", "constexpr int kOfGroup"
 
 MUTANTS = [
     # Barriers in shared memory.
@@ -77,9 +77,10 @@ MUTANTS = [
     swapped("K released before its scores are done", SCORES_WAIT, RELEASE_K),
     swapped("V released before its products are done", PRODUCTS_WAIT, RELEASE_V),
     instead("the next V released in place of the last", RELEASE_V, RELEASE_V.replace("before", "ring")),
-    swapped("Q released before the last tail's scores", SCORE_TAIL, RELEASE_Q_OF_TAIL.removesuffix("\n#pragma unroll")),
-    instead("Q never released after tails", RELEASE_Q_OF_TAIL, "#pragma unroll"),
-    instead("a tail's slot read after its release", RELEASE_Q_OF_TAIL, f"{RELEASE_K}\n{RELEASE_Q_OF_TAIL}"),
+    swapped("Q released before the last tail's scores", SCORE_TAIL, RELEASE_Q),
+    instead("Q never released after tails", f"{RELEASE_Q} {AFTER_RELEASE_Q}", AFTER_RELEASE_Q),
+    instead("a tail's slot read after its release", f"{RELEASE_Q} {AFTER_RELEASE_Q}",
+            f"{RELEASE_K} {RELEASE_Q} {AFTER_RELEASE_Q}"),
     instead("a tail's slot given back by the first lane to come",
             f"__syncwarp();  // all lanes have read the slot {RELEASE_K}", RELEASE_K),
     instead("an empty part's slot given back by the first lane to come",
@@ -119,15 +120,19 @@ MUTANTS = [
     instead("turned the wrong way", "x.x * by.x + x.y * by.y, x.y * by.x - x.x * by.y",
             "x.x * by.x - x.y * by.y, x.y * by.x + x.x * by.y"),
     instead("rows of the output swapped", "rows.rescale[i / 2 % 2]", "rows.rescale[i % 2]"),
+    instead("rescaled where the first row asks for it", "rows.rescale[0] != 1.f || rows.rescale[1] != 1.f",
+            "rows.rescale[0] != 1.f"),
+    instead("a maximum replaced, and nothing rescaled", "hopper::exp2_approx(rows.maximum[r] - maximum);", "1.f;"),
     without("sums not rescaled", "rows.sum[r] *= rows.rescale[r];"),
     without("totals not rescaled", "if (kMass) rows.total[r] *= rows.rescale[r];"),
     without("a segment's sum runs on", "rows.sum[r] = 0.f;"),
     instead("a segment's end passed over", "if (kMass) end_segment(0); segment = next;", "segment = next;"),
     without("the last tail's sum not written", "if (kMass && num_tails > 0) end_segment(1);"),
-    instead("one scale for all scores", "fabsf(largest * p.scale_log2) < kLarge ? p.scale_log2 : p.scale_power",
+    instead("one scale for all scores", "fabsf(of_tile * p.scale_log2) < kLarge ? p.scale_log2 : p.scale_power",
             "p.scale_log2"),
     # Where rows lie.
-    without("tail rows not masked", "if (!(mask >> j % 2 & 1)) scores[4 * i + j] = -INFINITY;"),
+    without("tail rows not masked", "if (!(mask >> (j / 4 * 8 + j % 2) & 1)) scores[kOfGroup * i + j] = -INFINITY;"),
+    instead("half of a group's rows masked by the other's", "mask >> (j / 4 * 8 + j % 2)", "mask >> j % 2"),
     instead("tail rows masked a column off", ">> 2 * (lane % 4)", ">> (2 * (lane % 4) + 1)"),
     instead("a tail reads past its segment", "min(wanted, first + rows - kGroupRows)", "wanted", SEGMENTS),
     instead("a short segment reads on", "group.first_row + min(i, group.num_rows - 1)", "group.first_row + i",

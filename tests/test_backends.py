@@ -261,7 +261,7 @@ def test_doctor_names_every_backend_and_why(tmp_path, capsys):
     assert all(f["why"] for f in findings["backends"])
     printed = capsys.readouterr().out
     assert "serves" in printed
-    assert all(f["keys"] in printed and f["backend"] in ("triton", "reference") for f in findings["shapes"])
+    assert all(f["keys"] in printed and f["backend"] in ATTENTION.backends for f in findings["shapes"])
     assert len({(f["model"], f["extra"]) for f in findings["shapes"]}) == 9
 
 

@@ -160,7 +160,7 @@ def test_every_kernel_matches_float64_in_any_order(head_dim, tile_rows, turned_p
 
 
 @pytest.mark.parametrize("tile_rows", [128, 176])
-@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 175, 176, 177, 183, 184, 352, 400])
+@pytest.mark.parametrize("num_rows", [1, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 144, 176, 177, 191, 193, 352, 400])
 def test_ends_of_segments(num_rows, tile_rows):
     """One segment, and one beside a single row, whose tail rows share a block."""
     check(Case([Segment(3, num_rows)], tile_rows=tile_rows, q_len=1, heads=1, kv_heads=1, with_mass=False))

@@ -65,6 +65,7 @@ def test_cuda_is_launched_with_each_of_its_tiles(tune, monkeypatch):
     module, seen = import_module("worldkv_kernels._cuda"), []
     launch = module.segment_attention
     recorder = SimpleNamespace(segment_attention=lambda **given: seen.append(given["tile_rows"]) or launch(**given))
+    recorder.architectures = module.architectures
     monkeypatch.setitem(sys.modules, "worldkv_kernels._cuda", recorder)
     runs = [variant.make() for variant in variants]
     assert seen == [128, 176] and cuda.attention_tile_rows(128, 0, False) == 176

@@ -33,19 +33,30 @@ def _lines(path: str, *lines: int) -> tuple[str, ...]:
     return tuple(f"benchmarks/results/{path}:{line}" for line in lines)
 
 
+_H100 = "nvidia-h100-80gb-hbm3-20261126-174836.jsonl"
+
 FASTER: tuple[Faster, ...] = (
     Faster(
         "segment_attention",
         "sm_90",
         {
-            "heads": (12, 40), "q_len": (2640, 4680), "keys": (13_200, 150_000), "head_dim": (128, 128),
+            "heads": (12, 40), "q_len": (880, 4680), "keys": (2640, 150_000), "head_dim": (128, 128),
             "turned_pairs": (0, 22), "has_mass": (0, 1),
         },
         _lines(
-            "nvidia-h100-80gb-hbm3-20261126-172119.jsonl",
-            28, 29, 30, 42, 43, 44, 56, 57, 58, 70, 71, 72, 84, 85, 86,
-            98, 99, 100, 112, 113, 114, 126, 127, 128,
+            _H100,
+            28, 29, 30, 42, 43, 44, 56, 57, 58, 70, 71, 72, 84, 85, 86, 98, 99, 100,
+            112, 113, 114, 126, 127, 128, 140, 141, 142, 154, 155, 156, 168, 169, 170,
         ),
+    ),
+    Faster(
+        "segment_attention",
+        "sm_90",
+        {
+            "heads": (24, 80), "q_len": (3600, 4680), "keys": (14_400, 30_000), "head_dim": (64, 64),
+            "turned_pairs": (0, 12), "has_mass": (0, 1),
+        },
+        _lines(_H100, 182, 183, 184, 196, 197, 198),
     ),
 )  # fmt: skip
 
