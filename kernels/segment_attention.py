@@ -335,7 +335,7 @@ def attention_config(
     """The launch configuration: the largest tiles and deepest pipeline that fit without spills, by compiling.
 
     Turning Q beside a [128, 128] accumulator takes registers that only smaller key tiles leave; what still spills
-    is in tests/test_compile.py. On an H100 the plain one reaches 70 % of a matrix product's rate; others were not timed.
+    is in tests/test_compile.py. Timed on an H100 alone: csrc/attention/NOTES.md.
     """
     if dtype == torch.float32:  # full precision has no matrix unit: FMA, small tiles
         return AttentionConfig(block_q=32, block_k=32, num_warps=16, num_stages=1)

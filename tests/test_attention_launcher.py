@@ -146,9 +146,8 @@ def test_the_op_launches_it_by_name(launched, monkeypatch):
     [(128, 0, 176), (128, 1, 176), (128, 22, 176), (128, 24, 176), (128, 25, 128), (128, 64, 128), (64, 0, 176),
      (64, 1, 128), (64, 32, 128)],
 )  # fmt: skip
-@pytest.mark.parametrize("has_mass", [False, True])
-def test_tiles_are_smaller_where_all_columns_of_a_query_turn(head_dim, turned_pairs, rows, has_mass):
-    assert cuda.attention_tile_rows(head_dim, turned_pairs, has_mass) == rows
+def test_tiles_are_smaller_where_all_columns_of_a_query_turn(head_dim, turned_pairs, rows):
+    assert cuda.attention_tile_rows(head_dim, turned_pairs) == rows
 
 
 STORE = torch.zeros(4096, dtype=torch.bfloat16)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import cuda_on_host
 import pytest
 import torch
-from attention_mutants import MUTANTS, UNSEEN
-from conftest import DEVICE
+from attention_mutants import MUTANTS, UNSEEN, instead
+from conftest import ATTENTION_BACKENDS, DEVICE
 from test_segment_attention_cuda import Case, check, check_large_scores
 
 from worldkv_kernels import Segment
@@ -28,13 +28,21 @@ void launch(const AttentionParams& p, const TensorMaps& maps, cudaStream_t strea
 
 void check_tensor("""
 
-SEGMENTS = [Segment(300, 301, 9), Segment(0, 3, 100), Segment(40, 150, 20), Segment(2, 21, -20), Segment(400, 128, -7)]
+SEGMENTS = [Segment(300, 401, 9), Segment(0, 3, 100), Segment(40, 150, 20), Segment(2, 21, -20), Segment(400, 128, -7)]
 SHORT = [Segment(7 * i, 1 + 9 * i % 16, 3 * i - 100) for i in range(40)]
 CASES = [
-    Case(SEGMENTS, tile_rows=128, turned_pairs=22, heads=4, kv_heads=2, q_len=129, processors=5),
+    Case(SEGMENTS, tile_rows=128, turned_pairs=22, heads=4, kv_heads=2, q_len=129, processors=5, growth=6.0),
     Case(SHORT, tile_rows=128, turned_pairs=22, heads=2, kv_heads=1, q_len=3, processors=1),
     Case([Segment(0, 40, 3)], tile_rows=128, turned_pairs=22, q_len=3, heads=5, kv_heads=5, processors=4, spare=200),
-    Case([Segment(0, 1300, 3), Segment(60, 700, -3)], tile_rows=128, turned_pairs=22, heads=1, kv_heads=1, q_len=70),
+    Case(
+        [Segment(0, 1300, 3), Segment(60, 700, -3)],
+        tile_rows=128,
+        turned_pairs=22,
+        heads=1,
+        kv_heads=1,
+        q_len=70,
+        growth=9.0,
+    ),
     Case(
         [s._replace(time_shift=0) for s in SEGMENTS], tile_rows=128, with_mass=False, heads=3, kv_heads=3, processors=2
     ),
@@ -73,6 +81,16 @@ def run_all():
 def test_the_kernel_itself_passes(plant):
     plant()
     run_all()
+
+
+def test_the_check_on_first_use_sees_a_bug_of_the_main_loop(plant):
+    """Also one that only a window of more tiles than a ring of stages can show."""
+    plant(
+        instead("products with the next tile's V", "multiply(weights, before.stage)", "multiply(weights, ring.stage)")
+    )
+    for turned_pairs, with_mass in ((0, False), (22, True)):
+        kind = (torch.bfloat16, 128, turned_pairs, False, with_mass, True, True)
+        assert ATTENTION_BACKENDS.disagreement("cuda", DEVICE, kind)
 
 
 def caught(plant, mutant):

@@ -180,6 +180,7 @@ def fault(entry, root=ROOT):
     the backends'. None where nothing is."""
     if set(entry.ranges) != set(Shape._fields) or not entry.figures:
         return "a field without a range, or no figure"
+    shapes = []
     for name in entry.figures:
         path, _, number = name.partition(":")
         figures = [json.loads(line) for line in (root / path).read_text().splitlines()]
@@ -190,7 +191,8 @@ def fault(entry, root=ROOT):
         numbers = figure["shape"]
         turned = numbers["head_dim"] // 2 - 2 * (numbers["head_dim"] // 6) if extra == "rebase" else 0
         sizes = (numbers["heads"], numbers["queries"], numbers["tokens"], numbers["head_dim"])
-        if not entry.holds(Shape(*sizes, turned, extra == "mass")):
+        shapes.append(Shape(*sizes, turned, extra == "mass"))
+        if not entry.holds(shapes[-1]):
             return f"{name} is of another shape"
         others = [
             f for f in figures
@@ -200,6 +202,10 @@ def fault(entry, root=ROOT):
         ]  # fmt: skip
         if not others or any(f["us"] <= figure["us"] for f in others):
             return f"{name} does not show it as the fastest"
+    for field, (lowest, highest) in entry.ranges.items():
+        of_field = [getattr(shape, field) for shape in shapes]
+        if lowest < min(of_field) or highest > max(of_field) * (1.05 if field == "keys" else 1):
+            return f"{field} goes beyond the figures"
     return None
 
 
@@ -220,6 +226,10 @@ def test_every_entry_has_figures_that_show_it():
         ({}, {"heads": (41, 80)}, "is of another shape"),
         ({}, {"keys": (0, 1000)}, "is of another shape"),
         ({}, {"has_mass": (1, 1)}, "is of another shape"),
+        ({}, {"heads": (40, 41)}, "heads goes beyond the figures"),
+        ({}, {"keys": (32_759, 32_760)}, "keys goes beyond the figures"),
+        ({}, {"keys": (32_760, 34_400)}, "keys goes beyond the figures"),
+        ({}, {"turned_pairs": (0, 1)}, "turned_pairs goes beyond the figures"),
     ],
 )
 def test_an_entry_without_such_figures_is_found(tmp_path, changes, ranges, wanted):
@@ -232,7 +242,7 @@ def test_an_entry_without_such_figures_is_found(tmp_path, changes, ranges, wante
         {**common, "variant": "cuda", "us": 90.0, **changes},
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    held = {name: (0, 2**31) for name in Shape._fields} | {"turned_pairs": (0, 0)} | ranges
+    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, False)), strict=True)) | ranges
     found = fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",)), tmp_path)
     assert found is None if wanted is None else found.endswith(wanted)
     del held["keys"]

@@ -42,6 +42,7 @@ class Case:
     processors: int = 3  # fewer than items: pieces follow each other; the last round is cut, where a window is long
     spare: int = 20  # tiles that the window could hold besides
     pad: int = 0  # numbers between rows, and between heads
+    growth: float = 0.0  # how many times their size keys grow by along the pool: maxima that go on growing
     seed: int = 0
 
 
@@ -63,6 +64,7 @@ def inputs_of(case: Case) -> Inputs:
         return wide[..., : case.head_dim]
 
     q, k, v = random_rows(case.q_len, case.heads), random_rows(rows, case.kv_heads), random_rows(rows, case.kv_heads)
+    k *= (1 + case.growth * torch.arange(rows) / rows)[:, None, None].to(case.dtype)
     unused = torch.ones(rows, dtype=torch.bool)
     for segment in case.segments:
         unused[segment.first_row : segment.first_row + segment.num_rows] = False
@@ -138,7 +140,7 @@ def check(case: Case, orders: tuple[int, ...] = (0,)) -> None:
         assert relative_error(got, wanted) <= limit, (case, relative_error(got, wanted), limit)
 
 
-SHIFTED = [Segment(300, 431, -3), Segment(0, 1, 200), Segment(40, 180, 7), Segment(2, 3, -200), Segment(100, 128, 7)]
+SHIFTED = [Segment(300, 741, -3), Segment(0, 1, 200), Segment(40, 180, 7), Segment(2, 3, -200), Segment(100, 128, 7)]
 # Head dim, rows of a tile, pairs that turn: what csrc/attention is compiled for.
 KERNELS = [
     *((64, tile_rows, pairs) for tile_rows in (128, 176) for pairs in (0, 12)),
@@ -154,7 +156,7 @@ def test_every_kernel_matches_float64_in_any_order(head_dim, tile_rows, turned_p
     segments = SHIFTED if turned_pairs else [s._replace(time_shift=0) for s in SHIFTED]
     case = Case(
         segments, dtype, head_dim, tile_rows, turned_pairs, with_lse=not with_mass, with_mass=with_mass,
-        heads=2, kv_heads=1 + with_mass, pad=8 * with_mass,
+        heads=2, kv_heads=1 + with_mass, pad=8 * with_mass, growth=6.0,
     )  # fmt: skip
     check(case, orders=(0, 1))
 
@@ -221,7 +223,8 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
             128 if head_dim == 128 and turned_pairs > 24 else draw.choice((128, 176)), turned_pairs,
             with_lse=draw.random() < 0.5, with_mass=draw.random() < 0.5,
             q_len=draw.choice((1, 5, 64, 65, 128, 129, 200)), heads=kv_heads * group, kv_heads=kv_heads,
-            processors=draw.choice((1, 2, 3, 5, 16)), pad=draw.choice((0, 0, 8, 40)), seed=1000 * seed + i,
+            processors=draw.choice((1, 2, 3, 5, 16)), pad=draw.choice((0, 0, 8, 40)),
+            growth=draw.choice((0.0, 3.0, 9.0)), seed=1000 * seed + i,
         )  # fmt: skip
 
 

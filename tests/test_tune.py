@@ -68,7 +68,7 @@ def test_cuda_is_launched_with_each_of_its_tiles(tune, monkeypatch):
     recorder.architectures = module.architectures
     monkeypatch.setitem(sys.modules, "worldkv_kernels._cuda", recorder)
     runs = [variant.make() for variant in variants]
-    assert seen == [128, 176] and cuda.attention_tile_rows(128, 0, False) == 176
+    assert seen == [128, 176] and cuda.attention_tile_rows(128, 0) == 176
     errors = [variant.check(run) for variant, run in zip(variants, runs, strict=True)]
     assert [variant.name for variant in variants] == ["cuda, 128 keys", "cuda, 176 keys"] and max(errors) < 2e-3
     assert tune.in_cuda(tune.Inputs(tune.SMALL_WINDOW, DEVICE), "") == []  # it takes no fp32

@@ -236,8 +236,8 @@ WORLDKV_PRODUCT(__half, ".f16.f16", 176, WORLDKV_R88, WORLDKV_D88, 88, 89, 90, 9
 
 // Numbers.
 
-// The same number, of which the compiler knows nothing: what depends on it is computed where it is wanted, and not ahead
-// of a loop, where it would take registers.
+// The same number, of which the compiler knows nothing: what depends on it is computed where it is wanted, and not
+// ahead of a loop, where it would take registers.
 __device__ __forceinline__ int computed_here(int x) {
     asm volatile("" : "+r"(x));
     return x;

@@ -64,14 +64,15 @@ CUtensorMap encode(const Mapped& x) {
     return map;
 }
 
-// Made once a pool. A map says nothing but what it is made from, so an old one is never wrong.
+// Made once for a pool, and for each address that queries come at. A map says nothing but what it is made from, so an
+// old one is never wrong.
 CUtensorMap tensor_map(const Mapped& x) {
-    using Key = std::array<int64_t, 9>;
+    using Key = std::array<int64_t, 8>;
     constexpr size_t kMostMaps = 4096;
     static std::map<Key, CUtensorMap> maps;
     static std::mutex mutex;
     const Key key{reinterpret_cast<int64_t>(x.data), x.rows, x.heads, x.head_dim, x.stride_row, x.stride_head,
-                  x.box_rows, static_cast<int64_t>(x.dtype), 0};
+                  x.box_rows, static_cast<int64_t>(x.dtype)};
     const std::lock_guard<std::mutex> lock(mutex);
     const auto known = maps.find(key);
     if (known != maps.end()) return known->second;
@@ -148,6 +149,13 @@ void check_tensor(const char* name, const void* data, int64_t stride_row, int64_
     }
 }
 
+void check_count(const char* name, int64_t count, int64_t least, int64_t most) {
+    if (count < least || count > most) {
+        refuse(std::string(name) + " must be from " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
+               std::to_string(count));
+    }
+}
+
 }  // namespace
 
 void segment_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
@@ -168,9 +176,15 @@ void segment_attention(const AttentionParams& p, Dtype dtype, cudaStream_t strea
         refuse("tile_rows must be 128" + std::string(most == 176 ? " or 176" : "") + ", got " +
                std::to_string(p.tile_rows));
     }
-    if (p.q_len < 1 || p.rows < 1 || p.rows > INT32_MAX || p.turned_pairs < 0 || p.turned_pairs > p.head_dim / 2 ||
-        p.num_whole < 0 || p.num_cut < 0 || p.parts < 1 || p.processors < 1 || p.max_segments < 0) {
-        refuse("counts must be in range");
+    check_count("q_len", p.q_len, 1, INT32_MAX - kQueries);
+    check_count("rows", p.rows, 1, INT32_MAX);
+    check_count("turned_pairs", p.turned_pairs, 0, p.head_dim / 2);
+    check_count("max_segments", p.max_segments, p.block_mass ? 1 : 0, INT32_MAX);
+    check_count("parts", p.parts, 1, INT32_MAX);
+    check_count("processors", p.processors, 1, INT32_MAX);
+    for (const void* table : {static_cast<const void*>(p.tiles), static_cast<const void*>(p.ranges),
+                              static_cast<const void*>(p.tail_rows), static_cast<const void*>(p.turns)}) {
+        if (reinterpret_cast<uintptr_t>(table) % 16) refuse("a window's tables must start on multiples of 16 bytes");
     }
     const int64_t blocks = (static_cast<int64_t>(p.q_len) + kQueries - 1) / kQueries;
     if (blocks * p.heads != static_cast<int64_t>(p.num_whole) + p.num_cut) {

@@ -8,7 +8,7 @@
 
 namespace worldkv {
 
-// Strides in elements. The tables are those of kernels/segment_attention.py.
+// Strides in elements. The tables are those of kernels/segment_attention.py, each on a multiple of 16 bytes.
 struct AttentionParams {
     const void *q, *k, *v;  // [q_len, heads, head_dim], [rows, kv_heads, head_dim]
     void* out;              // [q_len, heads, head_dim]

@@ -8,7 +8,7 @@
 namespace worldkv {
 
 constexpr int kWindowTileRows = 128;  // of the window's tables, whatever the kernel's tiles
-constexpr int kGroupRows = 16;        // 8 rows of 128 bytes are a whole pattern of the swizzle
+constexpr int kGroupRows = 16;        // two patterns of the swizzle; with one the producer has twice as much to issue
 constexpr int kTailGroups = 4;        // of a block of tail rows
 constexpr int kTailRows = kTailGroups * kGroupRows;
 constexpr unsigned kAllLanes = 0xffffffff;

@@ -7,8 +7,8 @@ namespace worldkv {
 
 // The online softmax of the two rows of a thread, i and i + 8 of its warp's 16; four threads share a row. `maximum` is
 // a logarithm to base 2, of a weight that was the largest once: it is replaced only by one that is 2**kSlack times as
-// large, so that after a few tiles nothing has to be rescaled (FlashAttention-4, arXiv 2603.05451). Weights stay within
-// fp16, with the 2**8 that kLarge allows for.
+// large, so that after a few tiles nothing has to be rescaled (FlashAttention-4, arXiv 2603.05451); beyond 2**26, where the
+// slack is below the number's last digit, by any larger one. Weights stay within fp16, with the 2**8 that kLarge allows.
 constexpr float kSlack = 4.f;
 
 struct Softmax {

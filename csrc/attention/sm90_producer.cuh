@@ -1,5 +1,5 @@
-// The producer of segment attention: one warp, which looks up where the rows of a window lie and has them copied. Its first
-// lane issues the copies; of tail rows its first 4 lanes do, a group each.
+// The producer of segment attention: one warp, which looks up where the rows of a window lie and has them copied. Its
+// first lane issues the copies; of tail rows its first 4 lanes do, a group each.
 #pragma once
 
 #include "sm90_layout.cuh"
@@ -75,6 +75,7 @@ struct Producer {
             ring = ring.next();
         }
         if (tile_hi > tile_lo) load_v(ring.last(), row_before);
+        __syncwarp();  // as behind the wait for Q
     }
 
     __device__ __forceinline__ void load_v(const Ring<L::kStages>& at, int row) {

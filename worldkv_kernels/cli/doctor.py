@@ -152,7 +152,7 @@ def _launch(backend: str, device: torch.device, shape: Shape) -> str:
 
     processors, block_q = kernel.device_processors(device), 128
     if backend == "cuda":
-        tile_rows = cuda.attention_tile_rows(shape.head_dim, shape.turned_pairs, shape.has_mass)
+        tile_rows = cuda.attention_tile_rows(shape.head_dim, shape.turned_pairs)
         how = f"{tile_rows} keys, {processors} blocks that stay"
     else:
         config = kernel.attention_config(

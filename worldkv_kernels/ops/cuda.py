@@ -86,10 +86,15 @@ def attention_unsupported(kind: tuple) -> str | None:
     return None if aligned else "it takes q and pools that start on multiples of 16 bytes, head by head, and out on 4"
 
 
-def attention_aligned(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, out: torch.Tensor) -> bool:
+def attention_aligned(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, out: torch.Tensor, *tables: torch.Tensor
+) -> bool:
     """Whether tokens, rows and heads start where csrc/attention takes them, in 16 bits a number: on multiples of 16
     bytes where the copy engine reads, less than 2**40 apart, and on multiples of 4 where pairs of numbers are written.
+    The window's tables start on multiples of 16 bytes.
     """
+    if any(table.data_ptr() % 16 for table in tables):
+        return False
     for x, numbers in ((q, 8), (k_pool, 8), (v_pool, 8), (out, 2)):
         tokens, heads, _ = x.shape
         stride_token, stride_head, _ = x.stride()
@@ -102,12 +107,12 @@ def attention_aligned(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tenso
     return True
 
 
-def attention_tile_rows(head_dim: int, turned_pairs: int, has_mass: bool) -> int:
-    """How many keys csrc/attention multiplies at once: 176 as long as the registers last, with a mass or without.
+def attention_tile_rows(head_dim: int, turned_pairs: int) -> int:
+    """How many keys csrc/attention multiplies at once: 176, which an H100 has shown to be as fast as 128 or faster.
 
-    A thread has 240 registers. With head_dim 128 it holds 64 of the output and, at 176 keys, 88 scores; a turned query
-    takes 4 more for each 16 of its columns. 12 for 48 columns, 24 pairs, fit beside them; 32 for all of them do not.
-    Kernels that turn all columns, as those of head_dim 64 do where any turns, are therefore of 128 keys.
+    A thread has 240 registers. With head_dim 128 it holds 64 of the output and 88 scores of 176 keys; a turned query
+    takes 4 more for each 16 of its columns. 12 for 48 columns, 24 pairs, fit beside them; 32 for all of them do not,
+    and there it is 128. So it is at head_dim 64 where any column turns: 176 fit, and have not been timed.
     """
     turned_in_part = head_dim == 128 and turned_pairs <= _PARTLY_TURNED_PAIRS
     return 176 if turned_pairs == 0 or turned_in_part else 128
@@ -229,7 +234,7 @@ def segment_attention(
     num_blocks = -(-q_len // _BLOCK_Q)
     turned_pairs = turns.shape[1] if has_shift else 0
     if tile_rows is None:
-        tile_rows = attention_tile_rows(head_dim, turned_pairs, mass is not None)
+        tile_rows = attention_tile_rows(head_dim, turned_pairs)
     if processors is None:
         processors = device_processors(q.device)
     num_whole, num_cut, parts = deal(num_blocks * heads, processors, len(tiles))

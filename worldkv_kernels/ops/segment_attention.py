@@ -170,13 +170,16 @@ def _run(
 ) -> None:  # fmt: skip
     _check(q, k_pool, v_pool, tiles, tail_rows, ranges, num_segments, turns, out, lse, mass, scale, has_shift)
     q_len, heads, head_dim = q.shape
-    layout = _rows_in_order(k_pool, v_pool), cuda.attention_aligned(q, k_pool, v_pool, out)
+    tables = (tiles, tail_rows, ranges, num_segments, turns)
+    layout = (
+        _rows_in_order(k_pool, v_pool),
+        cuda.attention_aligned(q, k_pool, v_pool, out, tiles, tail_rows, ranges, turns),
+    )
     turned_pairs = turns.shape[1] if has_shift else 0
     kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, *layout)
     shape = Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None)
     run = BACKENDS.choose(backend, q.device, kind, shape)
     with on_current_device(q.device):
-        tables = (tiles, tail_rows, ranges, num_segments, turns)
         run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift)
 
 
@@ -242,24 +245,24 @@ def _load_triton() -> Callable[..., None]:
 
 
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
-    """200 queries, 2 heads, three segments with tails; unused rows are NaN. In two windows, of which the larger
-    capacity lets a kernel cut the keys into parts."""
+    """200 queries, 2 heads, three segments, with more tiles than a kernel holds at a time, and tails; unused rows are
+    NaN. In two windows, of which the larger capacity lets a kernel cut the keys into parts."""
     dtype, head_dim, turned_pairs, with_lse, with_mass, rows_in_order, aligned = kind
     has_shift = turned_pairs > 0
     generator = torch.Generator().manual_seed(0)
     fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
-    q, k, v = (torch.randn(n, 2, head_dim, **fp32).to(device, dtype) for n in (200, 640, 640))
+    q, k, v = (torch.randn(n, 2, head_dim, **fp32).to(device, dtype) for n in (200, 1600, 1600))
     if not rows_in_order:
         k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
     if not aligned:
         q = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
-    segments = [Segment(256, 300, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 128)]
-    used = torch.zeros(640, dtype=torch.bool, device=device)
+    segments = [Segment(576, 1000, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 400)]
+    used = torch.zeros(1600, dtype=torch.bool, device=device)
     for segment in segments:
         used[segment.first_row : segment.first_row + segment.num_rows] = True
     k[~used], v[~used] = float("nan"), float("nan")
     rope = Rope3D(head_dim, pairs=(turned_pairs, head_dim // 2 - turned_pairs, 0)) if has_shift else None
-    windows = [Window(segments, device=device, rope=rope, capacity=capacity) for capacity in (5, 32)]
+    windows = [Window(segments, device=device, rope=rope, capacity=capacity) for capacity in (13, 64)]
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
         results = {}
