@@ -107,8 +107,8 @@ class Segments {
         groups_end += groups_begin;
     }
 
-    // Calls use(source, before, here) with the lane whose segment holds this lane's index and what is counted before that
-    // segment, until each lane has been `here`. `count` is of this lane's segment.
+    // Calls use(source, before, here) with the lane whose segment holds this lane's index and what is counted before
+    // that segment, until each lane has been `here`. `count` is of this lane's segment.
     template <typename Count, typename Use>
     __device__ void find(int index, const int& end, Count count, Use use) {
         if (__ballot_sync(kAllLanes, index < __shfl_sync(kAllLanes, end - count(), 0))) load(0);

@@ -7,8 +7,9 @@ namespace worldkv {
 
 // The online softmax of the two rows of a thread, i and i + 8 of its warp's 16; four threads share a row. `maximum` is
 // a logarithm to base 2, of a weight that was the largest once: it is replaced only by one that is 2**kSlack times as
-// large, so that after a few tiles nothing has to be rescaled (FlashAttention-4, arXiv 2603.05451); beyond 2**26, where the
-// slack is below the number's last digit, by any larger one. Weights stay within fp16, with the 2**8 that kLarge allows.
+// large, so that after a few tiles nothing has to be rescaled (FlashAttention-4, arXiv 2603.05451); beyond 2**26, where
+// the slack is below the number's last digit, by any larger one. Weights stay within fp16, with the 2**8 that kLarge
+// allows.
 constexpr float kSlack = 4.f;
 
 struct Softmax {
@@ -233,8 +234,12 @@ struct Consumer {
 
     __device__ __forceinline__ uint32_t slot() const { return shared + L::tile + ring.stage * L::kSlotBytes; }
 
+    // Where registers are short, ptxas moves the exponentials even behind this wait, unless it takes the wait to depend on
+    // them: no sum is negative, which it does not know.
     __device__ __forceinline__ void wait_for_next_k() const {
-        hopper::wait(shared + L::full_k + 8 * ring.next().stage, ring.next().parity);
+        constexpr bool kIsShort = kTurnedSlabs == 8 || (kTurnedSlabs == 3 && kTileRows == 176 && !kMass);
+        const bool never = kIsShort && rows.sum[0] + rows.sum[1] < 0.f;
+        hopper::wait(shared + L::full_k + 8 * ring.next().stage, ring.next().parity ^ never);
     }
 
     // One arrival a warp: each has read its slot, and waited for its products, by itself.
