@@ -8,6 +8,8 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -164,6 +166,17 @@ def cuda_kernels(request, monkeypatch):
 def cuda_kernels_where_backend_is_cuda(request):
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "cuda":
         request.getfixturevalue("cuda_kernels")
+
+
+def disassembled(cubin: Path) -> str:
+    """The machine code of a cubin, as text; skips where there is no disassembler."""
+    disassembler = shutil.which("nvdisasm")
+    if disassembler is None and importlib.util.find_spec("triton"):
+        packaged = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        disassembler = str(packaged) if packaged.exists() else None
+    if disassembler is None:
+        pytest.skip("nvdisasm is neither on the PATH nor in triton's package")
+    return subprocess.run([disassembler, str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
 def moved(x: torch.Tensor) -> torch.Tensor:

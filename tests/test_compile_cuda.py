@@ -4,11 +4,11 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
+from conftest import disassembled
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -90,14 +90,7 @@ def test_no_kernel_spills_and_each_keeps_to_its_resources(cubins, arch):
 
 def sass(cubin):
     """Machine code by (kernel, arguments)."""
-    disassembler = shutil.which("nvdisasm")
-    if disassembler is None and find_spec("triton"):
-        packaged = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        disassembler = str(packaged) if packaged.exists() else None
-    if disassembler is None:
-        pytest.skip("nvdisasm is neither on the PATH nor in triton's package")
-    text = subprocess.run([disassembler, str(cubin)], capture_output=True, text=True, check=True).stdout
-    return {instance(part): part for part in re.split(r"\.section\s+\.text\.", text)[1:]}
+    return {instance(part): part for part in re.split(r"\.section\s+\.text\.", disassembled(cubin))[1:]}
 
 
 def widths(code, instruction):

@@ -6,14 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
 import cuda_on_host
 import numpy as np
 import pytest
 import torch
-from conftest import BENCHMARKS
+from conftest import BENCHMARKS, disassembled
 
 SEEDS = range(50)
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -296,13 +294,7 @@ def test_the_kernels_compile_without_spills_and_hold_the_registers_they_are_to_h
     done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"C75\d\d|[1-9]\d* bytes (stack|spill)", done.stderr), done.stderr  # C75..: products in series
-    disassembler = shutil.which("nvdisasm")
-    if disassembler is None and find_spec("triton"):
-        packaged = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        disassembler = str(packaged) if packaged.exists() else None
-    if disassembler is None:
-        pytest.skip("nvdisasm is neither on the PATH nor in triton's package")
-    text = subprocess.run([disassembler, str(cubin)], capture_output=True, text=True, check=True).stdout
+    text = disassembled(cubin)
     parts = {part.partition(",")[0]: part for part in re.split(r"\.section\s+\.text\.", text)[1:]}
     (code,) = (part for name, part in parts.items() if "registers_kernel" in name)
     taken, held = code.index("USETMAXREG.TRY_ALLOC"), 208
