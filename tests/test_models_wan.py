@@ -59,7 +59,7 @@ def test_rms_norm_rounds_before_the_weight(dtype):
 
 def test_a_block_against_its_equations():
     torch.manual_seed(0)
-    block = wan.Block(128, 96, 2, 1e-6).requires_grad_(False)
+    block = wan.TextBlock(128, 96, 2, 1e-6).requires_grad_(False)
     wan.draw_parameters(block, 3, {})
     x, projected, context = torch.randn(5, 128), torch.randn(6, 128), torch.randn(7, 128)
     e = block.modulation[0] + projected
@@ -118,7 +118,7 @@ def test_sinusoids():
 
 def test_parameters_are_allocated_in_their_dtypes_and_drawn_where_they_lie():
     with torch.device("meta"):
-        block = wan.Block(128, 96, 2, 1e-6)
+        block = wan.TextBlock(128, 96, 2, 1e-6)
     wan.allocate(block, device="cpu", dtype=torch.bfloat16)
     wide = {name for name, parameter in block.named_parameters() if parameter.dtype == torch.float32}
     assert wide == {"modulation", "norm3.weight", "norm3.bias"}

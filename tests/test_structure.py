@@ -18,6 +18,7 @@ GROUND_FLOOR = {
     "poses": {"checks"},
     "actions": {"checks", "poses"},
     "trajectory": {"checks", "poses"},
+    "worlds": set(),
 }
 
 

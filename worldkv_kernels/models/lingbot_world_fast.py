@@ -242,20 +242,5 @@ class LingBotWorldFast(Denoiser):
         return F.pad(text, (0, 0, 0, tokens - len(text)))
 
 
-class _Block(wan.Block):
-    """A Wan block whose tokens are scaled and shifted by what the camera sees, between its two attentions."""
-
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
-        super().__init__(dim, ffn_dim, num_heads, eps)
-        self.cam_injector_layer1, self.cam_injector_layer2 = (nn.Linear(dim, dim) for _ in range(2))
-        self.cam_scale_layer, self.cam_shift_layer = (nn.Linear(dim, dim) for _ in range(2))
-
-    def camera_scale_shift(self, camera: torch.Tensor, *, out: torch.Tensor) -> None:
-        """Scale (without the 1) and shift of the camera embedding [tokens, dim], into out [2, tokens, dim]."""
-        hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
-        for layer, into in zip((self.cam_scale_layer, self.cam_shift_layer), out, strict=True):
-            torch.addmm(layer.bias, hidden, layer.weight.T, out=into)
-
-    def inject_camera(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """(1 + scale) * x + shift in fp32, where 1 + scale would lose digits in the model's dtype."""
-        return x + torch.addcmul(shift, x, scale)
+class _Block(wan.CameraBlock, wan.TextBlock):
+    """A block that the camera steers between its two attentions."""

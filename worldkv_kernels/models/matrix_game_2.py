@@ -96,7 +96,7 @@ class MatrixGame2(Denoiser):
     Config = MatrixGameConfig
     fp32_parameters = ()
 
-    def _blocks(self) -> Iterable[wan.Block]:
+    def _blocks(self) -> Iterable[wan.TextBlock]:
         return (_block(self.config, layer) for layer in range(self.config.num_layers))
 
     def _add_modules(self) -> None:
@@ -284,9 +284,9 @@ def _with_actions_of(layout: Mapping[str, StoredTensor], fields: dict[str, Any])
     return {**fields, "action_config": {**given, **of_tensors}}
 
 
-def _block(config: MatrixGameConfig, layer: int) -> wan.Block:
+def _block(config: MatrixGameConfig, layer: int) -> wan.TextBlock:
     """A Wan block, in which an action module may stand after the cross-attention."""
-    block = wan.Block(config.dim, config.ffn_dim, config.num_heads, config.eps)
+    block = wan.TextBlock(config.dim, config.ffn_dim, config.num_heads, config.eps)
     acts = layer in config.action_layers
     block.action_model = ActionModule(config.dim, config.actions) if acts else None
     return block

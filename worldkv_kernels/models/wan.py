@@ -82,8 +82,6 @@ class Block(nn.Module):
         super().__init__()
         self.eps = eps
         self.self_attn = SelfAttention(dim, num_heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = CrossAttention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
@@ -99,11 +97,6 @@ class Block(nn.Module):
         y = self.self_attn(modulated_norm(x, scale, shift, self.eps).to(self.dtype), memory, layer)
         return torch.addcmul(x, y, gate)
 
-    def cross_attend(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Cross-attention: x + cross_attn(norm3(x))."""
-        normed = modulated_norm(x, self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), self.eps)
-        return x + self.cross_attn(normed.to(self.dtype), keys, values)
-
     def feed_forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """Feed-forward: x + gate * ffn(norm(x) * (1 + scale) + shift)."""
         shift, scale, gate = modulation[3:]
@@ -114,6 +107,39 @@ class Block(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the linear layers."""
         return self.ffn[0].weight.dtype
+
+
+class TextBlock(Block):
+    """A block that also attends to a context of text or image tokens."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__(dim, ffn_dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps)
+
+    def cross_attend(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Cross-attention: x + cross_attn(norm3(x))."""
+        normed = modulated_norm(x, self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), self.eps)
+        return x + self.cross_attn(normed.to(self.dtype), keys, values)
+
+
+class CameraBlock(Block):
+    """A block whose tokens are scaled and shifted by what the camera sees."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__(dim, ffn_dim, num_heads, eps)
+        self.cam_injector_layer1, self.cam_injector_layer2 = (nn.Linear(dim, dim) for _ in range(2))
+        self.cam_scale_layer, self.cam_shift_layer = (nn.Linear(dim, dim) for _ in range(2))
+
+    def camera_scale_shift(self, camera: torch.Tensor, *, out: torch.Tensor) -> None:
+        """Scale (without the 1) and shift of the camera embedding [tokens, dim], into out [2, tokens, dim]."""
+        hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
+        for layer, into in zip((self.cam_scale_layer, self.cam_shift_layer), out, strict=True):
+            torch.addmm(layer.bias, hidden, layer.weight.T, out=into)
+
+    def inject_camera(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """(1 + scale) * x + shift in fp32, where 1 + scale would lose digits in the model's dtype."""
+        return x + torch.addcmul(shift, x, scale)
 
 
 class Head(nn.Module):
