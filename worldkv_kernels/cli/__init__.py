@@ -11,6 +11,7 @@ from typing import NoReturn
 from .. import __version__
 
 COMMANDS = {
+    "world": "a trained world model that turns away and comes back: what it remembers with each kind of memory",
     "recall": "a photograph seen by a panning camera, remembered and recalled through the real ops",
     "rollout": "a model over a camera trajectory or a player's actions: speed, bytes, tokens, what was retrieved",
     "bench": "each op beside its rivals, against this machine's own ceilings; or two result files side by side",

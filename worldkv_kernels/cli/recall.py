@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import io
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,25 +11,18 @@ import torch
 
 from ..ops.all import check_every_backend
 from ..recall import CHUNK_FRAMES, MODES, RecallResult, Scene, pan_and_return, recall, revisited
-from . import report
+from . import photographs, report
 from .report import size
 
 _LEAST_STEP, _LARGEST_STEP = 0.001, 360.0  # degrees; views are told apart to a millionth
-_LEAST_SIDE = 64  # pixels of a photograph
 _FRAMES, _MOST_FRAMES = 90, 100_000
 _TAKES = "downloads nothing; 90 frames take about 20 seconds on two cores"
-
-PHOTOGRAPHS = {"coffee": "coffee.png", "astronaut": "astronaut.png", "rocket": "rocket.jpg", "cat": "chelsea.png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"It {_TAKES}."
     add = parser.add_argument
-    scene = parser.add_mutually_exclusive_group()
-    scene.add_argument("--image", metavar="FILE", help="a photograph of your own, any format Pillow reads")
-    scene.add_argument(
-        "--photo", choices=PHOTOGRAPHS, default="coffee", help="one that scikit-image's wheel holds (default: coffee)"
-    )
+    photographs.add_arguments(parser, "coffee")
     add("--frames", type=report.integer(1, _MOST_FRAMES), default=_FRAMES,
         help="of the pan, out and back (default: %(default)s)")  # fmt: skip
     add("--step", type=report.number, default=4.0, help="degrees the camera turns per frame (default: 4)")
@@ -54,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     device = report.parse_device(args.device)
     check_every_backend("--backend", args.backend, device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    name, image = _load_image(args)
-    report.writable("--picture", args.picture, _formats(args.picture))
+    photographs.check_installed("recall", "PIL", *(["skimage"] if args.image is None else []))
+    name, image = photographs.load(args)
+    report.writable("--picture", args.picture, photographs.formats(args.picture))
     report.different_files(image=args.image, picture=args.picture, json=args.json)
     yaws = pan_and_return(args.frames, args.step)
     again = revisited(yaws)
@@ -93,45 +84,6 @@ def run(args: argparse.Namespace) -> int:
     _draw(args.picture, scene.view(yaws[last]).cpu().numpy(), results, last - before)
     print(f"\nwrote {args.picture}: the view of frame {last}, as it is and as each memory recalls it", file=out)
     return 0
-
-
-def _load_image(args: argparse.Namespace) -> tuple[str, np.ndarray]:
-    """The photograph's name and its pixels, float64 [height, width, 3] in 0..1."""
-    if importlib.util.find_spec("PIL") is None or (args.image is None and importlib.util.find_spec("skimage") is None):
-        raise ImportError("recall needs scikit-image and Pillow: pip install 'worldkv-kernels[demo]'")
-    from PIL import Image
-
-    if args.image is not None:
-        argument, path, name = "--image", Path(args.image), Path(args.image).name
-    else:
-        package = importlib.util.find_spec("skimage")
-        assert package is not None and package.origin is not None
-        argument, path = "--photo", Path(package.origin).parent / "data" / PHOTOGRAPHS[args.photo]
-        name = f"the photograph '{args.photo}'"
-    try:
-        with Image.open(path) as file:
-            pixels = np.asarray(file.convert("RGB"), dtype=np.float64) / 255
-    except Exception as error:  # Pillow's decoders raise what they like
-        reason = f": {getattr(error, 'strerror', None) or error}"
-        raise ValueError(f"{argument} must be a picture that Pillow reads, got {str(path)!r}{reason}") from error
-    height, width = pixels.shape[:2]
-    if min(height, width) < _LEAST_SIDE:
-        raise ValueError(
-            f"{argument} must be at least {_LEAST_SIDE} pixels each way, got {width} x {height}: {str(path)!r}"
-        )
-    return name, pixels
-
-
-def _formats(path: str) -> list[str]:
-    """The suffix of `path` if Pillow can write colours to such a file, else those of common formats."""
-    from PIL import Image
-
-    suffix = Path(path).suffix.lower()
-    try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[suffix])
-        return [suffix]
-    except (KeyError, OSError, ValueError):
-        return [".png", ".jpg", ".webp"]
 
 
 def _table(results: list[RecallResult]) -> str:
@@ -186,14 +138,8 @@ def _draw(path: str, truth: np.ndarray, results: list[RecallResult], frames_ago:
     write(gap, 60, of_views, 23, "#555")
     for i, (name, quality, figures, view) in enumerate(panels):
         left, top = gap + i % columns * (width + gap), heading + i // columns * (height + caption)
-        picture.paste(_image(view).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        picture.paste(photographs.as_image(view).resize((width, height), Image.Resampling.NEAREST), (left, top))
         write(left, top + height + 6, name, 27, "black")
         write(left, top + height + 40, quality or figures, 23, "black" if quality else "#555")
         write(left, top + height + 68, figures if quality else "", 23, "#555")
     picture.save(path)
-
-
-def _image(pixels: np.ndarray) -> Any:
-    from PIL import Image
-
-    return Image.fromarray((np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8))

@@ -65,6 +65,7 @@ def rollout(
     *,
     actions: Actions | None = None,
     conditions: Any = None,
+    given: torch.Tensor | None = None,
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
 ) -> Iterator[RolloutChunk]:
@@ -78,7 +79,8 @@ def rollout(
         actions: of at least the 4 n - 3 video frames; None where neither model nor retrieval needs them.
 
     Everything else as of `stream`. Raises ValueError also when the poses or intrinsics are misshapen or not rigid,
-    there are too few for one chunk, too few actions, or neither poses nor actions to integrate.
+    there are too few for one chunk, too few actions, more given frames than chunks are made, or neither poses nor
+    actions to integrate.
     """
     frames = model.chunk_frames
     if poses is not None:
@@ -95,6 +97,9 @@ def rollout(
         raise ValueError(
             f"rollout: {source} must be of at least chunk_frames={frames} latent frames, got {latent_frames}"
         )
+    if given is not None and len(given) > latent_frames // frames * frames:
+        most = latent_frames // frames * frames
+        raise ValueError(f"rollout: given must be of at most the {most} latent frames of the rollout, got {len(given)}")
     for name, rows in (actions._asdict() if actions is not None else {}).items():
         least = video_frames(latent_frames // frames * frames)
         if rows is not None and len(rows) < least:
@@ -106,7 +111,7 @@ def rollout(
             done = actions.until(video_frames(rows.stop)) if actions is not None else None
             yield Controls(*(array if array is None else array[rows] for array in (poses, intrinsics)), done)
 
-    return stream(model, memory, controls(), conditions=conditions, seed=seed, sigmas=sigmas)
+    return stream(model, memory, controls(), conditions=conditions, given=given, seed=seed, sigmas=sigmas)
 
 
 def stream(
@@ -115,6 +120,7 @@ def stream(
     controls: Iterable[Controls],
     *,
     conditions: Any = None,
+    given: torch.Tensor | None = None,
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
 ) -> Iterator[RolloutChunk]:
@@ -130,13 +136,15 @@ def stream(
         controls: all with poses, or all without where the memory retrieves by action: its integrator's are then the
             model's. Such a memory is given a chunk's rows of the actions, any other the poses and intrinsics.
         conditions: of the model's own kind; None for its stand-in.
+        given: clean latents [n, channels, height, width] that the video begins with, of whole chunks: these are not
+            denoised, only passed once at sigma 0, and yielded like the others. What follows goes on from them.
         seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
             so that rollouts of any mode, device and dtype start from the same numbers.
         sigmas: of the denoising passes, from 1 down, each above 0; None for the model's own.
 
     An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. Synchronises once a
-    chunk, to time it. Raises ValueError at the call when the memory is not at its start, or seed or sigmas are out
-    of range; at a chunk what begin_chunk raises.
+    chunk, to time it. Raises ValueError at the call when the memory is not at its start, the given latents are no whole
+    chunks of the model's shape, or seed or sigmas are out of range; at a chunk what begin_chunk raises.
     """
     frames = model.chunk_frames
     if frames != memory.config.chunk_frames:
@@ -149,7 +157,11 @@ def stream(
     sigmas = model.sigmas if sigmas is None else tuple(sigmas)
     if not sigmas or sigmas[0] != 1 or min(sigmas) <= 0 or list(sigmas) != sorted(sigmas, reverse=True):
         raise ValueError(f"rollout: sigmas must start at 1, fall, and stay above 0, got {list(sigmas)}")
-    return _chunks(model, memory, controls, conditions, seed, sigmas)
+    if given is not None and (tuple(given.shape[1:]) != tuple(model.latent_shape) or len(given) % frames):
+        wanted = ", ".join(map(str, model.latent_shape))
+        raise ValueError(f"rollout: given must be [n, {wanted}], n a multiple of {frames}, got {list(given.shape)}")
+    chunks_given = [] if given is None else [chunk.float() for chunk in given.split(frames)]
+    return _chunks(model, memory, controls, conditions, chunks_given, seed, sigmas)
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
@@ -164,6 +176,7 @@ def _chunks(
     memory: WorldMemory,
     controls: Iterable[Controls],
     conditions: Any,
+    given: Sequence[torch.Tensor],
     seed: int,
     sigmas: tuple[float, ...],
 ) -> Iterator[RolloutChunk]:
@@ -177,7 +190,8 @@ def _chunks(
         started = time.perf_counter()
         plan = memory.begin_chunk(**of_memory)
         try:
-            latents = _denoised(model, memory, plan, of_rollout, of_one, seed, sigmas)
+            of_given = given[number] if number < len(given) else None
+            latents = _denoised(model, memory, plan, of_rollout, of_one, of_given, seed, sigmas)
             memory.end_chunk()
             if model.device.type == "cuda":
                 with phase("wait"):
@@ -210,20 +224,24 @@ def _denoised(
     plan: ChunkPlan,
     of_rollout: Any,
     controls: Controls,
+    given: torch.Tensor | None,
     seed: int,
     sigmas: tuple[float, ...],
 ) -> torch.Tensor:
-    """The passes of one chunk, the clean one included."""
+    """The passes of one chunk, the clean one included; of a given chunk that one alone."""
     with phase("prepare_chunk"):
         of_chunk = model.prepare_chunk(of_rollout, plan.start_frame, controls)
-    shape = (model.chunk_frames, *model.latent_shape)
-    x = noise(seed, plan.chunk, 0, shape).to(model.device)
-    for step, sigma in enumerate(sigmas):
-        with phase(f"pass_{step}"):
-            clean = x - sigma * model.denoise(x, step, of_chunk, memory)
-        if step + 1 < len(sigmas):
-            next_sigma = sigmas[step + 1]
-            x = (1 - next_sigma) * clean + next_sigma * noise(seed, plan.chunk, step + 1, shape).to(model.device)
+    if given is not None:
+        clean = given.to(model.device)
+    else:
+        shape = (model.chunk_frames, *model.latent_shape)
+        x = noise(seed, plan.chunk, 0, shape).to(model.device)
+        for step, sigma in enumerate(sigmas):
+            with phase(f"pass_{step}"):
+                clean = x - sigma * model.denoise(x, step, of_chunk, memory)
+            if step + 1 < len(sigmas):
+                next_sigma = sigmas[step + 1]
+                x = (1 - next_sigma) * clean + next_sigma * noise(seed, plan.chunk, step + 1, shape).to(model.device)
     with phase("clean_pass"):
         model.denoise(clean, len(sigmas), of_chunk, memory)
     return clean

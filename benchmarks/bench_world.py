@@ -1,0 +1,168 @@
+"""What memories are worth, on the small world model: the studies of world_studies.py, a JSON line for each memory.
+
+    python benchmarks/bench_world.py --jsonl study.jsonl [--study modes] [--worlds 32] [--processes 2]
+    python benchmarks/bench_world.py --table study.jsonl
+
+Every memory goes on the same journeys through the same worlds with the same noise, so differences are paired: a line
+has the mean PSNR over the views seen again, its standard error over worlds, and the same of the difference to the
+study's first memory. All of it takes about half an hour on two cores; speed is not what is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from common import append_json_line, measured_in
+from machine import environment
+from world_studies import STUDIES, Memory, Study, pruning
+
+from worldkv_kernels import WorldMemory
+from worldkv_kernels.cli.photographs import PHOTOGRAPHS, load
+from worldkv_kernels.cli.report import note, table
+from worldkv_kernels.journeys import psnr, ssim, travel, truth
+from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld
+from worldkv_kernels.worlds import draw_worlds, photograph_world
+
+BENCH = "world"
+_UNSEEN = 2**33  # seed of the worlds: no training's, and not those of `worldkv world`
+_CHUNK = 3
+_STEPS = 2  # denoising steps, where a study does not ask for others
+
+
+class Seen(NamedTuple):
+    """Of one memory in one world."""
+
+    psnr: float
+    ssim: float
+    tokens: float
+    kept_bytes: int
+
+
+@cache
+def _model(weights: str) -> SmallWorld:
+    torch.set_num_threads(1)
+    return SmallWorld.from_pretrained(weights, device="cpu", dtype=torch.float32)
+
+
+@cache
+def _world(photograph: bool, number: int) -> torch.Tensor:
+    if photograph:
+        name = list(PHOTOGRAPHS)[number]
+        return photograph_world(load(argparse.Namespace(image=None, photo=name))[1])
+    return draw_worlds(number + 1, torch.Generator().manual_seed(_UNSEEN))[number]
+
+
+def sigmas_of(model: SmallWorld, steps: int) -> tuple[float, ...]:
+    """`steps` of the model's noise levels, from 1 down, evenly."""
+    levels = model.sigmas
+    return tuple(levels[i * len(levels) // steps] for i in range(steps))
+
+
+def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
+    """One memory in one world of a study."""
+    model, world, journey = _model(weights), _world(study.photographs, number), study.journey(number)
+    chunks = len(journey.poses) // _CHUNK
+    config = model.config.memory(**{"bank_chunks": chunks, **memory.options})
+    sigmas = sigmas_of(model, memory.passes or _STEPS)
+    with pruning(memory.prune):
+        of_memory = WorldMemory(config, device="cpu", dtype=torch.float32)
+        trip = travel(model, of_memory, world, journey, seed=number, sigmas=sigmas)
+    again = torch.tensor(list(journey.seen_again()))
+    want = truth(world, journey)[again]
+    if study.against == "the first visit":
+        again = again[again >= len(journey.poses) // 2]  # those on the way out were seen a turn before
+        want = trip.frames.flip(0)[again]
+    got = trip.frames[again]
+    tokens = np.mean([trip.plans[frame // _CHUNK].num_tokens for frame in again])
+    return Seen(psnr(got, want).mean().item(), float(ssim(got, want).mean()), float(tokens), trip.stats["kept_bytes"])
+
+
+def line_of(study: Study, memory: Memory, seen: list[Seen], base: list[Seen]) -> dict[str, Any]:
+    """What is written of a memory in a study: means over worlds, with standard errors."""
+    of_worlds, of_base = (np.array([of.psnr for of in by_world]) for by_world in (seen, base))
+
+    def error(numbers: np.ndarray) -> float:
+        return float(numbers.std(ddof=1) / np.sqrt(len(numbers)))
+
+    against = None
+    if seen is not base:
+        gained = of_worlds - of_base
+        against = {"memory": study.memories[0].name, "db": float(gained.mean()), "standard_error": error(gained)}
+    return {
+        "bench": BENCH, "case": study.name, "variant": memory.name, "asks": study.asks, "worlds": len(seen),
+        "options": {name: value if isinstance(value, int | float | str) else type(value).__name__
+                    for name, value in memory.options.items()},
+        "prune": memory.prune, "steps": memory.passes or _STEPS, "against": study.against,
+        "psnr_db": float(of_worlds.mean()), "standard_error": error(of_worlds), "difference": against,
+        "ssim": float(np.mean([of.ssim for of in seen])), "tokens_attended": float(np.mean([of.tokens for of in seen])),
+        "kept_bytes": max(of.kept_bytes for of in seen), "psnr_db_per_world": of_worlds.round(3).tolist(),
+    }  # fmt: skip
+
+
+def report(lines: Iterable[dict[str, Any]]) -> str:
+    """The lines of a file as tables, one for each study."""
+    of_studies: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        of_studies.setdefault(f"{line['case']}: {line['asks']} ({line['worlds']} worlds)", []).append(line)
+    tables = []
+    for study, of_study in of_studies.items():
+        rows = [
+            [
+                line["variant"], f"{line['psnr_db']:.2f}", f"{line['standard_error']:.2f}",
+                "" if line["difference"] is None
+                else f"{line['difference']['db']:+.2f} +- {line['difference']['standard_error']:.2f}",
+                f"{line['ssim']:.3f}", f"{line['tokens_attended']:,.0f}", f"{line['kept_bytes'] / 2**20:.1f}",
+            ]
+            for line in of_study
+        ]  # fmt: skip
+        columns = ["memory", "PSNR, dB", "+-", "to the first", "SSIM", "tokens", "MiB"]
+        tables.append(f"{study}\n{table(columns, rows)}")
+    return "\n\n".join(tables)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--jsonl", metavar="FILE", help="append a line for each memory")
+    add("--table", metavar="FILE", help="print the tables of a file and measure nothing")
+    add("--study", action="append", choices=[study.name for study in STUDIES], help="one of them; may be given again")
+    add("--worlds", type=int, help="at most so many, at least 2 (default: 32, the longest journeys 16)")
+    add("--weights", default=str(WEIGHTS), metavar="FOLDER", help="of another training")
+    add("--processes", type=int, default=2, help="(default: %(default)s)")
+    args = parser.parse_args()
+    if args.table:
+        print(report(measured_in(args.table)))
+        return 0
+    if args.worlds is not None and args.worlds < 2:
+        parser.error(f"argument --worlds: must be at least 2, got {args.worlds}")
+    record = environment(torch.device("cpu"))
+    lines = []
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for study in (study for study in STUDIES if args.study is None or study.name in args.study):
+            base: list[Seen] = []
+            worlds = range(min(study.worlds, args.worlds or study.worlds))
+            for memory in study.memories:
+                started = time.perf_counter()
+                tasks = [pool.submit(visit, args.weights, study, memory, number) for number in worlds]
+                seen = [task.result() for task in tasks]
+                base = base or seen
+                line = line_of(study, memory, seen, base)
+                note(f"{study.name}: {memory.name}: {line['psnr_db']:.2f} dB, {time.perf_counter() - started:.0f} s")
+                append_json_line(args.jsonl, {**line, "weights": Path(args.weights).name, "environment": record})
+                lines.append(line)
+    print(report(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What bench_world.py asks of the small world model: journeys, and on each the memories that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldkv_kernels.journeys import Journey, turn_and_return
+from worldkv_kernels.memory.retrieval import FovRetrieval, PoseRetrieval
+from worldkv_kernels.reference import compress_chunk
+from worldkv_kernels.worlds import looking
+
+CHUNKS = 30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A memory to compare: what differs from MemoryConfig's defaults, and what is no field of it."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prune: str = "published"  # which tokens of a chunk stay: "published", or a control, "random" or "most alike"
+    passes: int | None = None  # denoising steps of the model's; None for the study's
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, the journeys that it is asked on, and the memories that are compared with the first."""
+
+    name: str
+    asks: str
+    memories: Sequence[Memory]
+    journey: Callable[[int], Journey] = partial(turn_and_return, CHUNKS)  # of a world's number
+    worlds: int = 32
+    photographs: bool = False  # the four of scikit-image in place of drawn worlds
+    against: str = "the world"  # or "the first visit": pictures of the same poses that the model made before
+
+
+class RandomRetrieval:
+    """A control: chunks drawn at random."""
+
+    needs_intrinsics = False
+    stateless = False
+
+    def __init__(self) -> None:
+        self._generator = np.random.default_rng(0)
+
+    def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> None:
+        return None
+
+    def select(self, current: None, candidates: Sequence[tuple[int, None]], budget: int) -> list[int]:
+        return [candidates[i][0] for i in self._generator.permutation(len(candidates))[:budget]]
+
+    def drop(self, candidates: Sequence[tuple[int, None]]) -> int:
+        return candidates[0][0]
+
+
+@contextmanager
+def pruning(rule: str) -> Iterator[None]:
+    """While inside, the reference op keeps other tokens than the published ones: a control, on a CPU."""
+    published = compress_chunk.similarities
+    generator = torch.Generator().manual_seed(0)
+
+    def at_random(k: torch.Tensor, frames: int, anchor: int) -> torch.Tensor:
+        return torch.rand(frames - 1, k.shape[0] // frames, generator=generator)
+
+    def most_alike(k: torch.Tensor, frames: int, anchor: int) -> torch.Tensor:
+        return -published(k, frames, anchor)
+
+    compress_chunk.similarities = {"published": published, "random": at_random, "most alike": most_alike}[rule]
+    try:
+        yield
+    finally:
+        compress_chunk.similarities = published
+
+
+def sweeps_and_diagonal(number: int) -> Journey:
+    """Three level sweeps at pitches of -20, 0 and 20 degrees, then one that crosses them all, up and down."""
+    row = 7.0 * np.arange(30) - 101.5
+    yaw = np.concatenate([row, row[::-1], row])
+    pitch = np.repeat([-20.0, 0.0, 20.0], 30)
+    back = np.arange(45)
+    yaw = np.concatenate([yaw, row[-1] - 4.6 * back])
+    pitch = np.concatenate([pitch, 20 * np.cos(2 * np.pi * back / 30 + number)])
+    return _degrees(yaw + np.degrees(number), pitch, given=90)
+
+
+def turns_round_and_round(number: int) -> Journey:
+    """Two and a half turns on the spot, the first given: every view comes back, from the same side."""
+    frame = np.arange(126)
+    return _degrees(7.2 * frame + np.degrees(number), 8 * np.sin(frame / 5 + 1.7 * number), given=51)
+
+
+def nothing_given(number: int) -> Journey:
+    """A turn and return over the very same views, of which the first chunk alone is given."""
+    out = np.arange(45)
+    yaw, pitch = 7.0 * out, 8 * np.sin(out / 5 + 1.7 * number)
+    return _degrees(np.r_[yaw, yaw[::-1]] + np.degrees(number), np.r_[pitch, pitch[::-1]], given=3)
+
+
+def _degrees(yaw: np.ndarray, pitch: np.ndarray, *, given: int) -> Journey:
+    return Journey(looking(*(torch.from_numpy(np.deg2rad(angle)) for angle in (yaw, pitch))).numpy(), given)
+
+
+# Two chunks whole, sink and recent one each: as many tokens as the window that the model was trained with.
+TWO = {"sink_frames": 3, "recent_frames": 3, "retrieved_chunks": 2, "keep_ratio": 1.0, "rebase_time": True}
+FULL = Memory("full KV", {"mode": "full"})
+SLIDING = Memory("sliding window", {"mode": "sliding", "recent_frames": 12})
+SINK = Memory("sink + recent", {"mode": "sink_recent", "recent_frames": 9})
+MODES = [
+    Memory("defaults, rebased", {"rebase_time": True}), Memory("defaults, not rebased", {"rebase_time": False}),
+    FULL, SLIDING, SINK,
+    Memory("2 whole chunks, rebased", TWO),
+    Memory("2 whole chunks, not rebased", {**TWO, "rebase_time": False}),
+    Memory("2 random chunks, rebased", {**TWO, "retrieval": RandomRetrieval()}),
+]  # fmt: skip
+RETRIEVALS = [
+    Memory("pose", TWO),
+    Memory("pose, diversity .5", {**TWO, "retrieval": PoseRetrieval(diversity=0.5)}),
+    Memory("fov", {**TWO, "retrieval": "fov"}),
+    Memory("fov, diversity .5", {**TWO, "retrieval": FovRetrieval(diversity=0.5)}),
+    Memory("pose, nearest last", {**TWO, "order": "nearest_last"}),
+    Memory("pose, nearest first", {**TWO, "order": "nearest_first"}),
+    Memory("random", {**TWO, "retrieval": RandomRetrieval()}),
+]
+REBASE = [Memory("rebased", TWO), Memory("not rebased", {**TWO, "rebase_time": False})]
+
+
+def _changed(name: str, values: Sequence[Any], base: Mapping[str, Any]) -> list[Memory]:
+    return [Memory(f"{name}={value}", {**base, name: value}) for value in values]
+
+
+STUDIES = [
+    Study("modes", "What is each kind of memory worth?", MODES),
+    Study("photographs", "The same, in a photograph?", MODES, worlds=4, photographs=True),
+    Study("passes", "Do denoising steps matter?",
+          [Memory(f"{count} steps", {"rebase_time": True}, passes=count) for count in (4, 2, 1)]),
+    Study("retrieved", "How many chunks?", _changed("retrieved_chunks", range(1, 7), TWO)),
+    Study("pruned, retrieved", "How many pruned ones?",
+          _changed("retrieved_chunks", (1, 2, 3, 4, 6, 8), {**TWO, "keep_ratio": 0.25})),
+    Study("retrieval, turn and return", "Chosen how, in which order?", RETRIEVALS),
+    Study("retrieval, crossing", "The same, on a way that crosses itself at other pitches?", RETRIEVALS,
+          sweeps_and_diagonal),
+    Study("retrieval, round and round", "The same, where every view has near-copies?", RETRIEVALS,
+          turns_round_and_round),
+    Study("rebase, 72 frames", "What is rebasing worth?", [*REBASE, FULL], partial(turn_and_return, 24)),
+    Study("rebase, 144 frames", "And after longer?", [*REBASE, FULL], partial(turn_and_return, 48)),
+    Study("rebase, 504 frames", "And after very long?", [*REBASE, FULL], partial(turn_and_return, 168),
+          worlds=16),
+    Study("keep_ratio", "What does pruning cost?",
+          [*_changed("keep_ratio", (1.0, 0.5, 0.25, 0.1), TWO),
+           *[Memory(f"keep_ratio={ratio}, frame by frame", {**TWO, "keep_ratio": ratio, "pooled": False})
+             for ratio in (0.5, 0.25)],
+           *[Memory(f"keep_ratio={ratio}, {rule}", {**TWO, "keep_ratio": ratio}, prune=rule)
+             for ratio in (0.5, 0.25) for rule in ("random", "most alike")]]),
+    Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
+    Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),
+    Study("nothing given", "Where the model makes the way out, too: does it draw again what it drew?",
+          [m for m in MODES if "random" not in m.name], nothing_given, against="the first visit"),
+]  # fmt: skip

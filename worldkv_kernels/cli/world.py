@@ -1,0 +1,223 @@
+"""worldkv world: a trained world model looks around, turns away and comes back, with each kind of memory."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..journeys import LEAST_GAP, MODES, Journey, psnr, ssim, travel, truth, turn_and_return
+from ..memory.world_memory import WorldMemory
+from ..models.small_world import WEIGHTS, SmallWorld
+from ..ops.all import check_every_backend
+from ..trajectory import latent_poses, load
+from ..worlds import draw_worlds, photograph_world
+from . import photographs, report
+from .world_picture import animation, picture
+
+_TAKES = "downloads nothing; the default takes about a minute on two cores"
+_CHUNKS, _WORLDS = 30, 8
+_STRIDE = 4  # moves, or video frames of a folder, to a frame
+_LEAST_CHUNKS = 14  # so that some view was last seen long enough ago
+_UNSEEN = 2**32  # worlds that no training has drawn: those of other seeds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"It {_TAKES}."
+    add = parser.add_argument
+    photographs.add_arguments(parser, None)
+    add("--worlds", type=report.integer(1, 1000), help=f"how many drawn worlds (default: {_WORLDS}; one photograph)")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--chunks", type=report.integer(_LEAST_CHUNKS, 340),
+                     help=f"of three frames, half of them out and half back; even (default: {_CHUNKS})")  # fmt: skip
+    way.add_argument("--trajectory", metavar="FOLDER|MOVES",
+                     help="a way of your own, of which the first half is given: a folder with poses.npy and "
+                          "intrinsics.npy, or moves such as right*180,left*180 in degrees; every fourth of them is a "
+                          "frame (default: turn by 308 degrees and back)")  # fmt: skip
+    add("--weights", metavar="FOLDER", help="of another training (default: those of the package)")
+    add("--picture", metavar="FILE", default="world.png", help="where the picture goes (default: world.png)")
+    add("--animation", metavar="FILE", default="world.webp",
+        help="where the way back goes as a moving picture, .webp, .gif or .png (default: world.webp)")  # fmt: skip
+    add("--json", metavar="PATH", default="world.json",
+        help="where the figures go, one JSON document; - for stdout (default: world.json)")  # fmt: skip
+    add("--device", help="such as cuda or cpu (default: the GPU where there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--backend", help="of the ops: reference or triton (default: the automatic choice)")
+    add("--seed", type=report.seed, default=0, help="of worlds and noise (default: 0)")
+    report.add_quiet(parser)
+
+
+@dataclass
+class Result:
+    """Of one memory, on all worlds."""
+
+    name: str
+    psnr: list[list[float]] = field(default_factory=list)  # of each world, by view seen again
+    ssim: list[float] = field(default_factory=list)  # of each world, the mean
+    tokens: list[int] = field(default_factory=list)  # attended by each view seen again
+    kept_bytes: int = 0
+    made_frames: int = 0
+    made_seconds: float = 0.0
+    first: torch.Tensor | None = None  # what was drawn in the first world, [frames, 3, height, width]
+
+    @property
+    def of_worlds(self) -> np.ndarray:
+        """Mean PSNR of each world."""
+        return np.array([np.mean(of_world) for of_world in self.psnr])
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean over the worlds; None for one world."""
+        worlds = self.of_worlds
+        return float(worlds.std(ddof=1) / math.sqrt(len(worlds))) if len(worlds) > 1 else None
+
+
+def run(args: argparse.Namespace) -> int:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are too small to share
+    try:
+        return _run(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: argparse.Namespace) -> int:
+    device = report.parse_device(args.device)
+    check_every_backend("--backend", args.backend, device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    photographs.check_installed("world", "PIL", "skimage")
+    report.writable("--picture", args.picture, photographs.formats(args.picture))
+    report.writable("--animation", args.animation, [".webp", ".gif", ".png"])
+    report.different_files(image=args.image, picture=args.picture, animation=args.animation, json=args.json)
+    name, worlds = _worlds(args)
+    way, journeys = _journeys(args, len(worlds))
+    model = SmallWorld.from_pretrained(args.weights or WEIGHTS, device=device, dtype=dtype)
+    out = sys.stderr if args.json == "-" else sys.stdout
+    seen_again = [list(journey.seen_again()) for journey in journeys]
+    first, parameters = journeys[0], sum(of.numel() for of in model.parameters())
+    print(
+        f"A world model of {parameters / 1e6:.1f} million parameters in {name}: {way}.\n"
+        f"The first {first.given} frames are given, the other {len(first.poses) - first.given} it makes; "
+        f"{len(seen_again[0])} of these show what was last seen {LEAST_GAP} frames ago or more "
+        f"({device}, {str(dtype)[6:]}).\n"
+        f"It {_TAKES}.\n",
+        file=out, flush=True,
+    )  # fmt: skip
+    progress = report.Progress("world", len(MODES) * sum(len(journey.poses) for journey in journeys) // 3)
+    results = [Result(mode) for mode in MODES]
+    for number, (world, journey) in enumerate(zip(worlds, journeys, strict=True)):
+        for result in results:
+            _go(model, args, world, journey, seen_again[number], number, result, progress)
+    print(_table(results), file=out)
+    report.write_json(args.json, {
+        "command": "world", "machine": report.machine(device), "worlds": name, "way": way, "dtype": str(dtype)[6:],
+        "frames": len(first.poses), "given": first.given, "sigmas": list(model.sigmas), "seed": args.seed,
+        "seen_again": seen_again, "modes": [_figures(result) for result in results],
+    })  # fmt: skip
+    seen = truth(worlds[0], first)
+    drawn = {"the world": seen, **{result.name: result.first for result in results}}
+    captions = {result.name: f"{result.of_worlds[0]:.1f} dB" for result in results}
+    picture(args.picture, drawn, captions, first.given)
+    report.note(f"wrote {args.picture}")
+    animation(args.animation, drawn, captions, first.given)
+    report.note(f"wrote {args.animation}")
+    return 0
+
+
+def _worlds(args: argparse.Namespace) -> tuple[str, torch.Tensor]:
+    """Their name, and worlds [n, 3, height, width]."""
+    if args.image is None and args.photo is None:
+        count = _WORLDS if args.worlds is None else args.worlds
+        generator = torch.Generator().manual_seed(_UNSEEN + args.seed)
+        name = f"{count} drawn worlds" if count > 1 else "a drawn world"
+        return name, draw_worlds(count, generator)
+    if args.worlds is not None:
+        raise ValueError(f"--worlds must be left out with a photograph, got {args.worlds}")
+    name, image = photographs.load(args)
+    return name, photograph_world(image)[None]
+
+
+def _journeys(args: argparse.Namespace, count: int) -> tuple[str, list[Journey]]:
+    """What the way is called, and that of each world."""
+    if args.trajectory is None:
+        chunks = _CHUNKS if args.chunks is None else args.chunks
+        if chunks % 2:
+            raise ValueError(f"--chunks must be even, got {chunks}")
+        journeys = [turn_and_return(chunks, number) for number in range(count)]
+        turned = turn_and_return(chunks, step=1.0).given
+        return f"the camera turns by {7 * (turned - 1)} degrees and back", journeys
+    try:
+        trajectory = load(args.trajectory)
+    except ValueError as error:
+        raise ValueError(f"--trajectory: {str(error).removeprefix('trajectory: ')}") from error
+    poses, _ = latent_poses(trajectory, _STRIDE)
+    given = len(poses) // 2 // 3 * 3
+    journey = Journey(poses[: len(poses) // 3 * 3], given)
+    if given < 3 or not journey.seen_again():
+        raise ValueError(
+            f"--trajectory must come back, in its second half, to views last seen {LEAST_GAP} frames ago or more, "
+            f"got {trajectory.name}: {len(poses)} frames"
+        )
+    return trajectory.name, [journey] * count
+
+
+def _go(
+    model: SmallWorld,
+    args: argparse.Namespace,
+    world: torch.Tensor,
+    journey: Journey,
+    seen_again: Sequence[int],
+    number: int,
+    result: Result,
+    progress: report.Progress,
+) -> None:
+    """One memory in one world."""
+    chunks = len(journey.poses) // 3
+    config = model.config.memory(**{"bank_chunks": max(chunks, 6), **MODES[result.name]})
+    memory = WorldMemory(config, device=model.device, dtype=model.dtype, backend=args.backend)
+    trip = travel(model, memory, world, journey, seed=args.seed + number, on_chunk=lambda: progress.step(result.name))
+    seen = truth(world, journey)
+    frames = torch.tensor(seen_again)
+    result.psnr.append(psnr(trip.frames[frames], seen[frames]).tolist())
+    result.ssim.append(float(ssim(trip.frames[frames], seen[frames]).mean()))
+    result.tokens += [trip.plans[frame // 3].num_tokens for frame in seen_again]
+    result.kept_bytes = max(result.kept_bytes, trip.stats["kept_bytes"])
+    result.made_frames += len(journey.poses) - journey.given
+    result.made_seconds += trip.made_seconds
+    if number == 0:
+        result.first = trip.frames
+
+
+def _table(results: list[Result]) -> str:
+    full = np.mean(results[0].tokens)
+    rows = []
+    for result in results:
+        error, tokens = result.standard_error, np.mean(result.tokens)
+        rows.append([
+            result.name, f"{result.of_worlds.mean():.1f}", "-" if error is None else f"{error:.1f}",
+            f"{np.mean(result.ssim):.2f}", f"{tokens:,.0f}", f"{tokens / full:.0%}", report.size(result.kept_bytes),
+            f"{result.made_frames / result.made_seconds:.1f}",
+        ])  # fmt: skip
+    columns = ["memory", "PSNR, dB", "+-", "SSIM", "tokens attended", "of full", "KV kept", "frames/s"]
+    return report.table(columns, rows)
+
+
+def _figures(result: Result) -> dict[str, Any]:
+    return {
+        "name": result.name,
+        **MODES[result.name],
+        "psnr_db": float(result.of_worlds.mean()),
+        "psnr_db_standard_error": result.standard_error,
+        "psnr_db_per_world": result.of_worlds.tolist(),
+        "psnr_db_per_view": result.psnr,
+        "ssim": float(np.mean(result.ssim)),
+        "tokens_attended_mean": float(np.mean(result.tokens)),
+        "kept_bytes": result.kept_bytes,
+        "frames_per_second": result.made_frames / result.made_seconds,
+    }
