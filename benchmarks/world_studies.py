@@ -16,7 +16,7 @@ from worldkv_kernels.memory.retrieval import FovRetrieval, PoseRetrieval
 from worldkv_kernels.reference import compress_chunk
 from worldkv_kernels.worlds import looking
 
-CHUNKS = 30
+TURN = partial(turn_and_return, 30)  # chunks; the journey of a world's number
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Study:
     name: str
     asks: str
     memories: Sequence[Memory]
-    journey: Callable[[int], Journey] = partial(turn_and_return, CHUNKS)  # of a world's number
+    journey: Callable[[int], Journey] = TURN
     worlds: int = 32
     photographs: bool = False  # the four of scikit-image in place of drawn worlds
     against: str = "the world"  # or "the first visit": pictures of the same poses that the model made before
