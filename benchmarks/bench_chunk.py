@@ -98,12 +98,20 @@ class CheckedMemory:
         pools = self.memory.pools(layer)
         for pool, exact in zip(pools, scratch, strict=True):
             self.errors.append(relative_error(pool[current.first_row :][: current.num_rows], exact))
-        ranges = ((s.first_row, s.first_row + s.num_rows) for s in window.segments)
-        rows = torch.cat([torch.arange(*of_segment, dtype=torch.int64, device=q.device) for of_segment in ranges])
-        of_heads = [x.transpose(0, 1)[None] for x in (turned, *(pool[rows] for pool in pools))]
+        k_rows, v_rows = ([pool[s.first_row :][: s.num_rows] for s in window.segments] for pool in pools)
+        keys = torch.cat([self._later(k, s.time_shift) for k, s in zip(k_rows, window.segments, strict=True)])
+        of_heads = [x.transpose(0, 1)[None] for x in (turned, keys, torch.cat(v_rows))]
         want = scaled_dot_product_attention(*of_heads, scale=config.scale)[0].transpose(0, 1)
         self.errors.append(relative_error(got, want))
         return got
+
+    def _later(self, k: torch.Tensor, frames: int) -> torch.Tensor:
+        """Keys turned as if they had been made so many frames later."""
+        if not frames:
+            return k
+        pairs = torch.view_as_complex(k.double().unflatten(-1, (-1, 2)))
+        turn = torch.view_as_complex(torch.from_numpy(self.config.make_rope().turn(frames)).to(k.device))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(k.dtype)
 
 
 class Filled:

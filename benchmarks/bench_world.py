@@ -77,10 +77,12 @@ def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
     with pruning(memory.prune):
         of_memory = WorldMemory(config, device="cpu", dtype=torch.float32)
         trip = travel(model, of_memory, world, journey, seed=number, sigmas=sigmas)
-    again = torch.tensor(list(journey.seen_again()))
+    again = list(journey.seen_again())
     want = truth(world, journey)[again]
     if study.against == "the first visit":
-        again = again[again >= len(journey.poses) // 2]  # those on the way out were seen a turn before
+        again = [
+            frame for frame in again if frame >= len(journey.poses) // 2
+        ]  # those on the way out were seen a turn before
         want = trip.frames.flip(0)[again]
     got = trip.frames[again]
     tokens = np.mean([trip.plans[frame // _CHUNK].num_tokens for frame in again])

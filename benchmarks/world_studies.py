@@ -68,7 +68,8 @@ def pruning(rule: str) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def at_random(k: torch.Tensor, frames: int, anchor: int) -> torch.Tensor:
-        return torch.rand(frames - 1, k.shape[0] // frames, generator=generator)
+        shape = (frames - 1, k.shape[0] // frames)
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def most_alike(k: torch.Tensor, frames: int, anchor: int) -> torch.Tensor:
         return -published(k, frames, anchor)

@@ -15,6 +15,7 @@ from random_rollouts import HEAD_DIM, Rollout, make, same, state, tiny
 
 import worldkv_kernels.memory.pool as pool_module
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
+from worldkv_kernels.memory.config import MODES
 from worldkv_kernels.memory.retrieval import PoseRetrieval
 
 
@@ -110,8 +111,19 @@ def test_config_numbers_are_numbers(field, value):
 )
 @pytest.mark.parametrize("value", ["no", 1, None])
 def test_config_switches_are_true_or_false(field, value):
+    if field == "rebase_time" and value is None:
+        value = 0  # None is for the default, which follows from mode and rope
     with pytest.raises(TypeError, match=f"MemoryConfig: {field} must be True or False, got {value!r}"):
         tiny(**{field: value})
+
+
+def test_time_is_rebased_by_default_where_chunks_come_back_and_have_a_rope():
+    rebased = {mode: tiny(mode=mode, bank_chunks=9).rebase_time for mode in MODES}
+    assert rebased == {"worldkv": True, "full": False, "sliding": False, "sink_recent": False}
+    assert not tiny(rope=None).rebase_time and not tiny(rebase_time=False).rebase_time
+    assert tiny(mode="sink_recent", rebase_time=True).rebase_time
+    sizes = dict(num_layers=1, num_heads=1, grid=(2, 3))
+    assert not MemoryConfig.official(**sizes).rebase_time
 
 
 @pytest.mark.parametrize("grid", [[2, 3], np.array([2, 3]), (np.int64(2), 3), torch.Size([2, 3])])

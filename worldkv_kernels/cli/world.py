@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +171,7 @@ def _go(
     args: argparse.Namespace,
     world: torch.Tensor,
     journey: Journey,
-    seen_again: Sequence[int],
+    seen_again: list[int],
     number: int,
     result: Result,
     progress: report.Progress,
@@ -183,9 +182,8 @@ def _go(
     memory = WorldMemory(config, device=model.device, dtype=model.dtype, backend=args.backend)
     trip = travel(model, memory, world, journey, seed=args.seed + number, on_chunk=lambda: progress.step(result.name))
     seen = truth(world, journey)
-    frames = torch.tensor(seen_again)
-    result.psnr.append(psnr(trip.frames[frames], seen[frames]).tolist())
-    result.ssim.append(float(ssim(trip.frames[frames], seen[frames]).mean()))
+    result.psnr.append(psnr(trip.frames[seen_again], seen[seen_again]).tolist())
+    result.ssim.append(float(ssim(trip.frames[seen_again], seen[seen_again]).mean()))
     result.tokens += [trip.plans[frame // 3].num_tokens for frame in seen_again]
     result.kept_bytes = max(result.kept_bytes, trip.stats["kept_bytes"])
     result.made_frames += len(journey.poses) - journey.given

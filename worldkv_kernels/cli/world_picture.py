@@ -23,7 +23,7 @@ def picture(path: str, drawn: Mapping[str, torch.Tensor], captions: Mapping[str,
     from PIL import Image, ImageDraw, ImageFont
 
     frames = len(next(iter(drawn.values())))
-    shown = torch.linspace(given, frames - 1, _COLUMNS).round().int().tolist()
+    shown = [given + round(i * (frames - 1 - given) / (_COLUMNS - 1)) for i in range(_COLUMNS)]
     height, width = (side * _ZOOM for side in next(iter(drawn.values())).shape[-2:])
     size = (_LEFT + _COLUMNS * (width + _GAP) + _GAP, _HEADING + len(drawn) * (height + _GAP) + _GAP)
     sheet = Image.new("RGB", size, "white")

@@ -29,7 +29,7 @@ Order = Literal["time", "nearest_last", "nearest_first"]
 MODES = ("worldkv", "full", "sliding", "sink_recent")
 _INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks")
 _INTEGERS_IF_GIVEN = ("sink_frames", "recent_frames", "retrieved_chunks", "bank_chunks", "device_slots")
-_NOT_GIVEN: Any = None  # of integers that then follow from others
+_NOT_GIVEN: Any = None  # of what then follows from others
 _LARGEST = 2**31 - 1  # of every count: far more than memory holds, and sums and products of them stay in float's range
 _RETRIEVED_CHUNKS = 6
 _BOOLS = ("pooled", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink")
@@ -63,7 +63,7 @@ class MemoryConfig:
     scales for Matrix-Game's "universal" actions; give an object for another game or other scales.
     `order` of the retrieved chunks in the window: by "time", or "nearest_last", "nearest_first". `rebase_time`:
     turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
-    recent ones.
+    recent ones; by default in mode "worldkv", where there is a rope.
 
     `bank`: "device", or "host" for host memory, page-locked on a GPU, with `device_slots` chunks of it cached on the
     device. None for retrieved_chunks + 2: the window, one to prune into and one to prefetch into without giving up
@@ -93,7 +93,7 @@ class MemoryConfig:
     pooled: bool = True
     mode: Mode = "worldkv"
     retrieval: Literal["pose", "fov", "action"] | RetrievalPolicy = "pose"
-    rebase_time: bool = False
+    rebase_time: bool = _NOT_GIVEN
     order: Order = "time"
     bank: Literal["device", "host"] = "device"
     bank_chunks: int | None = None
@@ -119,6 +119,7 @@ class MemoryConfig:
         follows = {
             "sink_frames": self.chunk_frames,
             "recent_frames": 2 * self.chunk_frames,
+            "rebase_time": self.mode == "worldkv" and self.rope is not None,
             "retrieved_chunks": max(0, min([_RETRIEVED_CHUNKS, *(chunks for chunks in room if chunks is not None)])),
         }
         for field, value in follows.items():
@@ -263,6 +264,11 @@ class MemoryConfig:
     def host_bank_slots(self) -> int:
         """Device slots of a bank in host memory."""
         return self.retrieved_chunks + 2 if self.device_slots is None else self.device_slots
+
+    @property
+    def turns_segments(self) -> bool:
+        """Whether any of the window may be turned in time."""
+        return self.rebase_time and self.mode in ("worldkv", "sink_recent")
 
     @property
     def has_bank(self) -> bool:

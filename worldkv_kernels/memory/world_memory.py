@@ -82,7 +82,7 @@ class WorldMemory:
         self._window = Window(
             [Segment(0, 1)],
             device=self.device,
-            rope=self._rope if config.rebase_time else None,
+            rope=self._rope if config.turns_segments else None,
             capacity=capacity(config, self._storage.max_chunks),
         )
         self._position = torch.zeros(2, dtype=torch.int64, device=self.device)
