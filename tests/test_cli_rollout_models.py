@@ -202,7 +202,7 @@ def test_lingbot_by_a_trajectory(small, tmp_path, variant, sink, recent):
 
 def test_layers_and_grid(small, tmp_path, capsys):
     options = ["--layers", "1", "--grid", "2, 3", "--chunks", "5", "--modes", "worldkv"]
-    for model in (MATRIX, LINGBOT, ["--model", "tiny", "--random"]):
+    for model in (MATRIX, LINGBOT, ["--random"]):
         result = rolled(tmp_path, *model, *options)
         assert (result["model"]["num_layers"], result["model"]["grid"]) == (1, [2, 3])
         assert result["modes"]["worldkv"]["chunks"][0]["tokens_attended"] == 18
@@ -316,7 +316,7 @@ def test_threads(small, tmp_path):
     try:
         assert rolled(tmp_path, *options, "--threads", "2")["machine"]["threads"] == 2
         path = tmp_path / "default.json"
-        for model, threads in ((MATRIX, 3), (["--model", "tiny"], 1)):
+        for model, threads in ((MATRIX, 3), ([], 1)):
             assert main(["rollout", "--device", "cpu", *options[3:], *model, "--json", str(path)]) == 0
             assert json.loads(path.read_text())["machine"]["threads"] == threads
         assert torch.get_num_threads() == 3
@@ -332,29 +332,32 @@ def test_threads(small, tmp_path):
     [
         (["--model", "matrix_game_2"], "--model matrix_game_2 must have --weights FOLDER or --random, got neither"),
         (["--model", "lingbot_world_fast"], "--model lingbot_world_fast must have --weights FOLDER or --random, got"),
-        ([*MATRIX, "--weights", "x"], r"--weights must be left out .* \(--random was given\), got 'x'"),
-        (["--weights", "x"], r"--weights must be left out where weights are random \(tiny is always random\), got 'x'"),
-        (["--model", "matrix_game_2", "--weights", "x", "--layers", "2"], "--layers must be left out with --weights"),
+        ([*MATRIX, "--weights", "x"], "--weights must be left out with --random, got 'x'"),
+        (["--random", "--weights", "x"], "--weights must be left out with --random, got 'x'"),
+        (["--model", "matrix_game_2", "--weights", "x", "--layers", "2"], "--layers must go with --random, since all"),
+        (["--layers", "2"], "--layers must go with --random, since all other weights have their own, got 2"),
+        (["--weights", "x", "--layers", "2"], "--layers must go with --random, since all other weights .* got 2"),
+        (["--weights", "x"], "--weights: must be an existing folder or .safetensors file, got x"),
         ([*MATRIX, "--variant", "fast"], "--variant must be one of universal, gta_drive, templerun for matrix_game_2"),
         ([*LINGBOT, "--variant", "v3"], "--variant must be one of fast, v2-14b, v2-1.3b for lingbot_world_fast, got"),
-        (["--variant", "fast"], "--variant must be one of tiny for tiny, got 'fast'"),
+        (["--variant", "fast"], "--variant must be one of small_world for small_world, got 'fast'"),
         ([*MATRIX, "--trajectory", "right*9"], "--trajectory must be left out with --model matrix_game_2, .* got 'ri"),
         ([*MATRIX, "--stride", "4"], "--stride must be left out with --model matrix_game_2, which goes by --actions"),
         ([*LINGBOT, "--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model lingbot_world"),
-        (["--scales", "yaw=9"], "--scales must go with --model matrix_game_2, got --model tiny"),
+        (["--scales", "yaw=9"], "--scales must go with --model matrix_game_2, got --model small_world"),
         ([*MATRIX, "--scales", "yaw=9,tilt=2"], "--scales must be numbers of yaw, .*, turn, such as .* got 'tilt=2'"),
         ([*MATRIX, "--scales", "yaw"], "--scales must be numbers of yaw, .* got 'yaw'"),
         ([*MATRIX, "--scales", "walk=nan"], "--scales: walk must be finite, got nan"),
         ([*MATRIX, "--scales", "yaw=1e300"], r"--scales: yaw must be from -1000000 to 1000000, got 1e\+300"),
         ([*MATRIX, "--actions", "W*9999999"], "--actions: counts must be at most 100000 together, got 'W.999"),
-        (["--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model tiny"),
+        (["--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model small_world"),
         ([*MATRIX, "--actions", ""], "--actions: .* got ''"),
         ([*MATRIX, "--scales", ""], "--scales must be numbers of yaw, .* got ''"),
         ([*MATRIX, "--trajectory", ""], "--trajectory must be left out with --model matrix_game_2, .* got ''"),
         ([*MATRIX, "--actions", "W9"], "--actions: an action's count must be a positive integer, .* got 'W9'"),
         ([*MATRIX, "--actions", "X*9"], "--actions: keys of 'universal' must be of W, S, .* got 'X'"),
         ([*MATRIX, "--actions", "W*7"], "--actions must have at least 9 video frames .* got 2 latent frames"),
-        (["--retrieval", "action"], "--retrieval action must go with --model matrix_game_2, got --model tiny"),
+        (["--retrieval", "action"], "--retrieval action must go with --model matrix_game_2, got --model small_world"),
         ([*MATRIX, "--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval action"),
         ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '22'"),
         ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '0,2'"),
