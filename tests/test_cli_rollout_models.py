@@ -24,6 +24,7 @@ from worldkv_kernels.models.lingbot_world_fast import LingBotConditions, LingBot
 from worldkv_kernels.models.matrix_game_2 import MatrixGame2
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 from worldkv_kernels.models.rollout import rollout
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
 LEFT_AND_BACK = "J*60,Q*8,L*60"  # 129 video frames, 33 latent frames, 11 chunks; chunk c stands where chunk 10 - c did
@@ -195,6 +196,60 @@ def test_lingbot_by_a_trajectory(small, tmp_path, variant, sink, recent):
     want = own_errors(model, poses, intrinsics, conditions=conditions)
     assert max(want) > 1e-4
     assert errors(result) == pytest.approx(want, rel=1e-2, abs=1e-7)
+
+
+# --- SmallWorld ---
+
+TURN = ["--trajectory", "right*54,left*53", "--modes", "full,worldkv"]  # 9 chunks
+
+
+def own_small_world(model, seed=0) -> list[float]:
+    return own_errors(model, *latent_poses(load("right*54,left*53")), seed=seed)
+
+
+def test_small_world_with_the_packages_weights(tmp_path, capsys):
+    result = rolled(tmp_path, *TURN, "--seed", "2")
+    out = capsys.readouterr().out
+    assert (
+        "model small_world: the package's weights, 4 layers, 2 heads x 64, 6 x 8 tokens a frame; float32 on cpu" in out
+    )
+    assert re.search(r"^weights: 1.2 million parameters, 4.\d MiB, the package's, in \d+.\d s$", out, re.M)
+    assert result["model"]["weights"] == "the package's" and result["model"]["sigmas"] == [1, 0.9, 0.75, 0.5]
+    model = SmallWorld.from_pretrained(device="cpu", dtype=torch.float32)
+    want = own_small_world(model, seed=2)  # of the noise alone
+    assert max(want) > 1e-3
+    assert errors(result) == pytest.approx(want, rel=1e-2, abs=1e-7)
+    wide = rolled(tmp_path, *TURN, "--grid", "3,12", "--chunks", "1")
+    assert wide["model"]["grid"] == [3, 12] and wide["model"]["weights"] == "the package's"
+    assert wide["modes"]["full"]["chunks"][0]["tokens_attended"] == 108
+
+
+def test_small_world_with_weights_of_a_folder(tmp_path, capsys):
+    """Of sizes of its own, which the config.json beside them says."""
+    config = SmallWorldConfig(num_layers=1, num_heads=1, ffn_dim=32, grid=(2, 3), ray_octaves=1, sigmas=(1.0, 0.5))
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    model = SmallWorld.random(config, 7, device="cpu", dtype=torch.float32)
+    write(folder / "model.safetensors", model.state_dict())
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    result = rolled(tmp_path, *TURN, "--weights", str(folder))
+    assert result["model"]["weights"] == str(folder)
+    assert [result["model"][name] for name in ("num_layers", "grid", "sigmas")] == [1, [2, 3], [1, 0.5]]
+    want = own_small_world(model)
+    assert max(want) > 1e-3
+    assert errors(result) == pytest.approx(want, rel=1e-2, abs=1e-7)
+    capsys.readouterr()
+    for text, said in (
+        ("{}", "SmallWorld: checkpoint must hold the 109 tensors of its config, got 69 missing: "),
+        (
+            '{"ffn_dim": 0}',
+            "--weights: SmallWorldConfig: config.json must have ffn_dim an integer from 1 to 1048576, got 0",
+        ),
+        ("[]", "--weights: "),
+    ):
+        (folder / "config.json").write_text(text)
+        assert main(["rollout", "--device", "cpu", *TURN, "--weights", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"worldkv rollout: {said}")
 
 
 # --- sizes and weights ---
