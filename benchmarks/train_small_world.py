@@ -53,7 +53,8 @@ class Clips:
     def __init__(self, model: SmallWorld, moving: float, seed: int) -> None:
         self.config, self.moving = model.config, moving
         self.generator = torch.Generator(model.device).manual_seed(seed)
-        self._drawn: dict[str, Any] = dict(generator=self.generator, device=model.device)
+        self._options: dict[str, Any] = dict(dtype=torch.float32, device=model.device)
+        self._drawn = dict(generator=self.generator, **self._options)
 
     def draw(self, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [clips, chunks, frames, channels, height, width] and ray features [clips, chunks, tokens, n]."""
@@ -102,9 +103,9 @@ class Clips:
 
     def _walks(self, clips: int, frames: int) -> torch.Tensor:
         """Positions [clips, frames, 3], less than MOST_AWAY from the middle: straight lines, mostly level."""
-        step, steps = torch.zeros(clips, 3, device=self.generator.device), []
+        step, steps = torch.zeros(clips, 3, **self._options), []
         for frame in range(frames):
-            other = self._normal((clips, 3)) * torch.tensor([0.1, 0.03, 0.1], device=self.generator.device)
+            other = self._normal((clips, 3)) * torch.tensor([0.1, 0.03, 0.1], **self._options)
             changes = self._uniform(0, 1, clips, 1) < 0.2
             step = torch.where(changes | (frame == 0), other, step)
             steps.append(step)
@@ -290,7 +291,7 @@ class Training:
         for group, rate in self._rates:
             group["lr"] = rate * share_of_rate(self.step, self.steps)
         # Between the latents' own weighting, which is 1, and that of the pixels, which is the square.
-        scales = torch.tensor(worlds.SCALES, device=self.model.device)
+        scales = torch.tensor(worlds.SCALES, dtype=torch.float32, device=self.model.device)
         loss = (squared_error(self.model, self.data, self.clips) * (scales / scales.mean())).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -304,7 +305,7 @@ class Training:
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
         """PSNR of the pictures of 16 clips, always the same: of each chunk from pure noise, and of all at sigma 1/2."""
-        scales = torch.tensor(worlds.SCALES, device=self.model.device)
+        scales = torch.tensor(worlds.SCALES, dtype=torch.float32, device=self.model.device)
 
         def psnr(sigma: float) -> torch.Tensor:
             clips = Clips(self.model, self.data.moving, seed=2**40)

@@ -40,8 +40,8 @@ def draw_worlds(count: int, generator: torch.Generator) -> torch.Tensor:
     They are on the generator's device, and a function of its state.
     """
     height, width = TEXTURE
-    options = dict(generator=generator, device=generator.device)
-    colour = torch.zeros(count, 3, height, width, device=generator.device)
+    options = dict(generator=generator, dtype=torch.float32, device=generator.device)
+    colour = torch.zeros(count, 3, height, width, dtype=torch.float32, device=generator.device)
     for rows, amplitude in ((4, 1.0), (9, 0.7)):
         columns = 2 * rows
         coarse = torch.randn(count, 3, rows, columns, **options)
@@ -127,7 +127,7 @@ def pictures(worlds: torch.Tensor, poses: torch.Tensor) -> torch.Tensor:
 
 def _centred(count: int, device: torch.device) -> torch.Tensor:
     """The middles of `count` pixels side by side, from -1/2 to 1/2."""
-    return (torch.arange(count, device=device) + 0.5) / count - 0.5
+    return (torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count - 0.5
 
 
 # --- the codec ---
@@ -149,11 +149,12 @@ def decode(latents: torch.Tensor) -> torch.Tensor:
 
 def _basis() -> torch.Tensor:
     """Orthonormal rows [16, 48]: luma up to diagonal 3 of the coefficients, chromas up to diagonal 1."""
-    k = torch.arange(_STRIDE, dtype=torch.float64)
+    k = torch.arange(_STRIDE, dtype=torch.float64, device="cpu")
     cosines = torch.cos(math.pi * (k[None] + 0.5) * k[:, None] / _STRIDE) * math.sqrt(2 / _STRIDE)
     cosines[0] /= math.sqrt(2)
     # Y, Cb and Cr of JPEG, made orthogonal.
-    colours = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], dtype=torch.float64)
+    weights = [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
+    colours = torch.tensor(weights, dtype=torch.float64, device="cpu")
     colours = torch.linalg.qr(colours.T)[0].T
     rows = [
         torch.einsum("c,y,x->cyx", colour, cosines[i], cosines[j]).flatten()
@@ -165,4 +166,4 @@ def _basis() -> torch.Tensor:
     return torch.stack(rows).float()
 
 
-_BASIS, _SCALE = _basis(), torch.tensor(SCALES)
+_BASIS, _SCALE = _basis(), torch.tensor(SCALES, dtype=torch.float32, device="cpu")
