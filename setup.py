@@ -142,7 +142,11 @@ setup(
         "worldkv_kernels.benchmarks": "benchmarks",
         "worldkv_kernels.kernels": "kernels",
     },
-    package_data={"worldkv_kernels": ["py.typed"], "worldkv_kernels.ops": ["proven.json"]},
+    package_data={
+        "worldkv_kernels": ["py.typed"],
+        "worldkv_kernels.models": ["weights/small_world/config.json", "weights/small_world/model.safetensors"],
+        "worldkv_kernels.ops": ["proven.json"],
+    },
     include_package_data=False,  # else all of MANIFEST.in that lies in a package, device.sh and figures among it
     ext_modules=[Extension("worldkv_kernels._cuda", SOURCES)],
     cmdclass={"build_ext": BuildCuda, "egg_info": EggInfo},

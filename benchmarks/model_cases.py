@@ -22,7 +22,7 @@ from worldkv_kernels.models.lingbot_world_fast import LingBotWorldFast
 from worldkv_kernels.models.matrix_game_2 import MatrixGame2
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 from worldkv_kernels.models.rollout import Controls, WorldModel
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
 # The memories that are compared. "published" is the rival, "official" the same window by way of the ops,
@@ -34,7 +34,7 @@ _RETRIEVED = 6  # chunks
 _MARGIN = 8 << 30  # bytes of the device left for activations
 
 Memory = WorldMemory | PublishedMemory
-Config = TinyConfig | LingBotConfig | MatrixGameConfig
+Config = SmallWorldConfig | LingBotConfig | MatrixGameConfig
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _matrix_game(**sizes: Any) -> MatrixGameConfig:
 
 # The config of each model's variants, the first by default, and the class.
 MODELS = {
-    "tiny": ({"tiny": TinyConfig}, TinyWorldModel),
+    "small_world": ({"small_world": SmallWorldConfig}, SmallWorld),
     "lingbot_world_fast": ({"fast": LingBotConfig.fast, "v2-1.3b": LingBotConfig.v2_1_3b}, LingBotWorldFast),
     "matrix_game_2": ({"universal": _matrix_game}, MatrixGame2),
 }
@@ -82,17 +82,13 @@ MODELS = {
 def build(case: ModelCase, device: torch.device) -> WorldModel:
     """The case's model with random weights, bf16 on a GPU and fp32 on a CPU. Raises ValueError on an unknown model."""
     config = case.config()
-    made_of = MODELS[case.model][1]
-    draw = made_of if made_of is TinyWorldModel else made_of.random  # the tiny model has no other weights
-    return draw(config, device=device, dtype=DTYPES[device.type])
+    return MODELS[case.model][1].random(config, device=device, dtype=DTYPES[device.type])
 
 
 def weights_of(case: ModelCase, dtype: torch.dtype) -> int:
     """Bytes of the weights of a case with `layers`, from its sizes: three layers and one tell what two more take."""
     few = [replace(case, layers=layers) for layers in (1, 3)]
-    # The tiny model draws its weights when it is made.
-    on = "cpu" if case.model == "tiny" else "meta"
-    one, three = (weight_bytes(MODELS[case.model][1](of.config(), device=on, dtype=dtype)) for of in few)
+    one, three = (weight_bytes(MODELS[case.model][1](of.config(), device="meta", dtype=dtype)) for of in few)
     return one + (case.layers - 1) * (three - one) // 2
 
 
@@ -222,7 +218,7 @@ def relative_errors(made: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
 
 # Of the small cases: two layers, 24 tokens a frame.
 SMALL_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {},
+    "small_world": {"grid": (4, 6)},
     "lingbot_world_fast": {
         "num_heads": 2, "head_dim": 64, "ffn_dim": 256, "grid": (4, 6), "text_tokens": 8, "text_dim": 32,
     },

@@ -12,7 +12,7 @@ from worldkv_kernels import ActionIntegrator, ActionRetrieval, Actions, ActionSc
 from worldkv_kernels.actions import parse_actions, video_frames
 from worldkv_kernels.memory.config import MemoryConfig
 from worldkv_kernels.models.rollout import Controls, rollout, stream
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 
 fuzz = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 INTRINSICS = np.array((500.0, 500.0, 416.0, 240.0))
@@ -198,10 +198,14 @@ def test_the_baselines_need_no_actions_and_check_those_given(mode):
 
 # --- in a rollout ---
 
-CONFIG = TinyConfig(num_layers=1, num_heads=1, grid=(1, 2), ffn_dim=16, text_tokens=2, text_dim=8, frequency_dim=8)
+CONFIG = SmallWorldConfig(num_layers=1, num_heads=1, grid=(1, 2), ffn_dim=16, frequency_dim=8)
 
 
-def tiny_memory(retrieval="action", mode="worldkv") -> WorldMemory:
+def make_model(of=SmallWorld) -> SmallWorld:
+    return of.random(CONFIG, device="cpu", dtype=torch.float32)
+
+
+def make_memory(retrieval="action", mode="worldkv") -> WorldMemory:
     config = CONFIG.memory(
         mode=mode, sink_frames=0, recent_frames=3, retrieved_chunks=1, bank_chunks=20, retrieval=retrieval
     )
@@ -209,12 +213,12 @@ def tiny_memory(retrieval="action", mode="worldkv") -> WorldMemory:
 
 
 def test_a_rollout_by_actions_is_one_along_their_poses():
-    model, poses = TinyWorldModel(CONFIG), ActionIntegrator().poses(LEFT_AND_BACK)
-    want = list(rollout(model, tiny_memory("pose"), poses, INTRINSICS))
+    model, poses = make_model(), ActionIntegrator().poses(LEFT_AND_BACK)
+    want = list(rollout(model, make_memory("pose"), poses, INTRINSICS))
     assert [chunk.plan.retrieved for chunk in want[6:]] == [(4,), (3,), (2,), (1,), (0,)]
-    by_actions = list(rollout(model, tiny_memory(), None, INTRINSICS, actions=LEFT_AND_BACK))
-    both = list(rollout(model, tiny_memory(), poses, INTRINSICS, actions=LEFT_AND_BACK))
-    streamed = stream(model, tiny_memory(), (
+    by_actions = list(rollout(model, make_memory(), None, INTRINSICS, actions=LEFT_AND_BACK))
+    both = list(rollout(model, make_memory(), poses, INTRINSICS, actions=LEFT_AND_BACK))
+    streamed = stream(model, make_memory(), (
         Controls(None, np.tile(INTRINSICS, (3, 1)), LEFT_AND_BACK.until(video_frames(3 * chunk + 3)))
         for chunk in range(11)
     ))  # fmt: skip
@@ -224,22 +228,22 @@ def test_a_rollout_by_actions_is_one_along_their_poses():
 
 
 def test_the_models_poses_may_be_others_than_those_retrieved_by():
-    model, still = TinyWorldModel(CONFIG), np.tile(np.eye(4), (33, 1, 1))
-    chunks = list(rollout(model, tiny_memory(), still, INTRINSICS, actions=LEFT_AND_BACK))
+    model, still = make_model(), np.tile(np.eye(4), (33, 1, 1))
+    chunks = list(rollout(model, make_memory(), still, INTRINSICS, actions=LEFT_AND_BACK))
     assert [chunk.plan.retrieved for chunk in chunks[6:]] == [(4,), (3,), (2,), (1,), (0,)]
-    moved = list(rollout(model, tiny_memory(), None, INTRINSICS, actions=LEFT_AND_BACK))
+    moved = list(rollout(model, make_memory(), None, INTRINSICS, actions=LEFT_AND_BACK))
     assert relative_error(chunks[5].latents, moved[5].latents) > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["full", "sliding", "sink_recent"])
 def test_the_baselines_of_a_rollout_by_actions(mode):
-    model, poses = TinyWorldModel(CONFIG), ActionIntegrator().poses(LEFT_AND_BACK)
-    got = list(rollout(model, tiny_memory("action", mode), None, INTRINSICS, actions=LEFT_AND_BACK))
-    want = list(rollout(model, tiny_memory("pose", mode), poses, INTRINSICS))
+    model, poses = make_model(), ActionIntegrator().poses(LEFT_AND_BACK)
+    got = list(rollout(model, make_memory("action", mode), None, INTRINSICS, actions=LEFT_AND_BACK))
+    want = list(rollout(model, make_memory("pose", mode), poses, INTRINSICS))
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(got, want, strict=True))
 
 
-class FailsAt(TinyWorldModel):
+class FailsAt(SmallWorld):
     def denoise(self, latents, step, of_chunk, memory):
         if memory.stats()["chunks"] == 2 and step == 3:
             raise ArithmeticError("planted")
@@ -247,30 +251,30 @@ class FailsAt(TinyWorldModel):
 
 
 def test_an_exception_inside_a_chunk_takes_its_actions_back():
-    memory = tiny_memory()
+    memory = make_memory()
     with pytest.raises(ArithmeticError):
-        list(rollout(FailsAt(CONFIG), memory, None, INTRINSICS, actions=LEFT_AND_BACK))
+        list(rollout(make_model(FailsAt), memory, None, INTRINSICS, actions=LEFT_AND_BACK))
     assert memory.stats()["chunks"] == 2 and memory.integrator.state.rows == video_frames(6)
 
 
 @pytest.mark.parametrize(
     "memory, arguments, message",
     [
-        (tiny_memory("pose"), {"actions": LEFT_AND_BACK}, r"poses must be \[n, 4, 4\], or None with actions"),
-        (tiny_memory(), {}, r"poses must be \[n, 4, 4\], or None with actions .* got None"),
-        (tiny_memory(), {"actions": LEFT_AND_BACK.until(8)}, "actions must be of at least chunk_frames=3 .* got 2"),
-        (tiny_memory(), {"actions": Actions(LEFT_AND_BACK.mouse[:9], LEFT_AND_BACK.keyboard)},
+        (make_memory("pose"), {"actions": LEFT_AND_BACK}, r"poses must be \[n, 4, 4\], or None with actions"),
+        (make_memory(), {}, r"poses must be \[n, 4, 4\], or None with actions .* got None"),
+        (make_memory(), {"actions": LEFT_AND_BACK.until(8)}, "actions must be of at least chunk_frames=3 .* got 2"),
+        (make_memory(), {"actions": Actions(LEFT_AND_BACK.mouse[:9], LEFT_AND_BACK.keyboard)},
          "actions must have a row for 129 video frames, got 9 of mouse"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_told_at_the_call(memory, arguments, message):
     with pytest.raises(ValueError, match=f"rollout: {message}"):
-        rollout(TinyWorldModel(CONFIG), memory, intrinsics=INTRINSICS, **arguments)
+        rollout(make_model(), memory, intrinsics=INTRINSICS, **arguments)
 
 
 def test_a_stream_without_poses_or_actions():
     with pytest.raises(ValueError, match="rollout: controls must have poses, or actions that the memory goes by"):
-        next(stream(TinyWorldModel(CONFIG), tiny_memory(), [Controls(None, INTRINSICS)]))
+        next(stream(make_model(), make_memory(), [Controls(None, INTRINSICS)]))
     with pytest.raises(ValueError, match="begin_chunk: actions must be of 9 rows in mode 'worldkv', got None"):
         poses = np.tile(np.eye(4), (3, 1, 1))
-        next(stream(TinyWorldModel(CONFIG), tiny_memory(), [Controls(poses, np.tile(INTRINSICS, (3, 1)))]))
+        next(stream(make_model(), make_memory(), [Controls(poses, np.tile(INTRINSICS, (3, 1)))]))

@@ -11,7 +11,7 @@ from worldkv_kernels import WorldMemory
 from worldkv_kernels.cli import main
 from worldkv_kernels.cli.bench import script
 from worldkv_kernels.memory import world_memory
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 
 CPU = torch.device("cpu")
 QUICK = ["--small", "--device", "cpu"]
@@ -23,19 +23,18 @@ def cases(load):
 
 
 def small_case(cases, **sizes):
-    return cases.ModelCase("tiny", 2, {"grid": (2, 3), **sizes})
+    return cases.ModelCase("small_world", 2, {"grid": (2, 3), **sizes})
 
 
 # What is counted.
 
 
 def test_pass_operations_by_hand(cases):
-    config = TinyConfig(num_layers=2, num_heads=1, ffn_dim=96, grid=(2, 3), text_tokens=5, latent_channels=4)
-    model = TinyWorldModel(config)
+    config = SmallWorldConfig(num_layers=2, num_heads=1, ffn_dim=96, grid=(2, 3), latent_channels=4)
+    model = SmallWorld.random(config, device="cpu", dtype=torch.float32)
     (controls,) = cases.controls_of(model, 1)
-    tokens, dim, text = 18, 64, 5
-    # q, k, v, o of self-attention, q and o of cross-attention, two layers of the feed-forward.
-    layer = 2 * tokens * (6 * dim * dim + 2 * dim * 96) + 4 * tokens * text * dim
+    tokens, dim = 18, 64
+    layer = 2 * tokens * (4 * dim * dim + 2 * dim * 96)  # q, k, v, o and the two layers of the feed-forward
     ends = 2 * tokens * (2 * 2 * 4 * dim + dim * 2 * 2 * 4)
     assert cases.pass_flops(model, controls, 0) == 2 * layer + ends
     # Attention: two products of 18 queries with 7 keys in one head of 64, and two layers.
@@ -43,7 +42,7 @@ def test_pass_operations_by_hand(cases):
 
 
 def test_pass_bytes_by_hand(cases):
-    model = TinyWorldModel(TinyConfig(num_layers=3, num_heads=1), dtype=torch.bfloat16)
+    model = SmallWorld.random(SmallWorldConfig(num_layers=3, num_heads=1), device="cpu", dtype=torch.bfloat16)
     weights = sum(p.numel() * (4 if p.dtype == torch.float32 else 2) for p in model.parameters())
     assert cases.pass_bytes(model, 10) == weights + 3 * 2 * 10 * 64 * 2  # layers, K and V, tokens, numbers of 2 bytes
 
@@ -77,7 +76,7 @@ def test_the_camera_goes_away_and_back(cases):
 
 
 def test_an_unknown_model_is_told(cases):
-    with pytest.raises(ValueError, match=r"--model must be one of .*tiny.*, got 'other'"):
+    with pytest.raises(ValueError, match=r"--model must be one of .*small_world.*, got 'other'"):
         cases.build(cases.ModelCase("other"), CPU)
 
 
@@ -288,8 +287,11 @@ def test_a_slower_mode_shows_in_compare(rolled, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--model", "other"], r"--model must be one of .*tiny.*, got 'other'"),
-        (["--model", "tiny", "--variant", "large"], "--variant must be one of tiny for tiny, got 'large'"),
+        (["--model", "other"], r"--model must be one of .*small_world.*, got 'other'"),
+        (
+            ["--model", "small_world", "--variant", "large"],
+            "--variant must be one of small_world for small_world, got 'large'",
+        ),
         (["--variant", "fast"], "--variant must go with --model, got 'fast' alone"),
         (["--only", "worldkv,other"], "--only must be of ours, worldkv, .*; got 'other'"),
         (["--chunks", "0"], "--chunks must be at least 1, got 0"),

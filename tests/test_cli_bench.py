@@ -316,7 +316,7 @@ ROLLOUT = ["rollout", *QUICK]
             "--only must be of ours, reference, eager, compiled, compiled slice; got 's",
         ),
         ([*APPEND, "--only", ""], "--only must be of ours, reference, eager, compiled, compiled slice; got ''"),
-        ([*ROLLOUT, "--layers", "99999999999"], "--layers: 99999999999 layers of tiny must fit the"),
+        ([*ROLLOUT, "--layers", "99999999999"], "--layers: 99999999999 layers of small_world must fit the"),
         ([*ROLLOUT, "--layers", "0"], "--layers must be at least 1, got 0"),
         ([*ROLLOUT, "--chunks", "99999999999"], "--chunks must be at most 340, which the rotary embedding can number"),
         ([*SHAPE, "heads=2,q=1,window=1x1,heads=3"], "--shape: heads must be given once, got '2' and '3'"),

@@ -17,11 +17,11 @@ from worldkv_kernels.cli import main, report, rollout_models
 from worldkv_kernels.cli.rollout_revisits import find_revisits, retrieval_at_work
 from worldkv_kernels.memory.config import MODES
 from worldkv_kernels.models.rollout import rollout
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
 AWAY_AND_BACK = "right*54,left*53"  # 108 video frames, 27 latent frames, 9 chunks
-SMALL = ["rollout", "--trajectory", AWAY_AND_BACK, "--layers", "1", "--device", "cpu"]
+SMALL = ["rollout", "--random", "--layers", "1", "--trajectory", AWAY_AND_BACK, "--device", "cpu"]
 REAL = Path(__file__).parents[2] / "shared/data/trajectories/jungle_flight"
 
 
@@ -54,7 +54,9 @@ def rolled(tmp_path_factory):
 def test_it_says_what_it_does_first(rolled):
     first, second = rolled[2].splitlines()[:2]
     assert first == f"trajectory {AWAY_AND_BACK}: 108 video frames, 27 latent frames, 9 chunks of 3"
-    assert second.startswith("model tiny: random weights, 1 layers, 2 heads x 64, 5 x 9 tokens a frame; float32 on cpu")
+    assert second.startswith(
+        "model small_world: random weights, 1 layers, 2 heads x 64, 6 x 8 tokens a frame; float32 on cpu"
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,8 +81,8 @@ def test_table(rolled):
         "video frames/s", "latent frames/s", "KV kept", "tokens attended", "by the last chunk", "chunks retrieved",
         "relative error",
     ]  # fmt: skip
-    assert [row["by the last chunk"] for row in rows.values()] == ["1,215", str(4 * 135 + 2 * 69), "405", "540"]
-    assert rows["full"]["tokens attended"] == "675"  # 135 * (1 + ... + 9) / 9
+    assert [row["by the last chunk"] for row in rows.values()] == ["1,296", str(4 * 144 + 2 * 72), "432", "576"]
+    assert rows["full"]["tokens attended"] == "720"  # 144 * (1 + ... + 9) / 9
     assert [row["chunks retrieved"] for row in rows.values()] == ["0", str(1 + 4 * 2), "0", "0"]
     errors = {mode: float(row["relative error"]) for mode, row in rows.items()}
     assert errors["full"] == 0 < errors["worldkv"] < errors["sink_recent"] < errors["sliding"]
@@ -93,8 +95,8 @@ def test_table(rolled):
     kept = {mode: result["modes"][mode]["kept_bytes"] for mode in rows}
     a_token = 2 * 128 * 4  # K and V of one layer in fp32
     assert kept == {
-        "full": 9 * 135 * a_token, "worldkv": (3 * 135 + 6 * 69) * a_token,
-        "sliding": 2 * 135 * a_token, "sink_recent": 3 * 135 * a_token,
+        "full": 9 * 144 * a_token, "worldkv": (3 * 144 + 6 * 72) * a_token,
+        "sliding": 2 * 144 * a_token, "sink_recent": 3 * 144 * a_token,
     }  # fmt: skip
 
 
@@ -106,7 +108,8 @@ def test_json(rolled):
     assert result["trajectory"] == {
         "name": AWAY_AND_BACK, "video_frames": 108, "stride": 4, "latent_frames": 27, "chunks": 9
     }  # fmt: skip
-    assert (result["model"]["name"], result["model"]["num_layers"], result["model"]["dtype"]) == ("tiny", 1, "float32")
+    model = [result["model"][name] for name in ("name", "weights", "num_layers", "dtype")]
+    assert model == ["small_world", "random", 1, "float32"]
     assert result["memory"]["retrieved_chunks"] == 2
     for mode in MODES:
         measured = result["modes"][mode]
@@ -190,7 +193,7 @@ def test_picture(rolled):
 def test_the_default_run_has_more_to_choose_from_than_it_takes(tmp_path, capsys):
     """As `make demo` runs it, but for the model's size: each line and the picture say how many there were."""
     path, svg = tmp_path / "result.json", tmp_path / "rollout.svg"
-    small = ["--layers", "1", "--grid", "1,1", "--device", "cpu", "--modes", "worldkv"]
+    small = ["--random", "--layers", "1", "--grid", "1,1", "--device", "cpu", "--modes", "worldkv"]
     assert main(["rollout", *small, "--json", str(path), "--picture", str(svg)]) == 0
     out, _ = capsys.readouterr()
     result = json.loads(path.read_text())
@@ -230,7 +233,7 @@ def test_picture_of_a_name_with_markup(tmp_path):
 def test_a_hint_on_a_folder_whose_poses_are_of_another_convention(tmp_path, capsys):
     walked = load("forward*20").poses
     np.save(tmp_path / "intrinsics.npy", np.array((500.0, 500.0, 416.0, 240.0)))
-    args = argparse.Namespace(model="tiny", actions=None, scales=None, trajectory=str(tmp_path), stride=None)
+    args = argparse.Namespace(model="small_world", actions=None, scales=None, trajectory=str(tmp_path), stride=None)
     for poses, hinted in ((walked, False), (np.linalg.inv(walked), True)):
         np.save(tmp_path / "poses.npy", poses)
         rollout_models.motion(args)
@@ -280,7 +283,7 @@ def test_each_option_changes_the_latents(tmp_path):
 
 def test_each_option_reaches_the_memory(tmp_path):
     wide = of_worldkv(tmp_path, "--sink-frames", "0", "--recent-frames", "12", "--retrieved-chunks", "0")
-    assert wide["tokens_attended_last"] == 5 * 135 and wide["chunks_retrieved"] == 0
+    assert wide["tokens_attended_last"] == 5 * 144 and wide["chunks_retrieved"] == 0
     small = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--bank-chunks", "3")
     assert (small["bank_capacity"], small["chunks_banked"], small["chunks_dropped"]) == (3, 3, 3)
     nearest = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--order", "nearest_first")
@@ -297,7 +300,7 @@ def test_each_option_reaches_the_memory(tmp_path):
 
 def test_the_seed_is_that_of_weights_and_noise(tmp_path):
     measured = of_worldkv(tmp_path, "--retrieved-chunks", "2", "--seed", "5", modes="full,worldkv")
-    model = TinyWorldModel(TinyConfig(num_layers=1), seed=5)
+    model = SmallWorld.random(SmallWorldConfig(num_layers=1), 5, device="cpu", dtype=torch.float32)
     latents = {}
     for mode in ("full", "worldkv"):
         memory = WorldMemory(model.config.memory(mode=mode, retrieved_chunks=2, bank_chunks=9), dtype=torch.float32)
@@ -321,7 +324,7 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--trajectory", "nowhere"], "--trajectory: must be an existing folder, or moves .*, got 'nowhere'"),
         (["--trajectory", "right*7"], "--trajectory must have at least 9 video frames .*, got 2 latent frames"),
         (["--trajectory", "right*4200", "--modes", "sliding"], "--chunks must be at most 341, .*, got 350"),
-        (["--model", "large"], "--model must be one of tiny, lingbot_world_fast, matrix_game_2, got 'large'"),
+        (["--model", "large"], "--model must be one of small_world, lingbot_world_fast, matrix_game_2, got 'large'"),
         (["--modes", "full,fast"], "--modes must be one of worldkv, full, sliding, sink_recent, got 'fast'"),
         (["--modes", ""], "--modes must be one of .*, got ''"),
         (["--retrieval", "sound"], "--retrieval must be one of pose, fov, action, got 'sound'"),
@@ -350,8 +353,8 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--grid", "1,99999"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '1,99999'"),
         (["--trajectory", ""], "--trajectory: must be an existing folder, or moves .*, got ''"),
         (["--trajectory", "x" * 5000], "--trajectory: must be an existing folder, or moves .*, got 'xxx"),
-        (["--actions", ""], "--actions must go with --model matrix_game_2, got --model tiny"),
-        (["--weights", ""], r"--weights must be left out .* \(tiny is always random\), got ''"),
+        (["--actions", ""], "--actions must go with --model matrix_game_2, got --model small_world"),
+        (["--weights", ""], "--weights must be left out with --random, got ''"),
         (["--retrieval", ""], "--retrieval must be one of pose, fov, action, got ''"),
         (["--dtype", ""], "--dtype must be one of bfloat16, float16, float32, got ''"),
         (["--keep-ratio", "nan"], "--keep-ratio must be .*, got nan"),
@@ -365,7 +368,10 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--device", "abacus"], "--device must be cpu or a CUDA device of this machine, got 'abacus'"),
         (["--backend", "abacus"], "--backend must be one of cuda, triton, reference, got 'abacus'"),
         (["--threads", "100000"], r"--threads must be at most \d+, 4 to a processor, got 100000"),
-        (["--layers", "9999999"], "--model tiny must fit the .* that are free on cpu, got .* GiB of weights; change"),
+        (
+            ["--layers", "9999999"],
+            "--model small_world must fit the .* that are free on cpu, got .* GiB of weights; change",
+        ),
         (["--trajectory", "right*9999999"], "--trajectory: moves must be at most 100000 together, got 'right"),
         (["--json", "no/x.json"], "--json must be a file that can be written, got 'no/x.json': No such file"),
         (["--json", "."], "--json must be a file that can be written, got '.': Is a directory"),
@@ -425,13 +431,13 @@ def test_modes_that_are_complete_outlive_an_interruption(error, status, said, tm
 
 
 def test_a_slow_chunk_says_so(monkeypatch, capsys):
-    denoise = TinyWorldModel.denoise
+    denoise = SmallWorld.denoise
 
     def slow(*args):
         time.sleep(0.1)
         return denoise(*args)
 
-    monkeypatch.setattr(TinyWorldModel, "denoise", slow)
+    monkeypatch.setattr(SmallWorld, "denoise", slow)
     monkeypatch.setattr(report, "_SILENCE", 0.1)
     assert main([*SMALL, "--chunks", "1", "--modes", "full"]) == 0
     assert "full: chunk 1 of 1: 0 s" in capsys.readouterr().err.splitlines()

@@ -24,6 +24,7 @@ from worldkv_kernels.models.lingbot_world_fast import LingBotConditions, LingBot
 from worldkv_kernels.models.matrix_game_2 import MatrixGame2
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 from worldkv_kernels.models.rollout import rollout
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
 LEFT_AND_BACK = "J*60,Q*8,L*60"  # 129 video frames, 33 latent frames, 11 chunks; chunk c stands where chunk 10 - c did
@@ -197,12 +198,66 @@ def test_lingbot_by_a_trajectory(small, tmp_path, variant, sink, recent):
     assert errors(result) == pytest.approx(want, rel=1e-2, abs=1e-7)
 
 
+# --- SmallWorld ---
+
+TURN = ["--trajectory", "right*54,left*53", "--modes", "full,worldkv"]  # 9 chunks
+
+
+def own_small_world(model, seed=0) -> list[float]:
+    return own_errors(model, *latent_poses(load("right*54,left*53")), seed=seed)
+
+
+def test_small_world_with_the_packages_weights(tmp_path, capsys):
+    result = rolled(tmp_path, *TURN, "--seed", "2")
+    out = capsys.readouterr().out
+    assert (
+        "model small_world: the package's weights, 4 layers, 2 heads x 64, 6 x 8 tokens a frame; float32 on cpu" in out
+    )
+    assert re.search(r"^weights: 1.2 million parameters, 4.\d MiB, the package's, in \d+.\d s$", out, re.M)
+    assert result["model"]["weights"] == "the package's" and result["model"]["sigmas"] == [1, 0.9, 0.75, 0.5]
+    model = SmallWorld.from_pretrained(device="cpu", dtype=torch.float32)
+    want = own_small_world(model, seed=2)  # of the noise alone
+    assert max(want) > 1e-3
+    assert errors(result) == pytest.approx(want, rel=1e-2, abs=1e-7)
+    wide = rolled(tmp_path, *TURN, "--grid", "3,12", "--chunks", "1")
+    assert wide["model"]["grid"] == [3, 12] and wide["model"]["weights"] == "the package's"
+    assert wide["modes"]["full"]["chunks"][0]["tokens_attended"] == 108
+
+
+def test_small_world_with_weights_of_a_folder(tmp_path, capsys):
+    """Of sizes of its own, which the config.json beside them says."""
+    config = SmallWorldConfig(num_layers=1, num_heads=1, ffn_dim=32, grid=(2, 3), ray_octaves=1, sigmas=(1.0, 0.5))
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    model = SmallWorld.random(config, 7, device="cpu", dtype=torch.float32)
+    write(folder / "model.safetensors", model.state_dict())
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    result = rolled(tmp_path, *TURN, "--weights", str(folder))
+    assert result["model"]["weights"] == str(folder)
+    assert [result["model"][name] for name in ("num_layers", "grid", "sigmas")] == [1, [2, 3], [1, 0.5]]
+    want = own_small_world(model)
+    assert max(want) > 1e-3
+    assert errors(result) == pytest.approx(want, rel=1e-2, abs=1e-7)
+    capsys.readouterr()
+    for text, said in (
+        ("{}", "SmallWorld: checkpoint must hold the 109 tensors of its config, got 69 missing: "),
+        (
+            '{"ffn_dim": 0}',
+            "--weights: SmallWorldConfig: config.json must have ffn_dim an integer from 1 to 1048576, got 0",
+        ),
+        ("[]", "--weights: "),
+    ):
+        (folder / "config.json").write_text(text)
+        assert main(["rollout", "--device", "cpu", *TURN, "--weights", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"worldkv rollout: {said}")
+
+
 # --- sizes and weights ---
 
 
 def test_layers_and_grid(small, tmp_path, capsys):
     options = ["--layers", "1", "--grid", "2, 3", "--chunks", "5", "--modes", "worldkv"]
-    for model in (MATRIX, LINGBOT, ["--model", "tiny", "--random"]):
+    for model in (MATRIX, LINGBOT, ["--random"]):
         result = rolled(tmp_path, *model, *options)
         assert (result["model"]["num_layers"], result["model"]["grid"]) == (1, [2, 3])
         assert result["modes"]["worldkv"]["chunks"][0]["tokens_attended"] == 18
@@ -316,7 +371,7 @@ def test_threads(small, tmp_path):
     try:
         assert rolled(tmp_path, *options, "--threads", "2")["machine"]["threads"] == 2
         path = tmp_path / "default.json"
-        for model, threads in ((MATRIX, 3), (["--model", "tiny"], 1)):
+        for model, threads in ((MATRIX, 3), ([], 1)):
             assert main(["rollout", "--device", "cpu", *options[3:], *model, "--json", str(path)]) == 0
             assert json.loads(path.read_text())["machine"]["threads"] == threads
         assert torch.get_num_threads() == 3
@@ -332,29 +387,32 @@ def test_threads(small, tmp_path):
     [
         (["--model", "matrix_game_2"], "--model matrix_game_2 must have --weights FOLDER or --random, got neither"),
         (["--model", "lingbot_world_fast"], "--model lingbot_world_fast must have --weights FOLDER or --random, got"),
-        ([*MATRIX, "--weights", "x"], r"--weights must be left out .* \(--random was given\), got 'x'"),
-        (["--weights", "x"], r"--weights must be left out where weights are random \(tiny is always random\), got 'x'"),
-        (["--model", "matrix_game_2", "--weights", "x", "--layers", "2"], "--layers must be left out with --weights"),
+        ([*MATRIX, "--weights", "x"], "--weights must be left out with --random, got 'x'"),
+        (["--random", "--weights", "x"], "--weights must be left out with --random, got 'x'"),
+        (["--model", "matrix_game_2", "--weights", "x", "--layers", "2"], "--layers must go with --random, since all"),
+        (["--layers", "2"], "--layers must go with --random, since all other weights have their own, got 2"),
+        (["--weights", "x", "--layers", "2"], "--layers must go with --random, since all other weights .* got 2"),
+        (["--weights", "x"], "--weights: must be an existing folder or .safetensors file, got x"),
         ([*MATRIX, "--variant", "fast"], "--variant must be one of universal, gta_drive, templerun for matrix_game_2"),
         ([*LINGBOT, "--variant", "v3"], "--variant must be one of fast, v2-14b, v2-1.3b for lingbot_world_fast, got"),
-        (["--variant", "fast"], "--variant must be one of tiny for tiny, got 'fast'"),
+        (["--variant", "fast"], "--variant must be one of small_world for small_world, got 'fast'"),
         ([*MATRIX, "--trajectory", "right*9"], "--trajectory must be left out with --model matrix_game_2, .* got 'ri"),
         ([*MATRIX, "--stride", "4"], "--stride must be left out with --model matrix_game_2, which goes by --actions"),
         ([*LINGBOT, "--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model lingbot_world"),
-        (["--scales", "yaw=9"], "--scales must go with --model matrix_game_2, got --model tiny"),
+        (["--scales", "yaw=9"], "--scales must go with --model matrix_game_2, got --model small_world"),
         ([*MATRIX, "--scales", "yaw=9,tilt=2"], "--scales must be numbers of yaw, .*, turn, such as .* got 'tilt=2'"),
         ([*MATRIX, "--scales", "yaw"], "--scales must be numbers of yaw, .* got 'yaw'"),
         ([*MATRIX, "--scales", "walk=nan"], "--scales: walk must be finite, got nan"),
         ([*MATRIX, "--scales", "yaw=1e300"], r"--scales: yaw must be from -1000000 to 1000000, got 1e\+300"),
         ([*MATRIX, "--actions", "W*9999999"], "--actions: counts must be at most 100000 together, got 'W.999"),
-        (["--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model tiny"),
+        (["--actions", "W*9"], "--actions must go with --model matrix_game_2, got --model small_world"),
         ([*MATRIX, "--actions", ""], "--actions: .* got ''"),
         ([*MATRIX, "--scales", ""], "--scales must be numbers of yaw, .* got ''"),
         ([*MATRIX, "--trajectory", ""], "--trajectory must be left out with --model matrix_game_2, .* got ''"),
         ([*MATRIX, "--actions", "W9"], "--actions: an action's count must be a positive integer, .* got 'W9'"),
         ([*MATRIX, "--actions", "X*9"], "--actions: keys of 'universal' must be of W, S, .* got 'X'"),
         ([*MATRIX, "--actions", "W*7"], "--actions must have at least 9 video frames .* got 2 latent frames"),
-        (["--retrieval", "action"], "--retrieval action must go with --model matrix_game_2, got --model tiny"),
+        (["--retrieval", "action"], "--retrieval action must go with --model matrix_game_2, got --model small_world"),
         ([*MATRIX, "--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval action"),
         ([*MATRIX, "--grid", "22"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '22'"),
         ([*MATRIX, "--grid", "0,2"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '0,2'"),

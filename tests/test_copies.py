@@ -88,7 +88,10 @@ def test_a_vendored_copy_beside_the_original(tmp_path):
     shutil.copytree(ROOT / "kernels", vendored / "kernels", ignore=ignored, dirs_exist_ok=True)
     (tmp_path / "game" / "__init__.py").write_text("")
     names = 'assert sys.modules["game.memory_kernels.ops.cuda"]._EXTENSION == "game.memory_kernels._cuda"\n'
-    names += "import game.memory_kernels.integrations.lingbot, game.memory_kernels.models.tiny\n"
+    names += "import game.memory_kernels.integrations.lingbot\n"
+    names += "from game.memory_kernels.models.small_world import WEIGHTS, SmallWorld\n"
+    names += f"assert str(WEIGHTS).startswith({str(vendored)!r})\n"
+    names += 'assert SmallWorld.from_pretrained(device="cpu", dtype=torch.float32).config.num_layers == 4\n'
     run(PRELUDE + "import game.memory_kernels as second\n" + CHECK + names, tmp_path, ROOT)
 
 

@@ -21,7 +21,7 @@ from worldkv_kernels import Rope3D, Segment, Window
 from worldkv_kernels.models.action_module import frame_turns
 from worldkv_kernels.models.lingbot_camera import ray_map
 from worldkv_kernels.models.rollout import noise
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.ops.all import OPS
 from worldkv_kernels.recall import Scene, to_values
 
@@ -155,11 +155,11 @@ def test_checkpoints_under_any_default(what, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_making_a_tiny_model_draws_nothing_from_the_global_generator():
+def test_making_a_small_world_draws_nothing_from_the_global_generator():
     before = torch.get_rng_state()
-    tiny_model = TinyWorldModel(TinyConfig(num_layers=1))
+    model = SmallWorld.random(SmallWorldConfig(num_layers=1), device="cpu", dtype=torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.requires_grad for parameter in tiny_model.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 # --- the tests of the core, in a process with other defaults ---

@@ -41,7 +41,7 @@ assert torch.ops.worldkv.segment_attention.default
 def test_modules_are_found_without_being_imported_by_name():
     program = """
 import worldkv_kernels
-for package, modules in {"models": ["tiny", "rollout"], "integrations": ["lingbot", "matrix_game"]}.items():
+for package, modules in {"models": ["small_world", "rollout"], "integrations": ["lingbot", "matrix_game"]}.items():
     for module in modules:
         assert getattr(getattr(worldkv_kernels, package), module).__name__ == f"worldkv_kernels.{package}.{module}"
 assert worldkv_kernels.recall.Scene and worldkv_kernels.kernels and worldkv_kernels.trajectory.load

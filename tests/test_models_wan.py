@@ -98,6 +98,26 @@ def test_a_block_against_its_equations():
     assert relative_error(block.feed_forward(x, got), x + block.ffn[2](hidden) * e[5]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cameras_part_of_a_block_against_its_equations(dtype):
+    """Scale and shift are in the model's dtype; the stream is not, and 1 + scale would round in it."""
+    torch.manual_seed(0)
+    block = wan.CameraBlock(128, 96, 2, 1e-6).requires_grad_(False).to(dtype)
+    wan.draw_parameters(block, 3, {"cam_scale_layer": 1e-3})
+    camera, x, out = torch.randn(5, 128).to(dtype), torch.randn(5, 128), torch.empty(2, 5, 128).to(dtype)
+    w = {name: weight.double() for name, weight in block.state_dict().items()}
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    hidden = linear("cam_injector_layer2", F.silu(linear("cam_injector_layer1", camera.double()))) + camera.double()
+    block.camera_scale_shift(camera, out=out)
+    for got, name in zip(out, ("cam_scale_layer", "cam_shift_layer"), strict=True):
+        assert relative_error(got.double(), linear(name, hidden)) < (1e-5 if dtype == torch.float32 else 1e-2)
+    want = (1 + out[0].double()) * x.double() + out[1].double()
+    assert relative_error(block.inject_camera(x, *out).double(), want) < 1e-6
+
+
 def test_the_head_against_its_equation():
     torch.manual_seed(0)
     head = wan.Head(64, 3, 1e-6).requires_grad_(False)

@@ -25,6 +25,16 @@ OF_THE_REPOSITORY = {".ci/run", ".gitignore"}
 OF_SETUPTOOLS = re.compile(r"PKG-INFO|setup\.cfg|worldkv_kernels\.egg-info/.*")
 EXTENSION = f"worldkv_kernels/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 NOTE = "worldkv_kernels/_cuda_missing.txt"
+WEIGHTS = [f"worldkv_kernels/models/weights/small_world/{name}" for name in ("config.json", "model.safetensors")]
+LOAD = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+import torch
+from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld
+
+model = SmallWorld.from_pretrained(device="cpu", dtype=torch.bfloat16)
+print(WEIGHTS, len(model.blocks))
+"""
 REPOSITORY = """
 [project.urls]
 Repository = "https://example.org/worldkv/"
@@ -202,7 +212,22 @@ def test_a_wheel_has_what_is_imported_and_no_more(made, tracked):
     modules = {name for name in tracked if re.match(r"(worldkv_kernels|kernels|benchmarks)/.*\.py$", name)}
     modules = {re.sub("^(kernels|benchmarks)/", r"worldkv_kernels/\1/", name) for name in modules}
     inside = {name for name in files(made["skipped"]) if ".dist-info/" not in name}
-    assert inside == modules | {NOTE, "worldkv_kernels/ops/proven.json", "worldkv_kernels/py.typed"}
+    assert inside == modules | {NOTE, "worldkv_kernels/ops/proven.json", "worldkv_kernels/py.typed", *WEIGHTS}
+
+
+def test_the_weights_are_in_sdist_and_wheel_and_are_small(sdist, made):
+    with tarfile.open(sdist) as archive:
+        sizes = {member.name.partition("/")[2]: member.size for member in archive.getmembers()}
+    with zipfile.ZipFile(made["skipped"]) as archive:
+        in_wheel = {member.filename: member.file_size for member in archive.infolist()}
+    for of_archive in (sizes, in_wheel):
+        assert [of_archive.get(name) for name in WEIGHTS] == [(ROOT / name).stat().st_size for name in WEIGHTS]
+    assert sum(sizes[name] for name in WEIGHTS) <= 4 * 2**20
+
+
+def test_an_installed_wheel_finds_its_weights(python):
+    said = python("-c", LOAD)
+    assert said == f"{python.target / 'worldkv_kernels/models/weights/small_world'} 4\n"
 
 
 def test_the_description_has_no_link_that_leads_nowhere(made):

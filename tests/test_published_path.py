@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.memory.retrieval import PoseRetrieval
 from worldkv_kernels.models.rollout import rollout
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.ops.compress_chunk import compress_chunk
 from worldkv_kernels.trajectory import DEFAULT_INTRINSICS
 
 NUM_CHUNKS, FRAMES = 40, 3
-TINY = TinyConfig(num_layers=2, num_heads=1, grid=(3, 4), ffn_dim=96, text_tokens=5, text_dim=24, frequency_dim=16)
+SMALL = SmallWorldConfig(num_layers=2, num_heads=1, grid=(3, 4), ffn_dim=96, frequency_dim=16)
 CHUNK_TOKENS = FRAMES * 12
 # fp32 is rounded at 6e-8, and each memory rounds in an order of its own; 2e-7 was seen. Another choice of chunks,
 # tokens or times moves the latents by 8e-4 or more.
@@ -46,7 +46,7 @@ def turn_and_return(num_chunks: int = NUM_CHUNKS) -> np.ndarray:
 
 
 def official(**fields) -> MemoryConfig:
-    sizes = dict(num_layers=TINY.num_layers, num_heads=TINY.num_heads, head_dim=TINY.head_dim, grid=TINY.grid)
+    sizes = dict(num_layers=SMALL.num_layers, num_heads=SMALL.num_heads, head_dim=SMALL.head_dim, grid=SMALL.grid)
     return MemoryConfig.official(**sizes, **{"bank_chunks": NUM_CHUNKS, **fields})
 
 
@@ -54,11 +54,15 @@ def world_memory(config: MemoryConfig, dtype=torch.float32) -> WorldMemory:
     return WorldMemory(config, dtype=dtype, backend="reference")
 
 
+def make_model(dtype: torch.dtype) -> SmallWorld:
+    return SmallWorld.random(SMALL, device="cpu", dtype=dtype)
+
+
 def made_by(memory, num_chunks: int = NUM_CHUNKS, model=None, poses=None, after=lambda plan: None):
     """Plans and latents [chunks, ...] of a rollout; `after(plan)` runs at each chunk's end."""
     plans, latents = [], []
     poses = turn_and_return(num_chunks) if poses is None else poses
-    for made in rollout(model or TinyWorldModel(TINY, dtype=memory.dtype), memory, poses, DEFAULT_INTRINSICS):
+    for made in rollout(model or make_model(memory.dtype), memory, poses, DEFAULT_INTRINSICS):
         plans.append(made.plan)
         latents.append(made.latents)
         after(made.plan)
@@ -114,7 +118,7 @@ def test_float32_rollouts_agree(published_path, pooled, rope_correction, bank):
         assert relative_error(our, their) < FLOAT32_LIMIT
     # Of each chunk both have the same tokens, since another token would be off by as much as it is long.
     for chunk in range(NUM_CHUNKS - 2):
-        for layer in range(TINY.num_layers):
+        for layer in range(SMALL.num_layers):
             their = theirs.banked(layer, chunk)
             for our, want in zip(banked_by(ours, layer, chunk), (their.k, their.v), strict=True):
                 assert relative_error(our, want) < FLOAT32_LIMIT
@@ -128,10 +132,9 @@ def test_bfloat16_rollouts_agree_within_rounding(published_path, pooled, rope_co
     from each other than that. Rounding alone separates them: RoPE in fp32 or fp64 before it rounds, a turn of the
     queries or of the keys, sums split otherwise. Which tokens are kept hangs on rounded keys: compared on the same."""
     config = official(pooled=pooled, rope_correction=rope_correction)
-    model = TinyWorldModel(TINY, dtype=torch.bfloat16)
-    exact = TinyWorldModel(TINY, dtype=torch.float32)
+    model = make_model(torch.bfloat16)
+    exact = make_model(torch.float32)
     exact.load_state_dict(model.state_dict())
-    exact.prompt.copy_(model.prompt)
     our_plans, ours = made_by(world_memory(config, torch.bfloat16), model=model)
     memory = published_path.PublishedMemory(config, "cpu", torch.bfloat16)
     their_plans, theirs = made_by(memory, model=model, after=index_check(memory))
@@ -190,7 +193,7 @@ def test_the_published_faults_are_in(published_path):
     for plan in plans[4:]:
         assert set(plan.retrieved) <= set(range(1, plan.chunk - 2))
         assert plan.num_tokens == 3 * CHUNK_TOKENS + min(6, plan.chunk - 3) * kept  # sink, c - 1 and c, no c - 2
-    assert memory.banked(0, 0).k.shape == (kept, TINY.num_heads, TINY.head_dim)
+    assert memory.banked(0, 0).k.shape == (kept, SMALL.num_heads, SMALL.head_dim)
     assert memory.stats()["chunks_banked"] == 12
 
 
@@ -203,8 +206,8 @@ def test_where_the_bank_is_changes_nothing(published_path):
         memory = published_path.PublishedMemory(official(bank=bank), "cpu", torch.float32)
         results[bank] = made_by(memory, 12)
         stats = memory.stats()
-        held = 12 * 2 * TINY.num_layers * memory.config.banked_tokens * TINY.dim * 4
-        cache = 2 * TINY.num_layers * 9 * CHUNK_TOKENS * TINY.dim * 4  # sink, 6 to retrieve, 2 recent
+        held = 12 * 2 * SMALL.num_layers * memory.config.banked_tokens * SMALL.dim * 4
+        cache = 2 * SMALL.num_layers * 9 * CHUNK_TOKENS * SMALL.dim * 4  # sink, 6 to retrieve, 2 recent
         assert (stats["device_bytes"], stats["host_bytes"]) == ((cache, held) if bank == "host" else (cache + held, 0))
         assert not memory.banked(0, 3).k.is_pinned()
     assert results["host"][0] == results["device"][0]
@@ -214,14 +217,14 @@ def test_where_the_bank_is_changes_nothing(published_path):
 def inputs(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """q, k and v of a chunk: the same numbers, which bf16 can hold, in any dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(CHUNK_TOKENS, TINY.dim, generator=generator).bfloat16().to(dtype) for _ in range(3)]
+    return [torch.randn(CHUNK_TOKENS, SMALL.dim, generator=generator).bfloat16().to(dtype) for _ in range(3)]
 
 
 def play_chunk(memory, chunk: int, poses: np.ndarray) -> torch.Tensor:
     """Two passes over the layers; the outputs of the second."""
     memory.begin_chunk(poses[FRAMES * chunk : FRAMES * chunk + FRAMES])
     for step in range(2):
-        given = [inputs(9 * chunk + 2 * layer + step, memory.dtype) for layer in range(TINY.num_layers)]
+        given = [inputs(9 * chunk + 2 * layer + step, memory.dtype) for layer in range(SMALL.num_layers)]
         outputs = [memory.attend(layer, *qkv) for layer, qkv in enumerate(given)]
     memory.end_chunk()
     return torch.stack(outputs)
@@ -232,7 +235,7 @@ def test_an_aborted_chunk_leaves_no_trace(published_path):
     config, poses = official(rope_correction=True), turn_and_return(14)
     undisturbed, disturbed = (published_path.PublishedMemory(config, "cpu", torch.float32) for _ in range(2))
     for chunk in range(14):
-        for layers in range(TINY.num_layers + 1):
+        for layers in range(SMALL.num_layers + 1):
             disturbed.begin_chunk(poses[-FRAMES:])
             for layer in range(layers):
                 disturbed.attend(layer, *inputs(1000 + layer))
@@ -287,18 +290,18 @@ def test_the_slow_work_of_attend_is_there(published_path, rope_correction, monke
         works = []
         lists.clear()
         for _ in range(3):
-            for layer in range(TINY.num_layers):
+            for layer in range(SMALL.num_layers):
                 with Work() as work:
                     memory.attend(layer, *bf16)
-                works.append((len(works) < TINY.num_layers, work))
+                works.append((len(works) < SMALL.num_layers, work))
         memory.end_chunk()
     assert len(plan.retrieved) == 6
     assert len(lists) == 2 * len(works)  # the grid, for q and for k
     corrected = 6 if rope_correction else 0
     for first_pass, work in works:
         tables = [math.prod(shape) for shape, dtype in work.concatenated if dtype == torch.complex128]
-        assert tables == 2 * [CHUNK_TOKENS * TINY.head_dim // 2]
-        window = ((plan.num_tokens, TINY.num_heads, TINY.head_dim), torch.bfloat16)
+        assert tables == 2 * [CHUNK_TOKENS * SMALL.head_dim // 2]
+        window = ((plan.num_tokens, SMALL.num_heads, SMALL.head_dim), torch.bfloat16)
         assert work.concatenated.count(window) == 2
         assert work.complex128["mul"] == 2 + corrected
         assert work.complex128["polar"] == corrected
@@ -315,15 +318,15 @@ def test_the_slow_work_of_a_chunk_is_there(published_path):
     for chunk in range(14):
         with Work() as begin:
             memory.begin_chunk(poses[FRAMES * chunk : FRAMES * chunk + FRAMES])
-        for layer in range(TINY.num_layers):
+        for layer in range(SMALL.num_layers):
             memory.attend(layer, *inputs(layer, torch.bfloat16))
         with Work() as end:
             memory.end_chunk()
-    assert begin.copied_to[torch.bfloat16] == 6 * 2 * TINY.num_layers  # K and V of each chunk and layer
+    assert begin.copied_to[torch.bfloat16] == 6 * 2 * SMALL.num_layers  # K and V of each chunk and layer
     assert begin.ops["_local_scalar_dense"] == 6 + 2  # each choice, and both maxima
     assert begin.ops["acos"] == 1
-    assert end.copied_to[torch.float32] == 2 * TINY.num_layers
-    assert end.ops["topk"] == TINY.num_layers
+    assert end.copied_to[torch.float32] == 2 * SMALL.num_layers
+    assert end.ops["topk"] == SMALL.num_layers
 
 
 # --- errors ---

@@ -10,7 +10,7 @@ import torch
 
 from worldkv_kernels import WorldMemory, ranges
 from worldkv_kernels.models.rollout import rollout
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
 CPU = torch.device("cpu")
@@ -115,7 +115,7 @@ def test_one_region_is_wanted(traces, events, count):
 
 
 def test_a_chunk_is_traced_with_its_phases(traces, tmp_path):
-    model = TinyWorldModel(TinyConfig(num_layers=1))
+    model = SmallWorld.random(SmallWorldConfig(num_layers=1), device="cpu", dtype=torch.float32)
     memory = WorldMemory(model.config.memory(bank_chunks=6, retrieved_chunks=2, bank="host"), dtype=torch.float32)
     chunks = rollout(model, memory, *latent_poses(load("right*40,left*40")))
     for _ in range(5):

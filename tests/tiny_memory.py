@@ -1,4 +1,4 @@
-"""A tiny world model and memories for it, and chunks of random numbers at poses near and far."""
+"""Sizes of a very small SmallWorld, memories for it, and chunks of random numbers at poses near and far."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import torch
 
 from worldkv_kernels import WorldMemory
 from worldkv_kernels.models.rollout import rollout
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
-MODEL = TinyConfig(num_layers=2, num_heads=1, ffn_dim=64, grid=(2, 3), text_tokens=4)
+MODEL = SmallWorldConfig(num_layers=2, num_heads=1, ffn_dim=64, grid=(2, 3))
 AWAY_AND_BACK = latent_poses(load("right*300,left*300,forward*300,left*299"))  # 100 chunks
 
 
 def latents(memory: WorldMemory, poses: np.ndarray = AWAY_AND_BACK[0]) -> torch.Tensor:
-    made = list(rollout(TinyWorldModel(MODEL), memory, poses, AWAY_AND_BACK[1][: len(poses)], sigmas=(1.0,)))
+    model = SmallWorld.random(MODEL, device="cpu", dtype=torch.float32)
+    made = list(rollout(model, memory, poses, AWAY_AND_BACK[1][: len(poses)], sigmas=(1.0,)))
     return torch.stack([chunk.latents for chunk in made])
 
 

@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help=f"{', '.join(_DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="such as cpu or cuda:0 (default: the first GPU, else the CPU)")
     add("--threads", type=report.integer(1),
-        help="of the CPU (default: torch's own choice; 1 for the tiny model, whose tensors are too small to "
+        help="of the CPU (default: torch's own choice; 1 for small_world, whose tensors are too small to "
              "share)")  # fmt: skip
     add("--backend", help="of the ops: reference or triton (default: the automatic choice)")
-    add("--seed", type=report.seed, default=0, help="of weights and noise (default: %(default)s)")
+    add("--seed", type=report.seed, default=0, help="of random weights and noise (default: %(default)s)")
     add("--json", metavar="PATH",
         help="also write everything measured, chunk by chunk, as one JSON document; - for stdout")  # fmt: skip
     add("--picture", metavar="FILE.svg", help="draw which chunks worldkv attended to")
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     most = _THREADS_EACH * (os.cpu_count() or 1)
     if args.threads is not None and args.threads > most:
         raise ValueError(f"--threads must be at most {most}, {_THREADS_EACH} to a processor, got {args.threads}")
-    args.threads = args.threads or (1 if args.model == "tiny" else threads)
+    args.threads = args.threads or (1 if args.model == "small_world" else threads)
     torch.set_num_threads(args.threads)
     try:
         return _run(args)
@@ -325,9 +325,8 @@ def _introduction(
         lines.append(f"not made: {left} latent frame{'s' if left > 1 else ''} at the end, {reason}")
     rows, columns = config.grid
     variant = f", {args.variant}" if args.variant != args.model else ""
-    weights = "random" if args.weights is None else args.weights
     lines.append(
-        f"model {args.model}{variant}: {weights} weights, {config.num_layers} layers, "
+        f"model {args.model}{variant}: {rollout_models.weights_name(args)} weights, {config.num_layers} layers, "
         f"{config.num_heads} heads x {config.head_dim}, {rows} x {columns} tokens a frame; "
         f"{str(dtype).removeprefix('torch.')} on {report.machine(device)['device']}"
     )
@@ -338,7 +337,7 @@ def _introduction(
 def _is_default(args: argparse.Namespace, device: torch.device) -> bool:
     """Whether the time that the default run takes says something of this one."""
     asked = (args.trajectory, args.chunks, args.layers, args.grid, args.stride)
-    return args.model == "tiny" and device.type == "cpu" and asked == (None,) * len(asked)
+    return args.model == "small_world" and device.type == "cpu" and asked == (None,) * len(asked)
 
 
 def _table(results: dict[str, dict[str, Any]], *, compared: bool) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,24 +19,24 @@ import torch
 
 from ..actions import SCALES, ActionIntegrator, Actions, ActionScales, parse_actions
 from ..memory.pool import free_bytes
-from ..models.checkpoint import read_layout
+from ..models.checkpoint import read_config, read_layout
 from ..models.lingbot_camera import longest_step
 from ..models.lingbot_config import LingBotConfig
 from ..models.lingbot_world_fast import LingBotConditions, LingBotWorldFast
 from ..models.matrix_game_2 import MatrixGame2
 from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
-from ..models.tiny import TinyConfig, TinyWorldModel
+from ..models.small_world import WEIGHTS, SmallWorld, SmallWorldConfig
 from ..poses import convention_hint
 from ..rope import Rope3D
 from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
 from . import report
 
-Config = TinyConfig | LingBotConfig | MatrixGameConfig
+Config = SmallWorldConfig | LingBotConfig | MatrixGameConfig
 
 # Of each model, the variants and their sizes; the first is the default.
 MODELS = {
-    "tiny": {"tiny": TinyConfig},
+    "small_world": {"small_world": SmallWorldConfig},
     "lingbot_world_fast": {
         "fast": LingBotConfig.fast, "v2-14b": LingBotConfig.v2_14b, "v2-1.3b": LingBotConfig.v2_1_3b,
     },
@@ -52,7 +53,7 @@ DEFAULT_ACTIONS = {
     "gta_drive": "W*24,W+D*60,Q*8,S+A*60,S*24",
     "templerun": "Q*24,Z*24,W*12,D*12,S*12,C*24,Q*24",
 }
-_CLASSES = {"tiny": TinyWorldModel, "lingbot_world_fast": LingBotWorldFast, "matrix_game_2": MatrixGame2}
+_CLASSES = {"small_world": SmallWorld, "lingbot_world_fast": LingBotWorldFast, "matrix_game_2": MatrixGame2}
 _MOST_ROWS = Rope3D().max_position  # of tokens, or columns
 _COUNTED_LAYERS = 48  # of which weights are counted one by one; any past that are like the last
 STRIDE = 4  # video frames to a latent frame, of all these models' autoencoders
@@ -86,15 +87,17 @@ class Motion(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that choose a model and its motion."""
     add = parser.add_argument
-    add("--model", default="tiny", help=f"{', '.join(MODELS)} (default: %(default)s)")
-    of_real = [f"{name}: {', '.join(variants)}" for name, variants in MODELS.items() if name != "tiny"]
+    add("--model", default="small_world", help=f"{', '.join(MODELS)} (default: %(default)s)")
+    of_real = [f"{name}: {', '.join(variants)}" for name, variants in MODELS.items() if len(variants) > 1]
     add("--variant", help=f"of the model; {'; '.join(of_real)} (default: the first)")
-    add("--random", action="store_true", help="random weights, drawn on the device; the tiny model has no others")
-    add("--weights", metavar="FOLDER", help="the published checkpoint, a folder with .safetensors files")
-    add("--layers", type=report.integer(1), help="so many instead of all; random weights alone")
+    add("--random", action="store_true", help="random weights, drawn on the device")
+    add("--weights", metavar="FOLDER",
+        help="a folder with .safetensors files, of the other models the published checkpoint (default: the trained "
+             "weights of small_world that come with the package)")  # fmt: skip
+    add("--layers", type=report.integer(1), help="so many instead of all; with --random alone")
     add("--grid", type=_grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--trajectory", metavar="FOLDER|MOVES",
-        help="for tiny and lingbot_world_fast: a folder with poses.npy and intrinsics.npy, or moves such as "
+        help="for small_world and lingbot_world_fast: a folder with poses.npy and intrinsics.npy, or moves such as "
              "right*90,left*90,forward*10 (default: moves that look away, wander and come back)")  # fmt: skip
     add("--actions", metavar="KEYS",
         help="for matrix_game_2: keys held for video frames, such as W*24,L*12,W+J*8; W S A D walk, I K J L look, Q "
@@ -115,13 +118,12 @@ def model_config(args: argparse.Namespace) -> Config:
         args.variant = next(iter(variants))
     if args.variant not in variants:
         raise ValueError(f"--variant must be one of {', '.join(variants)} for {args.model}, got {args.variant!r}")
-    if args.weights is not None and (args.model == "tiny" or args.random):
-        why = "tiny is always random" if args.model == "tiny" else "--random was given"
-        raise ValueError(f"--weights must be left out where weights are random ({why}), got {args.weights!r}")
-    if args.weights is None and not args.random and args.model != "tiny":
+    if args.weights is not None and args.random:
+        raise ValueError(f"--weights must be left out with --random, got {args.weights!r}")
+    if args.weights is None and not args.random and args.model != "small_world":
         raise ValueError(f"--model {args.model} must have --weights FOLDER or --random, got neither")
-    if args.weights is not None and args.layers:
-        raise ValueError(f"--layers must be left out with --weights, which have their own, got {args.layers}")
+    if args.layers and not args.random:
+        raise ValueError(f"--layers must go with --random, since all other weights have their own, got {args.layers}")
     changes: dict[str, Any] = {}
     if args.grid:
         changes["grid"] = args.grid
@@ -129,7 +131,15 @@ def model_config(args: argparse.Namespace) -> Config:
         changes["num_layers"] = args.layers
         if args.model == "matrix_game_2":
             changes["action_layers"] = tuple(range(min(args.layers, len(MatrixGameConfig.action_layers))))
+    if args.model == "small_world" and not args.random:  # its folders say all of it
+        with _naming("--weights", "checkpoint"):
+            return SmallWorldConfig.from_published(read_config(_folder(args)), **changes)
     return replace(variants[args.variant](), **changes)
+
+
+def weights_name(args: argparse.Namespace) -> str:
+    """What is said of the weights."""
+    return "random" if args.random else args.weights or "the package's"
 
 
 def motion(args: argparse.Namespace) -> Motion:
@@ -164,13 +174,13 @@ def motion(args: argparse.Namespace) -> Motion:
 
 def check_weights(args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError when the checkpoint cannot be read, or the weights do not fit the device's free memory."""
-    if args.weights is not None:
+    if not args.random:
         with _naming("--weights", "checkpoint"):
-            read_layout(args.weights)
+            read_layout(_folder(args))
     _, needed = _count(args.model, config, dtype)
     free = free_bytes(device)
     if needed > free:
-        changes = ["--device"] if args.weights is not None else ["--layers", "--device"]
+        changes = ["--layers", "--device"] if args.random else ["--device"]
         changes += ["--dtype"] if dtype.itemsize > 2 else []
         raise ValueError(
             f"--model {args.model} must fit the {report.size(free)} that are free on {device}, got "
@@ -186,18 +196,16 @@ def make_model(
     made_of = _CLASSES[args.model]
     count, _ = _count(args.model, config, dtype)
     started = time.perf_counter()
-    with report.waiting(f"{'drawing' if args.weights is None else 'loading'} {count / 1e6:,.1f} million parameters"):
-        if args.model == "tiny":
-            model = made_of(config, seed=args.seed, **options)
-        elif args.weights is not None:
-            model = made_of.from_pretrained(args.weights, config=config, **options)
-        else:
+    with report.waiting(f"{'drawing' if args.random else 'loading'} {count / 1e6:,.1f} million parameters"):
+        if args.random:
             model = made_of.random(config, args.seed, **options)
+        else:
+            model = made_of.from_pretrained(_folder(args), config=config, **options)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     parameters = list(model.parameters())
     return model, {
-        "weights": "random" if args.weights is None else args.weights,
+        "weights": weights_name(args),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weight_bytes": sum(parameter.nbytes for parameter in parameters),
         "seconds_to_load": time.perf_counter() - started,
@@ -212,14 +220,17 @@ def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
 @cache
 def _count(name: str, config: Config, dtype: torch.dtype) -> tuple[int, int]:
     """How many parameters a model has, and their bytes, from its sizes alone."""
-    # The tiny model draws its weights when it is made, wherever that is.
-    most, device = (1, "cpu") if name == "tiny" else (_COUNTED_LAYERS, "meta")
-    counted = replace(config, num_layers=min(config.num_layers, most))
-    model = _CLASSES[name](counted, device=device, dtype=dtype)
+    counted = replace(config, num_layers=min(config.num_layers, _COUNTED_LAYERS))
+    model = _CLASSES[name](counted, device="meta", dtype=dtype)
     more = config.num_layers - counted.num_layers
     whole, last = list(model.parameters()), list(model.blocks[-1].parameters())
     count = sum(of.numel() for of in whole) + more * sum(of.numel() for of in last)
     return count, sum(of.nbytes for of in whole) + more * sum(of.nbytes for of in last)
+
+
+def _folder(args: argparse.Namespace) -> str | Path:
+    """Of the weights, where they are not random."""
+    return WEIGHTS if args.weights is None else args.weights
 
 
 def _scales(args: argparse.Namespace) -> ActionScales:

@@ -17,20 +17,20 @@ into the cache, and the attention. A pass covers one whole chunk of one video, e
 the layers and their sizes are the MemoryConfig's. Cross-attention and other caches stay the model's.
 
 A pipeline whose loop is not to be changed says the same by the first token of each pass. `chunks.Chunks` turns that
-into those calls and refuses what a memory cannot follow. Here the tiny model is the model, and the loop a pipeline's:
+into those calls and refuses what a memory cannot follow. Here SmallWorld is the model, and the loop a pipeline's:
 
 ```python
 import torch
 from worldkv_kernels import WorldMemory
 from worldkv_kernels.integrations.chunks import Chunks
 from worldkv_kernels.models.rollout import Controls, noise
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel
+from worldkv_kernels.models.small_world import SmallWorld
 from worldkv_kernels.trajectory import latent_poses, load
 
 poses, intrinsics = latent_poses(load("right*40,left*40"))  # of 21 latent frames, 7 chunks
-model = TinyWorldModel(TinyConfig(num_layers=2, grid=(4, 6)))
+model = SmallWorld.from_pretrained(device="cpu", dtype=torch.float32)
 memory = WorldMemory(model.config.memory(bank_chunks=32), dtype=torch.float32)
-chunks = Chunks("tiny", memory, poses)
+chunks = Chunks("SmallWorld", memory, poses)
 
 levels = (1.0, 0.9, 0.0)  # noise of the denoising passes, and of the clean one
 tokens = memory.config.chunk_tokens

@@ -7,8 +7,10 @@ benchmarks/train_small_world.py its training, and worlds.py has the worlds that 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,8 @@ class SmallWorldConfig:
     `grid` is (height, width) in tokens of one latent frame. `ray_octaves`: a token's ray goes in as its 6 numbers and
     as their sines and cosines at so many frequencies. `sigmas`: the noise levels of the denoising passes.
 
-    Raises ValueError when a size is below 1, `frequency_dim` is odd, or head_dim is not 64 or 128.
+    Raises ValueError when a size is below 1, `frequency_dim` is odd, head_dim is not 64 or 128, or the sigmas do not
+    start at 1, fall, and stay above 0.
     """
 
     num_layers: int = 4
@@ -60,7 +63,29 @@ class SmallWorldConfig:
             raise ValueError(f"SmallWorldConfig: ray_octaves must be at least 0, got {self.ray_octaves}")
         if self.frequency_dim % 2:
             raise ValueError(f"SmallWorldConfig: frequency_dim must be even, got {self.frequency_dim}")
+        falls = all(before >= after > 0 for before, after in pairwise(self.sigmas))
+        if not self.sigmas or self.sigmas[0] != 1 or not falls:
+            got = reprlib.repr(list(self.sigmas))
+            raise ValueError(f"SmallWorldConfig: sigmas must start at 1, fall, and stay above 0, got {got}")
         self.memory()  # checks the rest
+
+    @classmethod
+    def from_published(cls, found: dict[str, Any], **overrides: Any) -> SmallWorldConfig:
+        """The config that a config.json describes, which is `dataclasses.asdict` of one; what else is in it is ignored.
+
+        Raises ValueError when a size in it is none that a model has.
+        """
+        check_fields(cls.__name__, found, _SIZES)
+        check_fields(cls.__name__, found, ["ray_octaves"], least=0)
+        check_fields(cls.__name__, found, ["eps"], least=0, kinds=(int, float))
+        known = {field.name: found[field.name] for field in fields(cls) if field.name in found}
+        for name in ("grid", "sigmas"):
+            if name in known:
+                if not isinstance(known[name], list) or not all(type(n) in (int, float) for n in known[name]):
+                    got = reprlib.repr(known[name])
+                    raise ValueError(f"{cls.__name__}: config.json must have {name} a list of numbers, got {got}")
+                known[name] = tuple(known[name])
+        return cls(**{**known, **overrides})
 
     @property
     def dim(self) -> int:
@@ -135,9 +160,7 @@ class SmallWorld(Denoiser):
     def _published_config(
         cls, fields: dict[str, Any], layout: Mapping[str, StoredTensor], overrides: dict[str, Any]
     ) -> SmallWorldConfig:
-        check_fields(cls.__name__, fields, _SIZES)
-        lists = {name: tuple(fields[name]) for name in ("grid", "sigmas") if name in fields}
-        return SmallWorldConfig(**{**fields, **lists, **overrides})
+        return SmallWorldConfig.from_published(fields, **overrides)
 
     # --- models.rollout.WorldModel ---
 

@@ -1,19 +1,22 @@
-"""The tiny world model and the rollout, against a plain restatement that knows neither pool nor hoisting."""
+"""SmallWorld rolled out, against a plain restatement that knows neither pool nor hoisting; its config and weights."""
 
+import json
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from safetensors_files import write
 
-from worldkv_kernels import WorldMemory
-from worldkv_kernels.models.rollout import SIGMAS, Actions, Controls, noise, rollout, stream
-from worldkv_kernels.models.tiny import TinyConfig, TinyWorldModel, pluecker_map
+from worldkv_kernels import WorldMemory, worlds
+from worldkv_kernels.models.rollout import Controls, noise, rollout
+from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld, SmallWorldConfig, pluecker_map, ray_features
 from worldkv_kernels.trajectory import latent_poses, load
 
-CONFIG = TinyConfig(num_layers=2, grid=(2, 3), ffn_dim=96, text_tokens=5, text_dim=24, frequency_dim=16)
+CONFIG = SmallWorldConfig(num_layers=2, grid=(2, 3), ffn_dim=96, frequency_dim=16, ray_octaves=3)
 POSES, INTRINSICS = latent_poses(load("right*40,forward*32,left*40"))  # 29 latent frames, 9 chunks
 
 
@@ -25,8 +28,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_model(config=CONFIG, **options):
-    return TinyWorldModel(config, **options)
+def make_model(config=CONFIG, seed=0, **options):
+    return SmallWorld.random(config, seed, **{"device": "cpu", "dtype": torch.float32, **options})
 
 
 def make_memory(model, mode="full", **options):
@@ -90,6 +93,17 @@ def plain_rays(poses, intrinsics, grid):
     return torch.tensor(np.array(rays), dtype=torch.float32)
 
 
+def plain_features(rays, octaves):
+    """Each ray's six numbers, then for each octave the sines of all six and the cosines of all six."""
+    features = []
+    for ray in rays.double().tolist():
+        features.append(list(ray))
+        for octave in range(octaves):
+            for wave in (math.sin, math.cos):
+                features[-1] += [wave(math.pi * 2 ** (octave - 1) * number) for number in ray]
+    return torch.tensor(features, dtype=torch.float32)
+
+
 def plain_rollout(model, window, poses=POSES, intrinsics=INTRINSICS, seed=0):
     """Latents of each chunk; `window(chunk)` names the past chunks it attends to, whole."""
     w, config = model.state_dict(), model.config
@@ -99,16 +113,15 @@ def plain_rollout(model, window, poses=POSES, intrinsics=INTRINSICS, seed=0):
     def split(x):
         return x.unflatten(1, (heads, -1))
 
-    def flow_of(x, sigma, chunk):
+    def clean_of(x, sigma, chunk):
         rows = slice(3 * chunk, 3 * chunk + 3)
         half = config.frequency_dim // 2
         angles = [1000 * sigma * 10000.0 ** (-i / half) for i in range(half)]
         time = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)], dtype=torch.float32)
         time = linear(w, "time_embedding.2", F.silu(linear(w, "time_embedding.0", time)))
         of_time = linear(w, "time_projection.1", F.silu(time)).view(6, -1)
-        text = linear(w, "text_embedding.2", F.gelu(linear(w, "text_embedding.0", model.prompt), approximate="tanh"))
         camera = plain_rays(np.linalg.inv(poses[0]) @ poses[rows], intrinsics[rows], config.grid)
-        camera = linear(w, "patch_embedding_wancamctrl", camera)
+        camera = linear(w, "patch_embedding_wancamctrl", plain_features(camera, config.ray_octaves))
         hidden = F.silu(linear(w, "c2ws_hidden_states_layer1", camera))
         camera = camera + linear(w, "c2ws_hidden_states_layer2", hidden)
 
@@ -129,11 +142,6 @@ def plain_rollout(model, window, poses=POSES, intrinsics=INTRINSICS, seed=0):
             x = x + linear(w, f"{b}.self_attn.o", y) * e[2]
             h = camera + linear(w, f"{b}.cam_injector_layer2", F.silu(linear(w, f"{b}.cam_injector_layer1", camera)))
             x = (1 + linear(w, f"{b}.cam_scale_layer", h)) * x + linear(w, f"{b}.cam_shift_layer", h)
-            y = norm(x) * w[f"{b}.norm3.weight"] + w[f"{b}.norm3.bias"]
-            q = split(rms(linear(w, f"{b}.cross_attn.q", y), w[f"{b}.cross_attn.norm_q.weight"]))
-            k = split(rms(linear(w, f"{b}.cross_attn.k", text), w[f"{b}.cross_attn.norm_k.weight"]))
-            y = attention(q, k, split(linear(w, f"{b}.cross_attn.v", text)))
-            x = x + linear(w, f"{b}.cross_attn.o", y)
             y = norm(x) * (1 + e[4]) + e[3]
             y = linear(w, f"{b}.ffn.2", F.gelu(linear(w, f"{b}.ffn.0", y), approximate="tanh"))
             x = x + y * e[5]
@@ -146,12 +154,12 @@ def plain_rollout(model, window, poses=POSES, intrinsics=INTRINSICS, seed=0):
     for chunk in range(len(poses) // 3):
         draws = [noise(seed, chunk, step, (3, 16, 2 * height, 2 * width)) for step in range(4)]
         x = draws[0]
-        for step, sigma in enumerate((1.0, 0.979, 0.947, 0.825)):
-            clean = x - sigma * flow_of(x, sigma, chunk)
+        for step, sigma in enumerate((1.0, 0.9, 0.75, 0.5)):
+            clean = clean_of(x, sigma, chunk)
             if step < 3:
-                following = (0.979, 0.947, 0.825)[step]
+                following = (0.9, 0.75, 0.5)[step]
                 x = (1 - following) * clean + following * draws[step + 1]
-        flow_of(clean, 0.0, chunk)
+        clean_of(clean, 0.0, chunk)
         made.append(clean)
     return made
 
@@ -200,15 +208,6 @@ def test_same_seed_same_bits():
     assert relative_error(latents_of("worldkv", seed=4)[0], first[0]) > 0.1
 
 
-def test_noise_is_a_function_of_seed_chunk_and_step():
-    drawn = noise(1, 2, 3, (40, 50))
-    torch.manual_seed(0)  # whatever else draws
-    assert torch.equal(drawn, noise(1, 2, 3, (40, 50)))
-    for other in ((0, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2), (2, 1, 3)):
-        assert (drawn * noise(*other, (40, 50))).mean().abs() < 0.1
-    assert drawn.mean().abs() < 0.1 and abs(drawn.std() - 1) < 0.1
-
-
 def test_origin_and_axes_of_the_world_do_not_matter():
     world = load("left*50,up*20,forward*30").poses[-1]
     for a, b in zip(latents_of(poses=POSES[:9]), latents_of(poses=world @ POSES[:9]), strict=True):
@@ -222,13 +221,13 @@ def test_what_holds_for_a_chunk_is_computed_once():
             module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls.get(name, 0) + 1))
     list(rollout(model, make_memory(model), POSES[:12], INTRINSICS[:12]))
     for name, count in calls.items():
-        if "text_embedding" in name or "time_" in name or name.endswith(("cross_attn.k", "cross_attn.v")):
-            assert count == 1, name
+        if "time_" in name:
+            assert count == 5, name  # one for each noise level
         elif "cam" in name or "c2ws" in name:
             assert count == 4, name  # one for each chunk
         else:
             assert count == 4 * 5, name
-    assert len(calls) == 1 + 2 + 2 + 2 + 1 + 1 + 2 * (4 + 4 + 2 + 4)
+    assert len(calls) == 1 + 2 + 2 + 1 + 1 + 2 * (4 + 2 + 2)  # a scale and a shift are added where they are stored
 
 
 def test_pluecker_map():
@@ -244,31 +243,36 @@ def test_pluecker_map():
     np.testing.assert_allclose(moments[2, 0, 2], np.log(2) * np.cross((1, 0, 0), directions[2, 0, 2]), atol=1e-6)
 
 
+@pytest.mark.parametrize("octaves", [0, 1, 4])
+def test_ray_features(octaves):
+    rays = plain_rays(POSES[:3], INTRINSICS[:3], (2, 3))
+    got = ray_features(rays, octaves)
+    assert got.shape == (18, 6 * (1 + 2 * octaves)) and torch.equal(got[:, :6], rays)
+    torch.testing.assert_close(got, plain_features(rays, octaves), atol=1e-5, rtol=0)
+
+
 # --- the model ---
 
 
 def test_parameter_names():
     names = set(make_model().state_dict())
-    of_block = ["modulation", "norm3.weight", "norm3.bias"]
-    for attention_name in ("self_attn", "cross_attn"):
-        of_block += [f"{attention_name}.{p}.{kind}" for p in "qkvo" for kind in ("weight", "bias")]
-        of_block += [f"{attention_name}.norm_{p}.weight" for p in "qk"]
+    of_block = ["modulation", *(f"self_attn.norm_{p}.weight" for p in "qk")]
+    of_block += [f"self_attn.{p}.{kind}" for p in "qkvo" for kind in ("weight", "bias")]
     linears = ["ffn.0", "ffn.2", "cam_injector_layer1", "cam_injector_layer2", "cam_scale_layer", "cam_shift_layer"]
     of_block += [f"{layer}.{kind}" for layer in linears for kind in ("weight", "bias")]
     top = ["patch_embedding", "patch_embedding_wancamctrl", "c2ws_hidden_states_layer1", "c2ws_hidden_states_layer2"]
-    top += ["text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1"]
+    top += ["time_embedding.0", "time_embedding.2", "time_projection.1"]
     want = {f"{layer}.{kind}" for layer in [*top, "head.head"] for kind in ("weight", "bias")} | {"head.modulation"}
     want |= {f"blocks.{i}.{name}" for i in range(CONFIG.num_layers) for name in of_block}
     assert names == want
 
 
 def test_weights_depend_on_the_seed_alone():
-    first, same, other = (make_model(seed=seed).state_dict() for seed in (1, 1, 2))
+    first = make_model(seed=1).state_dict()
     torch.manual_seed(5)
-    half = make_model(seed=1, dtype=torch.bfloat16).state_dict()
+    same, other = (make_model(seed=seed).state_dict() for seed in (1, 2))
     for name, weight in first.items():
         assert torch.equal(weight, same[name]) and not torch.equal(weight, other[name]), name
-        assert torch.equal(weight.to(half[name].dtype), half[name]), name  # cast once, from fp32
 
 
 @torch.no_grad()
@@ -276,25 +280,60 @@ def test_what_stays_fp32():
     model = make_model(dtype=torch.bfloat16)
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
     assert {name for name in kept if not name.startswith(("time_", "head."))} == {
-        f"blocks.{i}.{name}" for i in range(2) for name in ("modulation", "norm3.weight", "norm3.bias")
-    }
+        "blocks.0.modulation", "blocks.1.modulation"
+    }  # fmt: skip
     of_rollout = model.prepare_rollout(None, POSES[0], (1.0, 0.0))
     of_chunk = model.prepare_chunk(of_rollout, 0, Controls(POSES[:3], INTRINSICS[:3]))
     memory = make_memory(model)
     memory.begin_chunk()
-    assert of_rollout.modulation.dtype == of_chunk.camera[0][0].dtype == torch.float32
+    level = of_rollout.levels[0]
+    assert level.modulation.dtype == level.head.dtype == torch.float32 and of_chunk.camera.dtype == torch.bfloat16
     assert model.denoise(torch.zeros(3, *model.latent_shape), 0, of_chunk, memory).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_half_precision_is_near(device, dtype, limit):
-    near = latents_of("worldkv", model=make_model(device=device, dtype=dtype))
-    for a, b in zip(near, latents_of("worldkv"), strict=True):
+    wide, near = make_model(), make_model(device=device, dtype=dtype)
+    near.load_state_dict(wide.state_dict())
+    for a, b in zip(latents_of("worldkv", model=near), latents_of("worldkv", model=wide), strict=True):
         assert relative_error(a, b) < limit
 
 
+@pytest.mark.parametrize("mode", ["full", "worldkv"])
+def test_hoisting_changes_no_bit(mode):
+    hoisted = latents_of(mode, model=make_model())
+    every_pass = latents_of(mode, model=make_model(hoist=False))
+    assert all(torch.equal(a, b) for a, b in zip(every_pass, hoisted, strict=True))
+
+
+def test_the_flow_leads_from_the_clean_latents():
+    """At every noise level it is (x - x0) / sigma, of an x0 that the head gives; at sigma 0 it is x - x0."""
+    model, levels = make_model(), (1.0, 0.5, 0.125, 0.0)
+    with torch.no_grad():
+        of_chunk = model.prepare_chunk(
+            model.prepare_rollout(None, POSES[0], levels), 0, Controls(POSES[:3], INTRINSICS[:3])
+        )
+        x, given = torch.randn(3, *model.latent_shape), []
+        model.head.register_forward_hook(lambda module, args, out: given.append(out))
+        memory = make_memory(model)
+        memory.begin_chunk()
+        for step, sigma in enumerate(levels):
+            flow = model.denoise(x, step, of_chunk, memory)
+            patches = given[step].view(3, 2, 3, 2, 2, 16).permute(0, 5, 1, 3, 2, 4).reshape(3, 16, 4, 6)
+            assert relative_error(x - (sigma or 1) * flow, patches) < 1e-6
+
+
+def test_what_it_is_not_given_is_told():
+    model = make_model()
+    with pytest.raises(ValueError, match="SmallWorld: conditions must be None, got 'a prompt'"):
+        model.prepare_rollout("a prompt", POSES[0], (1.0, 0.0))
+    of_rollout = model.prepare_rollout(None, POSES[0], (1.0, 0.0))
+    with pytest.raises(ValueError, match=r"SmallWorld: intrinsics must be \[n, 4\] or \[4\], got None"):
+        model.prepare_chunk(of_rollout, 0, Controls(POSES[:3]))
+
+
 def test_default_sizes():
-    config = TinyConfig()
+    config = SmallWorldConfig()
     assert (config.dim, config.num_heads, config.head_dim, config.num_layers, config.chunk_frames) == (128, 2, 64, 4, 3)
     assert make_model(config).latent_shape == (16, 2 * config.grid[0], 2 * config.grid[1])
     memory = config.memory(mode="sliding")
@@ -304,182 +343,109 @@ def test_default_sizes():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"ffn_dim": 0}, "TinyConfig: ffn_dim must be at least 1, got 0"),
+        ({"ffn_dim": 0}, "SmallWorldConfig: ffn_dim must be at least 1, got 0"),
+        ({"ray_octaves": -1}, "SmallWorldConfig: ray_octaves must be at least 0, got -1"),
+        ({"frequency_dim": 15}, "SmallWorldConfig: frequency_dim must be even, got 15"),
+        ({"sigmas": ()}, r"SmallWorldConfig: sigmas must start at 1, fall, and stay above 0, got \[\]"),
+        ({"sigmas": (0.9, 0.5)}, r"sigmas must start at 1, .* got \[0.9, 0.5\]"),
+        ({"sigmas": (1, 0.5, 0.7)}, r"sigmas must start at 1, .* got \[1, 0.5, 0.7\]"),
+        ({"sigmas": (1, math.nan, 0.5)}, r"sigmas must start at 1, .* got \[1, nan, 0.5\]"),
+        ({"sigmas": (1, 0.0)}, r"sigmas must start at 1, .* got \[1, 0.0\]"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"head_dim": 32}, "head_dim must be 64 or 128, got 32"),
     ],
 )
 def test_bad_sizes(options, message):
     with pytest.raises(ValueError, match=message):
-        TinyConfig(**options)
+        SmallWorldConfig(**options)
 
 
-# --- the rollout, with a model of known answers ---
+# --- checkpoints ---
 
 
-class Known:
-    """Its flow always leads to `target`; writes down what it is given, and fails where told to."""
-
-    def __init__(self, fail_at=None):
-        self.device = torch.device("cpu")
-        self.chunk_frames, self.latent_shape = 3, (2, 2, 4)
-        self.target = torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(9))
-        self.config = TinyConfig(num_layers=1, num_heads=1, grid=(1, 2))
-        self.dtype, self.fail_at, self.seen = torch.float32, fail_at, []
-
-    sigmas = SIGMAS
-
-    def prepare_rollout(self, conditions, first_pose, noise_levels):
-        assert not torch.is_grad_enabled()
-        self.conditions, self.levels, self.first_pose = conditions, noise_levels, first_pose
-        return "rollout"
-
-    def prepare_chunk(self, of_rollout, start_frame, controls):
-        assert of_rollout == "rollout" and not torch.is_grad_enabled()
-        self.start_frame, self.controls = start_frame, controls
-        return "chunk"
-
-    def denoise(self, latents, step, of_chunk, memory):
-        assert of_chunk == "chunk" and not torch.is_grad_enabled()
-        if len(self.seen) == self.fail_at:
-            raise KeyboardInterrupt
-        self.seen.append((step, latents))
-        memory.attend(0, *torch.zeros(3, 6, 64))
-        return (latents - self.target) / (self.levels[step] or 1.0)
+def write_checkpoint(folder, model, **fields):
+    write(folder / "model.safetensors", model.state_dict())
+    (folder / "config.json").write_text(json.dumps({**asdict(model.config), **fields}))
 
 
-def test_the_passes_of_a_chunk():
-    model = Known()
-    chunks = list(rollout(model, make_memory(model), POSES[:7], INTRINSICS[:7], seed=11))
-    assert [chunk.plan.chunk for chunk in chunks] == [0, 1]  # one frame is left over
-    assert model.levels == (1.0, 0.979, 0.947, 0.825, 0.0) == (*SIGMAS, 0.0)
-    assert [step for step, _ in model.seen] == [0, 1, 2, 3, 4] * 2
-    assert np.array_equal(model.first_pose, POSES[0])
-    assert model.start_frame == 3 and model.conditions is None and model.controls.actions is None
-    assert all(np.array_equal(a, b[3:6]) for a, b in zip(model.controls[:2], (POSES, INTRINSICS), strict=True))
-    for chunk in range(2):
-        for step, sigma in enumerate((1.0, 0.979, 0.947, 0.825, 0.0)):
-            want = (1 - sigma) * model.target
-            if sigma:
-                want = want + sigma * noise(11, chunk, step, (3, 2, 2, 4))
-            torch.testing.assert_close(model.seen[5 * chunk + step][1], want, atol=1e-5, rtol=0)
-        torch.testing.assert_close(chunks[chunk].latents, model.target, atol=1e-5, rtol=0)
-        assert chunks[chunk].seconds > 0
+def load_from(*folder, **options):
+    return SmallWorld.from_pretrained(*folder, **{"device": "cpu", "dtype": torch.float32, **options})
 
 
-def test_other_sigmas():
-    model = Known()
-    list(rollout(model, make_memory(model), POSES[:3], INTRINSICS[0], sigmas=[1, 0.5]))
-    assert model.levels == (1, 0.5, 0.0) and [step for step, _ in model.seen] == [0, 1, 2]
+def from_noise(model, shown, yaw):
+    """The x0 that the model makes of noise alone, after the chunks `shown` went by; yaw [frames] in radians."""
+    poses, intrinsics = worlds.looking(yaw, 0 * yaw).double().numpy(), np.tile(worlds.INTRINSICS, (3, 1))
+    memory, chunks = make_memory(model), [*shown, noise(0, 0, 0, (3, *model.latent_shape))]
+    with torch.no_grad():
+        of_rollout = model.prepare_rollout(None, poses[0], (1.0, 0.0))
+        for chunk, latents in enumerate(chunks):
+            rows = slice(3 * chunk, 3 * chunk + 3)
+            memory.begin_chunk(poses[rows])
+            of_chunk = model.prepare_chunk(of_rollout, 3 * chunk, Controls(poses[rows], intrinsics))
+            flow = model.denoise(latents, 0 if chunk == len(shown) else 1, of_chunk, memory)
+            memory.end_chunk()
+    return latents - flow
 
 
-def test_the_models_own_sigmas_are_the_default():
-    model = Known()
-    model.sigmas = (1.0, 0.7)
-    list(rollout(model, make_memory(model), POSES[:3], INTRINSICS[0]))
-    assert model.levels == (1.0, 0.7, 0.0)
+def test_the_packages_own_weights():
+    """Trained: where the camera looks again, they make what was seen there, of either world."""
+    model = load_from()
+    assert model.config == SmallWorldConfig() == load_from(WEIGHTS).config
+    assert load_from(dtype=torch.bfloat16).blocks[0].ffn[0].weight.dtype == torch.bfloat16
+    yaw = torch.deg2rad(torch.tensor([*range(0, 96, 8), 60, 52, 44.0]))  # to the right, then back a way
+    drawn = worlds.draw_worlds(2, torch.Generator().manual_seed(0))
+    poses = worlds.looking(yaw, 0 * yaw).expand(2, -1, -1, -1)
+    one, other = worlds.encode(worlds.pictures(drawn, poses)).unflatten(1, (5, 3))
+    for seen, unseen in ((one, other), (other, one)):
+        made = from_noise(model, seen[:4], yaw)
+        assert relative_error(made, seen[4]) < 0.5
+        assert relative_error(made, unseen[4]) > 0.9
 
 
-def test_actions_grow_with_the_video_and_conditions_are_handed_on():
-    model = Known()
-    actions = Actions(np.arange(44.0).reshape(22, 2), np.arange(66.0).reshape(22, 3))
-    lengths = []
-    for _ in rollout(model, make_memory(model), POSES[:6], actions=actions, conditions="a prompt"):
-        lengths.append(len(model.controls.actions.mouse))
-        assert np.array_equal(model.controls.actions.mouse, actions.mouse[: lengths[-1]])
-        assert np.array_equal(model.controls.actions.keyboard, actions.keyboard[: lengths[-1]])
-        assert model.controls.intrinsics is None
-    assert lengths == [9, 21]  # one row for frame 0, four for each frame after it
-    assert model.conditions == "a prompt"
-    with pytest.raises(ValueError, match="rollout: actions must have a row for 33 video frames, got 22 of mouse"):
-        rollout(model, make_memory(model), POSES[:9], actions=actions)
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_weights_of_a_folder_roll_out_to_the_same_bits(tmp_path, named):
+    model = make_model(replace(CONFIG, sigmas=(1.0, 0.6)), seed=3)
+    write_checkpoint(tmp_path, model, of_another_version=True)
+    loaded = load_from(tmp_path if named == "folder" else tmp_path / "model.safetensors")
+    assert loaded.config == model.config and loaded.sigmas == (1.0, 0.6)
+    for a, b in zip(latents_of(model=loaded), latents_of(model=model), strict=True):
+        assert torch.equal(a, b)
+    wider = load_from(tmp_path, grid=(3, 5))
+    assert wider.config == replace(model.config, grid=(3, 5)) and wider.latent_shape == (16, 6, 10)
+    assert load_from(tmp_path, config=CONFIG, hoist=False).sigmas == CONFIG.sigmas
 
 
-def test_a_stream_asks_for_controls_when_they_are_due():
-    model, asked = Known(), []
-
-    def controls():
-        for first in (0, 3):
-            asked.append(first)
-            yield Controls(POSES[first : first + 3], INTRINSICS[first : first + 3])
-
-    chunks = stream(model, make_memory(model), controls(), seed=5)
-    assert not asked
-    streamed = [next(chunks)]
-    assert asked == [0]
-    streamed.append(next(chunks))
-    whole = rollout(Known(), make_memory(model), POSES[:6], INTRINSICS[:6], seed=5)
-    assert all(torch.equal(a.latents, b.latents) for a, b in zip(streamed, whole, strict=True))
-
-
-def test_a_chunk_is_yielded_before_the_next_is_begun():
-    model = Known()
-    memory = make_memory(model)
-    for made, chunk in enumerate(rollout(model, memory, POSES[:9], INTRINSICS[:9]), start=1):
-        assert memory.stats()["chunks"] == made == chunk.plan.chunk + 1
-        assert torch.is_grad_enabled()  # the caller's setting is left alone between chunks
-    memory.reset()
-    rollout_of_three = rollout(model, memory, POSES[:9], INTRINSICS[:9])
-    next(rollout_of_three)
-    rollout_of_three.close()
-    assert memory.stats()["chunks"] == 1
-    memory.begin_chunk(POSES[3:6])
-
-
-@pytest.mark.parametrize("fail_at, done", [(0, 0), (5, 1), (7, 1), (9, 1)])
-def test_an_exception_drops_the_chunk_it_falls_in(fail_at, done):
-    model = Known(fail_at)
-    memory = make_memory(model, "worldkv")
-    made = []
-    with pytest.raises(KeyboardInterrupt):
-        made.extend(chunk.plan.chunk for chunk in rollout(model, memory, POSES, INTRINSICS))
-    assert memory.stats()["chunks"] == done
-    assert memory.begin_chunk(POSES[:3]).chunk == done
-
-
-def test_a_chunk_begun_by_the_caller_is_not_dropped():
-    model = Known()
-    memory = make_memory(model)
-    memory.begin_chunk()
-    with pytest.raises(RuntimeError, match="begin_chunk: chunk 0 must be ended"):
-        next(rollout(model, memory, POSES, INTRINSICS))
-    memory.attend(0, *torch.zeros(3, 6, 64))  # still begun
-    memory.end_chunk()
-
-
-def test_retrieval_by_fov_gets_the_intrinsics():
-    model = Known()
-    memory = make_memory(model, "worldkv", retrieval="fov", retrieved_chunks=1)
-    plans = [chunk.plan for chunk in rollout(model, memory, POSES, INTRINSICS)]
-    assert plans[-1].retrieved
+def test_checkpoints_that_do_not_fit_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint: .* must hold .safetensors files, got none"):
+        load_from(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint: must be an existing folder .*, got .*none"):
+        load_from(tmp_path / "none")
+    model = make_model()
+    write(tmp_path / "model.safetensors", model.state_dict())
+    with pytest.raises(ValueError, match=r"SmallWorld: .* must hold config.json where no config is given, got none"):
+        load_from(tmp_path)
+    write_checkpoint(tmp_path, model)
+    with pytest.raises(ValueError, match=r"SmallWorld: .* 23 missing: blocks.2.modulation, .* and 18 more"):
+        load_from(tmp_path, num_layers=3)
+    with pytest.raises(ValueError, match=r"got 23 unexpected: blocks.1.modulation, .* and 18 more"):
+        load_from(tmp_path, num_layers=1)
+    with pytest.raises(ValueError, match=r"1 misshapen: patch_embedding_wancamctrl.weight \[128, 42\] for \[128, 54\]"):
+        load_from(tmp_path, ray_octaves=4)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "fields, message",
     [
-        ({"poses": POSES[:, :3]}, r"rollout: poses must be \[frames, 4, 4\], got \[29, 3, 4\]"),
-        ({"poses": POSES[:2], "intrinsics": INTRINSICS[:2]}, "at least chunk_frames=3 latent frames, got 2"),
-        ({"intrinsics": INTRINSICS[:5]}, r"rollout: intrinsics must be \[29, 4\] or \[4\], got \[5, 4\]"),
-        ({"seed": -1}, "rollout: seed must be at least 0, got -1"),
-        ({"sigmas": ()}, r"rollout: sigmas must start at 1, fall, and stay above 0, got \[\]"),
-        ({"sigmas": (0.9, 0.5)}, r"sigmas must start at 1, .* got \[0.9, 0.5\]"),
-        ({"sigmas": (1, 0.5, 0.7)}, r"sigmas must start at 1, .* got \[1, 0.5, 0.7\]"),
-        ({"sigmas": (1, 0.5, 0.0)}, r"sigmas must start at 1, .* got \[1, 0.5, 0.0\]"),
+        ({"num_layers": "4"}, "SmallWorldConfig: config.json must have num_layers an integer from 1 to .*, got '4'"),
+        ({"ray_octaves": -1}, "SmallWorldConfig: config.json must have ray_octaves an integer from 0 to .*, got -1"),
+        ({"eps": None}, "SmallWorldConfig: config.json must have eps a number from 0 to .*, got None"),
+        ({"grid": 6}, "SmallWorldConfig: config.json must have grid a list of numbers, got 6"),
+        ({"grid": [6, 0]}, r"grid must be \(height, width\) of at least 1 token each"),
+        ({"sigmas": ["1"]}, r"SmallWorldConfig: config.json must have sigmas a list of numbers, got \['1'\]"),
+        ({"sigmas": [0.5]}, r"SmallWorldConfig: sigmas must start at 1, fall, and stay above 0, got \[0.5\]"),
     ],
 )
-def test_bad_arguments_are_told_at_the_call(change, message):
-    model = Known()
-    arguments = {"poses": POSES, "intrinsics": INTRINSICS, **change}
+def test_a_config_json_that_no_model_has(tmp_path, fields, message):
+    write_checkpoint(tmp_path, make_model(), **fields)
     with pytest.raises(ValueError, match=message):
-        rollout(model, make_memory(model), arguments.pop("poses"), arguments.pop("intrinsics"), **arguments)
-
-
-def test_a_memory_that_does_not_fit_is_told_at_the_call():
-    model = Known()
-    other = make_model(TinyConfig(num_layers=1, num_heads=1, grid=(1, 2), chunk_frames=1))
-    with pytest.raises(ValueError, match="rollout: memory must have the model's chunk_frames=3, got 1"):
-        rollout(model, make_memory(other), POSES, INTRINSICS)
-    memory = make_memory(model)
-    list(rollout(model, memory, POSES[:6], INTRINSICS[:6]))
-    with pytest.raises(ValueError, match="rollout: memory must be new or reset, got one of 2 chunks"):
-        rollout(model, memory, POSES, INTRINSICS)
+        load_from(tmp_path)
