@@ -264,7 +264,7 @@ def of_worldkv(tmp_path, *arguments, modes="worldkv"):
 
 
 def test_each_option_changes_the_latents(tmp_path):
-    seven = ["--chunks", "7", "--retrieved-chunks", "2"]  # the last has a gap in time for --rebase-time to close
+    seven = ["--chunks", "7", "--retrieved-chunks", "2"]  # the last has a gap in time for rebasing to close
     plain = of_worldkv(tmp_path, *seven, modes="full,worldkv")
     errors = [chunk["relative_error"] for chunk in plain["chunks"]]
 
@@ -272,7 +272,7 @@ def test_each_option_changes_the_latents(tmp_path):
     assert [chunk["relative_error"] for chunk in host["chunks"]] == errors
     assert host["host_bytes"] > 0 == plain["host_bytes"] and host["device_bytes"] < plain["device_bytes"]
 
-    for changed in (["--no-pooled"], ["--rebase-time"], ["--dtype", "bfloat16"]):
+    for changed in (["--no-pooled"], ["--no-rebase-time"], ["--dtype", "bfloat16"]):
         other = of_worldkv(tmp_path, *seven, *changed, modes="full,worldkv")
         assert [chunk["relative_error"] for chunk in other["chunks"]] != errors, changed
         assert [chunk["retrieved"] for chunk in other["chunks"]] == [chunk["retrieved"] for chunk in plain["chunks"]]

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--depth-range", type=report.number, nargs=2, metavar=("NEAR", "FAR"),
         help="of the views' overlap (default: 1 50)")  # fmt: skip
     add("--diversity", type=report.number, default=0.0, help="0 to 1: avoid near-copies (default: %(default)s)")
-    add("--rebase-time", action="store_true", help="turn retrieved and sink chunks in time next to the recent ones")
+    add("--rebase-time", action=argparse.BooleanOptionalAction, default=None,
+        help="turn retrieved and sink chunks in time next to the recent ones (default: in mode worldkv)")  # fmt: skip
     add("--order", default="time", help=f"of retrieved chunks: {', '.join(ORDERS)} (default: %(default)s)")
     add("--bank", default="device", help="where banked chunks lie: device or host (default: %(default)s)")
     add("--bank-chunks", type=report.integer(1), help="that the bank holds (default: enough for the rollout)")
@@ -137,10 +138,10 @@ def _run(args: argparse.Namespace) -> int:
                   "dtype": str(dtype).removeprefix("torch."), "seed": args.seed, **weights},
         "memory": {
             **{name: getattr(args, name) for name in (
-                "keep_ratio", "pooled", "retrieval", "depth_range", "diversity", "rebase_time",
-                "order", "bank", "bank_chunks", "backend")},
+                "keep_ratio", "pooled", "retrieval", "depth_range", "diversity", "order",
+                "bank", "bank_chunks", "backend")},
             **{name: getattr(memories.get("worldkv", memories[modes[0]]), name) for name in (
-                "sink_frames", "recent_frames", "retrieved_chunks")},
+                "sink_frames", "recent_frames", "retrieved_chunks", "rebase_time")},
         },
         "interrupted": stopped is not None,
         "modes": results,
@@ -195,12 +196,12 @@ def _memory_config(
     args: argparse.Namespace, config: Config, policy: RetrievalPolicy, mode: str, chunks: int
 ) -> MemoryConfig:
     enough = chunks if mode == "full" else max(chunks, args.retrieved_chunks or 1)
-    asked = ("sink_frames", "recent_frames", "retrieved_chunks")
+    asked = ("sink_frames", "recent_frames", "retrieved_chunks", "rebase_time")
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     try:
         return config.memory(
             mode=mode, keep_ratio=args.keep_ratio, pooled=args.pooled,
-            retrieval=policy, rebase_time=args.rebase_time, order=args.order, bank=args.bank,
+            retrieval=policy, order=args.order, bank=args.bank,
             bank_chunks=(args.bank_chunks if mode == "worldkv" else None) or enough, **given,
         )  # fmt: skip
     except ValueError as error:  # the fields have the arguments' names
