@@ -20,6 +20,7 @@ from .worlds import INTRINSICS, decode, encode, looking, pictures
 STEP = 7.0  # degrees from frame to frame
 # Frames since a view was last seen, for it to count as seen again: longer ago than the sliding window reaches.
 LEAST_GAP = 18
+_FARTHEST = 0.4  # of a camera, from the middle of a world of radius 1
 _NEAR_DEGREES, _NEAR_DISTANCE = 12.0, 0.15  # of two cameras that have about the same view
 
 # What is compared, and how it differs from MemoryConfig's defaults. A sliding window of four chunks is what the small
@@ -77,6 +78,24 @@ def turn_and_return(chunks: int, number: int = 0, *, step: float = STEP, chunk_f
     yaw = np.concatenate([yaw, yaw[::-1] - 0.45 * step]) + np.degrees(number)
     pitch = np.concatenate([pitch, pitch[::-1] + 2.5])
     return Journey(looking(*(torch.from_numpy(np.deg2rad(angle)) for angle in (yaw, pitch))).numpy(), len(out))
+
+
+def along(poses: np.ndarray, *, chunk_frames: int = 3) -> Journey:
+    """A way of one's own: camera-to-world poses [n, 4, 4], in any coordinates and any unit, of which the half is given.
+
+    It starts in the middle of the world, and its steps are shortened so that it goes no farther than .4 from there.
+    Frames that fill no chunk are left out. Raises ValueError when no view is seen again in the half that is made.
+    """
+    poses = np.linalg.inv(poses[0]) @ poses[: len(poses) // chunk_frames * chunk_frames]
+    farthest = np.linalg.norm(poses[:, :3, 3], axis=1).max(initial=0.0)
+    poses[:, :3, 3] *= min(1.0, _FARTHEST / max(farthest, 1e-12))
+    journey = Journey(poses, len(poses) // 2 // chunk_frames * chunk_frames)
+    if not journey.given or not journey.seen_again():
+        raise ValueError(
+            f"along: poses must come back, in their second half, to views last seen {LEAST_GAP} frames ago or more, "
+            f"got {len(poses)} that do not"
+        )
+    return journey
 
 
 class Trip(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..journeys import LEAST_GAP, MODES, Journey, psnr, ssim, travel, truth, turn_and_return
+from ..journeys import LEAST_GAP, MODES, Journey, along, psnr, ssim, travel, truth, turn_and_return
 from ..memory.world_memory import WorldMemory
 from ..models.small_world import WEIGHTS, SmallWorld
 from ..ops.all import check_every_backend
@@ -23,6 +23,7 @@ from .world_picture import animation, picture
 _TAKES = "downloads nothing; the default takes about a minute on two cores"
 _CHUNKS, _WORLDS = 30, 8
 _STRIDE = 4  # moves, or video frames of a folder, to a frame
+_MOST_FRAMES = 1020  # as many as the rotary embedding can number, in chunks
 _LEAST_CHUNKS = 14  # so that some view was last seen long enough ago
 _UNSEEN = 2**32  # worlds that no training has drawn: those of other seeds
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     photographs.add_arguments(parser, None)
     add("--worlds", type=report.integer(1, 1000), help=f"how many drawn worlds (default: {_WORLDS}; one photograph)")
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--chunks", type=report.integer(_LEAST_CHUNKS, 340),
+    way.add_argument("--chunks", type=report.integer(_LEAST_CHUNKS, _MOST_FRAMES // 3),
                      help=f"of three frames, half of them out and half back; even (default: {_CHUNKS})")  # fmt: skip
     way.add_argument("--trajectory", metavar="FOLDER|MOVES",
                      help="a way of your own, of which the first half is given: a folder with poses.npy and "
@@ -156,14 +157,12 @@ def _journeys(args: argparse.Namespace, count: int) -> tuple[str, list[Journey]]
     except ValueError as error:
         raise ValueError(f"--trajectory: {str(error).removeprefix('trajectory: ')}") from error
     poses, _ = latent_poses(trajectory, _STRIDE)
-    given = len(poses) // 2 // 3 * 3
-    journey = Journey(poses[: len(poses) // 3 * 3], given)
-    if given < 3 or not journey.seen_again():
-        raise ValueError(
-            f"--trajectory must come back, in its second half, to views last seen {LEAST_GAP} frames ago or more, "
-            f"got {trajectory.name}: {len(poses)} frames"
-        )
-    return trajectory.name, [journey] * count
+    if len(poses) > _MOST_FRAMES:
+        raise ValueError(f"--trajectory must have at most {_MOST_FRAMES:,} frames, got {len(poses):,}")
+    try:
+        return trajectory.name, [along(poses)] * count
+    except ValueError as error:
+        raise ValueError(f"--trajectory{str(error).removeprefix('along: poses')}") from error
 
 
 def _go(
