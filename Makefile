@@ -1,4 +1,4 @@
-# make demo: install, recall a photograph, run a small rollout.   make test: install, run the tests.
+# make demo: install, let a trained model turn away and come back.   make test: install, run the tests.
 # Uses the active virtual environment, or makes .venv.
 
 PYTHON ?= python3
@@ -11,9 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test install-demo install-test
 
 demo: install-demo
-	$(BIN)/worldkv recall
-	@echo
-	$(BIN)/worldkv rollout --picture rollout.svg
+	$(BIN)/worldkv world
 
 test: install-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile

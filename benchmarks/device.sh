@@ -191,7 +191,8 @@ run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
         "$root"/tests/test_{cuda_schedules,graphs,norm_rope_append,segment_attention,segment_attention_triton}.py
-    stage "tests of models" 40 "${pytest[@]}" "$root"/tests/test_models_{small_world,matrix_game_2}.py -k "half_precision or dtype"
+    stage "tests of models" 60 "${pytest[@]}" "$root"/tests/test_{models_small_world,models_matrix_game_2,small_world_memory}.py \
+        -m "slow or not slow" -k "half_precision or dtype or remembers or draws"
 }
 
 sanitize() { # sanitize LIMIT TOOL...

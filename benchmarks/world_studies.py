@@ -160,6 +160,14 @@ STUDIES = [
              for ratio in (0.5, 0.25)],
            *[Memory(f"keep_ratio={ratio}, {rule}", {**TWO, "keep_ratio": ratio}, prune=rule)
              for ratio in (0.5, 0.25) for rule in ("random", "most alike")]]),
+    Study("defaults", "What would change the defaults?",
+          [Memory("defaults"),
+           *[Memory(", ".join(f"{name}={value}" for name, value in changes.items()), changes) for changes in (
+               {"keep_ratio": 1.0}, {"keep_ratio": 0.5}, {"retrieved_chunks": 4}, {"retrieved_chunks": 2},
+               {"keep_ratio": 1.0, "retrieved_chunks": 3}, {"recent_frames": 3}, {"recent_frames": 0},
+               {"recent_frames": 9}, {"sink_frames": 0}, {"rebase_time": False}, {"rebase_sink": False},
+               {"order": "nearest_last"})]]),
+    Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),
     Study("nothing given", "Where the model makes the way out, too: does it draw again what it drew?",

@@ -14,9 +14,6 @@ from ..memory.world_memory import ChunkPlan, WorldMemory
 from ..poses import as_intrinsics, as_poses
 from ..ranges import phase
 
-# Noise levels of LingBot-World-Fast: steps 0, 179, 358, 679 of a 1000-step flow schedule with shift 10.
-SIGMAS = (1.0, 0.979, 0.947, 0.825)
-
 
 class Controls(NamedTuple):
     """What steers one chunk."""
