@@ -7,7 +7,6 @@ import torch
 from worldkv_kernels import WorldMemory, worlds
 from worldkv_kernels.journeys import MODES, psnr, travel, truth, turn_and_return
 from worldkv_kernels.models.small_world import SmallWorld
-from worldkv_kernels.ops.all import BACKENDS
 
 WORLDS = worlds.draw_worlds(4, torch.Generator().manual_seed(2**34))
 

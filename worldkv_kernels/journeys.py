@@ -7,7 +7,7 @@ memory still holds what was seen, so their fidelity is the memory's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,7 +103,7 @@ class Trip(NamedTuple):
 
     frames: torch.Tensor  # [frames, 3, height, width] in 0..1, on the CPU; those given as the codec leaves them
     plans: list[ChunkPlan]
-    made_seconds: float  # of the chunks that were made
+    made_seconds: list[float]  # of each chunk that was made
     stats: dict[str, Any]  # of the memory at the end
 
 
@@ -123,14 +123,30 @@ def travel(
     `seed` and `sigmas` as of models.rollout.rollout; `on_chunk` is called after each chunk.
     """
     given = encode(truth(world, journey)[: journey.given])
-    latents, plans, seconds = [], [], 0.0
+    latents, plans, seconds = [], [], []
     for chunk in rollout(model, memory, journey.poses, INTRINSICS, given=given, seed=seed, sigmas=sigmas):
         latents.append(chunk.latents.cpu())
         plans.append(chunk.plan)
         if chunk.plan.start_frame >= journey.given:
-            seconds += chunk.seconds
+            seconds.append(chunk.seconds)
         on_chunk()
     return Trip(decode(torch.cat(latents)), plans, seconds, memory.stats())
+
+
+class Fidelity(NamedTuple):
+    """How true some of a trip's frames are, and what that took."""
+
+    psnr: list[float]  # of each frame, dB
+    ssim: float  # the mean
+    tokens: float  # attended, the mean
+
+
+def fidelity(trip: Trip, wanted: torch.Tensor, frames: Sequence[int]) -> Fidelity:
+    """Of `frames` of a trip beside those wanted, both [all frames, 3, height, width]: `truth`, or an earlier visit."""
+    got, want = trip.frames[list(frames)], wanted[list(frames)]
+    chunk_frames = len(trip.frames) // len(trip.plans)
+    tokens = [trip.plans[frame // chunk_frames].num_tokens for frame in frames]
+    return Fidelity(psnr(got, want).tolist(), float(ssim(got, want).mean()), float(np.mean(tokens)))
 
 
 def truth(world: torch.Tensor, journey: Journey) -> torch.Tensor:
