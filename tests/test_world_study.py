@@ -1,0 +1,71 @@
+"""What docs/ say of the studies on the small world model is what their result lines hold."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from worldkv_kernels import MemoryConfig
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-20261126-small-world.jsonl"
+LINES = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+LOG = [json.loads(line) for line in (ROOT / "docs" / "small_world_training.jsonl").read_text().splitlines()]
+PAGES = [ROOT / "docs" / name for name in ("small_world.md", "guide.md")]
+# | memory | PSNR ± error | difference ± error, or nothing | SSIM | tokens | kept | line |
+ROW = re.compile(
+    r"^\| ([^|]+) \| ([\d.]+) ± ([\d.]+) \| (?:([+-][\d.]+) ± ([\d.]+))? ?"
+    r"\| ([\d.]+) \| ([\d,]+) \| ([\d.]+) MiB \| (\d+) \|$",
+    re.MULTILINE,
+)
+ROWS = [pytest.param(row, id=f"{page.stem} {row[-1]}") for page in PAGES for row in ROW.findall(page.read_text())]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_is_its_line(row):
+    name, psnr, error, difference, of_difference, ssim, tokens, kept, number = row
+    line = LINES[int(number) - 1]
+    assert name == line["variant"]
+    assert (psnr, error) == (f"{line['psnr_db']:.2f}", f"{line['standard_error']:.2f}")
+    if line["difference"] is None:
+        assert not difference
+    else:
+        assert difference == f"{line['difference']['db']:+.2f}"
+        assert of_difference == f"{line['difference']['standard_error']:.2f}"
+    assert (ssim, tokens) == (f"{line['ssim']:.3f}", f"{line['tokens_attended']:,.0f}")
+    assert kept == f"{line['kept_bytes'] / 2**20:.1f}"
+
+
+def test_every_line_is_told_and_is_of_unseen_worlds_and_one_version():
+    assert len(ROWS) >= len(LINES) > 90
+    told = {int(row.values[0][-1]) for row in ROWS if row.id.startswith("small_world ")}
+    assert told == set(range(1, len(LINES) + 1))
+    assert {line["bench"] for line in LINES} == {"world"} and len({line["weights"] for line in LINES}) == 1
+    for line in LINES:
+        few = {"photographs": 4, "rebase, 504 frames": 16}
+        assert line["worlds"] == len(line["psnr_db_per_world"]) == few.get(line["case"], 32)
+        assert line["standard_error"] > 0
+        assert (line["difference"] is None) == (line["variant"] == first_of(line["case"])["variant"])
+
+
+def first_of(case):
+    return next(line for line in LINES if line["case"] == case)
+
+
+def test_the_defaults_follow_the_evidence():
+    """rebase_time, at every length: better by many standard errors, and so the default."""
+    assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1)).rebase_time
+    worse = [line for line in LINES if line["options"].get("rebase_time") is False and line["difference"]]
+    assert len(worse) >= 5
+    for line in worse:
+        assert line["difference"]["db"] < -3 * line["difference"]["standard_error"], line["case"]
+
+
+def test_the_training_reached_what_is_shipped():
+    """The log ends with the table of its weights, in fp32 and as they are shipped, in bf16."""
+    *steps, table = LOG
+    assert [line["step"] for line in steps] == sorted(line["step"] for line in steps) and steps[-1]["step"] == 4500
+    assert steps[-1]["minutes"] < 90
+    for name, of in table["psnr_db"].items():
+        assert abs(of["fp32"] - of["bf16"]) < 0.1, name
