@@ -14,9 +14,10 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +25,12 @@ import numpy as np
 import torch
 from common import append_json_line, measured_in
 from machine import environment
-from world_studies import STUDIES, Memory, Study, pruning
+from world_studies import STUDIES, Memory, RandomRetrieval, Study, pruning
 
 from worldkv_kernels import WorldMemory
 from worldkv_kernels.cli.photographs import PHOTOGRAPHS, load
 from worldkv_kernels.cli.report import note, table
-from worldkv_kernels.journeys import psnr, ssim, travel, truth
+from worldkv_kernels.journeys import fidelity, travel, truth
 from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld
 from worldkv_kernels.worlds import draw_worlds, photograph_world
 
@@ -72,21 +73,21 @@ def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
     """One memory in one world of a study."""
     model, world, journey = _model(weights), _world(study.photographs, number), study.journey(number)
     chunks = len(journey.poses) // _CHUNK
-    config = model.config.memory(**{"bank_chunks": chunks, **memory.options})
+    options = dict(memory.options)
+    if isinstance(options.get("retrieval"), RandomRetrieval):
+        options["retrieval"] = RandomRetrieval(number)  # each world its own draw
+    config = model.config.memory(**{"bank_chunks": chunks, **options})
     sigmas = sigmas_of(model, memory.passes or _STEPS)
-    with pruning(memory.prune):
+    with pruning(memory.prune, seed=number):
         of_memory = WorldMemory(config, device="cpu", dtype=torch.float32)
         trip = travel(model, of_memory, world, journey, seed=number, sigmas=sigmas)
     again = list(journey.seen_again())
-    want = truth(world, journey)[again]
+    want = truth(world, journey)
     if study.against == "the first visit":
-        again = [
-            frame for frame in again if frame >= len(journey.poses) // 2
-        ]  # those on the way out were seen a turn before
-        want = trip.frames.flip(0)[again]
-    got = trip.frames[again]
-    tokens = np.mean([trip.plans[frame // _CHUNK].num_tokens for frame in again])
-    return Seen(psnr(got, want).mean().item(), float(ssim(got, want).mean()), float(tokens), trip.stats["kept_bytes"])
+        want = trip.frames.flip(0)
+        again = [frame for frame in again if frame >= len(want) // 2]  # on the way out others were seen a turn before
+    of_again = fidelity(trip, want, again)
+    return Seen(float(np.mean(of_again.psnr)), of_again.ssim, of_again.tokens, trip.stats["kept_bytes"])
 
 
 def line_of(study: Study, memory: Memory, seen: list[Seen], base: list[Seen]) -> dict[str, Any]:
@@ -132,6 +133,16 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
+@contextmanager
+def workers(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A map whose calls run in so many processes, or for 1 in this one."""
+    if processes == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -140,23 +151,24 @@ def main() -> int:
     add("--study", action="append", choices=[study.name for study in STUDIES], help="one of them; may be given again")
     add("--worlds", type=int, help="at most so many, at least 2 (default: 32, the longest journeys 16)")
     add("--weights", default=str(WEIGHTS), metavar="FOLDER", help="of another training")
-    add("--processes", type=int, default=2, help="(default: %(default)s)")
+    add("--processes", type=int, default=2, help="1 for none but this one (default: %(default)s)")
     args = parser.parse_args()
     if args.table:
         print(report(measured_in(args.table)))
         return 0
     if args.worlds is not None and args.worlds < 2:
         parser.error(f"argument --worlds: must be at least 2, got {args.worlds}")
+    if args.processes < 1:
+        parser.error(f"argument --processes: must be at least 1, got {args.processes}")
     record = environment(torch.device("cpu"))
     lines = []
-    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with workers(args.processes) as each:
         for study in (study for study in STUDIES if args.study is None or study.name in args.study):
             base: list[Seen] = []
             worlds = range(min(study.worlds, args.worlds or study.worlds))
             for memory in study.memories:
                 started = time.perf_counter()
-                tasks = [pool.submit(visit, args.weights, study, memory, number) for number in worlds]
-                seen = [task.result() for task in tasks]
+                seen = list(each(partial(visit, args.weights, study, memory), worlds))
                 base = base or seen
                 line = line_of(study, memory, seen, base)
                 note(f"{study.name}: {memory.name}: {line['psnr_db']:.2f} dB, {time.perf_counter() - started:.0f} s")

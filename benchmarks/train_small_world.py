@@ -282,13 +282,13 @@ class Training:
         self.data = Clips(model, moving, seed)
         initialise(model, seed)
         self.optimizers = optimizers_of(model)
-        self._rates = [(group, group["lr"]) for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._rates = [group["lr"] for group in self._groups()]
         self.step, self.seconds = 0, 0.0
 
     def advance(self) -> float:
         """One step; the loss before it."""
         started = time.perf_counter()
-        for group, rate in self._rates:
+        for group, rate in zip(self._groups(), self._rates, strict=True):
             group["lr"] = rate * share_of_rate(self.step, self.steps)
         # Between the latents' own weighting, which is 1, and that of the pixels, which is the square.
         scales = torch.tensor(worlds.SCALES, dtype=torch.float32, device=self.model.device)
@@ -336,13 +336,10 @@ class Training:
         for optimizer, of in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(of)
         self.data.generator.set_state(state["generator"].cpu())
-        self._rates = [
-            (group, rate)
-            for (group, rate) in zip(
-                [group for optimizer in self.optimizers for group in optimizer.param_groups],
-                [rate for _, rate in self._rates], strict=True,
-            )
-        ]  # fmt: skip
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Of parameters, with a rate each; load_state_dict puts others in their place."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 def write_weights(model: SmallWorld, folder: Path) -> None:

@@ -48,8 +48,8 @@ class RandomRetrieval:
     needs_intrinsics = False
     stateless = False
 
-    def __init__(self) -> None:
-        self._generator = np.random.default_rng(0)
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = np.random.default_rng(seed)
 
     def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> None:
         return None
@@ -62,10 +62,10 @@ class RandomRetrieval:
 
 
 @contextmanager
-def pruning(rule: str) -> Iterator[None]:
+def pruning(rule: str, *, seed: int = 0) -> Iterator[None]:
     """While inside, the reference op keeps other tokens than the published ones: a control, on a CPU."""
     published = compress_chunk.similarities
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def at_random(k: torch.Tensor, frames: int, anchor: int) -> torch.Tensor:
         shape = (frames - 1, k.shape[0] // frames)

@@ -122,7 +122,7 @@ def travel(
 
     `seed` and `sigmas` as of models.rollout.rollout; `on_chunk` is called after each chunk.
     """
-    given = encode(truth(world, journey)[: journey.given])
+    given = encode(truth(world, journey)[: journey.given]) if journey.given else None
     latents, plans, seconds = [], [], []
     for chunk in rollout(model, memory, journey.poses, INTRINSICS, given=given, seed=seed, sigmas=sigmas):
         latents.append(chunk.latents.cpu())

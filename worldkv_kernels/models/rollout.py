@@ -157,7 +157,8 @@ def stream(
     if given is not None and (tuple(given.shape[1:]) != tuple(model.latent_shape) or len(given) % frames):
         wanted = ", ".join(map(str, model.latent_shape))
         raise ValueError(f"rollout: given must be [n, {wanted}], n a multiple of {frames}, got {list(given.shape)}")
-    chunks_given = [] if given is None else [chunk.float() for chunk in given.split(frames)]
+    # Of no frames, split makes one chunk without any.
+    chunks_given = [] if given is None else [chunk.float() for chunk in given.split(frames) if len(chunk)]
     return _chunks(model, memory, controls, conditions, chunks_given, seed, sigmas)
 
 
