@@ -5,8 +5,8 @@
 The model sees clips of drawn worlds, each chunk of them with at most the four chunks before it: a sliding window
 without a gap, no sink, nothing retrieved, nothing pruned. What a memory does beyond that it was never shown.
 
-Into --out go config.json and model.safetensors (bf16, what `from_pretrained` loads), log.jsonl, and checkpoint.pt, with
-which the same command goes on where it was stopped.
+Into --out go config.json and model.safetensors (bf16, what `from_pretrained` loads), log.jsonl, which ends with what
+each memory is worth with these weights, and checkpoint.pt, with which the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from worldkv_kernels import worlds
+from worldkv_kernels import WorldMemory, worlds
+from worldkv_kernels.journeys import MODES, psnr, travel, truth, turn_and_return
 from worldkv_kernels.models import wan
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig, pluecker_map, ray_features
 from worldkv_kernels.rope import Rope3D
 
 CHUNKS = 6  # of a clip
+WORLDS = 8  # of the table at the end
 WINDOW = 4  # past chunks that a chunk attends to
 MUON_RATE, ADAM_RATE = 0.02, 2e-3
 WARM_UP = 100  # steps
@@ -278,6 +281,7 @@ class Training:
 
     def __init__(self, model: SmallWorld, steps: int, clips: int, moving: float, seed: int) -> None:
         self.recipe = dict(steps=steps, clips=clips, moving=moving, seed=seed, **asdict(model.config))
+        del self.recipe["sigmas"]  # of a rollout: all noise levels are trained
         self.model, self.steps, self.clips = model, steps, clips
         self.data = Clips(model, moving, seed)
         initialise(model, seed)
@@ -356,6 +360,25 @@ def write_weights(model: SmallWorld, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(blobs))
 
 
+def table(models: Mapping[str, SmallWorld]) -> dict[str, dict[str, float]]:
+    """What each memory is worth with each of the models: PSNR of views seen again, the mean over unseen worlds."""
+    drawn = worlds.draw_worlds(WORLDS, torch.Generator().manual_seed(2**41))
+    found: dict[str, dict[str, float]] = {}
+    for mode, options in MODES.items():
+        for name, model in models.items():
+            of_worlds = []
+            for number, world in enumerate(drawn):
+                journey = turn_and_return(30, number)
+                config = model.config.memory(bank_chunks=30, **options)
+                memory = WorldMemory(config, device=model.device, dtype=model.dtype)
+                trip = travel(model, memory, world, journey, seed=number)
+                again = list(journey.seen_again())
+                of_worlds.append(psnr(trip.frames, truth(world, journey))[again].mean().item())
+            found.setdefault(mode, {})[name] = round(sum(of_worlds) / len(of_worlds), 3)
+            print(f"{mode}, {name} weights: {found[mode][name]:.2f} dB", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -381,11 +404,8 @@ def main() -> None:
             losses.append(training.advance())
             if time.perf_counter() - told > 2:
                 left = training.seconds / training.step * (args.steps - training.step) / 60
-                print(
-                    f"\rstep {training.step}/{args.steps}, loss {losses[-1]:.4f}, {left:.0f} minutes left  ",
-                    end="",
-                    flush=True,
-                )
+                told_of = f"step {training.step}/{args.steps}, loss {losses[-1]:.4f}, {left:.0f} minutes left"
+                print(f"\r{told_of}  ", end="", flush=True)
                 told = time.perf_counter()
             if training.step % every == 0 or training.step == args.steps:
                 line = {"step": training.step, "minutes": round(training.seconds / 60, 2),
@@ -396,6 +416,9 @@ def main() -> None:
                 log.flush()
                 training.save(checkpoint)
                 write_weights(model, args.out)
+        if '"psnr_db"' not in (args.out / "log.jsonl").read_text():
+            stored = SmallWorld.from_pretrained(args.out, device=args.device, dtype=torch.float32)
+            log.write(json.dumps({"psnr_db": table({"fp32": model, "bf16": stored})}) + "\n")
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def test_going_on_from_a_checkpoint_is_going_through(tmp_path):
         {"clips": 2},
         {"moving": 0.0},
         {"seed": 1},
-        {"config": SmallWorldConfig(num_layers=1, num_heads=1, ffn_dim=64, frequency_dim=16, sigmas=(1.0, 0.5))},
+        {"config": SmallWorldConfig(num_layers=1, num_heads=1, ffn_dim=64, frequency_dim=16, ray_octaves=3)},
     ],
 )
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, other):
@@ -340,6 +340,8 @@ def test_written_weights_are_loaded_rounded_to_bf16(tmp_path):
 
 def command(monkeypatch, folder, *arguments):
     monkeypatch.setattr(training, "SmallWorldConfig", partial(SmallWorldConfig, **SIZES))
+    monkeypatch.setattr(training, "WORLDS", 1)
+    monkeypatch.setattr(training, "MODES", {"sliding window": {"mode": "sliding", "recent_frames": 12}})
     argv = ["train_small_world.py", "--out", str(folder), "--steps", "4", "--clips", "1", *arguments]
     monkeypatch.setattr("sys.argv", argv)
     training.main()
@@ -351,7 +353,7 @@ SIZES = {"num_layers": 1, "num_heads": 1, "ffn_dim": 64, "frequency_dim": 16}
 
 def test_the_command_writes_weights_that_load_and_a_log(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "new" / "folder"
-    log = command(monkeypatch, folder, "--moving", "0.5", "--seed", "3")
+    *log, table = command(monkeypatch, folder, "--moving", "0.5", "--seed", "3")
     names = {"config.json", "model.safetensors", "log.jsonl", "checkpoint.pt"}
     assert {path.name for path in folder.iterdir()} == names
     assert [line["step"] for line in log] == [1, 2, 3, 4]
@@ -363,8 +365,13 @@ def test_the_command_writes_weights_that_load_and_a_log(tmp_path, monkeypatch, c
     through = training_of(steps=4, seed=3)
     assert [round(through.advance(), 5) for _ in range(4)] == [line["loss"] for line in log]
     assert torch.equal(model.head.head.weight, through.model.head.head.weight.to(torch.bfloat16).float())
+    # What its memories are worth, by weights that were not rounded and the rounded ones.
+    assert table.keys() == {"psnr_db"} and table["psnr_db"].keys() == {"sliding window"}
+    worth = table["psnr_db"]["sliding window"]
+    assert worth == training.table({"fp32": through.model, "bf16": model})["sliding window"]
+    assert worth["bf16"] == pytest.approx(worth["fp32"], abs=0.2) and 3 < worth["bf16"] < 20
     # Once more does nothing: it is done.
-    assert command(monkeypatch, folder, "--moving", "0.5", "--seed", "3") == log
+    assert command(monkeypatch, folder, "--moving", "0.5", "--seed", "3") == [*log, table]
 
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
@@ -382,6 +389,7 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             command(patch, tmp_path / "parts")
     parts = command(monkeypatch, tmp_path / "parts")
-    assert [(line["step"], line["loss"]) for line in parts] == [(line["step"], line["loss"]) for line in whole]
+    assert [line.get("loss") for line in parts] == [line.get("loss") for line in whole]
+    assert parts[-1] == whole[-1] and "psnr_db" in whole[-1]
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts")]
     assert weights[0] == weights[1]
