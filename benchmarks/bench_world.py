@@ -37,7 +37,6 @@ from worldkv_kernels.worlds import draw_worlds, photograph_world
 BENCH = "world"
 _UNSEEN = 2**33  # seed of the worlds: no training's, and not those of `worldkv world`
 _CHUNK = 3
-_STEPS = 2  # denoising steps, where a study does not ask for others
 
 
 class Seen(NamedTuple):
@@ -63,12 +62,6 @@ def _world(photograph: bool, number: int) -> torch.Tensor:
     return draw_worlds(number + 1, torch.Generator().manual_seed(_UNSEEN))[number]
 
 
-def sigmas_of(model: SmallWorld, steps: int) -> tuple[float, ...]:
-    """`steps` of the model's noise levels, from 1 down, evenly."""
-    levels = model.sigmas
-    return tuple(levels[i * len(levels) // steps] for i in range(steps))
-
-
 def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
     """One memory in one world of a study."""
     model, world, journey = _model(weights), _world(study.photographs, number), study.journey(number)
@@ -77,10 +70,9 @@ def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
     if isinstance(options.get("retrieval"), RandomRetrieval):
         options["retrieval"] = RandomRetrieval(number)  # each world its own draw
     config = model.config.memory(**{"bank_chunks": chunks, **options})
-    sigmas = sigmas_of(model, memory.passes or _STEPS)
     with pruning(memory.prune, seed=number):
         of_memory = WorldMemory(config, device="cpu", dtype=torch.float32)
-        trip = travel(model, of_memory, world, journey, seed=number, sigmas=sigmas)
+        trip = travel(model, of_memory, world, journey, seed=number, sigmas=memory.sigmas)
     again = list(journey.seen_again())
     want = truth(world, journey)
     if study.against == "the first visit":
@@ -105,7 +97,7 @@ def line_of(study: Study, memory: Memory, seen: list[Seen], base: list[Seen]) ->
         "bench": BENCH, "case": study.name, "variant": memory.name, "asks": study.asks, "worlds": len(seen),
         "options": {name: value if isinstance(value, int | float | str) else type(value).__name__
                     for name, value in memory.options.items()},
-        "prune": memory.prune, "steps": memory.passes or _STEPS, "against": study.against,
+        "prune": memory.prune, "sigmas": memory.sigmas, "against": study.against,
         "psnr_db": float(of_worlds.mean()), "standard_error": error(of_worlds), "difference": against,
         "ssim": float(np.mean([of.ssim for of in seen])), "tokens_attended": float(np.mean([of.tokens for of in seen])),
         "kept_bytes": max(of.kept_bytes for of in seen), "psnr_db_per_world": of_worlds.round(3).tolist(),

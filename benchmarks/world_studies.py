@@ -26,7 +26,7 @@ class Memory:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     prune: str = "published"  # which tokens of a chunk stay: "published", or a control, "random" or "most alike"
-    passes: int | None = None  # denoising steps of the model's; None for the study's
+    sigmas: tuple[float, ...] | None = None  # noise levels of the denoising passes; None for the model's
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ STUDIES = [
     Study("modes", "What is each kind of memory worth?", MODES),
     Study("photographs", "The same, in a photograph?", MODES, worlds=4, photographs=True),
     Study("passes", "Do denoising steps matter?",
-          [Memory(f"{count} steps", {"rebase_time": True}, passes=count) for count in (4, 2, 1)]),
+          [Memory("sigma 1, .75", sigmas=(1.0, 0.75)), Memory("sigma 1, .9, .75, .5", sigmas=(1.0, 0.9, 0.75, 0.5)),
+           Memory("sigma 1", sigmas=(1.0,))]),
     Study("retrieved", "How many chunks?", _changed("retrieved_chunks", range(1, 7), TWO)),
     Study("pruned, retrieved", "How many pruned ones?",
           _changed("retrieved_chunks", (1, 2, 3, 4, 6, 8), {**TWO, "keep_ratio": 0.25})),

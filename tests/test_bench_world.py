@@ -86,7 +86,7 @@ def test_every_study_compares_memories_that_there_are(studies, weights):
             assert all(getattr(config, name) == value for name, value in memory.options.items())
             with studies.pruning(memory.prune):
                 pass
-            assert memory.passes is None or 1 <= memory.passes <= 4
+            assert memory.sigmas is None or memory.sigmas[0] == 1
 
 
 def test_memories_attend_to_as_many_tokens_as_they_are_said_to(studies):
@@ -106,12 +106,6 @@ def test_studies_can_be_sent_to_a_process(studies):
         sent = pickle.loads(pickle.dumps(study))
         assert np.array_equal(sent.journey(2).poses, study.journey(2).poses)
         assert [memory.name for memory in sent.memories] == [memory.name for memory in study.memories]
-
-
-def test_noise_levels_are_the_models_spread_evenly(bench):
-    model = SmallWorld.random(MODEL, 0, device="cpu", dtype=torch.float32)
-    got = [bench.sigmas_of(model, steps) for steps in (1, 2, 4)]
-    assert got == [(1.0,), (1.0, 0.75), (1.0, 0.9, 0.75, 0.5)]
 
 
 # --- controls ---
@@ -183,7 +177,7 @@ def short(studies):
     return studies.Study(
         "short", "Is it?",
         [studies.Memory("first", options), studies.Memory("at random", options, prune="random"),
-         studies.Memory("random chunks", {**options, "retrieval": studies.RandomRetrieval()}, passes=1)],
+         studies.Memory("random chunks", {**options, "retrieval": studies.RandomRetrieval()}, sigmas=(1.0,))],
         journey=partial(turn_and_return, 12), worlds=3,
     )  # fmt: skip
 
@@ -194,7 +188,7 @@ def test_a_visit_is_a_trip_measured_where_views_are_seen_again(bench, short, wei
     model = SmallWorld.from_pretrained(weights, device="cpu", dtype=torch.float32)
     memory = WorldMemory(model.config.memory(bank_chunks=12, **first.options), device="cpu", dtype=torch.float32)
     world, journey = bench._world(False, 1), short.journey(1)
-    trip = travel(model, memory, world, journey, seed=1, sigmas=(1.0, 0.75))
+    trip = travel(model, memory, world, journey, seed=1)
     again = list(journey.seen_again())
     assert seen.psnr == pytest.approx(psnr(trip.frames, truth(world, journey))[again].mean().item())
     assert seen.ssim == pytest.approx(float(np.mean(ssim(trip.frames, truth(world, journey))[again])))
@@ -250,8 +244,8 @@ def test_a_line_has_means_and_standard_errors_by_hand(bench, short):
     assert line["options"] == {
         "sink_frames": 3, "recent_frames": 3, "retrieved_chunks": 2, "retrieval": "RandomRetrieval",
     }  # fmt: skip
-    assert (line["prune"], line["steps"], line["against"]) == ("published", 1, "the world")
-    assert (first["steps"], line["psnr_db_per_world"]) == (2, [11, 17, 14])
+    assert (line["prune"], line["sigmas"], line["against"]) == ("published", (1.0,), "the world")
+    assert (first["sigmas"], line["psnr_db_per_world"]) == (None, [11, 17, 14])
     json.dumps(line, allow_nan=False)
 
 

@@ -214,7 +214,7 @@ def test_small_world_with_the_packages_weights(tmp_path, capsys):
         "model small_world: the package's weights, 4 layers, 2 heads x 64, 6 x 8 tokens a frame; float32 on cpu" in out
     )
     assert re.search(r"^weights: 1.2 million parameters, 4.\d MiB, the package's, in \d+.\d s$", out, re.M)
-    assert result["model"]["weights"] == "the package's" and result["model"]["sigmas"] == [1, 0.9, 0.75, 0.5]
+    assert result["model"]["weights"] == "the package's" and result["model"]["sigmas"] == [1, 0.75]
     model = SmallWorld.from_pretrained(device="cpu", dtype=torch.float32)
     want = own_small_world(model, seed=2)  # of the noise alone
     assert max(want) > 1e-3

@@ -16,7 +16,9 @@ from worldkv_kernels.models.rollout import Controls, noise, rollout
 from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld, SmallWorldConfig, pluecker_map, ray_features
 from worldkv_kernels.trajectory import latent_poses, load
 
-CONFIG = SmallWorldConfig(num_layers=2, grid=(2, 3), ffn_dim=96, frequency_dim=16, ray_octaves=3)
+CONFIG = SmallWorldConfig(
+    sigmas=(1.0, 0.9, 0.75, 0.5), num_layers=2, grid=(2, 3), ffn_dim=96, frequency_dim=16, ray_octaves=3
+)
 POSES, INTRINSICS = latent_poses(load("right*40,forward*32,left*40"))  # 29 latent frames, 9 chunks
 
 

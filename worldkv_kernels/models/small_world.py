@@ -52,7 +52,7 @@ class SmallWorldConfig:
     frequency_dim: int = 64
     ray_octaves: int = 4
     eps: float = 1e-6
-    sigmas: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)
+    sigmas: tuple[float, ...] = (1.0, 0.75)
     condition_channels = 0  # nothing but noise and the camera goes in
 
     def __post_init__(self) -> None:
