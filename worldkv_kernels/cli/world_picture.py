@@ -61,8 +61,8 @@ def animation(path: str, drawn: Mapping[str, torch.Tensor], captions: Mapping[st
     draw, places = ImageDraw.Draw(blank), {}
     for i, name in enumerate(drawn):
         left, top = _GAP + i % columns * (width + _GAP), i // columns * (height + _CAPTION)
-        words = f"{name}  {captions[name]}" if name in captions else name
-        draw.text((left + 2, top + 8), words, fill="black", font=ImageFont.load_default(17))
+        words = f"{name} {captions[name]}" if name in captions else name
+        draw.text((left + 2, top + 8), words, fill="black", font=ImageFont.load_default(16))
         places[name] = (left, top + _CAPTION)
     moving = []
     for frame in range(given, len(next(iter(drawn.values())))):
