@@ -34,7 +34,7 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int] = (22, 40), **optio
     config takes that of the rollout's latents. Without options there is no sink, the recent frames are the past ones of
     the model's own window (3 of its 6; of gta_drive's 4 the last frame of the chunk before), and retrieval is by
     action, in the layout of the model's keys and by the scales guessed for it. That window is what the model was
-    trained with: to it all that is retrieved is far, rebase_time brings it nearer.
+    trained with: to it all that is retrieved is far, unless rebase_time, the default, brings it nearer.
 
     Raises TypeError when the model is not of that class, ValueError when its keys are of no layout and no retrieval is
     given, and what MemoryConfig raises.
