@@ -240,7 +240,7 @@ def test_the_description_has_no_link_that_leads_nowhere(made):
     assert links and all(link.startswith("https://") for link in links)
     assert "https://example.org/worldkv/blob/HEAD/tests/test_vendoring.py" in links
     assert "https://example.org/worldkv/blob/HEAD/README.md#what-has-been-proven" in links
-    assert "https://example.org/worldkv/raw/HEAD/docs/recall.png" in links
+    assert "https://example.org/worldkv/raw/HEAD/docs/world.webp" in links
     assert "Project-URL: Repository, https://example.org/worldkv/\n" in published
 
 

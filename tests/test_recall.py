@@ -1,7 +1,6 @@
-"""The main job: what recall promises, on three photographs, and its picture and figures."""
+"""What recall promises, on three photographs, and its picture and figures."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +14,16 @@ skimage = pytest.importorskip("skimage", reason="scikit-image, which brings the 
 Image = pytest.importorskip("PIL.Image")
 
 
-DOCS = Path(__file__).parents[1] / "docs"
-README = DOCS.parent / "README.md"
-
-
 def test_the_command_on_the_default_photograph(tmp_path, capsys):
-    """The README's figures: within 0.5 and 1.5 dB of full KV, and 15 above the sliding window, at a third.
-
-    And its picture, docs/recall.png, which `worldkv recall --picture docs/recall.png` draws on a CPU.
-    """
+    """Within 0.5 and 1.5 dB of full KV, and 15 above the sliding window, at a third of the tokens."""
     picture, figures = tmp_path / "recall.png", tmp_path / "recall.json"
     assert main(["recall", "--device", "cpu", "--picture", str(picture), "--json", str(figures)]) == 0
     measured = json.loads(figures.read_text())
     check_order(measured)
-    check_readme(measured)
     output = capsys.readouterr().out
     assert output.index("downloads nothing; 90 frames take about 20 seconds") < output.index("PSNR, dB")
     assert all(mode.name in output for mode in MODES)
     check_picture(picture)
-    drawn, shown = (np.asarray(Image.open(path), dtype=float) for path in (picture, DOCS / "recall.png"))
-    assert drawn.shape == shown.shape and np.abs(drawn - shown).mean() < 4  # of 255: the text is another Pillow's
-    assert (DOCS / "recall.png").stat().st_size < 2**20
 
 
 @pytest.mark.parametrize("photo", ["astronaut", "rocket"])
@@ -53,17 +41,6 @@ def check_picture(path):
     panels = [pixels[top : top + 288, left : left + 480] for top in (104, 508) for left in (24, 528, 1032)]
     psnr = [-10 * np.log10(np.square(panel - panels[0]).mean()) for panel in panels[1:]]
     assert psnr[1] < 15 and min(psnr[0], *psnr[2:]) > 30
-
-
-def check_readme(figures):
-    """The table in the README is what was measured, to the last digit shown or its neighbour."""
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d,]+) \| ([\d.]+) MiB \|$", README.read_text(), flags=re.MULTILINE)
-    assert len(rows) == len(figures["modes"])
-    for (name, psnr, tokens, kept), mode in zip(rows, figures["modes"], strict=True):
-        assert name == mode["name"]
-        assert abs(float(psnr) - mode["psnr_db"]) < 0.15
-        assert float(tokens.replace(",", "")) == mode["tokens_attended_mean"]
-        assert abs(float(kept) * 2**20 - mode["kept_bytes"]) < 0.06 * 2**20
 
 
 def check_order(figures):
