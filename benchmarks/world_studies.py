@@ -98,6 +98,16 @@ def turns_round_and_round(number: int) -> Journey:
     return _degrees(7.2 * frame + np.degrees(number), 8 * np.sin(frame / 5 + 1.7 * number), given=51)
 
 
+def walk_and_return(number: int) -> Journey:
+    """Out from the middle to .4 of the way to the wall, turning by 5 degrees a frame, and back beside that."""
+    out = np.arange(45)
+    yaw, pitch = 5.0 * out, 8 * np.sin(out / 5 + 1.7 * number)
+    away, heading = 0.4 * np.sin(out / 44 * np.pi / 2), np.deg2rad(40 * number + 3 * out)
+    position = np.stack([away * np.sin(heading), 0 * away, away * np.cos(heading)], axis=1)
+    position = np.concatenate([position, position[::-1] + 0.02])
+    return _degrees(np.r_[yaw, yaw[::-1] - 2.2], np.r_[pitch, pitch[::-1] + 2.5], given=45, position=position)
+
+
 def nothing_given(number: int) -> Journey:
     """A turn and return over the very same views, of which the first chunk alone is given."""
     out = np.arange(45)
@@ -105,8 +115,9 @@ def nothing_given(number: int) -> Journey:
     return _degrees(np.r_[yaw, yaw[::-1]] + np.degrees(number), np.r_[pitch, pitch[::-1]], given=3)
 
 
-def _degrees(yaw: np.ndarray, pitch: np.ndarray, *, given: int) -> Journey:
-    return Journey(looking(*(torch.from_numpy(np.deg2rad(angle)) for angle in (yaw, pitch))).numpy(), given)
+def _degrees(yaw: np.ndarray, pitch: np.ndarray, *, given: int, position: np.ndarray | None = None) -> Journey:
+    angles = (torch.from_numpy(np.deg2rad(angle)) for angle in (yaw, pitch))
+    return Journey(looking(*angles, None if position is None else torch.from_numpy(position)).numpy(), given)
 
 
 # Two chunks whole, sink and recent one each: as many tokens as the window that the model was trained with.
@@ -171,6 +182,8 @@ STUDIES = [
     Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),
+    Study("walk", "Where the camera walks, which no training clip did?",
+          [m for m in MODES if "random" not in m.name], walk_and_return),
     Study("nothing given", "Where the model makes the way out, too: does it draw again what it drew?",
           [m for m in MODES if "random" not in m.name], nothing_given, against="the first visit"),
 ]  # fmt: skip
