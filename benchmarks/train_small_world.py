@@ -171,9 +171,8 @@ def attend(attention: wan.SelfAttention, y: torch.Tensor, turns: torch.Tensor, *
     """Self-attention of y [2, clips, chunks, tokens, dim], context and noisy -> the same, or [1, ...] of the noisy."""
     dtype = torch.bfloat16 if torch.is_autocast_enabled(y.device.type) else y.dtype
 
-    def heads(
-        x: torch.Tensor,
-    ) -> torch.Tensor:  # [.., clips, chunks, tokens, dim] -> [chunks][.., clips, heads, tokens, head_dim]
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        # [.., clips, chunks, tokens, dim] -> [chunks][.., clips, heads, tokens, head_dim]
         return x.unflatten(-1, (attention.num_heads, -1)).permute(2, 0, 1, 4, 3, 5)
 
     def rotated(x: torch.Tensor, norm: wan.RMSNorm) -> torch.Tensor:
@@ -414,8 +413,8 @@ def main() -> None:
                 print(f"\r{json.dumps(line)}", flush=True)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+                write_weights(model, args.out)  # first: a checkpoint of the last step writes none any more
                 training.save(checkpoint)
-                write_weights(model, args.out)
         if '"psnr_db"' not in (args.out / "log.jsonl").read_text():
             stored = SmallWorld.from_pretrained(args.out, device=args.device, dtype=torch.float32)
             log.write(json.dumps({"psnr_db": table({"fp32": model, "bf16": stored})}) + "\n")

@@ -393,3 +393,23 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert parts[-1] == whole[-1] and "psnr_db" in whole[-1]
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts")]
     assert weights[0] == weights[1]
+
+
+def test_one_stopped_after_its_last_checkpoint_has_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "validate", lambda of_one: {})
+    save = Training.save
+
+    def stopped(of_one, path):
+        save(of_one, path)
+        if of_one.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            command(patch, tmp_path)
+    command(monkeypatch, tmp_path)
+    trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    written = SmallWorld.from_pretrained(tmp_path, device="cpu", dtype=torch.float32).state_dict()
+    for name, parameter in trained.items():
+        assert torch.equal(written[name], parameter.to(torch.bfloat16).float()), name
