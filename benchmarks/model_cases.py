@@ -131,11 +131,10 @@ def memory_config(mode: str, model: WorldModel, chunks: int) -> MemoryConfig:
             chunk_frames=frames, sink_frames=frames, retrieved_frames=_RETRIEVED * frames, recent_frames=2 * frames,
             keep_ratio=0.25, bank_chunks=room,
         )  # fmt: skip
-    worldkv = config.memory(
-        mode="worldkv", sink_frames=frames, recent_frames=2 * frames, retrieved_chunks=_RETRIEVED, keep_ratio=0.25,
-        bank_chunks=room,
-    )  # fmt: skip
-    as_long = (full_window(worldkv) // worldkv.chunk_tokens - 1) * frames
+    sizes = dict(
+        sink_frames=frames, recent_frames=2 * frames, retrieved_chunks=_RETRIEVED, keep_ratio=0.25, bank_chunks=room
+    )
+    as_long = (full_window(config.memory(**sizes)) // config.memory().chunk_tokens - 1) * frames
     changes = {
         "worldkv": {},
         "worldkv_host": {"bank": "host"},
@@ -146,7 +145,7 @@ def memory_config(mode: str, model: WorldModel, chunks: int) -> MemoryConfig:
     }
     if mode not in changes:
         raise ValueError(f"--modes must be of {', '.join(MODES)}, got {mode!r}")
-    return replace(worldkv, **changes[mode])
+    return config.memory(**{**sizes, **changes[mode]})  # each mode with the defaults of its own, as rebase_time
 
 
 def make_memory(mode: str, model: WorldModel, chunks: int, *, backend: str | None = None) -> Memory:
