@@ -77,6 +77,9 @@ class MemoryConfig:
     `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official(); in mode "worldkv"
     alone.
 
+    What is not given is worked out when the config is made, and `dataclasses.replace` takes it along: to change `mode`,
+    `rope` or `chunk_frames` name `rebase_time` and the window too, or make the config anew.
+
     Raises ValueError on a size or a choice that is out of range, TypeError on a count that is not an integer, a number
     that is none, or a switch that is not True or False.
     """
