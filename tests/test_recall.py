@@ -1,5 +1,6 @@
 """What recall promises, on three photographs, and its picture and figures."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldkv_kernels.cli import main
+from worldkv_kernels.cli import main, photographs
 from worldkv_kernels.recall import MODES, Scene, pan_and_return, recall, revisited, to_values, to_view, yaw_poses
 
 skimage = pytest.importorskip("skimage", reason="scikit-image, which brings the photographs, is not installed")
@@ -156,6 +157,17 @@ def test_photographs_that_will_not_do_are_named(tmp_path, capsys, monkeypatch):
         assert main(["recall", "--image", name, "--json", "a.json", "--picture", "a.png"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(f"worldkv recall: --image must be {said}") and err.count("\n") == 1
+
+
+def test_a_photograph_is_taken_upright(tmp_path):
+    """As the camera was held, which it writes beside the pixels."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    held = Image.Exif()
+    held[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "held.png", exif=held)
+    name, pixels = photographs.load(argparse.Namespace(image=str(tmp_path / "held.png"), photo=None))
+    assert name == "held.png"
+    np.testing.assert_array_equal(pixels, np.rot90(np.asarray(image), -1) / 255)
 
 
 def test_a_photograph_of_one_colour_is_recalled_exactly(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ def load(args: argparse.Namespace) -> tuple[str, np.ndarray]:
 
     Raises ValueError when there is no such picture, it cannot be read, or it is smaller than 64 pixels.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if args.image is not None:
         argument, path, name = "--image", Path(args.image), Path(args.image).name
@@ -40,7 +40,8 @@ def load(args: argparse.Namespace) -> tuple[str, np.ndarray]:
         name = f"the photograph '{args.photo}'"
     try:
         with Image.open(path) as file:
-            pixels = np.asarray(file.convert("RGB"), dtype=np.float64) / 255
+            upright = ImageOps.exif_transpose(file)  # cameras store how they were held beside the pixels
+            pixels = np.asarray(upright.convert("RGB"), dtype=np.float64) / 255
     except Exception as error:  # Pillow's decoders raise what they like
         reason = f": {getattr(error, 'strerror', None) or error}"
         raise ValueError(f"{argument} must be a picture that Pillow reads, got {str(path)!r}{reason}") from error
