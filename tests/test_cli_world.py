@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.train_small_world import write_weights
 from worldkv_kernels.cli import main
 from worldkv_kernels.journeys import MODES
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 
 pytest.importorskip("skimage", reason="scikit-image, which measures and brings the photographs, is not installed")
 Image = pytest.importorskip("PIL.Image")
@@ -136,7 +138,8 @@ def test_the_json_may_go_to_stdout_alone(tmp_path, capsys, monkeypatch):
         (["--trajectory", "right*90"], "--trajectory must come back, in its second half, to views last seen 18 frames"),
         (["--trajectory", "sideways*9"], "--trajectory: a move must be one of"),
         (["--trajectory", "right*4000,left*4000"], "--trajectory must have at most 1,020 frames, got 2,001"),
-        (["--weights", "nowhere"], "checkpoint: must be an existing folder or .safetensors file, got nowhere"),
+        (["--weights", "nowhere"], "--weights: must be an existing folder or .safetensors file, got nowhere"),
+        (["--weights", ""], "--weights: . must hold .safetensors files, got none"),
         (["--device", "meta"], "--device must be cpu or a CUDA device of this machine, got 'meta'"),
         (["--backend", "abacus"], "--backend must be one of cuda, triton, reference, got 'abacus'"),
         (["--picture", "x.zzz"], "--picture must end in .png or .jpg or .webp, got 'x.zzz'"),
@@ -156,6 +159,20 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path
     assert status == 2 and not output.out
     assert output.err.startswith(f"worldkv world: {message}") and output.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_other_pictures_are_refused(tmp_path, monkeypatch, capsys):
+    sizes = dict(num_layers=1, num_heads=1, ffn_dim=64, frequency_dim=16)
+    monkeypatch.chdir(tmp_path)
+    for other, found in (
+        (dict(grid=(3, 4)), "latents of [16, 6, 8], 3 frames a chunk"),
+        (dict(chunk_frames=2), "latents of [16, 12, 16], 2 frames a chunk"),
+    ):
+        model = SmallWorld.random(SmallWorldConfig(**sizes, **other), device="cpu", dtype=torch.float32)
+        write_weights(model, tmp_path)
+        assert main(["world", "--weights", "."]) == 2
+        wanted = "--weights must be of a model that makes latents of [16, 12, 16], 3 frames a chunk"
+        assert capsys.readouterr().err == f"worldkv world: {wanted}, got {found}: '.'\n"
 
 
 def test_one_thread_and_back(tmp_path, monkeypatch):

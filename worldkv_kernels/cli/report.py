@@ -214,6 +214,19 @@ def different_files(**paths: str | None) -> None:
             raise ValueError(f"--{argument} must be another file than --{other}, got {path!r} for both")
 
 
+@contextmanager
+def naming(argument: str, where: str) -> Iterator[None]:
+    """What is refused or cannot be read inside is said of the argument, not of the function `where` it was met."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {str(error).removeprefix(f'{where}: ')}") from error
+    except OSError as error:
+        raise ValueError(f"{argument}: {error.filename} must be readable: {error.strerror}") from error
+    except MemoryError as error:
+        raise ValueError(f"{argument}: must fit the memory: {error}") from error
+
+
 def write_json(path: str | None, result: dict[str, Any]) -> None:
     """Write `result` as one document to a file, or to stdout for "-"; nothing for None.
 

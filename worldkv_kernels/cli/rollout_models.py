@@ -7,8 +7,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -132,7 +130,7 @@ def model_config(args: argparse.Namespace) -> Config:
         if args.model == "matrix_game_2":
             changes["action_layers"] = tuple(range(min(args.layers, len(MatrixGameConfig.action_layers))))
     if args.model == "small_world" and not args.random:  # its folders say all of it
-        with _naming("--weights", "checkpoint"):
+        with report.naming("--weights", "checkpoint"):
             return SmallWorldConfig.from_published(read_config(_folder(args)), **changes)
     return replace(variants[args.variant](), **changes)
 
@@ -148,7 +146,7 @@ def motion(args: argparse.Namespace) -> Motion:
         for name in ("actions", "scales"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} must go with --model matrix_game_2, got --model {args.model}")
-        with _naming("--trajectory", "trajectory"):
+        with report.naming("--trajectory", "trajectory"):
             trajectory = load(DEFAULT_TRAJECTORY if args.trajectory is None else args.trajectory)
         of_folder = args.trajectory is not None and os.path.isdir(args.trajectory)
         hint = convention_hint(trajectory.poses) if of_folder else None
@@ -163,7 +161,7 @@ def motion(args: argparse.Namespace) -> Motion:
             raise ValueError(f"--{name} must be left out with --model matrix_game_2, which goes by --actions, "
                              f"got {getattr(args, name)!r}")  # fmt: skip
     text = DEFAULT_ACTIONS[args.variant] if args.actions is None else args.actions
-    with _naming("--actions", "parse_actions"):
+    with report.naming("--actions", "parse_actions"):
         actions = parse_actions(text, args.variant)
     rows = len(actions.keyboard)
     whole = actions.until(1 + (rows - 1) // STRIDE * STRIDE)  # rows that end a latent frame
@@ -175,7 +173,7 @@ def motion(args: argparse.Namespace) -> Motion:
 def check_weights(args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError when the checkpoint cannot be read, or the weights do not fit the device's free memory."""
     if not args.random:
-        with _naming("--weights", "checkpoint"):
+        with report.naming("--weights", "checkpoint"):
             read_layout(_folder(args))
     _, needed = _count(args.model, config, dtype)
     free = free_bytes(device)
@@ -244,21 +242,8 @@ def _scales(args: argparse.Namespace) -> ActionScales:
             name = None
         if name not in names:
             raise ValueError(f"--scales must be numbers of {', '.join(names)}, such as yaw=10,walk=5, got {part!r}")
-    with _naming("--scales", "ActionScales"):
+    with report.naming("--scales", "ActionScales"):
         return replace(SCALES[args.variant], **given)
-
-
-@contextmanager
-def _naming(argument: str, where: str) -> Iterator[None]:
-    """What is refused or cannot be read inside is said of the argument, not of the function `where` it was met."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{argument}: {str(error).removeprefix(f'{where}: ')}") from error
-    except OSError as error:
-        raise ValueError(f"{argument}: {error.filename} must be readable: {error.strerror}") from error
-    except MemoryError as error:
-        raise ValueError(f"{argument}: must fit the memory: {error}") from error
 
 
 def _grid(text: str) -> tuple[int, int]:

@@ -25,6 +25,7 @@ _CHUNKS, _WORLDS = 30, 8
 _STRIDE = 4  # moves, or video frames of a folder, to a frame
 _MOST_FRAMES = 1020  # as many as the rotary embedding can number, in chunks
 _LEAST_CHUNKS = 14  # so that some view was last seen long enough ago
+_MAKES = "latents of [16, 12, 16], 3 frames a chunk"  # what worlds.py's codec and the journeys are of
 _UNSEEN = 2**32  # worlds that no training has drawn: those of other seeds
 
 
@@ -107,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     report.different_files(image=args.image, picture=args.picture, animation=args.animation, json=args.json)
     name, worlds = _worlds(args)
     way, journeys = _journeys(args, len(worlds))
-    model = SmallWorld.from_pretrained(args.weights or WEIGHTS, device=device, dtype=dtype)
+    model = _model(args, device, dtype)
     out = sys.stderr if args.json == "-" else sys.stdout
     seen_again = [list(journey.seen_again()) for journey in journeys]
     first, parameters = journeys[0], sum(of.numel() for of in model.parameters())
@@ -153,6 +154,16 @@ def _worlds(args: argparse.Namespace) -> tuple[str, torch.Tensor]:
     return name, photograph_world(image)[None]
 
 
+def _model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> SmallWorld:
+    folder = WEIGHTS if args.weights is None else args.weights
+    with report.naming("--weights", "checkpoint"):
+        model = SmallWorld.from_pretrained(folder, device=device, dtype=dtype)
+    found = f"latents of {list(model.latent_shape)}, {model.chunk_frames} frames a chunk"
+    if found != _MAKES:
+        raise ValueError(f"--weights must be of a model that makes {_MAKES}, got {found}: {args.weights!r}")
+    return model
+
+
 def _journeys(args: argparse.Namespace, count: int) -> tuple[str, list[Journey]]:
     """What the way is called, and that of each world."""
     if args.trajectory is None:
@@ -161,10 +172,8 @@ def _journeys(args: argparse.Namespace, count: int) -> tuple[str, list[Journey]]
             raise ValueError(f"--chunks must be even, got {chunks}")
         journeys = [turn_and_return(chunks, number) for number in range(count)]
         return f"the camera turns by {STEP * (journeys[0].given - 1):g} degrees and back", journeys
-    try:
+    with report.naming("--trajectory", "trajectory"):
         trajectory = load(args.trajectory)
-    except ValueError as error:
-        raise ValueError(f"--trajectory: {str(error).removeprefix('trajectory: ')}") from error
     poses, _ = latent_poses(trajectory, _STRIDE)
     if len(poses) > _MOST_FRAMES:
         raise ValueError(f"--trajectory must have at most {_MOST_FRAMES:,} frames, got {len(poses):,}")
