@@ -135,7 +135,7 @@ def test_the_json_may_go_to_stdout_alone(tmp_path, capsys, monkeypatch):
         (["--chunks", "15"], "--chunks must be even, got 15"),
         (["--chunks", "400"], "argument --chunks: must be at most 340, got '400'"),
         (["--chunks", "20", "--trajectory", "left*9"], "argument --trajectory: not allowed with argument --chunks"),
-        (["--trajectory", "right*90"], "--trajectory must come back, in its second half, to views last seen 18 frames"),
+        (["--trajectory", "right*90"], "--trajectory must come back, in the second half, to views last seen 18 frames"),
         (["--trajectory", "sideways*9"], "--trajectory: a move must be one of"),
         (["--trajectory", "right*4000,left*4000"], "--trajectory must have at most 1,020 frames, got 2,001"),
         (["--weights", "nowhere"], "--weights: must be an existing folder or .safetensors file, got nowhere"),
@@ -159,6 +159,15 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path
     assert status == 2 and not output.out
     assert output.err.startswith(f"worldkv world: {message}") and output.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pillow_without_webp_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("worldkv_kernels.cli.world.travel", lambda *args, **options: pytest.fail("it went to work"))
+    monkeypatch.chdir(tmp_path)
+    Image.init()
+    monkeypatch.delitem(Image.SAVE, "WEBP")
+    assert main(["world"]) == 2
+    assert capsys.readouterr().err == "worldkv world: --animation must end in .gif or .png, got 'world.webp'\n"
 
 
 def test_weights_of_other_pictures_are_refused(tmp_path, monkeypatch, capsys):

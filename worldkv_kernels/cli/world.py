@@ -104,7 +104,8 @@ def _run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     photographs.check_installed("world", "PIL", "skimage")
     report.writable("--picture", args.picture, photographs.formats(args.picture))
-    report.writable("--animation", args.animation, [".webp", ".gif", ".png"])
+    moving = [suffix for suffix in (".webp", ".gif", ".png") if photographs.formats(f"x{suffix}") == [suffix]]
+    report.writable("--animation", args.animation, moving)
     report.different_files(image=args.image, picture=args.picture, animation=args.animation, json=args.json)
     name, worlds = _worlds(args)
     way, journeys = _journeys(args, len(worlds))
