@@ -118,7 +118,7 @@ def travel(
     sigmas: tuple[float, ...] | None = None,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> Trip:
-    """Go on a journey through a world [3, height, width], with a memory that is new or reset.
+    """Go on a journey through a world [3, height, width] on the CPU, with a memory that is new or reset.
 
     `seed` and `sigmas` as of models.rollout.rollout; `on_chunk` is called after each chunk.
     """
@@ -150,7 +150,7 @@ def fidelity(trip: Trip, wanted: torch.Tensor, frames: Sequence[int]) -> Fidelit
 
 
 def truth(world: torch.Tensor, journey: Journey) -> torch.Tensor:
-    """What the camera sees on a journey, [frames, 3, 48, 64] in 0..1."""
+    """What the camera sees of a world on the CPU on a journey, [frames, 3, 48, 64] in 0..1."""
     return pictures(world[None], torch.from_numpy(journey.poses[None]).float())[0]
 
 
