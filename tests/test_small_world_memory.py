@@ -8,7 +8,8 @@ from worldkv_kernels import WorldMemory, worlds
 from worldkv_kernels.journeys import MODES, psnr, travel, truth, turn_and_return
 from worldkv_kernels.models.small_world import SmallWorld
 
-WORLDS = worlds.draw_worlds(4, torch.Generator().manual_seed(2**34))
+# A seed of its own in the low 32 bits, which are all that a generator on the CPU takes: 0 is the training's.
+WORLDS = worlds.draw_worlds(4, torch.Generator().manual_seed(34))
 
 
 def trip(device, world, journey, *, backend=None, sigmas=None, **options):
