@@ -41,7 +41,8 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int], **options: Any) ->
 
     Without options, sink and recent frames are those that the model was made with: of version 2's launch, a window of
     18 with a sink of 6, a sink of 6 and 9 past frames beside the 3 being made. MemoryConfig's own where the model has
-    no window (local_attn_size -1).
+    no window (local_attn_size -1). What is retrieved is turned in time, and the sink with it; the published code
+    leaves the sink at its own time, as rebase_sink=False does.
 
     Raises TypeError when the model is not of that class, and what MemoryConfig raises.
     """
