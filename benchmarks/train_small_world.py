@@ -270,7 +270,7 @@ def optimizers_of(model: SmallWorld) -> list[torch.optim.Optimizer]:
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """Of the learning rates: a warm-up, a plain, and a line down."""
+    """Of the learning rates: a warm-up, a plateau, and a line down."""
     falling = (1 - step / steps) / (1 - CONSTANT)
     return min(1.0, (step + 1) / WARM_UP, max(LAST_RATE, falling))
 

@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help=f"of three frames, half of them out and half back; even (default: {_CHUNKS})")  # fmt: skip
     way.add_argument("--trajectory", metavar="FOLDER|MOVES",
                      help="a way of your own, of which the first half is given: a folder with poses.npy and "
-                          "intrinsics.npy, or moves such as right*180,left*180 in degrees; every fourth of them is a "
-                          "frame (default: turn by 308 degrees and back)")  # fmt: skip
+                          "intrinsics.npy (the view stays 75 degrees wide), or moves such as right*180,left*180 in "
+                          "degrees; every fourth of them is a frame (default: turn by 308 degrees and "
+                          "back)")  # fmt: skip
     add("--weights", metavar="FOLDER", help="of another training (default: those of the package)")
     add("--picture", metavar="FILE", default="world.png", help="where the picture goes (default: world.png)")
     add("--animation", metavar="FILE", default="world.webp",
