@@ -164,8 +164,7 @@ STUDIES = [
           turns_round_and_round),
     Study("rebase, 72 frames", "What is rebasing worth?", [*REBASE, FULL], partial(turn_and_return, 24)),
     Study("rebase, 144 frames", "And after longer?", [*REBASE, FULL], partial(turn_and_return, 48)),
-    Study("rebase, 504 frames", "And after very long?", [*REBASE, FULL], partial(turn_and_return, 168),
-          worlds=16),
+    Study("rebase, 504 frames", "And after very long?", REBASE, partial(turn_and_return, 168), worlds=16),
     Study("keep_ratio", "What does pruning cost?",
           [*_changed("keep_ratio", (1.0, 0.5, 0.25, 0.1), TWO),
            *[Memory(f"keep_ratio={ratio}, frame by frame", {**TWO, "keep_ratio": ratio, "pooled": False})

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import train_small_world as training
 from benchmarks.train_small_world import write_weights
 from worldkv_kernels import WorldMemory, compress_chunk
+from worldkv_kernels.cli import world as world_command
 from worldkv_kernels.journeys import psnr, ssim, travel, truth, turn_and_return
 from worldkv_kernels.memory.retrieval import RetrievalPolicy
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
@@ -303,3 +305,10 @@ def test_bad_arguments_are_refused(bench, monkeypatch, capsys, arguments, messag
     with pytest.raises(SystemExit) as stopped:
         command(bench, monkeypatch, *arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_worlds_that_are_shown_are_none_of_the_trainings(bench):
+    """A CPU's generator takes a seed's low 32 bits alone."""
+    seeds = [0, training.VALIDATED, training.SHOWN, world_command._UNSEEN, bench._UNSEEN]
+    streams = {tuple(torch.randn(4, generator=torch.Generator().manual_seed(seed)).tolist()) for seed in seeds}
+    assert len(streams) == len(seeds)

@@ -26,7 +26,8 @@ _STRIDE = 4  # moves, or video frames of a folder, to a frame
 _MOST_FRAMES = 1020  # as many as the rotary embedding can number, in chunks
 _LEAST_CHUNKS = 14  # so that some view was last seen long enough ago
 _MAKES = "latents of [16, 12, 16], 3 frames a chunk"  # what worlds.py's codec and the journeys are of
-_UNSEEN = 2**32  # worlds that no training has drawn: those of other seeds
+# Worlds that no training has drawn: of another seed in the low 32 bits, which are all that a CPU's generator takes.
+_UNSEEN = 2**31
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +148,7 @@ def _worlds(args: argparse.Namespace) -> tuple[str, torch.Tensor]:
     """Their name, and worlds [n, 3, height, width]."""
     if args.image is None and args.photo is None:
         count = _WORLDS if args.worlds is None else args.worlds
-        generator = torch.Generator().manual_seed((_UNSEEN + args.seed) % 2**64)
+        generator = torch.Generator().manual_seed((_UNSEEN + args.seed) % 2**32)
         name = f"{count} drawn worlds" if count > 1 else "a drawn world"
         return name, draw_worlds(count, generator)
     if args.worlds is not None:
