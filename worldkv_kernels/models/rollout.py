@@ -134,8 +134,8 @@ def stream(
             model's. Such a memory is given a chunk's rows of the actions, any other the poses and intrinsics.
         conditions: of the model's own kind; None for its stand-in.
         given: clean latents [n, channels, height, width] that the video begins with, of whole chunks: these are not
-            denoised, only passed once at sigma 0, and yielded like the others. What follows goes on from them; chunks of
-            them past the last of `controls` are not made.
+            denoised, only passed once at sigma 0, and yielded like the others. What follows goes on from them. Those
+            past the last of `controls` are not reached.
         seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
             so that rollouts of any mode, device and dtype start from the same numbers.
         sigmas: of the denoising passes, from 1 down, each above 0; None for the model's own.
