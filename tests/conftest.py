@@ -99,6 +99,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def one_thread():
+    """For small tensors, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def load(monkeypatch):
     """Imports a script of benchmarks/ by its bare name, as the scripts import each other; a test has them to itself."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

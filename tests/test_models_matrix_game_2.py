@@ -19,6 +19,8 @@ from worldkv_kernels.models.matrix_game_2 import MatrixGame2, MatrixGameConditio
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 from worldkv_kernels.models.rollout import Actions, Controls, noise, rollout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = dict(
     num_layers=3, num_heads=2, head_dim=64, ffn_dim=96, grid=(2, 3), image_tokens=5, image_dim=24, frequency_dim=16,
     action_layers=(0, 2),
@@ -33,14 +35,6 @@ def small(variant="universal", **overrides):
 
 CONFIG = small()
 VARIANTS = ("universal", "gta_drive", "templerun")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(config=CONFIG, seed=0, *, device="cpu", dtype=torch.float32, **options):

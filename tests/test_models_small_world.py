@@ -16,18 +16,12 @@ from worldkv_kernels.models.rollout import Controls, noise, rollout
 from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld, SmallWorldConfig, pluecker_map, ray_features
 from worldkv_kernels.trajectory import latent_poses, load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = SmallWorldConfig(
     sigmas=(1.0, 0.9, 0.75, 0.5), num_layers=2, grid=(2, 3), ffn_dim=96, frequency_dim=16, ray_octaves=3
 )
 POSES, INTRINSICS = latent_poses(load("right*40,forward*32,left*40"))  # 29 latent frames, 9 chunks
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(config=CONFIG, seed=0, **options):

@@ -8,6 +8,8 @@ from worldkv_kernels import WorldMemory, worlds
 from worldkv_kernels.journeys import MODES, psnr, travel, truth, turn_and_return
 from worldkv_kernels.models.small_world import SmallWorld
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # A seed of its own in the low 32 bits, which are all that a generator on the CPU takes: 0 is the training's.
 WORLDS = worlds.draw_worlds(4, torch.Generator().manual_seed(34))
 
@@ -18,14 +20,6 @@ def trip(device, world, journey, *, backend=None, sigmas=None, **options):
     config = model.config.memory(**{"bank_chunks": len(journey.poses) // 3, **options})
     memory = WorldMemory(config, device=device, dtype=dtype, backend=backend)
     return travel(model, memory, world, journey, seed=7, sigmas=sigmas)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_it_remembers(device):

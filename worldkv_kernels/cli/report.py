@@ -122,6 +122,17 @@ def waiting(label: str) -> Iterator[None]:
         teller.join()
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """While inside, torch has so many threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What a reader needs to place a figure: versions, and the device's name."""
     try:

@@ -74,11 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads > most:
         raise ValueError(f"--threads must be at most {most}, {_THREADS_EACH} to a processor, got {args.threads}")
     args.threads = args.threads or (1 if args.model == "small_world" else threads)
-    torch.set_num_threads(args.threads)
-    try:
+    with report.threads(args.threads):
         return _run(args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -92,12 +92,8 @@ class Result:
 
 
 def run(args: argparse.Namespace) -> int:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are too small to share
-    try:
+    with report.threads(1):  # the tensors are too small to share
         return _run(args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(args: argparse.Namespace) -> int:
