@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import struct
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -391,6 +392,8 @@ def main() -> None:
     add("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     add("--device", default="cpu")
     args = parser.parse_args()
+    if min(args.steps, args.clips, args.threads) < 1:
+        parser.error("--steps, --clips and --threads must be at least 1")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     model = SmallWorld(SmallWorldConfig(), device=args.device, dtype=torch.float32).requires_grad_(True)
@@ -398,6 +401,7 @@ def main() -> None:
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
         training.resume(checkpoint)
+        print(f"going on from step {training.step} of {checkpoint}", flush=True)
     every, told = max(1, args.steps // 30), time.perf_counter()
     losses: list[float] = []
     with open(args.out / "log.jsonl", "a") as log:
@@ -412,15 +416,19 @@ def main() -> None:
                 line = {"step": training.step, "minutes": round(training.seconds / 60, 2),
                         "loss": round(sum(losses) / len(losses), 5), **training.validate()}  # fmt: skip
                 losses.clear()
-                print(f"\r{json.dumps(line)}", flush=True)
+                print(f"\r\x1b[K{json.dumps(line)}" if sys.stdout.isatty() else json.dumps(line), flush=True)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 write_weights(model, args.out)  # first: a checkpoint of the last step writes none any more
                 training.save(checkpoint)
         if '"psnr_db"' not in (args.out / "log.jsonl").read_text():
+            print("what each memory is worth with these weights, in some minutes:", flush=True)
             stored = SmallWorld.from_pretrained(args.out, device=args.device, dtype=torch.float32)
             log.write(json.dumps({"psnr_db": table({"fp32": model, "bf16": stored})}) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on from the last line of the log")

@@ -1,5 +1,6 @@
 """The main job: a trained model that comes back, with each memory; its table and its pictures, those in the README."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.train_small_world import write_weights
-from worldkv_kernels.cli import main
+from worldkv_kernels.cli import main, photographs
 from worldkv_kernels.journeys import MODES
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 
@@ -182,6 +183,13 @@ def test_weights_of_other_pictures_are_refused(tmp_path, monkeypatch, capsys):
         assert main(["world", "--weights", "."]) == 2
         wanted = "--weights must be of a model that makes latents of [16, 12, 16], 3 frames a chunk"
         assert capsys.readouterr().err == f"worldkv world: {wanted}, got {found}: '.'\n"
+
+
+def test_sixteen_bits_of_grey_are_not_clipped_to_eight(tmp_path):
+    deep = np.linspace(0, 65535, 70 * 80).reshape(70, 80).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    _, pixels = photographs.load(argparse.Namespace(image=str(tmp_path / "deep.png"), photo=None))
+    assert pixels.shape == (70, 80, 3) and np.allclose(pixels, deep[..., None] / 65535)
 
 
 def test_one_thread_and_back(tmp_path, monkeypatch):

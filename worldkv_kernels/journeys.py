@@ -92,8 +92,8 @@ def along(poses: np.ndarray, *, chunk_frames: int = 3) -> Journey:
     journey = Journey(poses, len(poses) // 2 // chunk_frames * chunk_frames)
     if not journey.given or not journey.seen_again():
         raise ValueError(
-            f"along: poses must come back, in the second half, to views last seen {LEAST_GAP} frames ago or more, "
-            f"got {len(poses)} that do not"
+            f"along: poses must come back, in the second half, to views last seen {LEAST_GAP} frames ago or more "
+            f"(from a camera within {_NEAR_DEGREES:g} degrees), got {len(poses)} frames that do not"
         )
     return journey
 

@@ -41,7 +41,11 @@ def load(args: argparse.Namespace) -> tuple[str, np.ndarray]:
     try:
         with Image.open(path) as file:
             upright = ImageOps.exif_transpose(file)  # cameras store how they were held beside the pixels
-            pixels = np.asarray(upright.convert("RGB"), dtype=np.float64) / 255
+            if upright.mode.startswith("I"):  # 16 bits of grey, which "RGB" would clip to 8
+                grey = np.asarray(upright.convert("I"), dtype=np.float64) / 65535
+                pixels = np.repeat(grey[..., None], 3, axis=2)
+            else:
+                pixels = np.asarray(upright.convert("RGB"), dtype=np.float64) / 255
     except Exception as error:  # Pillow's decoders raise what they like
         reason = f": {getattr(error, 'strerror', None) or error}"
         raise ValueError(f"{argument} must be a picture that Pillow reads, got {str(path)!r}{reason}") from error

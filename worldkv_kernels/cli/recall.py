@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with report.threads(1):  # the tensors are too small to share
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.frames % CHUNK_FRAMES:
         raise ValueError(f"--frames must be a multiple of {CHUNK_FRAMES}, got {args.frames}")
     if not _LEAST_STEP <= args.step <= _LARGEST_STEP:

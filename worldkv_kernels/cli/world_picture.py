@@ -33,13 +33,8 @@ def picture(path: str, drawn: Mapping[str, torch.Tensor], captions: Mapping[str,
         draw.text((left, top), words, fill=colour, font=ImageFont.load_default(points))
 
     write(16, 14, "A camera turns away and comes back: what a world model draws with each memory", 28)
-    write(
-        16,
-        54,
-        f"frames {shown[0]} to {shown[-1]}, the way back, from left to right; PSNR of views seen again",
-        19,
-        "#555",
-    )
+    told = "the way back in one world, from left to right; PSNR of its views seen again"
+    write(16, 54, f"frames {shown[0]} to {shown[-1]}: {told}", 19, "#555")
     for row, (name, of_name) in enumerate(drawn.items()):
         top = _HEADING + row * (height + _GAP)
         write(16, top + height // 2 - 26, name, 20)
@@ -62,7 +57,7 @@ def animation(path: str, drawn: Mapping[str, torch.Tensor], captions: Mapping[st
     for i, name in enumerate(drawn):
         left, top = _GAP + i % columns * (width + _GAP), i // columns * (height + _CAPTION)
         words = f"{name} {captions[name]}" if name in captions else name
-        draw.text((left + 2, top + 8), words, fill="black", font=ImageFont.load_default(16))
+        draw.text((left + 2, top + 8), words, fill="black", font=ImageFont.load_default(15))
         places[name] = (left, top + _CAPTION)
     moving = []
     for frame in range(given, len(next(iter(drawn.values())))):
