@@ -179,7 +179,7 @@ def test_what_enable_refuses_and_then_leaves_alone():
         (ValueError, r"keyboard must be \[rows, 4\]", config, dict(actions=Actions(STILL[0], STILL[0, :, :2]))),
         (ValueError, "num_layers must be the model's 2, got 3", replace(config, num_layers=3), {}),
         (ValueError, "eps must be the model's 1e-06, got 0.001", replace(config, eps=1e-3), {}),
-        (ValueError, "rope must be the model's", replace(config, rope=None), {}),
+        (ValueError, "rope must be the model's", replace(config, rope=None, rebase_time=False), {}),
         (ValueError, "rope must be the model's", replace(config, rope=Rope3D(64, theta=256.0)), {}),
         (ValueError, "actions that the model takes, 4 keys and a mouse, got layout 'templerun'",
          config_of(model, retrieval=templerun), {}),

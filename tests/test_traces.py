@@ -125,7 +125,7 @@ def test_a_chunk_is_traced_with_its_phases(traces, tmp_path):
         next(chunks)
     names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
     assert {name.removeprefix("worldkv.") for name in names} == {
-        "traced chunk 5", "begin_chunk", "prepare_chunk", "pass_0", "pass_1", "pass_2", "pass_3", "clean_pass",
+        "traced chunk 5", "begin_chunk", "prepare_chunk", "pass_0", "pass_1", "clean_pass",
         "norm_rope_append", "segment_attention", "end_chunk", "compress_chunk", "bank_copy_in", "bank_prefetch",
         "bank_copy_out",
     }  # fmt: skip
