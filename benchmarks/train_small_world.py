@@ -385,7 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="a folder, made where there is none")
-    add("--steps", type=int, default=4500, help="(default: %(default)s, about 50 minutes on one core)")
+    add("--steps", type=int, default=4500, help="(default: %(default)s, about an hour on one core)")
     add("--clips", type=int, default=4, help="of a step (default: %(default)s)")
     add("--moving", type=float, default=0.0, help="share of the clips whose camera walks, too (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
