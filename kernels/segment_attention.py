@@ -4,8 +4,8 @@ An item is BLOCK_Q queries of one head; one program computes it. It walks the wi
 need no mask, then the rows that segments leave over, gathered from several segments into one block, of which only the
 last needs a mask. Where segments are shifted in time, the same walk goes segment by segment. Where their shares of the
 softmax are wanted, the sum over a segment is written as the walk leaves its tiles, and its tail rows are added. Where
-segments have weights, sums are kept relative to the weight of the tile at hand, so that a tile's weights cost a row no
-more than two additions; in a block of tail rows each row adds its segment's. The
+segments have weights, sums are kept relative to the weight of the tile at hand, so that a tile's weight costs no more
+than a few additions a row; in a block of tail rows each row adds its segment's. The
 items that would leave most of the processors idle in a last round are cut by keys into parts, each a program of its
 own, whose results a second kernel merges.
 
@@ -66,14 +66,24 @@ def _turned_query(
 
 
 @triton.jit
+def _moved(row_max, change, lag):
+    """The maximum where weights are lower by `change`, and by how much it has been rounded: the next `lag`, since the
+    roundings of many segments would add up. Before the first key, of which row_max is -inf, that is NaN."""
+    change = lag + change
+    old_max = row_max + change
+    return old_max, change - (old_max - row_max)
+
+
+@triton.jit
 def _attend_block(
-    q, k, v, valid, of_rows, change, row_max, row_sum, acc, scale_log2, scale_power,
+    q, k, v, valid, of_rows, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A step of the online softmax over k, v [rows, HEAD_DIM], of which those not `valid` are left out.
 
     `of_rows` [rows] are weights of segments as logarithms to base 2, or None where all rows are of one; `change` is by
-    how much the weight that earlier sums are relative to exceeds the one that this step's are, or None without weights.
+    how much the weight that earlier sums are relative to exceeds the one that this step's are, or None without weights,
+    and old_max the maximum `_moved` by it.
     Also returns what to multiply earlier sums by, the weights [BLOCK_Q, rows], and their sum a row.
 
     A weight is exp2(score * scale_log2 - new_max) by a fused multiply-add, which rounds once; new_max is the largest
@@ -96,10 +106,7 @@ def _attend_block(
     block_max = block_max * scale
     if of_rows is not None:
         block_max = tl.max(tl.fma(scores, scale[:, None], of_rows[None, :]), 1)
-    old_max = row_max
-    if change is not None:
-        old_max = row_max + change
-    new_max = tl.maximum(old_max, block_max)
+    new_max = tl.maximum(row_max if change is None else old_max, block_max)
     log_p = tl.fma(scores, scale[:, None], -new_max[:, None])
     if of_rows is not None:
         log_p += of_rows[None, :]
@@ -164,6 +171,7 @@ def segment_attention_kernel(
     WEIGHT_OF_TILE: tl.constexpr = HAS_WEIGHT and not HAS_SHIFT  # else it is that of the range
     if HAS_WEIGHT:
         kept = 0.0  # the weight that sums are relative to, as a logarithm to base 2
+        lag = tl.zeros([BLOCK_Q], tl.float32)
     if RETURN_MASS:
         # A replayed graph may meet more segments than it was captured with; these have no mass.
         num_mass = tl.minimum(tl.load(num_segments_ptr), max_segments)
@@ -217,15 +225,20 @@ def segment_attention_kernel(
                         k = tl.load(k_base + (cols[:, None] * stride_k_row + dims[None, :]))
                         v = tl.load(v_base + (cols[:, None] * stride_v_row + dims[None, :]))
                     change = None
+                    old_max = None
                     if HAS_WEIGHT:
                         if WEIGHT_OF_TILE:
                             weight = tl.load(weights_ptr + weighed)
                             weighed = tl.load(next_tile + 1, cache_modifier=".ca")
                         change = kept - weight
                         kept = weight
+                        old_max, lag = _moved(row_max, change, lag)
                     row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
-                        q, k, v, None, None, change, row_max, row_sum, acc, scale_log2, scale_power, False, PRECISION
-                    )
+                        q, k, v, None, None, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
+                        False, PRECISION,
+                    )  # fmt: skip
+                    if HAS_WEIGHT:
+                        lag = tl.where(row_max > old_max, 0.0, lag)
                     if RETURN_MASS:
                         # Where the walk leaves a segment, its sum so far and the maximum that it is relative to.
                         segment_sum = segment_sum * rescale + block_sum
@@ -249,6 +262,7 @@ def segment_attention_kernel(
                 k = tl.load(k_ptr + tail_row * stride_k_row + dims[None, :], mask=valid[:, None], other=0.0)
                 v = tl.load(v_ptr + tail_row * stride_v_row + dims[None, :], mask=valid[:, None], other=0.0)
                 change = None
+                old_max = None
                 of_rows = None
                 if WEIGHT_OF_TILE:
                     of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)
@@ -258,9 +272,14 @@ def segment_attention_kernel(
                 elif HAS_WEIGHT:
                     change = kept - weight
                     kept = weight
+                if HAS_WEIGHT:
+                    old_max, lag = _moved(row_max, change, lag)
                 row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
-                    q, k, v, valid, of_rows, change, row_max, row_sum, acc, scale_log2, scale_power, True, PRECISION
-                )
+                    q, k, v, valid, of_rows, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
+                    True, PRECISION,
+                )  # fmt: skip
+                if HAS_WEIGHT:
+                    lag = tl.where(row_max > old_max, 0.0, lag)
                 if RETURN_MASS:
                     if not WEIGHT_OF_TILE:
                         of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)

@@ -120,20 +120,45 @@ def test_the_largest_numbers_of_half_precision(backend, scale):
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize("exponent", [-1, 1])
+@pytest.mark.parametrize("key", [96.0, 127.0])
 @pytest.mark.parametrize("below", [-16, 16, 48])
 @pytest.mark.parametrize("first", [8.0, -8.0])
-def test_where_a_kernel_changes_its_scale_lse_is_right(backend, exponent, below, first):
-    """Products with log2(e) about 2**28, beyond which a kernel takes a power of two for the scale, here the same or 1.9
-    times it; a segment's weight moves the maximum across."""
+def test_where_a_kernel_changes_its_scale_lse_is_right(backend, key, below, first):
+    """Products with log2(e) about 2**28, beyond which a kernel takes a power of two for the scale, here 1.5 or 1.98
+    times it; a weight moves the maximum across."""
     segments = [Segment(0, 128, log_weight=first), Segment(130, 256, log_weight=-first), Segment(400, 3)]
     q, k = torch.zeros(3, 1, 64), torch.zeros(410, 1, 64)
-    q[..., 0], k[..., 0] = 128.0, 128.0
-    scale = (2.0**28 - below) / 2**14 * math.log(2) * (1.0 if exponent < 0 else 1.05)
+    q[..., 0], k[..., 0] = 128.0, key
+    scale = (2.0**28 - below) / (128 * key) * math.log(2)
     q, k = (x.to(DEVICE, torch.float16) for x in (q, k))
     _, lse, mass = segment_attention(q, k, k, make_window(segments, 64), scale=scale, backend=backend, **EXTRAS)
     _, want_lse, want_mass = brute_force(q, k, k, segments, scale)
     assert relative_error(lse, want_lse) <= 2e-6 and relative_error(mass, want_mass) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("equal", [True, False])
+def test_roundings_of_the_maximum_do_not_add_up(monkeypatch, backend, sign, equal):
+    """Products with log2(e) of 1.5 * 2**27, 16 apart: of weights of 0, 9 and 4.5 to base 2 in turn 9 becomes 16, and
+    4.5 nothing. Sums of all would end in zeros or infinities, were not each rounding made up for by the next."""
+    if backend != "reference":  # one walk over all of the window
+        kernel = pytest.importorskip("worldkv_kernels.kernels.segment_attention", reason="triton is not installed")
+        monkeypatch.setattr(kernel, "deal", lambda *_: kernel.Deal(1, 0, 1))
+    logs = [sign * x * math.log(2) for x in (0.0, -9.0, -4.5)] * 17
+    segments = [Segment(i * 128, 128, log_weight=log) for i, log in enumerate(logs)]
+    if not equal:
+        segments[0] = segments[0]._replace(log_weight=8.0 * sign)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.full((2, 1, 64), 32.0), torch.zeros(51 * 128, 1, 64)
+    k[..., 0] = 32.0
+    k[128:, :, 0] -= 0.0 if equal else 1.0
+    v = torch.randn(k.shape, generator=generator)
+    scale = 1.5 * 2.0**27 / 2**10 * math.log(2)
+    q, k, v = (x.to(DEVICE, torch.float16) for x in (q, k, v))
+    got = segment_attention(q, k, v, make_window(segments, 64), scale=scale, backend=backend, **EXTRAS)
+    for have, want, limit in zip(got, brute_force(q, k, v, segments, scale), (1e-3, 2e-6, 2e-6), strict=True):
+        assert relative_error(have, want) <= limit
 
 
 @pytest.mark.parametrize("shifted", [False, True])
