@@ -57,7 +57,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
     config = tiny(num_layers=2, grid=(1, 3), rope=Rope3D(HEAD_DIM, max_position=400), **fields)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     out = torch.empty_like(memory._q)
-    kept = [memory._q, memory._storage.index, memory._position, memory._pool.k, memory._pool.v]
+    kept = [memory._q, memory._storage.index, memory._storage.count, memory._position, memory._pool.k, memory._pool.v]
     kept += memory.window.tables
     kept += [x for layer in range(2) for x in memory.pools(layer)]
     addresses, window = [x.data_ptr() for x in kept], memory.window
@@ -69,7 +69,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
                     assert memory.attend(layer, *x, out=out) is out
             memory.end_chunk()
         assert chunk == 0 or not seen.ops, seen.ops  # the first may make the rope's table
-    now = [memory._q, memory._storage.index, memory._position, memory._pool.k, memory._pool.v]
+    now = [memory._q, memory._storage.index, memory._storage.count, memory._position, memory._pool.k, memory._pool.v]
     now += memory.window.tables
     now += [x for layer in range(2) for x in memory.pools(layer)]
     assert [x.data_ptr() for x in now] == addresses
