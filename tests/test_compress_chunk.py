@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from worldkv_kernels import compress_chunk
 from worldkv_kernels.ops import cuda
 from worldkv_kernels.ops.compress_chunk import BACKENDS
+from worldkv_kernels.reference import compress_chunk as reference
 
 BACKEND_NAMES = backends(BACKENDS)
 published = partial(compress_chunk, rule="similarity", merge=False)
@@ -113,6 +114,35 @@ def test_equal_scores_keep_the_earlier_token(backend, pooled):
     for frame in (0, 2):  # exact ties in whatever precision: give them one value each
         similarities[frame] = similarities[0, :4].repeat(4)
     assert got.index.tolist() == brute_force(similarities, 6, pooled, 1)
+
+
+def recipe(k, frames, keep, pooled, anchor):
+    """The published selection of one layer in fp32, step by step as this package has always made it."""
+    by_frame = k.float().reshape(frames, len(k) // frames, -1)
+    mean = by_frame[anchor].mean(dim=0)
+    others = [f for f in range(frames) if f != anchor]
+    similarity = [by_frame[f] @ mean / (by_frame[f].norm(dim=1) * mean.norm() + 1e-8) for f in others]
+    groups = torch.cat(similarity)[None] if pooled else torch.stack(similarity)
+    token = torch.arange(len(k)).view(frames, -1)
+    least = groups.sort(dim=1, stable=True).indices[:, : keep * len(others) // len(groups)]
+    kept = token[others].view(groups.shape).gather(1, least).flatten().sort().values
+    return torch.cat([token[anchor], kept]), torch.stack(similarity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("anchor", [0, 1])
+def test_the_reference_is_the_published_recipe_to_the_bit(dtype, pooled, anchor):
+    """With keys so alike that rounding decides: any other order of sums, or width, keeps other tokens."""
+    base, noise = torch.randn(2, 600, 2, 64, generator=torch.Generator().manual_seed(3))
+    k, v = (base[:1] + 1e-3 * noise).to(dtype), base.to(dtype)
+    want, similarity = recipe(k, 3, 60, pooled, anchor)
+    assert torch.equal(reference.similarities(k, 3, anchor), similarity)
+    got = published(k, v, frames=3, keep_ratio=0.3, pooled=pooled, anchor=anchor, backend="reference")
+    assert torch.equal(got.index, want.int()) and got.count is None
+    assert torch.equal(got.k, k[want]) and torch.equal(got.v, v[want])
+    exact = brute_force(float64_similarities(k, 3, anchor), 60, pooled, anchor)
+    assert want.tolist() != exact
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
