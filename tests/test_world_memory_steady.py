@@ -90,6 +90,30 @@ def test_a_chunk_is_pruned_in_one_call_for_all_layers(monkeypatch, bank):
     assert calls == banked * [[config.num_layers, config.chunk_tokens, config.num_heads, HEAD_DIM]]
 
 
+@pytest.mark.parametrize(
+    ("prune_rule", "merge_pruned", "scale"),
+    [("nearest", True, None), ("nearest", True, 0.2), ("similarity", True, 3.0), ("similarity", False, None)],
+)
+def test_a_chunk_is_pruned_as_the_config_says(monkeypatch, prune_rule, merge_pruned, scale):
+    """Merging needs the scale of the softmax that reads the keys, and writes its counts where the memory has room."""
+    calls = []
+    monkeypatch.setattr(
+        storage_module, "compress_chunk",
+        lambda k, v, **options: calls.append(options) or compress_chunk(k, v, **options),
+    )  # fmt: skip
+    config = tiny(prune_rule=prune_rule, merge_pruned=merge_pruned, scale=scale, keep_ratio=0.3, pooled=False)
+    memory, rollout = make(config), Rollout(config, 1, 6)
+    for chunk in range(6):
+        rollout.chunk(memory, chunk)
+    assert len(calls) == 3
+    for options in calls:
+        told = [options[name] for name in ("rule", "merge", "scale", "keep_ratio", "pooled", "frames")]
+        assert told == [prune_rule, merge_pruned, scale, 0.3, False, 2]
+        assert options["out_count"] is (memory._storage.count if merge_pruned else None)
+    defaults = tiny()
+    assert (defaults.prune_rule, defaults.merge_pruned, defaults.scale) == ("nearest", True, None)
+
+
 def test_no_work_grows_with_the_past():
     """What a chunk attends to is bounded in every mode but "full"."""
     for mode, tokens in (("worldkv", 12 + 2 * 8 + 24 + 12), ("sliding", 24 + 12), ("sink_recent", 12 + 24 + 12)):
