@@ -134,8 +134,8 @@ def test_random_retrieval_draws_chunks_evenly(studies):
 
 
 def kept(k, **options):
-    """Indices of the kept tokens, the anchor frame first, as the memory of a CPU has them."""
-    published = {"rule": "similarity", "merge": False}
+    """Indices of the tokens that the published rule keeps, the anchor frame first, as the memory of a CPU has them."""
+    published = dict(rule="similarity", merge=False)
     return compress_chunk(k, k, frames=3, keep_ratio=0.5, **published, **options).index.tolist()
 
 
@@ -178,10 +178,10 @@ def test_pruning_ends_with_an_exception_and_knows_two_controls(studies):
 def short(studies):
     """Six chunks out, six back."""
     options = {"sink_frames": 3, "recent_frames": 3, "retrieved_chunks": 2}
+    published = {**options, "prune_rule": "similarity", "merge_pruned": False}  # whose choice `prune` replaces
     return studies.Study(
         "short", "Is it?",
-        [studies.Memory("first", options),
-         studies.Memory("at random", {**options, **studies.PUBLISHED}, prune="random"),
+        [studies.Memory("first", published), studies.Memory("at random", published, prune="random"),
          studies.Memory("random chunks", {**options, "retrieval": studies.RandomRetrieval()}, sigmas=(1.0,))],
         journey=partial(turn_and_return, 12), worlds=3,
     )  # fmt: skip

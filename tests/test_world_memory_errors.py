@@ -46,6 +46,8 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("scale", 0.0, "from 1e-25 to 1e+25"),
         ("scale", math.inf, "from 1e-25 to 1e+25"),
         ("mode", "rolling", "worldkv, full, sliding, sink_recent"),
+        ("prune_rule", "most alike", "one of nearest, similarity"),
+        ("prune_rule", None, "one of nearest, similarity"),
         ("order", "random", "time, nearest_last, nearest_first"),
         ("bank", "disk", "'device' or 'host'"),
         ("bank_chunks", 1, "at least 2"),
@@ -107,7 +109,7 @@ def test_config_numbers_are_numbers(field, value):
 
 
 @pytest.mark.parametrize(
-    "field", ["pooled", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink"]
+    "field", ["pooled", "merge_pruned", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink"]
 )
 @pytest.mark.parametrize("value", ["no", 1, None])
 def test_config_switches_are_true_or_false(field, value):
