@@ -20,19 +20,20 @@ from ..checks import (
     describe,
     is_integer,
 )
-from ..ops.compress_chunk import kept_tokens
+from ..ops.compress_chunk import RULES, kept_tokens
 from ..rope import Rope3D
 from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, make_policy
 
 Mode = Literal["worldkv", "full", "sliding", "sink_recent"]
 Order = Literal["time", "nearest_last", "nearest_first"]
+PruneRule = Literal["nearest", "similarity"]
 MODES = ("worldkv", "full", "sliding", "sink_recent")
 _INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks")
 _INTEGERS_IF_GIVEN = ("sink_frames", "recent_frames", "retrieved_chunks", "bank_chunks", "device_slots")
 _NOT_GIVEN: Any = None  # of what then follows from others
 _LARGEST = 2**31 - 1  # of every count: far more than memory holds, and sums and products of them stay in float's range
 _RETRIEVED_CHUNKS = 6
-_BOOLS = ("pooled", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink")
+_BOOLS = ("pooled", "merge_pruned", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink")
 ORDERS = ("time", "nearest_last", "nearest_first")
 
 
@@ -57,8 +58,9 @@ class MemoryConfig:
     `mode`: "worldkv" as described; the baselines "full" (every past chunk), "sliding" (recent and current) and
     "sink_recent" (sink, recent and current) ignore what they do not use.
 
-    `keep_ratio`, `pooled`: how a chunk is pruned when it leaves the recent frames, see compress_chunk: its first frame
-    stays whole, of the others this share stays. 0.25 keeps half of a chunk of three frames, 0.5 two thirds, 1 all.
+    `keep_ratio`, `pooled`, `prune_rule`, `merge_pruned`: how a chunk is pruned when it leaves the recent frames, see
+    compress_chunk: its first frame stays whole, of the others this share stays. 0.25 keeps half of a chunk of three
+    frames, 0.5 two thirds, 1 all. The published way is "similarity", unmerged.
     `retrieval`: "pose", "fov" or "action", or a RetrievalPolicy object. "action" is ActionRetrieval(), with guessed
     scales for Matrix-Game's "universal" actions; give an object for another game or other scales.
     `order` of the retrieved chunks in the window: by "time", or "nearest_last", "nearest_first". `rebase_time`:
@@ -94,6 +96,8 @@ class MemoryConfig:
     retrieved_chunks: int = _NOT_GIVEN
     keep_ratio: float = 0.25
     pooled: bool = True
+    prune_rule: PruneRule = "nearest"
+    merge_pruned: bool = True
     mode: Mode = "worldkv"
     retrieval: Literal["pose", "fov", "action"] | RetrievalPolicy = "pose"
     rebase_time: bool = _NOT_GIVEN
@@ -148,6 +152,7 @@ class MemoryConfig:
         if self.scale is not None:
             check_scale("MemoryConfig", "scale", self.scale)
         check(self.mode in MODES, "mode", f"one of {', '.join(MODES)}")
+        check(self.prune_rule in RULES, "prune_rule", f"one of {', '.join(RULES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")
         make_policy(self.retrieval)
@@ -230,7 +235,8 @@ class MemoryConfig:
             num_layers=num_layers, num_heads=num_heads, grid=grid, head_dim=head_dim,
             chunk_frames=chunk_frames, sink_frames=sink_frames, recent_frames=recent_frames - chunk_frames,
             retrieved_chunks=retrieved_frames // chunk_frames, keep_ratio=keep_ratio, pooled=pooled,
-            retrieval=OfficialPoseRetrieval(), rebase_time=rope_correction, rebase_sink=False,
+            prune_rule="similarity", merge_pruned=False, retrieval=OfficialPoseRetrieval(),
+            rebase_time=rope_correction, rebase_sink=False,
             order="nearest_first", bank=bank, bank_chunks=bank_chunks,
             unattended_chunks=1, bank_sink=True,
         )  # fmt: skip

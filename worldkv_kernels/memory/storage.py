@@ -61,7 +61,7 @@ class Storage:
         if config.has_bank:
             self.bank = Bank(self.pool, bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
-        self.index = torch.empty((config.num_layers, banked), dtype=torch.int32, device=device)
+        self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
 
     def first_row(self, chunk: int) -> int:
         """Of a chunk that is whole: in the sink, recent, or current."""
@@ -94,8 +94,9 @@ class Storage:
         try:
             compress_chunk(
                 k[:, source], v[:, source], frames=config.chunk_frames, keep_ratio=config.keep_ratio,
-                pooled=config.pooled, out_k=k[:, target], out_v=v[:, target], out_index=self.index,
-                backend=self._backend,
+                pooled=config.pooled, rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
+                out_k=k[:, target], out_v=v[:, target], out_index=self.index,
+                out_count=self.count if config.merge_pruned else None, backend=self._backend,
             )  # fmt: skip
             self.bank.stored(chunk)
         except BaseException:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -20,25 +21,39 @@ from ..checks import (
     check_int64,
     check_integer,
     check_layout,
+    check_number,
+    check_scale,
     check_tensor,
 )
 from ..reference.compress_chunk import compress_chunk as reference
 from . import cuda
-from .backends import NAMESPACE, Backend, OpBackends, exact, on_current_device, register, triton_unavailable
+from .backends import (
+    NAMESPACE,
+    Backend,
+    OpBackends,
+    dtype_tolerance,
+    exact,
+    on_current_device,
+    register,
+    triton_unavailable,
+)
 
 _OP = "compress_chunk"
+RULES = ("nearest", "similarity")
 _MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
 
 
 class CompressedChunk(NamedTuple):
-    """What was kept of a chunk: k, v [kept, heads, head_dim] and index [kept] int32 into its tokens.
+    """What was kept of a chunk: k, v [kept, heads, head_dim], index [kept] int32 into its tokens, and count [kept]
+    int32, how many tokens each stands for, None where nothing was merged.
 
-    All three with a first dimension of layers where the chunk had one.
+    All with a first dimension of layers where the chunk had one.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     index: torch.Tensor
+    count: torch.Tensor | None
 
 
 def kept_per_frame(frame_tokens: int, keep_ratio: float) -> int:
@@ -59,21 +74,44 @@ def compress_chunk(
     keep_ratio: float,
     pooled: bool = True,
     anchor: int = 0,
+    rule: Literal["nearest", "similarity"] = "nearest",
+    merge: bool = True,
+    merge_above: float = 0.9,
+    scale: float | None = None,
     out_k: torch.Tensor | None = None,
     out_v: torch.Tensor | None = None,
     out_index: torch.Tensor | None = None,
+    out_count: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> CompressedChunk:
-    """Keep a chunk's anchor frame and, of the others, the tokens whose keys resemble that frame least.
+    """Keep a chunk's anchor frame and, of the others, the tokens whose keys are least alike to others; merge the rest.
 
     Of one layer, or of all layers of a model in as many launches as of one: each is pruned on its own, with the bits
     that it would get alone.
 
-    The similarity of a token is <k, m> / (|k| |m| + 1e-8), m the mean of the anchor frame's keys, both
-    taken over all heads * head_dim numbers. With keep = max(1, ceil(keep_ratio * frame_tokens)), each
-    other frame keeps its `keep` least similar tokens, or, pooled, the other frames together keep their
-    (frames - 1) * keep. Equal similarities keep the earlier token; a NaN counts as most similar.
-    Where keep reaches the frame's size, everything is kept. After WorldKV, arXiv 2605.22718.
+    The anchor frame is kept whole. With keep = max(1, ceil(keep_ratio * frame_tokens)), each other frame keeps its
+    `keep` least similar tokens, or, pooled, the other frames together keep their (frames - 1) * keep. Where keep
+    reaches the frame's size, everything is kept. "Earlier" below is in the order of the output: the anchor frame, then
+    the other frames by time. How similar a token is, all heads * head_dim numbers of a key together:
+
+    - `rule` "nearest": x_t . x_u to the most similar token u of the frames before its own, x = k / (|k| + 1e-8). It
+      says what the chunk holds twice; of equal ones u is the earlier.
+    - "similarity", as published in WorldKV, arXiv 2605.22718: <k, m> / (|k| |m| + 1e-8), m the mean of the anchor
+      frame's keys.
+
+    Equal similarities keep the earlier token. A NaN, or for "nearest" a key whose squared length is not finite in fp32,
+    counts as most similar, and nothing is near to it.
+
+    With `merge`, a dropped token joins the token u of "nearest", under either rule, or where that was dropped what it
+    joined; a token without such a u joins none. A row that n tokens have come to stand for, itself one of them, becomes
+    v = mean of v_i and, of each head, k = (1 + min(1, log(n) / (scale r^2))) m r / |m|, where m is the mean of the
+    k_i and r^2 that of the |k_i|^2. The means are over the row's own token and those that joined it with a cosine of
+    `merge_above` or more to it: others are counted but not averaged in, which would blur it. Why that length: a softmax
+    gives n equal keys n times the weight of one, log(n) more in the score. A query q like the key meets the score
+    scale q . k = scale r^2, which a key longer by log(n) / (scale r^2) raises by log(n). And the mean of unlike keys is
+    shorter than they are, so it gets their length first. The second term is at most 1, so that a key near zero does no
+    harm. After ToMe's proportional attention, arXiv 2210.09461, without a bias that attention would have to read.
+    docs/small_world.md has the measurements that chose rule, merging and limit.
 
     Args:
         k, v: [frames * frame_tokens, heads, head_dim] or [layers, frames * frame_tokens, heads, head_dim], bf16, fp16
@@ -83,19 +121,27 @@ def compress_chunk(
         keep_ratio: above 0, at most 1. 0.25 keeps half of a chunk of three frames.
         pooled: one budget for all other frames, instead of one each.
         anchor: which frame is kept whole, from 0.
+        rule: which tokens go.
+        merge: whether those that stay take up those that go.
+        merge_above: the least cosine at which keys and values are averaged; finite. Above 1 none are, only counted.
+        scale: of the softmax that will read the keys; 1 / sqrt(head_dim) for None. Without `merge` it does nothing.
         out_k, out_v: where to write, [kept, heads, head_dim] like k, with layers where k has them. Rows and layers may
             lie apart, one stride nested in the other, but must not overlap each other, k or v.
-        out_index: int32 [kept] or [layers, kept], contiguous, apart from all others. Outputs are allocated when None.
+        out_index, out_count: int32 [kept] or [layers, kept], contiguous, apart from all others. Outputs are allocated
+            when None; out_count takes `merge`.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
     Limits: a dimension before the tokens is layers, not a batch; V has the heads and head_dim of K; no gradients.
 
-    Returns CompressedChunk(k, v, index): the anchor frame first, then the kept tokens in ascending order.
-    Similarities in fp32, sums in a fixed order: the same input gives the same bits. Makes no copy of the chunk
-    and does not synchronise. Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an
-    input that wants a gradient, on frames that do not divide the tokens, on a ratio or an anchor out of range,
-    on overlapping outputs, and on a backend that is unknown or unavailable. torch.ops.worldkv.compress_chunk raises the
-    same.
+    Returns CompressedChunk(k, v, index, count): the anchor frame first, then the kept tokens in ascending order. A row
+    that stands for its own token alone is a copy, bit for bit. count is None without `merge`; else it sums up to all
+    tokens but those that joined none.
+    Similarities and means in fp32 (the reference's products for "nearest" in float64), sums in a fixed order: the same
+    input gives the same bits. Makes no copy of the chunk and does not synchronise, but for the reference on a GPU.
+    Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an
+    input that wants a gradient, on frames that do not divide the tokens, on a ratio, an anchor, a rule, a limit or a
+    scale out of range, on overlapping outputs, and on a backend that is unknown or unavailable.
+    torch.ops.worldkv.compress_chunk, which merges where it is given a count, raises the same.
 
     Overlap is judged from addresses and strides, a layer of a tensor counted as all from its first byte to its last.
     That is exact where the rows of a layer lie one after another, as in a pool, however the layers of different tensors
@@ -110,6 +156,14 @@ def compress_chunk(
     keep_ratio = as_number(_OP, "keep_ratio", keep_ratio)
     check_int64(_OP, "anchor", anchor)
     check_bool(_OP, "pooled", pooled)
+    if not isinstance(rule, str):
+        raise bad_type(_OP, "rule", f"one of {', '.join(RULES)}", rule)
+    check_bool(_OP, "merge", merge)
+    merge_above = as_number(_OP, "merge_above", merge_above)
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    else:
+        check_number(_OP, "scale", scale)
     check_backend(_OP, backend)
     _check_frames(tokens, frames)
     if not 0 < keep_ratio <= 1:
@@ -127,11 +181,17 @@ def compress_chunk(
         out_index = torch.empty(kept, dtype=torch.int32, device=k.device)
     else:
         check_layout(_OP, "out_index", out_index, kept, like=k)
+    if out_count is not None:
+        if not merge:
+            raise bad_value(_OP, "out_count", "None without merge", out_count)
+        check_layout(_OP, "out_count", out_count, kept, like=k)
+    elif merge:
+        out_count = torch.empty(kept, dtype=torch.int32, device=k.device)
     NAMESPACE.compress_chunk(
-        k, v, out_k, out_v, out_index, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
-        backend or "auto",
+        k, v, out_k, out_v, out_index, out_count, frames, kept_per_frame(frame_tokens, keep_ratio), pooled, anchor,
+        rule, merge_above, float(scale), backend or "auto",
     )  # fmt: skip
-    return CompressedChunk(out_k, out_v, out_index)
+    return CompressedChunk(out_k, out_v, out_index, out_count)
 
 
 def _layout(k: torch.Tensor) -> str:
@@ -147,7 +207,7 @@ def _check_frames(tokens: int, frames: int) -> None:
 
 def _check(
     k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
-    frames: int, keep: int, anchor: int,
+    count: torch.Tensor | None, frames: int, keep: int, anchor: int, rule: str, merge_above: float, scale: float,
 ) -> None:  # fmt: skip
     """What every call needs, also one of torch.ops.worldkv, but for what overlaps."""
     check_heads(_OP, "k", k, _layout(k))
@@ -166,11 +226,19 @@ def _check(
     check_tensor(_OP, "out_k", out_k, (*kept, heads, head_dim), like=k, inner=2)
     check_tensor(_OP, "out_v", out_v, (*kept, heads, head_dim), like=k, inner=2)
     check_tensor(_OP, "out_index", index, kept, like=k, dtypes=(torch.int32,), inner=len(kept))
+    if count is not None:
+        check_tensor(_OP, "out_count", count, kept, like=k, dtypes=(torch.int32,), inner=len(kept))
+    if rule not in RULES:
+        raise bad_value(_OP, "rule", f"one of {', '.join(RULES)}", rule)
+    if not math.isfinite(merge_above):
+        raise bad_value(_OP, "merge_above", "finite", merge_above)
+    check_scale(_OP, "scale", scale)
 
 
 def _check_overlap(
-    k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor
-) -> None:
+    k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
+    count: torch.Tensor | None,
+) -> None:  # fmt: skip
     """Of tensors with a dimension of layers."""
     for name, out in (("out_k", out_k), ("out_v", out_v)):
         reach = out.shape[2] * out.shape[3]
@@ -178,11 +246,14 @@ def _check_overlap(
             if size > 1 and stride < reach:
                 raise bad_value(_OP, name, "of layers and rows that lie apart", out)
             reach += (size - 1) * stride
-    tensors = {"out_k": out_k, "out_v": out_v, "out_index": index, "k": k, "v": v}
+    outputs = {"out_k": out_k, "out_v": out_v, "out_index": index}
+    if count is not None:
+        outputs["out_count"] = count
+    tensors = {**outputs, "k": k, "v": v}
     if len({x.untyped_storage()._cdata for x in tensors.values()}) == len(tensors):
         return
     places = {name: Pieces.of(x) for name, x in tensors.items()}
-    for name in ("out_k", "out_v", "out_index"):
+    for name in outputs:
         for other, place in places.items():
             if other != name and places[name].meets(place):
                 raise ValueError(f"{_OP}: {name} must not overlap {other}, got {places[name]} and {place}")
@@ -190,19 +261,22 @@ def _check_overlap(
 
 def _run(
     k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
-    frames: int, keep: int, pooled: bool, anchor: int, backend: str,
+    count: torch.Tensor | None, frames: int, keep: int, pooled: bool, anchor: int, rule: str, merge_above: float,
+    scale: float, backend: str,
 ) -> None:  # fmt: skip
-    _check(k, v, out_k, out_v, index, frames, keep, anchor)
+    _check(k, v, out_k, out_v, index, count, frames, keep, anchor, rule, merge_above, scale)
     if k.dim() == 3:
         k, v, out_k, out_v, index = (x.unsqueeze(0) for x in (k, v, out_k, out_v, index))
-    _check_overlap(k, v, out_k, out_v, index)
+        count = None if count is None else count.unsqueeze(0)
+    _check_overlap(k, v, out_k, out_v, index, count)
     per_vector = 16 // k.element_size()
     rows = (k, v, out_k, out_v)
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % per_vector == x.stride(1) % per_vector == 0 for x in rows)
-    kind = (k.dtype, k.shape[3], pooled, keep * frames >= k.shape[1], aligned)
+    kind = (k.dtype, k.shape[3], pooled, keep * frames >= k.shape[1], rule, count is not None, aligned)
     run = BACKENDS.choose(backend, k.device, kind)
+    options = dict(frames=frames, keep=keep, pooled=pooled, anchor=anchor)
     with on_current_device(k.device):
-        run(k, v, out_k, out_v, index, frames=frames, keep=keep, pooled=pooled, anchor=anchor)
+        run(k, v, out_k, out_v, index, count, rule=rule, merge_above=merge_above, scale=scale, **options)
 
 
 def _load_triton() -> Callable[..., None]:
@@ -211,24 +285,44 @@ def _load_triton() -> Callable[..., None]:
     return launch
 
 
+def _triton_unsupported(kind: tuple) -> str | None:
+    dtype, *_, rule, merge, _ = kind
+    if dtype == torch.bfloat16 and (rule == "nearest" or merge) and os.environ.get("TRITON_INTERPRET") == "1":
+        return "triton's interpreter multiplies bf16 matrices as integers"
+    return None
+
+
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
     """Two layers of three frames of 40 tokens whose similarities are far apart, so that rounding moves no token."""
-    dtype, head_dim, pooled, whole, _ = kind
+    dtype, head_dim, pooled, whole, rule, merge, _ = kind
     generator = torch.Generator().manual_seed(0)
-    base, noise = torch.randn(2, 1, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu")
-    order = torch.stack([torch.randperm(120, generator=generator, dtype=torch.int64, device="cpu") for _ in range(2)])
-    share = torch.linspace(-1, 1, 120, dtype=torch.float32, device="cpu")[order].view(2, 120, 1, 1)
-    share[:, 40:80] = 1.0  # the anchor frame
-    k = (base * share + noise * (1 - share.abs())).to(device, dtype)
-    v = torch.randn(2, 120, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+    fp32 = dict(dtype=torch.float32, device="cpu")
+    if rule == "similarity" and not merge:
+        base, noise = torch.randn(2, 1, 2, head_dim, generator=generator, **fp32)
+        integers = dict(generator=generator, dtype=torch.int64, device="cpu")
+        order = torch.stack([torch.randperm(120, **integers) for _ in range(2)])
+        share = torch.linspace(-1, 1, 120, **fp32)[order].view(2, 120, 1, 1)
+        share[:, 40:80] = 1.0  # the anchor frame
+        k = base * share + noise * (1 - share.abs())
+    else:  # most have a token like them in an earlier frame, with a cosine of about .7; others are like none
+        like = torch.randint(30, (2, 120), generator=generator, dtype=torch.int64, device="cpu")
+        k = torch.randn(30, 2, head_dim, generator=generator, **fp32)[like]
+        k = k + 0.6 * torch.randn(k.shape, generator=generator, **fp32)
+    v = torch.randn(2, 120, 2, head_dim, generator=generator, **fp32).to(device, dtype)
+    k = k.to(device, dtype)
     keep = 40 if whole else 11
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
         kept = 40 + 2 * keep
         out_k, out_v = torch.full((2, 2, kept, 2, head_dim), float("nan"), dtype=dtype, device=device)
         index = torch.full((2, kept), -1, dtype=torch.int32, device=device)
-        run(k, v, out_k, out_v, index, frames=3, keep=keep, pooled=pooled, anchor=1)
-        return {"index": index, "k": out_k, "v": out_v}
+        count = torch.full((2, kept), -1, dtype=torch.int32, device=device) if merge else None
+        run(
+            k, v, out_k, out_v, index, count, frames=3, keep=keep, pooled=pooled, anchor=1, rule=rule,
+            merge_above=0.5, scale=head_dim**-0.5,
+        )  # fmt: skip
+        outputs = {"index": index, "k": out_k, "v": out_v}
+        return {**outputs, "count": count} if merge else outputs
 
     return call
 
@@ -237,21 +331,22 @@ BACKENDS = OpBackends(
     op=_OP,
     backends={
         "cuda": Backend(lambda: cuda.compress_chunk, cuda.unavailable, cuda.compress_unsupported),
-        "triton": Backend(_load_triton, triton_unavailable),
+        "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
         "reference": Backend(lambda: exact(reference)),
     },
     small_case=_small_case,
-    tolerance=lambda kind: 0.0,
+    tolerance=lambda kind: dtype_tolerance(kind[0]) if kind[5] else 0.0,  # what is not merged is copied
     kinds=tuple(
-        (dtype, head_dim, pooled, whole, True)
+        (dtype, head_dim, pooled, whole, rule, merge, True)
         for dtype in (torch.bfloat16, torch.float16)
         for head_dim in HEAD_DIMS
+        for rule, merge in (("similarity", False), ("nearest", True))
         for pooled, whole in ((True, False), (False, False), (True, True))
     ),
 )
 
 register(
-    "compress_chunk(Tensor k, Tensor v, Tensor(a!) out_k, Tensor(b!) out_v, Tensor(c!) index, "
-    "SymInt frames, SymInt keep, bool pooled, int anchor, str backend) -> ()",
+    "compress_chunk(Tensor k, Tensor v, Tensor(a!) out_k, Tensor(b!) out_v, Tensor(c!) index, Tensor(d!)? count, "
+    "SymInt frames, SymInt keep, bool pooled, int anchor, str rule, float merge_above, float scale, str backend) -> ()",
     _run,
 )

@@ -119,8 +119,11 @@ def attention_tile_rows(head_dim: int, turned_pairs: int) -> int:
 
 
 def compress_unsupported(kind: tuple) -> str | None:
-    """Why csrc/compress does not take a kind of compress_chunk, (dtype, ..., aligned); None when it does."""
-    return _rows_unsupported(kind[-1])
+    """Why csrc/compress does not take a kind of compress_chunk, (dtype, ..., rule, merge, aligned), None if it does."""
+    *_, rule, merge, aligned = kind
+    if rule != "similarity" or merge:
+        return "it prunes by rule='similarity', and merges nothing"
+    return _rows_unsupported(aligned)
 
 
 def _rows_unsupported(aligned: bool) -> str | None:
@@ -175,11 +178,13 @@ def compress_chunk(
     out_k: torch.Tensor,
     out_v: torch.Tensor,
     index: torch.Tensor,
+    count: None,
     *,
     frames: int,
     keep: int,
     pooled: bool,
     anchor: int,
+    **_of_merging: object,
 ) -> None:
     """Launch csrc/compress on the current stream: two kernels for all layers, or one where all is kept.
 
