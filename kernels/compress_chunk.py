@@ -7,8 +7,8 @@ come before each; and the copy of what was kept.
 By the nearest, in place of the first two: the norms; the products of all tokens with those of earlier frames, of which
 only the largest of a row and a tile leaves the processor; and the largest over the tiles, a cosine and its place.
 
-A merge follows each dropped token from place to place until it comes to one that is kept, links the tokens that join
-one, and then writes a kept row from its members, each of them read once.
+A merge follows each dropped token from place to place until it comes to one that is kept, looks whether the two are
+alike, links those that are averaged, and then writes each kept row from its list, of which each token is read once.
 
 Sums run in fp32 in a fixed order and no fp32 copy of the chunk is made. A candidate is a token outside the anchor
 frame, numbered in the chunk's order; a position counts the anchor frame's tokens first and then the candidates. Layers
@@ -17,6 +17,7 @@ are a dimension of every grid and share nothing: a layer gets the bits that it w
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -239,9 +240,10 @@ def gather_kernel(
             tl.store(out_v_row + column, v, mask=mask)
 
 
-@triton.jit(do_not_specialize=["candidates", "frame_tokens", "frames"])
+@triton.jit(do_not_specialize=["candidates", "frame_tokens", "anchor", "frames", "stride_index_layer"])
 def root_kernel(
-    kept_ptr, near_ptr, row_ptr, root_ptr, candidates, frame_tokens, frames, BLOCK_CANDIDATES: tl.constexpr,
+    kept_ptr, near_ptr, row_ptr, root_ptr, index_ptr, candidates, frame_tokens, anchor, frames, stride_index_layer,
+    BLOCK_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """The output row of a kept candidate, and the position of the kept token that a dropped one joins; -1 for none."""
     layer = tl.program_id(1).to(tl.int64)
@@ -261,107 +263,142 @@ def root_kernel(
     for _ in range(2, frames):
         found = tl.load(kept_ptr + root - frame_tokens, mask=root >= frame_tokens, other=1)
         root = tl.load(near_ptr + root - frame_tokens, mask=found == 0, other=root)
+    token = _token(candidate + frame_tokens, frame_tokens, anchor)
+    tl.store(index_ptr + layer * stride_index_layer + row, token, mask=kept != 0)
     tl.store(row_ptr + layer * candidates + candidate, tl.where(kept != 0, row, -1), mask=mask)
     tl.store(root_ptr + layer * candidates + candidate, root, mask=mask)
 
 
-@triton.jit(do_not_specialize=["candidates", "frame_tokens"])
-def link_kernel(
-    row_ptr, root_ptr, next_ptr, candidates, frame_tokens, BLOCK_TOKENS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+@triton.jit(do_not_specialize=["frame_tokens", "anchor"])
+def alike_kernel(
+    k_ptr, inverse_ptr, cosine_ptr, near_ptr, root_ptr, alike_ptr, frame_tokens, anchor, columns, merge_above,
+    stride_k_layer, stride_k_row, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """For each position the next one that joins the same kept token, or joins it itself; -1 for none."""
+    """Of a candidate, where it joins one that it is like enough to be averaged with, that one's position; else -1."""
+    candidate = tl.program_id(0)
+    candidates = tl.num_programs(0)
+    layer = tl.program_id(1).to(tl.int64)
+    place = layer * candidates + candidate
+    root = tl.load(root_ptr + place)
+    alike = -1
+    if root >= 0:
+        cosine = tl.load(cosine_ptr + place)
+        if root != tl.load(near_ptr + place):  # by way of others: only this is not known yet
+            position = candidate + frame_tokens
+            k_ptr += layer * stride_k_layer
+            inverse_ptr += layer * (candidates + frame_tokens)
+            k_row = k_ptr + _token(position, frame_tokens, anchor).to(tl.int64) * stride_k_row
+            root_row = k_ptr + _token(root, frame_tokens, anchor).to(tl.int64) * stride_k_row
+            products = tl.zeros([BLOCK_COLUMNS], tl.float32)
+            for first in range(0, columns, BLOCK_COLUMNS):
+                column = first + tl.arange(0, BLOCK_COLUMNS)
+                k = tl.load(k_row + column, mask=column < columns, other=0.0)
+                root_k = tl.load(root_row + column, mask=column < columns, other=0.0)
+                products += k.to(tl.float32) * root_k.to(tl.float32)
+            cosine = tl.sum(products, 0) * tl.load(inverse_ptr + root) * tl.load(inverse_ptr + position)
+        if cosine >= merge_above:
+            alike = root
+    tl.store(alike_ptr + place, alike)
+
+
+@triton.jit(do_not_specialize=["candidates", "frame_tokens", "stride_count_layer"])
+def link_kernel(
+    row_ptr, root_ptr, alike_ptr, next_ptr, count_ptr, candidates, frame_tokens, stride_count_layer,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+):  # fmt: skip
+    """How many a kept position stands for, and for each position the next one to be averaged with it; -1 for none."""
     layer = tl.program_id(1).to(tl.int64)
     row_ptr += layer * candidates
     root_ptr += layer * candidates
+    alike_ptr += layer * candidates
     tokens = candidates + frame_tokens
     first_position = tl.program_id(0) * BLOCK_TOKENS
     position = first_position + tl.arange(0, BLOCK_TOKENS)
     mask = (position >= frame_tokens) & (position < tokens)
-    dropped = tl.load(row_ptr + position - frame_tokens, mask=mask, other=0) < 0
-    root = tl.load(root_ptr + position - frame_tokens, mask=mask & dropped, other=0)
-    root = tl.where(dropped, tl.where(root < 0, -2, root), position)  # -2 joins none and has no next
+    row = tl.load(row_ptr + position - frame_tokens, mask=mask, other=-1)
+    row = tl.where(position < frame_tokens, position, row)
+    own = tl.load(alike_ptr + position - frame_tokens, mask=mask & (row < 0), other=-1)
+    own = tl.where(row < 0, tl.where(own < 0, -2, own), position)  # -2: averaged with none, which are -1
     following = tl.full([BLOCK_TOKENS], 2147483647, tl.int32)
+    count = tl.full([BLOCK_TOKENS], 1, tl.int32)
     for first in range(tl.maximum(first_position - frame_tokens, 0), candidates, BLOCK_OTHERS):
         other = first + tl.arange(0, BLOCK_OTHERS)
-        other_root = tl.load(root_ptr + other, mask=other < candidates, other=-1)
+        root = tl.load(root_ptr + other, mask=other < candidates, other=-1)
+        alike = tl.load(alike_ptr + other, mask=other < candidates, other=-1)
+        count += tl.sum((root[None, :] == position[:, None]).to(tl.int32), 1)
         other_position = other + frame_tokens
-        joins = (other_root[None, :] == root[:, None]) & (other_position[None, :] > position[:, None])
+        joins = (alike[None, :] == own[:, None]) & (other_position[None, :] > position[:, None])
         following = tl.minimum(following, tl.min(tl.where(joins, other_position[None, :], 2147483647), 1))
     following = tl.where(following == 2147483647, -1, following)
     tl.store(next_ptr + layer * tokens + position, following, mask=position < tokens)
+    tl.store(count_ptr + layer * stride_count_layer + row, count, mask=(position < tokens) & (row >= 0))
 
 
-@triton.jit(do_not_specialize=["frame_tokens", "anchor", "stride_index_layer", "stride_count_layer"])
+@triton.jit(do_not_specialize=["frame_tokens", "anchor", "blocks", "stride_index_layer", "stride_count_layer"])
 def merge_kernel(
-    k_ptr, v_ptr, inverse_ptr, row_ptr, next_ptr, out_k_ptr, out_v_ptr, index_ptr, count_ptr,
-    frame_tokens, anchor, heads, merge_above, scale,
-    stride_k_layer, stride_v_layer, stride_out_k_layer, stride_out_v_layer, stride_index_layer, stride_count_layer,
-    stride_k_row, stride_v_row, stride_out_k_row, stride_out_v_row,
+    k_ptr, v_ptr, next_ptr, out_k_ptr, out_v_ptr, index_ptr, count_ptr, tokens, frame_tokens, anchor, heads, blocks,
+    scale, stride_k_layer, stride_v_layer, stride_out_k_layer, stride_out_v_layer,
+    stride_index_layer, stride_count_layer, stride_k_row, stride_v_row, stride_out_k_row, stride_out_v_row,
     HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A position that is kept, and the tokens that join it, in order: each is read once."""
-    position = tl.program_id(0)
-    tokens = tl.num_programs(0)
+    """BLOCK_HEADS heads of an output row: the kept token, and in order those that are averaged with it."""
+    row = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     layer = tl.program_id(1).to(tl.int64)
-    row = position
-    if position >= frame_tokens:
-        row = tl.load(row_ptr + layer * (tokens - frame_tokens) + position - frame_tokens)
-    if row >= 0:
-        next_ptr += layer * tokens
-        inverse_ptr += layer * tokens
-        k_ptr += layer * stride_k_layer
-        v_ptr += layer * stride_v_layer
-        head = tl.arange(0, BLOCK_HEADS)
-        mask = (head < heads)[:, None]
-        in_row = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]  # [BLOCK_HEADS, HEAD_DIM]
+    index_ptr += layer * stride_index_layer
+    next_ptr += layer * tokens
+    position = row
+    token = anchor * frame_tokens + row
+    if row >= frame_tokens:
+        token = tl.load(index_ptr + row)
+        position = token
+        if token < anchor * frame_tokens:
+            position = token + frame_tokens
+    elif block == 0:
+        tl.store(index_ptr + row, token)
+    count = tl.load(count_ptr + layer * stride_count_layer + row)
+    head = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    mask = (head < heads)[:, None]
+    in_row = head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]  # [BLOCK_HEADS, HEAD_DIM]
+    k_ptr += layer * stride_k_layer
+    v_ptr += layer * stride_v_layer
+    own_k = tl.load(k_ptr + token.to(tl.int64) * stride_k_row + in_row, mask=mask, other=0.0)
+    own_v = tl.load(v_ptr + token.to(tl.int64) * stride_v_row + in_row, mask=mask, other=0.0)
+    out_k = out_k_ptr + layer * stride_out_k_layer + row.to(tl.int64) * stride_out_k_row + in_row
+    out_v = out_v_ptr + layer * stride_out_v_layer + row.to(tl.int64) * stride_out_v_row + in_row
+
+    if count == 1:
+        tl.store(out_k, own_k, mask=mask)
+        tl.store(out_v, own_v, mask=mask)
+    else:
+        k = own_k.to(tl.float32)
+        v = own_v.to(tl.float32)
+        square = tl.sum(k * k, 1)  # [BLOCK_HEADS]
+        averaged = 1
         member = tl.load(next_ptr + position)
-        token = _token(position, frame_tokens, anchor)
-        own_k = tl.load(k_ptr + token.to(tl.int64) * stride_k_row + in_row, mask=mask, other=0.0)
-        own_v = tl.load(v_ptr + token.to(tl.int64) * stride_v_row + in_row, mask=mask, other=0.0)
-        out_k = out_k_ptr + layer * stride_out_k_layer + row.to(tl.int64) * stride_out_k_row + in_row
-        out_v = out_v_ptr + layer * stride_out_v_layer + row.to(tl.int64) * stride_out_v_row + in_row
-        tl.store(index_ptr + layer * stride_index_layer + row, token)
+        while member >= 0:
+            following = tl.load(next_ptr + member)
+            member_token = _token(member, frame_tokens, anchor).to(tl.int64)
+            member_k = tl.load(k_ptr + member_token * stride_k_row + in_row, mask=mask, other=0.0).to(tl.float32)
+            member_v = tl.load(v_ptr + member_token * stride_v_row + in_row, mask=mask, other=0.0).to(tl.float32)
+            k += member_k
+            v += member_v
+            square += tl.sum(member_k * member_k, 1)
+            averaged += 1
+            member = following
 
-        if member < 0:
-            tl.store(out_k, own_k, mask=mask)
+        # A query at the match shall score log(count) more: by longer keys, twice as long at most.
+        square = square / averaged
+        stretch = 1.0 + tl.minimum(1.0, tl.log(count.to(tl.float32)) / (scale * square))
+        if averaged == 1:
+            tl.store(out_k, (k * stretch[:, None]).to(own_k.dtype), mask=mask)
             tl.store(out_v, own_v, mask=mask)
-            tl.store(count_ptr + layer * stride_count_layer + row, 1)
         else:
-            own_inverse = tl.load(inverse_ptr + position)
-            sum_k = own_k.to(tl.float32)
-            sum_v = own_v.to(tl.float32)
-            sum_squares = tl.sum(sum_k * sum_k, 1)  # [BLOCK_HEADS]
-            joined = 1
-            averaged = 1
-            while member >= 0:
-                following = tl.load(next_ptr + member)
-                inverse = tl.load(inverse_ptr + member)
-                member_token = _token(member, frame_tokens, anchor).to(tl.int64)
-                k = tl.load(k_ptr + member_token * stride_k_row + in_row, mask=mask, other=0.0).to(tl.float32)
-                v = tl.load(v_ptr + member_token * stride_v_row + in_row, mask=mask, other=0.0).to(tl.float32)
-                cosine = tl.sum(tl.sum(k * own_k.to(tl.float32), 1), 0) * own_inverse * inverse
-                if cosine >= merge_above:
-                    sum_k += k
-                    sum_v += v
-                    sum_squares += tl.sum(k * k, 1)
-                    averaged += 1
-                joined += 1
-                member = following
-
-            # A query at the match shall get log(joined) more: by longer keys, as far as twice their length.
-            square = sum_squares / averaged
-            stretch = 1.0 + tl.minimum(1.0, tl.log(joined.to(tl.float32)) / (scale * square))
-            if averaged > 1:
-                mean_k = sum_k / averaged
-                length = tl.sqrt_rn(tl.sum(mean_k * mean_k, 1))
-                factor = tl.where(length > 0.0, tl.sqrt_rn(square) / length * stretch, 0.0)
-                tl.store(out_k, (mean_k * factor[:, None]).to(own_k.dtype), mask=mask)
-                mean_v = tl.div_rn(sum_v, averaged.to(tl.float32))
-                tl.store(out_v, mean_v.to(own_v.dtype), mask=mask)
-            else:
-                tl.store(out_k, (sum_k * stretch[:, None]).to(own_k.dtype), mask=mask)
-                tl.store(out_v, own_v, mask=mask)
-            tl.store(count_ptr + layer * stride_count_layer + row, joined)
+            k = k / averaged
+            length = tl.sqrt_rn(tl.sum(k * k, 1))
+            factor = tl.where(length > 0.0, tl.sqrt_rn(square) / length * stretch, 0.0)
+            tl.store(out_k, (k * factor[:, None]).to(own_k.dtype), mask=mask)
+            tl.store(out_v, tl.div_rn(v, averaged.to(tl.float32)).to(own_v.dtype), mask=mask)
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:
@@ -396,7 +433,7 @@ def _wrong(what: str, wanted: str, *got: object) -> str:
 
 def _check(
     k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
-    count: torch.Tensor | None, frames: int, keep: int, anchor: int, rule: str, scale: float,
+    count: torch.Tensor | None, frames: int, keep: int, anchor: int, rule: str, merge_above: float, scale: float,
 ) -> None:  # fmt: skip
     if k.dim() != 4 or k.shape[3] not in (64, 128) or not 1 <= k.shape[2] <= MAX_HEADS:
         sizes = f"of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
@@ -412,8 +449,10 @@ def _check(
         raise ValueError(_wrong("keep", "at least 1", keep))
     if rule not in RULES:
         raise ValueError(_wrong("rule", " or ".join(map(repr, RULES)), repr(rule)))
-    if not scale > 0:
-        raise ValueError(_wrong("scale", "above 0", scale))
+    if not math.isfinite(merge_above):
+        raise ValueError(_wrong("merge_above", "finite", merge_above))
+    if not 1e-25 <= scale <= 1e25:
+        raise ValueError(_wrong("scale", "from 1e-25 to 1e25", scale))
     frame_tokens = tokens // frames
     if layers * (tokens - frame_tokens) >= 2**31:
         raise ValueError(
@@ -488,30 +527,33 @@ def _nearest(k: torch.Tensor, frame_tokens: int, anchor: int) -> tuple[torch.Ten
 
 
 def _merge(
-    k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, near: torch.Tensor, inverse: torch.Tensor,
-    out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor, count: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, cosine: torch.Tensor, near: torch.Tensor,
+    inverse: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor, count: torch.Tensor,
     *, frames: int, anchor: int, merge_above: float, scale: float,
 ) -> None:  # fmt: skip
     layers, tokens, heads, head_dim = k.shape
     frame_tokens, candidates = tokens // frames, tokens - tokens // frames
-    row, root = torch.empty((2, layers, candidates), dtype=torch.int32, device=k.device)
+    row, root, alike = torch.empty((3, layers, candidates), dtype=torch.int32, device=k.device)
     following = torch.empty((layers, tokens), dtype=torch.int32, device=k.device)
     root_kernel[(triton.cdiv(candidates, 1024), layers)](
-        kept, near, row, root, candidates, frame_tokens, frames, BLOCK_CANDIDATES=1024,
-        num_warps=4, enable_fp_fusion=True,
+        kept, near, row, root, index, candidates, frame_tokens, anchor, frames, index.stride(0),
+        BLOCK_CANDIDATES=1024, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    alike_kernel[(candidates, layers)](
+        k, inverse, cosine, near, root, alike, frame_tokens, anchor, heads * head_dim, float(merge_above),
+        k.stride(0), k.stride(1), BLOCK_COLUMNS=1024, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     link_kernel[(triton.cdiv(tokens, 32), layers)](
-        row, root, following, candidates, frame_tokens, BLOCK_TOKENS=32, BLOCK_OTHERS=256,
-        num_warps=4, enable_fp_fusion=True,
+        row, root, alike, following, count, candidates, frame_tokens, count.stride(0),
+        BLOCK_TOKENS=32, BLOCK_OTHERS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    block_heads = triton.next_power_of_2(heads)
-    merge_kernel[(tokens, layers)](
-        k, v, inverse, row, following, out_k, out_v, index, count,
-        frame_tokens, anchor, heads, float(merge_above), float(scale),
+    # 16 numbers of K and of V a thread, in 16 bytes each where they are of 16 bits; any number of heads fits.
+    block_heads = min(triton.next_power_of_2(heads), 2048 // head_dim)
+    blocks = triton.cdiv(heads, block_heads)
+    merge_kernel[(out_k.shape[1] * blocks, layers)](
+        k, v, following, out_k, out_v, index, count, tokens, frame_tokens, anchor, heads, blocks, float(scale),
         *(x.stride(0) for x in (k, v, out_k, out_v, index, count)), *(x.stride(1) for x in (k, v, out_k, out_v)),
-        HEAD_DIM=head_dim, BLOCK_HEADS=block_heads,
-        # 32 numbers of a row a thread: three rows of sums in fp32 fit its registers.
-        num_warps=min(max(block_heads * head_dim // 1024, 1), 16), enable_fp_fusion=True,
+        HEAD_DIM=head_dim, BLOCK_HEADS=block_heads, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -521,15 +563,15 @@ def compress_chunk(
     out_k: torch.Tensor,
     out_v: torch.Tensor,
     index: torch.Tensor,
-    count: torch.Tensor | None = None,
+    count: torch.Tensor | None,
     *,
     frames: int,
     keep: int,
     pooled: bool,
     anchor: int,
-    rule: str = "similarity",
-    merge_above: float = 0.9,
-    scale: float | None = None,
+    rule: str,
+    merge_above: float,
+    scale: float,
 ) -> None:
     """Keep a chunk's anchor frame and, of its other frames, the tokens whose keys resemble earlier frames least.
 
@@ -559,10 +601,11 @@ def compress_chunk(
         count: None, or as index: n.
         frames: latent frames of the chunk. anchor: which of them is kept whole, from 0.
         keep: tokens kept of each other frame, at least 1; from frame_tokens on, everything is kept.
-        scale: above 0, of the softmax that will read the keys; 1 / sqrt(head_dim) where None.
+        merge_above: finite. scale: of the softmax that will read the keys, from 1e-25 to 1e25; commonly
+            1 / sqrt(head_dim). Neither matters without `count`.
 
     Sums in fp32 in a fixed order: the same input gives the same bits. Any alignment will do; rows on multiples of 16
-    bytes are read and written in wider pieces. Allocates from torch's allocator, a layer, at most 4 bytes a column, 20
+    bytes are read and written in wider pieces. Allocates from torch's allocator, a layer, at most 4 bytes a column, 28
     a candidate and 8 a token, and for the nearest 8 a candidate and block of 128 others (64 in fp32); does not
     synchronise. All tensors are on one GPU, which is the current one, of compute capability 8.0 or newer.
 
@@ -572,7 +615,7 @@ def compress_chunk(
     of range; also, with "nearest" or `count`, on bf16 in Triton's interpreter. Undefined, since not looked at: outputs
     that overlap each other or an input.
     """
-    _check(k, v, out_k, out_v, index, count, frames, keep, anchor, rule, 1.0 if scale is None else scale)
+    _check(k, v, out_k, out_v, index, count, frames, keep, anchor, rule, merge_above, scale)
     layers, tokens, heads, head_dim = k.shape
     frame_tokens = tokens // frames
     candidates = tokens - frame_tokens
@@ -583,7 +626,8 @@ def compress_chunk(
             if k.dtype is torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
                 wanted = "float16 or float32 in Triton's interpreter, which multiplies bf16 as integers"
                 raise TypeError(_wrong("k", wanted, k))
-            similarity, near, inverse = _nearest(k, frame_tokens, anchor)
+            cosine, near, inverse = _nearest(k, frame_tokens, anchor)
+            similarity = cosine
         if rule == "similarity":
             similarity = _similarity_to_anchor(k, frame_tokens, anchor)
         kept = torch.empty((layers, candidates), dtype=torch.int32, device=k.device)
@@ -595,8 +639,8 @@ def compress_chunk(
         )  # fmt: skip
         if count is not None:
             _merge(
-                k, v, kept, near, inverse, out_k, out_v, index, count, frames=frames, anchor=anchor,
-                merge_above=merge_above, scale=head_dim**-0.5 if scale is None else scale,
+                k, v, kept, cosine, near, inverse, out_k, out_v, index, count, frames=frames, anchor=anchor,
+                merge_above=merge_above, scale=scale,
             )  # fmt: skip
             return
     gather_kernel[(tokens, layers)](
