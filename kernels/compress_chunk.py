@@ -417,13 +417,16 @@ class NearestConfig:
 
 def nearest_config(capability: tuple[int, int], dtype: torch.dtype) -> NearestConfig:
     """The launch configuration of nearest_kernel: the largest tiles and deepest pipeline that fit without spills, by
-    compiling. Not timed. Columns come in blocks of 64 at most, of which any row is a multiple."""
+    compiling. Not timed. Columns come in blocks of 64 at most, of which any row is a multiple.
+    """
     if dtype == torch.float32:  # full precision has no matrix unit: FMA, small tiles
         return NearestConfig(64, 64, 32, num_warps=8, num_stages=1)
-    if capability[0] in (9, 10):  # 192 of 227 KiB shared; 128 registers a thread hold the products, or tensor memory
+    if capability[0] == 9:  # 192 of 227 KiB shared; half the registers hold products
         return NearestConfig(128, 256, 64, num_warps=8, num_stages=4)
-    # 96 KiB shared also fits the 99 KiB of the consumer chips of compute capability 8 and 12.
-    return NearestConfig(128, 128, 64, num_warps=8, num_stages=3)
+    if capability[0] == 10:  # 192 KiB as well; a tile twice as large spills where its maxima are taken
+        return NearestConfig(128, 128, 64, num_warps=8, num_stages=6)
+    # 96 KiB shared, of two steps in flight, also fits the 99 KiB of the consumer chips of compute capability 8 and 12.
+    return NearestConfig(128, 256, 64, num_warps=8, num_stages=3)
 
 
 def _wrong(what: str, wanted: str, *got: object) -> str:
