@@ -16,6 +16,7 @@ from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .room import bank_places, check_room
 from .slots import COUNTS
+from .streams import SideStream
 
 
 class Storage:
@@ -60,6 +61,7 @@ class Storage:
         self.bank = None
         if config.has_bank:
             self.bank = Bank(self.pool, bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
+        self._side = SideStream(device, self.pool.k, self.pool.v)
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
         self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
 
@@ -81,27 +83,37 @@ class Storage:
     def prune(self, chunk: int, description: Any) -> None:
         """Prune a whole chunk, all layers at once, from its slot into the bank's, unless a full bank gives it up.
 
+        It runs beside what the caller queues until the next chunk begins, such as the decoding of this one: see `join`.
         One call launches as much as it would for one layer. A copy to the host then begins when all layers are pruned,
         not after the first: about 1 ms later, where the link takes some 36 ms for a chunk (14B, half of it kept).
         """
+        with self._side.beside():
+            row = self.bank.row_to_fill(chunk, description)
+            self.bank.release()  # before pruning is queued: copies for the next window need not wait for it
+            if row is None:
+                return
+            try:
+                self._compress(self.first_row(chunk), row)
+                self.bank.stored(chunk)
+            except BaseException:
+                self.bank.break_off(chunk)
+                raise
+
+    def _compress(self, first_row: int, row: int) -> None:
+        """All layers of the whole chunk that starts at `first_row` into the bank's slot at `row`."""
         config, k, v = self._config, self.pool.k, self.pool.v
-        row = self.bank.row_to_fill(chunk, description)
-        self.bank.release()  # before pruning is queued: copies for the next window need not wait for it
-        if row is None:
-            return
-        source = slice(self.first_row(chunk), self.first_row(chunk) + config.chunk_tokens)
+        source = slice(first_row, first_row + config.chunk_tokens)
         target = slice(row, row + config.banked_tokens)
-        try:
-            compress_chunk(
-                k[:, source], v[:, source], frames=config.chunk_frames, keep_ratio=config.keep_ratio,
-                pooled=config.pooled, rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
-                out_k=k[:, target], out_v=v[:, target], out_index=self.index,
-                out_count=self.count if config.merge_pruned else None, backend=self._backend,
-            )  # fmt: skip
-            self.bank.stored(chunk)
-        except BaseException:
-            self.bank.break_off(chunk)
-            raise
+        compress_chunk(
+            k[:, source], v[:, source], frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled,
+            rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
+            out_k=k[:, target], out_v=v[:, target], out_index=self.index,
+            out_count=self.count if config.merge_pruned else None, backend=self._backend,
+        )  # fmt: skip
+
+    def join(self) -> None:
+        """Let the current stream wait for pruning: before it reads what was pruned, or writes where that lay."""
+        self._side.join()
 
     def stats(self, next_chunk: int) -> dict[str, int]:
         """Of the bank, and bytes, before `next_chunk`; see WorldMemory.stats.

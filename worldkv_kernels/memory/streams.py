@@ -1,6 +1,9 @@
-"""Streams and events: copies between host and device that run beside the compute stream."""
+"""Streams and events: what runs beside the compute stream, copies between host and device and the pruning of chunks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -59,3 +62,31 @@ class CopyEngine:
 
     def _stream(self, name: str) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device) if name == COMPUTE else self._streams[name]
+
+
+class SideStream:
+    """A stream beside the current one, for work that nothing needs at once. On a device without streams it is none.
+
+    `device_tensors`, which that work reads and writes, are not reused by torch's allocator before it is done.
+    """
+
+    def __init__(self, device: torch.device, *device_tensors: torch.Tensor) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for tensor in device_tensors if self._stream is not None else ():
+            tensor.record_stream(self._stream)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """The side stream is current inside: its work comes after what the current stream has queued so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let what the current stream queues from now on come after the side stream's work."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)

@@ -150,6 +150,7 @@ class WorldMemory:
                 retrieved.sort()
             elif config.order == "nearest_last":
                 retrieved.reverse()
+        self._storage.join()
         segments = self._storage.segments(pieces(config, chunk, retrieved))
         self._window.update([segment for _, _, segment in segments])
         self._position[:1].fill_(self._storage.first_row(chunk))  # by launch argument: no copy to wait for
@@ -189,10 +190,13 @@ class WorldMemory:
         """Let the current stream wait for all rows of the window: `attend` then waits for none, on any stream.
 
         After begin_chunk: before a pass is captured in a CUDA graph or one is replayed; before the rows are read by
-        other means than `attend`; and for torch.compile to trace `attend` in one graph. Does nothing when no row
+        other means than `attend`; and for torch.compile to trace `attend` in one graph. Between chunks: before the rows
+        are read, for pruning, which runs on a stream of its own until the next begin_chunk. Does nothing when no row
         is on its way. Raises RuntimeError when the stream is being captured.
         """
         self._check_process("wait")
+        if self._plan is None:
+            self._storage.join()
         if self._bank is not None:
             self._bank.wait()
 
@@ -263,6 +267,8 @@ class WorldMemory:
     @ranged("end_chunk")
     def end_chunk(self) -> None:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
+
+        On a GPU pruning runs on a stream of its own, beside what is queued between here and the next begin_chunk.
 
         Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
         ValueError when a policy object gives up a chunk that is not in a full bank, TypeError when that is no chunk
