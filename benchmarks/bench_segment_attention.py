@@ -201,7 +201,7 @@ SMALL_CASES = [
 def unique_rows(segments: Sequence[Segment]) -> int:
     """Pool rows that the segments name at least once."""
     rows, end = 0, 0
-    for first, count, _ in sorted(segments):
+    for first, count, *_ in sorted(segments):
         rows += max(0, first + count - max(first, end))
         end = max(end, first + count)
     return rows
@@ -266,7 +266,7 @@ def exact_attention(
     step = max(1, MOST_SCORES // sum(lengths))
     for head in range(heads):
         keys, values = [], []
-        for first, count, shift in segments:
+        for first, count, shift, _ in segments:
             k = k_pool[first : first + count, head].to(wide)
             keys.append(turned_keys(k, rope, shift) if shift else k)
             values.append(v_pool[first : first + count, head].to(wide))
@@ -290,7 +290,7 @@ class Inputs:
         generator = torch.Generator(device=device).manual_seed(0)
         pools = torch.full((2, rows, case.heads, case.head_dim), float("nan"), dtype=case.dtype, device=device)
         self.k_pool, self.v_pool = pools
-        for first, count, _ in self.plain:
+        for first, count, *_ in self.plain:
             for pool in pools:
                 pool[first : first + count].normal_(generator=generator)
         self.q = torch.empty((case.q_len, case.heads, case.head_dim), dtype=case.dtype, device=device)
@@ -301,7 +301,7 @@ class Inputs:
             False: Window(self.plain, device=device), True: Window(self.shifted, device=device, rope=self.rope)
         }  # fmt: skip
         self.index = torch.cat(
-            [torch.arange(first, first + count, dtype=torch.int64, device="cpu") for first, count, _ in self.plain]
+            [torch.arange(first, first + count, dtype=torch.int64, device="cpu") for first, count, *_ in self.plain]
         ).to(device)
         self.exact = cache(self._exact)
         self.gathered = cache(self._gathered)
@@ -328,7 +328,7 @@ class Inputs:
 
 def our_backends(case: Case, device: torch.device) -> list[str]:
     """Those that run here and take the case's numbers."""
-    kind = (case.dtype, case.head_dim, 0, False, False, True, True)
+    kind = (case.dtype, case.head_dim, 0, False, False, False, True, True)
     return [name for name in ours("segment_attention", device) if BACKENDS.backends[name].unsupported(kind) is None]
 
 

@@ -37,7 +37,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def attention_case(
     head_dim: int, dtype: torch.dtype, *, shift: bool = False, extras: bool = False, capacity: int | None = None,
-    pairs: tuple[int, int, int] | None = None,
+    pairs: tuple[int, int, int] | None = None, weighted: bool = False,
 ) -> Case:  # fmt: skip
     """70 queries over a tail of one row, full tiles, and a tail that ends the pool; unused rows are NaN.
 
@@ -46,13 +46,15 @@ def attention_case(
 
     def case(device: torch.device, backend: str) -> Outputs:
         segments = [Segment(300, 41 + 128, 5 * shift), Segment(3, 1, -2 * shift), Segment(128, 128)]
+        if weighted:
+            segments = [s._replace(log_weight=w) for s, w in zip(segments, (0.7, 5.0, -1.5), strict=True)]
         k, v = random(469, 3, head_dim, dtype=dtype), random(469, 3, head_dim, dtype=dtype).flip(0)
         unused = torch.ones(469, dtype=torch.bool, device="cpu")
-        for first, count, _ in segments:
+        for first, count, *_ in segments:
             unused[first : first + count] = False
         k[unused], v[unused] = float("nan"), float("nan")
         rope = Rope3D(head_dim, pairs=pairs) if shift else None
-        window = Window(segments, device=device, rope=rope, capacity=capacity)
+        window = Window(segments, device=device, rope=rope, weighted=weighted, capacity=capacity)
         result = segment_attention(
             random(70, 3, head_dim, dtype=dtype).to(device), k.to(device), v.to(device), window,
             return_lse=extras, return_mass=extras, backend=backend,
@@ -135,6 +137,12 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
             "128 half shift of all pairs": attention_case(128, half, shift=True, pairs=(64, 0, 0)),
             "128 half, cut": attention_case(128, half, capacity=32),
             "128 fp16 mass lse, cut": attention_case(128, torch.float16, extras=True, capacity=32),
+            "128 half weights": attention_case(128, half, weighted=True),
+            "64 half weights shift": attention_case(64, half, weighted=True, shift=True),
+            "128 half weights mass lse, cut": attention_case(128, half, weighted=True, extras=True, capacity=32),
+            "64 half weights shift mass lse, cut": attention_case(
+                64, half, weighted=True, shift=True, extras=True, capacity=32
+            ),
             "64 half shift mass lse, cut": attention_case(64, half, shift=True, extras=True, capacity=32),
         },
         "norm_rope_append": {

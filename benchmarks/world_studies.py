@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Memory:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    prune: str = "published"  # which tokens of a chunk stay: "published", or a control, "random" or "most alike"
+    prune: str = ""  # a control of the rule "similarity": the tokens that stay are "random" or the "most alike"
     sigmas: tuple[float, ...] | None = None  # noise levels of the denoising passes; None for the model's
 
 
@@ -63,7 +64,10 @@ class RandomRetrieval:
 
 @contextmanager
 def pruning(rule: str, *, seed: int = 0) -> Iterator[None]:
-    """While inside, the reference op keeps other tokens than the published ones: a control, on a CPU."""
+    """While inside, the reference of rule "similarity" keeps other tokens than the published ones, on a CPU."""
+    if not rule:
+        yield
+        return
     published = compress_chunk.similarities
     generator = torch.Generator().manual_seed(seed)
 
@@ -74,7 +78,7 @@ def pruning(rule: str, *, seed: int = 0) -> Iterator[None]:
     def most_alike(k: torch.Tensor, frames: int, anchor: int) -> torch.Tensor:
         return -published(k, frames, anchor)
 
-    compress_chunk.similarities = {"published": published, "random": at_random, "most alike": most_alike}[rule]
+    compress_chunk.similarities = {"random": at_random, "most alike": most_alike}[rule]
     try:
         yield
     finally:
@@ -148,6 +152,36 @@ def _changed(name: str, values: Sequence[Any], base: Mapping[str, Any]) -> list[
     return [Memory(f"{name}={value}", {**base, name: value}) for value in values]
 
 
+PUBLISHED = {"prune_rule": "similarity", "merge_pruned": False}
+UNMERGED = {"merge_pruned": False}
+LOG_2 = {"retrieved_log_weight": math.log(2)}
+
+
+def _rules(ratio: float, base: Mapping[str, Any] = TWO) -> list[Memory]:
+    """Ways to prune to one ratio, compared with the published one."""
+    ways = {"published": PUBLISHED, "nearest": UNMERGED, "nearest, merged": {}}
+    return [Memory(name, {**base, "keep_ratio": ratio, **way}) for name, way in ways.items()]
+
+
+def _controls(ratio: float) -> list[Memory]:
+    published = {**TWO, "keep_ratio": ratio, **PUBLISHED}
+    return [
+        Memory("random", published, prune="random"), Memory("most alike", published, prune="most alike"),
+        Memory("published, merged", {**published, "merge_pruned": True}),
+        Memory("nearest, merged, frame by frame", {**TWO, "keep_ratio": ratio, "pooled": False}),
+    ]  # fmt: skip
+
+
+def _weights(base: Mapping[str, Any]) -> list[Memory]:
+    return [Memory("as they are", base), Memory("twice", {**base, **LOG_2})]
+
+
+FOUR = {**TWO, "retrieved_chunks": 4}
+DEFAULTS = [
+    {"keep_ratio": 1.0}, {"keep_ratio": 0.5}, PUBLISHED, UNMERGED, {"retrieved_chunks": 4}, {"retrieved_chunks": 2},
+    {"keep_ratio": 1.0, "retrieved_chunks": 3}, {"recent_frames": 3}, {"recent_frames": 0}, {"recent_frames": 9},
+    {"sink_frames": 0}, {"rebase_time": False}, {"rebase_sink": False}, {"order": "nearest_last"},
+]  # fmt: skip
 STUDIES = [
     Study("modes", "What is each kind of memory worth?", MODES),
     Study("photographs", "The same, in a photograph?", MODES, worlds=4, photographs=True),
@@ -165,19 +199,27 @@ STUDIES = [
     Study("rebase, 72 frames", "What is rebasing worth?", [*REBASE, FULL], partial(turn_and_return, 24)),
     Study("rebase, 144 frames", "And after longer?", [*REBASE, FULL], partial(turn_and_return, 48)),
     Study("rebase, 504 frames", "And after very long?", REBASE, partial(turn_and_return, 168), worlds=16),
-    Study("keep_ratio", "What does pruning cost?",
-          [*_changed("keep_ratio", (1.0, 0.5, 0.25, 0.1), TWO),
-           *[Memory(f"keep_ratio={ratio}, frame by frame", {**TWO, "keep_ratio": ratio, "pooled": False})
-             for ratio in (0.5, 0.25)],
-           *[Memory(f"keep_ratio={ratio}, {rule}", {**TWO, "keep_ratio": ratio}, prune=rule)
-             for ratio in (0.5, 0.25) for rule in ("random", "most alike")]]),
+    Study("keep_ratio", "What does pruning cost?", _changed("keep_ratio", (1.0, 0.5, 0.333, 0.25, 0.1), TWO)),
+    Study("pruned to .5", "Which tokens, and what of the rest?", [*_rules(0.5), *_controls(0.5)]),
+    Study("pruned to .25", "The same, of half a chunk?", [*_rules(0.25), *_controls(0.25)]),
+    Study("pruned to .333", "The same, between?", _rules(0.333)),
+    Study("pruned to .5, four chunks", "The same, with four chunks?", _rules(0.5, FOUR)),
+    Study("pruned to .25, four chunks", "The same?", _rules(0.25, FOUR)),
+    Study("pruned to .25, photographs", "In a photograph?", _rules(0.25), worlds=4, photographs=True),
+    Study("pruned to .25, walk", "Where the camera walks?", _rules(0.25), walk_and_return),
+    Study("pruned to .25, nothing given", "Where the model makes the way out, too?", _rules(0.25), nothing_given,
+          against="the first visit"),
+    Study("weight, whole", "Should retrieved tokens count twice?", _weights(TWO)),
+    Study("weight, pruned", "Merged ones, too?", _weights({**TWO, "keep_ratio": 0.25})),
+    Study("weight, defaults", "And six of them?", _weights({})),
+    Study("weight, photographs", "In a photograph?", _weights({}), worlds=4, photographs=True),
+    Study("weight, walk", "Where the camera walks?", _weights({}), walk_and_return),
+    Study("weight, nothing given", "Where the model makes the way out, too?", _weights({}), nothing_given,
+          against="the first visit"),
     Study("defaults", "What would change the defaults?",
           [Memory("defaults"),
-           *[Memory(", ".join(f"{name}={value}" for name, value in changes.items()), changes) for changes in (
-               {"keep_ratio": 1.0}, {"keep_ratio": 0.5}, {"retrieved_chunks": 4}, {"retrieved_chunks": 2},
-               {"keep_ratio": 1.0, "retrieved_chunks": 3}, {"recent_frames": 3}, {"recent_frames": 0},
-               {"recent_frames": 9}, {"sink_frames": 0}, {"rebase_time": False}, {"rebase_sink": False},
-               {"order": "nearest_last"})]]),
+           *[Memory(", ".join(f"{name}={value}" for name, value in changes.items()), changes)
+             for changes in DEFAULTS]]),
     Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),

@@ -3,7 +3,9 @@
 An item is BLOCK_Q queries of one head; one program computes it. It walks the window's full tiles of 128 rows, which
 need no mask, then the rows that segments leave over, gathered from several segments into one block, of which only the
 last needs a mask. Where segments are shifted in time, the same walk goes segment by segment. Where their shares of the
-softmax are wanted, the sum over a segment is written as the walk leaves its tiles, and its tail rows are added. The
+softmax are wanted, the sum over a segment is written as the walk leaves its tiles, and its tail rows are added. Where
+segments have weights, sums are kept relative to the weight of the tile at hand, so that a tile's weight costs no more
+than a few additions a row; in a block of tail rows each row adds its segment's. The
 items that would leave most of the processors idle in a last round are cut by keys into parts, each a program of its
 own, whose results a second kernel merges.
 
@@ -15,6 +17,8 @@ The window's tables (int32, on the device; `window_tables` makes them, `worldkv_
     turns         [capacity, pairs, 2] fp32: per segment and leading rotary pair, the cosine and sine of the angle by
                                        which a query is turned back for the segment's time shift; of a head's
                                        head_dim / 2 pairs those that follow stay as they are
+    weights       [capacity]           fp32: per segment, the logarithm to base 2 of what the softmax weights of its
+                                       rows are multiplied by, from -11.6 to 11.6
 `capacity` is in tiles of 128 rows, a segment's last one counted whole. What lies past the entries in use is not read.
 
 The online softmax is Milakov and Gimelshein's, arXiv 1805.02867, tiled as in FlashAttention-2, arXiv 2307.08691; the
@@ -26,7 +30,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +43,7 @@ MAX_HEADS = 128  # more are tokens, of tensors with heads first
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LARGE = tl.constexpr(2.0**28)
+MAX_LOG_WEIGHT = 8.0  # see _attend_block
 
 
 @triton.jit
@@ -61,26 +66,55 @@ def _turned_query(
 
 
 @triton.jit
+def _moved(row_max, change, lag):
+    """The maximum where weights are lower by `change`, and by how much it has been rounded: the next `lag`, since the
+    roundings of many segments would add up. Before the first key, of which row_max is -inf, that is NaN."""
+    change = lag + change
+    old_max = row_max + change
+    return old_max, change - (old_max - row_max)
+
+
+@triton.jit
 def _attend_block(
-    q, k, v, valid, row_max, row_sum, acc, scale_log2, scale_power, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, valid, of_rows, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A step of the online softmax over k, v [rows, HEAD_DIM], of which those not `valid` are left out.
 
+    `of_rows` [rows] are weights of segments as logarithms to base 2, or None where all rows are of one; `change` is by
+    how much the weight that earlier sums are relative to exceeds the one that this step's are, or None without weights,
+    and old_max the maximum `_moved` by it.
     Also returns what to multiply earlier sums by, the weights [BLOCK_Q, rows], and their sum a row.
 
     A weight is exp2(score * scale_log2 - new_max) by a fused multiply-add, which rounds once; new_max is the largest
     product, rounded, and how far it was rounded is a factor common to a row's weights: up to _LARGE within 2**8, which
     fp16 holds. Beyond, scale_power stands for scale_log2, the next power of two, whose products are exact: the largest
     score weighs 1, and all lower ones, whose products differ by 16 or more there, below 2**-16 with either scale.
+
+    A large number would swallow the weight of a segment, which is therefore added to differences: `change` to that of
+    two maxima, of_rows to that of a product and the maximum. So equal scores weigh as their segments do at any size,
+    though the maximum is of weighted products only as far as its digits go; it is of weighted ones since fp16 would
+    lose what lies far below it. Beyond _LARGE numbers are 32 or more apart: |of_rows|, below 12, moves no product, and
+    p is at most 2**11.6, which fp16 holds. Scores that differ there may count as up to twice as far apart, beside
+    unequal weights.
     """
     scores = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_Q, rows]
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     block_max = tl.max(scores, 1)
     scale = tl.where(tl.abs(block_max * scale_log2) < _LARGE, scale_log2, scale_power)
-    new_max = tl.maximum(row_max, block_max * scale)
-    p = tl.math.exp2(tl.fma(scores, scale[:, None], -new_max[:, None]))
-    rescale = tl.math.exp2(row_max - new_max)
+    block_max = block_max * scale
+    if of_rows is not None:
+        block_max = tl.max(tl.fma(scores, scale[:, None], of_rows[None, :]), 1)
+    new_max = tl.maximum(row_max if change is None else old_max, block_max)
+    log_p = tl.fma(scores, scale[:, None], -new_max[:, None])
+    if of_rows is not None:
+        log_p += of_rows[None, :]
+    p = tl.math.exp2(log_p)
+    log_rescale = row_max - new_max
+    if change is not None:
+        log_rescale += change
+    rescale = tl.math.exp2(log_rescale)
     block_sum = tl.sum(p, 1)
     acc = acc * rescale[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -91,12 +125,13 @@ def _attend_block(
 def segment_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr, piece_out_ptr, piece_max_ptr, piece_sum_ptr,
     segment_sums_ptr, mass_ptr,
-    tiles_ptr, tail_rows_ptr, ranges_ptr, num_segments_ptr, turns_ptr,
+    tiles_ptr, tail_rows_ptr, ranges_ptr, num_segments_ptr, turns_ptr, weights_ptr,
     q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
     stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, TURNED_PAIRS: tl.constexpr, RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, TURNED_PAIRS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     # Which item, and which part of its keys. Items of one head run side by side, so its K and V stay in L2; so do
@@ -133,6 +168,10 @@ def segment_attention_kernel(
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
     STEPS: tl.constexpr = TILE // BLOCK_K
+    WEIGHT_OF_TILE: tl.constexpr = HAS_WEIGHT and not HAS_SHIFT  # else it is that of the range
+    if HAS_WEIGHT:
+        kept = 0.0  # the weight that sums are relative to, as a logarithm to base 2
+        lag = tl.zeros([BLOCK_Q], tl.float32)
     if RETURN_MASS:
         # A replayed graph may meet more segments than it was captured with; these have no mass.
         num_mass = tl.minimum(tl.load(num_segments_ptr), max_segments)
@@ -164,6 +203,10 @@ def segment_attention_kernel(
             tile_row = tl.load(tiles_ptr + full_lo * 2, mask=full_lo < full_hi, other=0)
             if RETURN_MASS:
                 segment = tl.load(tiles_ptr + full_lo * 2 + 1, mask=full_lo < full_hi, other=0)
+            if WEIGHT_OF_TILE:
+                weighed = tl.load(tiles_ptr + full_lo * 2 + 1, mask=full_lo < full_hi, other=0)
+            if HAS_WEIGHT and HAS_SHIFT:
+                weight = tl.load(weights_ptr + r - 1)
             step_lo = full_lo * STEPS
             step_hi = full_hi * STEPS
             # On sm_90 ptxas serialises the products of a loop with stores in it, if it may not run at all.
@@ -181,9 +224,21 @@ def segment_attention_kernel(
                         v_base = v_ptr + first_row.to(tl.int64) * stride_v_row
                         k = tl.load(k_base + (cols[:, None] * stride_k_row + dims[None, :]))
                         v = tl.load(v_base + (cols[:, None] * stride_v_row + dims[None, :]))
+                    change = None
+                    old_max = None
+                    if HAS_WEIGHT:
+                        if WEIGHT_OF_TILE:
+                            weight = tl.load(weights_ptr + weighed)
+                            weighed = tl.load(next_tile + 1, cache_modifier=".ca")
+                        change = kept - weight
+                        kept = weight
+                        old_max, lag = _moved(row_max, change, lag)
                     row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
-                        q, k, v, None, row_max, row_sum, acc, scale_log2, scale_power, False, PRECISION
-                    )
+                        q, k, v, None, None, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
+                        False, PRECISION,
+                    )  # fmt: skip
+                    if HAS_WEIGHT:
+                        lag = tl.where(row_max > old_max, 0.0, lag)
                     if RETURN_MASS:
                         # Where the walk leaves a segment, its sum so far and the maximum that it is relative to.
                         segment_sum = segment_sum * rescale + block_sum
@@ -191,7 +246,11 @@ def segment_attention_kernel(
                         ends = (segment != next_segment) | (step == step_hi - 1)
                         if ends & (segment < num_mass):
                             sum_ptrs = segment_sums_ptr + segment * 2 * BLOCK_Q + in_block
-                            tl.store(sum_ptrs, segment_sum)
+                            if HAS_WEIGHT:
+                                gain = tl.math.exp2(tl.load(weights_ptr + segment))
+                                tl.store(sum_ptrs, segment_sum * gain)
+                            else:
+                                tl.store(sum_ptrs, segment_sum)
                             tl.store(sum_ptrs + BLOCK_Q, row_max)
                         segment_sum = tl.where(ends, 0.0, segment_sum)
                         segment = next_segment
@@ -202,11 +261,30 @@ def segment_attention_kernel(
                 tail_row = tl.load(tail_rows_ptr + tail * 2, mask=valid, other=0).to(tl.int64)[:, None]
                 k = tl.load(k_ptr + tail_row * stride_k_row + dims[None, :], mask=valid[:, None], other=0.0)
                 v = tl.load(v_ptr + tail_row * stride_v_row + dims[None, :], mask=valid[:, None], other=0.0)
-                row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
-                    q, k, v, valid, row_max, row_sum, acc, scale_log2, scale_power, True, PRECISION
-                )
-                if RETURN_MASS:
+                change = None
+                old_max = None
+                of_rows = None
+                if WEIGHT_OF_TILE:
                     of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)
+                    of_rows = tl.load(weights_ptr + of_row, mask=valid, other=0.0)
+                    change = kept
+                    kept = 0.0
+                elif HAS_WEIGHT:
+                    change = kept - weight
+                    kept = weight
+                if HAS_WEIGHT:
+                    old_max, lag = _moved(row_max, change, lag)
+                row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
+                    q, k, v, valid, of_rows, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
+                    True, PRECISION,
+                )  # fmt: skip
+                if HAS_WEIGHT:
+                    lag = tl.where(row_max > old_max, 0.0, lag)
+                if RETURN_MASS:
+                    if not WEIGHT_OF_TILE:
+                        of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)
+                    if HAS_WEIGHT and HAS_SHIFT:
+                        p = p * tl.math.exp2(kept)
                     first_segment = tl.load(tail_rows_ptr + first * 2 + 1)
                     last_segment = tl.load(tail_rows_ptr + tl.minimum(first + BLOCK_TAIL, tail_hi) * 2 - 1)
                     tl.debug_barrier()  # other threads may have written what is read next
@@ -216,6 +294,9 @@ def segment_attention_kernel(
                         tl.store(sum_ptrs, before + tl.sum(tl.where(of_row[None, :] == segment, p, 0.0), 1))
                         tl.store(sum_ptrs + BLOCK_Q, row_max)
 
+    if HAS_WEIGHT:  # from here on relative to no weight
+        row_sum = row_sum * tl.math.exp2(kept)
+        acc = acc * tl.math.exp2(kept)
     # Store: this piece of an item as it is, which may have met no key, or the item, normalised.
     if program >= num_whole:
         piece_rows = (program - num_whole).to(tl.int64) * BLOCK_Q + in_block
@@ -227,7 +308,7 @@ def segment_attention_kernel(
         out_rows = out_ptr + head.to(tl.int64) * stride_out_head + rows[:, None].to(tl.int64) * stride_out_token
         tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
         if RETURN_LSE:
-            lse = _log_sum_exp(row_max, row_sum, scale_log2, scale_power)
+            lse = _log_sum_exp(row_max, row_sum, scale_log2, scale_power, HAS_WEIGHT)
             tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse, mask=rows < q_len)
         if RETURN_MASS:
             # The same threads wrote these rows; the barrier makes that true of every layout.
@@ -239,9 +320,12 @@ def segment_attention_kernel(
 
 
 @triton.jit
-def _log_sum_exp(row_max, row_sum, scale_log2, scale_power):
+def _log_sum_exp(row_max, row_sum, scale_log2, scale_power, HAS_WEIGHT: tl.constexpr):
     """The natural logarithm of a row's sum, of which row_max is a logarithm to base 2, in `_attend_block`'s scale."""
-    row_max = tl.where(tl.abs(row_max) < _LARGE, row_max, row_max * (scale_log2 / scale_power))
+    large = _LARGE
+    if HAS_WEIGHT:  # half-way between the scales: weights have moved the maximum by up to 24
+        large = _LARGE * (0.5 + 0.5 * (scale_power / scale_log2))
+    row_max = tl.where(tl.abs(row_max) < large, row_max, row_max * (scale_log2 / scale_power))
     return (row_max + tl.math.log2(row_sum)) * _LN_2
 
 
@@ -269,7 +353,7 @@ def merge_pieces_kernel(
     q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
     stride_out_token, stride_out_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DIMS: tl.constexpr,
-    RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
 ):  # fmt: skip
     """One program merges BLOCK_DIMS columns of a cut item, its pieces always in the order of their keys.
 
@@ -301,7 +385,7 @@ def merge_pieces_kernel(
     tl.store(out_rows + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=rows[:, None] < q_len)
     if tl.program_id(1) == 0:
         if RETURN_LSE:
-            lse = _log_sum_exp(row_max, row_sum, scale_log2, scale_power)
+            lse = _log_sum_exp(row_max, row_sum, scale_log2, scale_power, HAS_WEIGHT)
             tl.store(lse_ptr + head.to(tl.int64) * q_len + rows, lse, mask=rows < q_len)
         if RETURN_MASS:
             _store_mass(
@@ -394,17 +478,18 @@ def _tiles_of(pool: torch.Tensor, block_k: int) -> TensorDescriptor | None:
 
 
 def window_tables(
-    segments: Sequence[tuple[int, int, int]],
+    segments: Sequence[tuple[float, ...]],
     frequencies: torch.Tensor | None = None,
     *,
     capacity: int | None = None,
     device: torch.device | str,
 ) -> tuple[torch.Tensor, ...]:
-    """The tables of a window of segments (first_row, num_rows, time_shift), for `segment_attention`.
+    """The tables of a window of segments (first_row, num_rows, time_shift, log_weight=0.0), for `segment_attention`.
 
     Segments are contiguous pool rows, of any length from 1, in any order; rows that two segments name count twice.
     Attention sees a segment's keys as if they were `time_shift` latent frames later: pair (2i, 2i + 1) of a head turned
-    further by time_shift * frequencies[i] radians.
+    further by time_shift * frequencies[i] radians. The softmax weights of a segment's rows are multiplied by
+    exp(log_weight), from -8 to 8; where one is not 0, attention is called with has_weight=True.
 
     Args:
         frequencies: [head_dim / 2], best in float64: radians a latent frame, 0 for pairs that do not turn with time;
@@ -413,12 +498,16 @@ def window_tables(
         capacity: of the tables, in tiles of 128 rows; what the segments need by default. A captured graph sees another
             window when its tables, made with the same capacity, are copied into those that it was captured with.
 
-    Returns tiles, tail_rows, ranges, num_segments, turns, as in the module's docstring, on `device`; built on the host.
-    Raises ValueError without segments, on a segment without rows, on rows below 0, on a shift without frequencies, and
-    on a capacity that is too small. That the rows are in the pool is the caller's to know.
+    Returns tiles, tail_rows, ranges, num_segments, turns, weights, as in the module's docstring, on `device`; built on
+    the host. Raises ValueError without segments, on a segment without rows, on rows below 0, on a shift without
+    frequencies, on a log weight out of its range, and on a capacity that is too small. That the rows are in the pool is
+    the caller's to know.
     """
     tiles, tail_rows, ranges, needed = [], [], [], 0
-    for i, (first_row, num_rows, time_shift) in enumerate(segments):
+    for i, (first_row, num_rows, time_shift, *log_weight) in enumerate(segments):
+        if not all(-MAX_LOG_WEIGHT <= x <= MAX_LOG_WEIGHT for x in log_weight):
+            wanted = f"a log weight from {-MAX_LOG_WEIGHT:g} to {MAX_LOG_WEIGHT:g}"
+            raise ValueError(f"window_tables: segments[{i}] must have {wanted}, got {segments[i]}")
         if first_row < 0 or num_rows < 1:
             wanted = "first_row >= 0 and num_rows >= 1"
             raise ValueError(f"window_tables: segments[{i}] must have {wanted}, got {segments[i]}")
@@ -447,10 +536,13 @@ def window_tables(
         turning = frequencies.nonzero().flatten().tolist()
         frequencies = frequencies[: turning[-1] + 1 if turning else 1]
         turns = torch.zeros(capacity, len(frequencies), 2, dtype=torch.float32, device="cpu")
-        shifts = torch.tensor([time_shift for *_, time_shift in segments], dtype=torch.int64, device="cpu")
+        shifts = torch.tensor([segment[2] for segment in segments], dtype=torch.int64, device="cpu")
         angles = shifts[:, None] * frequencies
         turns[: len(segments)] = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
-    tables += [torch.tensor([len(segments)], dtype=torch.int32, device="cpu"), turns]
+    weights = torch.zeros(capacity, dtype=torch.float32, device="cpu")
+    logs = [sum(segment[3:]) / math.log(2) for segment in segments]
+    weights[: len(segments)] = torch.tensor(logs, dtype=torch.float32, device="cpu")
+    tables += [torch.tensor([len(segments)], dtype=torch.int32, device="cpu"), turns, weights]
     return tuple(table.to(device) for table in tables)
 
 
@@ -468,33 +560,38 @@ def segment_attention(
     ranges: torch.Tensor,
     num_segments: torch.Tensor,
     turns: torch.Tensor,
+    weights: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     mass: torch.Tensor | None,
     *,
     scale: float,
     has_shift: bool,
+    has_weight: bool,
 ) -> None:
     """Attend every query to every row of a window's segments, where they lie in the pool.
 
-    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h]) v[j, h] over the window's rows j, where R(d_j) turns a
-    key by its segment's time shift: the query is turned instead, back from the original q for each segment, and
-    rounded once to its dtype.
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h] + w_j) v[j, h] over the window's rows j, where R(d_j)
+    turns a key by its segment's time shift: the query is turned instead, back from the original q for each segment, and
+    rounded once to its dtype. w_j is the log weight of j's segment, a natural logarithm.
 
     Args:
         q, out: [q_len, heads, head_dim], bf16, fp16 or fp32, head_dim 64 or 128, at least one query and head; dense in
             head_dim, tokens and heads of any stride. `out` is written whole.
         k_pool, v_pool: [rows, heads, head_dim] with q's dtype, dense in head_dim. Rows outside the window never reach
             a result, whatever they hold.
-        tiles, tail_rows, ranges, num_segments, turns: the window's tables, contiguous, as in the module's docstring.
-        lse: fp32 [heads, q_len], contiguous: the log-sum-exp of the scaled scores, natural log. None for none.
+        tiles, tail_rows, ranges, num_segments, turns, weights: the window's tables, contiguous, as in the module's
+            docstring.
+        lse: fp32 [heads, q_len], contiguous: the log-sum-exp of the scaled scores plus log weights, natural log. None
+            for none.
         mass: fp32 [heads, max_segments]: the share of softmax weight on each segment, averaged over the queries. None
             for none.
         scale: from 1e-25 to 1e25; commonly 1 / sqrt(head_dim).
         has_shift: whether queries are turned; `turns` is not read otherwise.
+        has_weight: whether segments are weighed; `weights` is not read otherwise.
 
-    Whether Q is turned and how many segments have a mass is fixed here, also for the replays of a captured graph:
-    a replay with more segments leaves out the mass of the later ones, and with fewer gives those zero.
+    Whether Q is turned, whether segments are weighed and how many have a mass is fixed here, also for replays of a
+    captured graph: one with more segments leaves out the mass of the later ones, and with fewer gives those zero.
 
     q . k and softmax in fp32. From there on the size of the scores costs no digit, up to 1e38 with the scale, which no
     fp16 reaches; lse is rounded to fp32 where it is written. Deterministic for one device, one capacity and the same
@@ -556,6 +653,9 @@ def segment_attention(
     ):  # fmt: skip
         wanted = f"torch.float32 [{capacity}, 1 to {head_dim // 2} pairs, 2], contiguous"
         raise ValueError(_wrong("turns", wanted, turns))
+    fits = weights.shape == (capacity,) and weights.dtype is torch.float32 and weights.is_contiguous()
+    if has_weight and not fits:
+        raise ValueError(_wrong("weights", f"torch.float32 [{capacity}], contiguous", weights))
     if lse is not None and not (lse.shape == (heads, q_len) and lse.dtype is torch.float32 and lse.is_contiguous()):
         raise ValueError(_wrong("lse", f"torch.float32 [{heads}, {q_len}], contiguous", lse))
     capability = device_capability(q.device)
@@ -579,19 +679,23 @@ def segment_attention(
         k_tiles, v_tiles = _tiles_of(k_pool, config.block_k), _tiles_of(v_pool, config.block_k)
         if k_tiles is None or v_tiles is None:
             k_tiles = v_tiles = None
+            if has_weight and mass is not None:  # pointers take registers, too
+                config = replace(config, block_k=64)
     scale_log2 = scale * 1.4426950408889634
     scale_power = 2.0 ** math.ceil(math.log2(scale_log2))
     block_tail = config.block_k
-    if not has_shift:  # smaller, which wastes less of the last block, and leaves the mass its registers
-        block_tail = config.block_k // 2 if mass is not None else min(config.block_k, 64)
+    if not has_shift:  # smaller, which wastes less of the last block, and leaves mass and weights their registers
+        of_weights = max(32, config.block_k // 2) if has_weight else min(config.block_k, 64)
+        block_tail = config.block_k // 2 if mass is not None else of_weights
     segment_attention_kernel[(num_whole + pieces,)](
         q, k_pool, v_pool, k_tiles, v_tiles, out, lse, piece_out, piece_max, piece_sum, segment_sums, block_mass,
-        tiles, tail_rows, ranges, num_segments, turns,
+        tiles, tail_rows, ranges, num_segments, turns, weights if has_weight else None,
         q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
         stride_q_token, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
         stride_out_token, stride_out_head,
         HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_TAIL=block_tail,
-        HAS_SHIFT=has_shift, TURNED_PAIRS=turned_pairs, RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
+        HAS_SHIFT=has_shift, TURNED_PAIRS=turned_pairs, HAS_WEIGHT=has_weight,
+        RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS, HOPPER=capability[0] == 9,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -600,7 +704,7 @@ def segment_attention(
             out, lse, piece_out, piece_max, piece_sum, segment_sums, block_mass, num_segments,
             q_len, scale_log2, scale_power, num_blocks, num_whole, num_cut, parts, max_segments,
             stride_out_token, stride_out_head,
-            HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_DIMS=32,
+            HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_DIMS=32, HAS_WEIGHT=has_weight,
             RETURN_LSE=lse is not None, RETURN_MASS=mass is not None, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     if mass is not None:

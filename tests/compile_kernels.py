@@ -129,6 +129,12 @@ def attention_launches():
         (torch.bfloat16, 128, True, True), (torch.bfloat16, 128, True, False, "all"),
         (torch.bfloat16, 64, False, False), (torch.bfloat16, 64, True, True), (torch.float16, 128, False, False),
         (torch.float32, 128, False, False), (torch.float32, 64, True, True),
+        (torch.bfloat16, 128, False, False, "weights"), (torch.bfloat16, 128, True, False, "weights"),
+        (torch.bfloat16, 128, False, True, "weights"), (torch.bfloat16, 128, False, True, "weights", "pointers"),
+        (torch.bfloat16, 128, True, True, "weights"), (torch.bfloat16, 128, True, False, "weights", "all"),
+        (torch.bfloat16, 64, False, False, "weights"), (torch.bfloat16, 64, True, True, "weights"),
+        (torch.float16, 128, False, False, "weights"), (torch.float32, 128, False, False, "weights"),
+        (torch.float32, 64, True, True, "weights"),
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 80, head_dim, dtype=dtype, device="meta")
@@ -137,16 +143,16 @@ def attention_launches():
         tables = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
         time = head_dim // 2 - 2 * (head_dim // 6)  # pairs that turn: 22 or 12, as in Rope3D; else all
         turns = torch.empty(400, head_dim // 2 if "all" in how else time, 2, device="meta")
+        weights = torch.empty(400, device="meta")
         lse = torch.empty(40, 4680, device="meta") if mass else None
         share = torch.empty(40, 9, device="meta") if mass else None
         yield (
             " ".join([f"{str(dtype)[6:]} {head_dim}{' shift' * shift}{' mass' * mass}", *how]),
-            lambda q=q, pool=pool, tables=tables, turns=turns, lse=lse, share=share, shift=shift: (
-                segment_attention.segment_attention(
-                    q, pool, pool, *tables, turns, q, lse, share, scale=0.1, has_shift=shift
-                )
+            partial(
+                segment_attention.segment_attention, q, pool, pool, *tables, turns, weights, q, lse, share,
+                scale=0.1, has_shift=shift, has_weight="weights" in how,
             ),
-        )
+        )  # fmt: skip
 
 
 def append_launches():

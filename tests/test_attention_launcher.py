@@ -57,9 +57,9 @@ def attention(q_len=300, heads=6, kv_heads=2, head_dim=64, dtype=torch.bfloat16,
 
 def test_the_extension_is_given_the_tensors_and_their_sizes(launched):
     given = attention()
-    q, k, v, tiles, tail_rows, ranges, num_segments, turns, out = given
+    q, k, v, tiles, tail_rows, ranges, num_segments, turns, _, out = given
     lse, mass = torch.empty(6, 300), torch.empty(6, 2)
-    cuda.segment_attention(*given, lse, mass, scale=0.1, has_shift=True, processors=4)
+    cuda.segment_attention(*given, lse, mass, scale=0.1, has_shift=True, has_weight=False, processors=4)
     (got,) = launched
     for name, tensor in dict(
         q=q, k=k, v=v, out=out, lse=lse, tiles=tiles, tail_rows=tail_rows, ranges=ranges, num_segments=num_segments,
@@ -77,7 +77,7 @@ def test_the_extension_is_given_the_tensors_and_their_sizes(launched):
 def test_scratch_and_mass(launched):
     """18 items of 128 queries on 4 processors: 16 whole ones, and 2 in parts."""
     lse, mass = torch.full((6, 300), 5.0), torch.full((6, 3), 5.0)
-    cuda.segment_attention(*attention(), lse, mass, scale=0.1, has_shift=True, processors=4)
+    cuda.segment_attention(*attention(), lse, mass, scale=0.1, has_shift=True, has_weight=False, processors=4)
     (got,) = launched
     assert (got.num_whole, got.num_cut, got.parts) == (16, 2, 2)
     assert got.scratch[got.piece_out].shape == (4, 128, 64)
@@ -90,7 +90,7 @@ def test_scratch_and_mass(launched):
 
 
 def test_without_a_mass_whole_items_leave_no_sums(launched):
-    cuda.segment_attention(*attention(), None, None, scale=0.1, has_shift=False, processors=4)
+    cuda.segment_attention(*attention(), None, None, scale=0.1, has_shift=False, has_weight=False, processors=4)
     (got,) = launched
     assert (got.lse, got.segment_sums, got.block_mass, got.max_segments, got.turned_pairs) == (0, 0, 0, 0, 0)
     assert got.scratch[got.piece_out].shape == (4, 128, 64) and got.scratch[got.piece_sums].shape == (4, 128, 2)
@@ -99,8 +99,10 @@ def test_without_a_mass_whole_items_leave_no_sums(launched):
 
 def test_what_is_not_said_is_chosen(launched):
     """An H200's processors stand for a CPU's; of 132 that 18 items do not fill, and 1 item of a short window."""
-    cuda.segment_attention(*attention(dtype=torch.float16), None, None, scale=0.1, has_shift=False)
-    cuda.segment_attention(*attention(), None, None, scale=0.1, has_shift=False, tile_rows=128, processors=18)
+    cuda.segment_attention(*attention(dtype=torch.float16), None, None, scale=0.1, has_shift=False, has_weight=False)
+    cuda.segment_attention(
+        *attention(), None, None, scale=0.1, has_shift=False, has_weight=False, tile_rows=128, processors=18
+    )
     many, few = launched
     assert (many.processors, many.num_whole, many.num_cut, many.parts, many.dtype) == (132, 0, 18, 4, 1)
     assert (few.processors, few.num_whole, few.num_cut, few.parts, few.tile_rows) == (18, 18, 0, 1, 128)
@@ -111,9 +113,9 @@ def test_strides_of_one_token_row_or_head_are_those_of_a_dense_tensor(launched):
     q, k, v, *tables, out = attention(q_len=1, heads=1, kv_heads=1)
     odd = [x.as_strided(x.shape, (stride, 3, 1)) for x, stride in ((q, 5), (k, 64), (v, 64), (out, 5))]
     assert cuda.attention_aligned(*odd)
-    cuda.segment_attention(*odd[:3], *tables, odd[3], None, None, scale=0.1, has_shift=False)
+    cuda.segment_attention(*odd[:3], *tables, odd[3], None, None, scale=0.1, has_shift=False, has_weight=False)
     row = odd[1][:1].as_strided((1, 1, 64), (7, 7, 1))
-    cuda.segment_attention(q, row, row, *tables, out, None, None, scale=0.1, has_shift=False)
+    cuda.segment_attention(q, row, row, *tables, out, None, None, scale=0.1, has_shift=False, has_weight=False)
     for got in launched:
         strides = {name: value for name, value in vars(got).items() if name.startswith("stride_")}
         assert len(strides) == 8 and set(strides.values()) == {64}
@@ -199,7 +201,7 @@ def test_a_binding_names_its_arguments_as_the_function_does_and_fills_the_fields
 
 
 def test_the_launcher_gives_what_the_binding_takes(launched):
-    cuda.segment_attention(*attention(), None, None, scale=0.1, has_shift=True)
+    cuda.segment_attention(*attention(), None, None, scale=0.1, has_shift=True, has_weight=False)
     bound = re.search(r'"segment_attention", &segment_attention(.*?)\);', BINDINGS, re.S)[1]
     assert set(re.findall(r'py::arg\("(\w+)"\)', bound)) == set(vars(launched[0])) - {"scratch"}
 

@@ -120,7 +120,7 @@ def corrupted(run, spoil):
     return wrong
 
 
-OUT, LSE, MASS = 8, 9, 10  # places among segment_attention's tensors
+OUT, LSE, MASS = 9, 10, 11  # places among segment_attention's tensors
 K_POOL, Q_OUT = 3, 5  # among those of norm_rope_append
 
 
@@ -140,7 +140,7 @@ K_POOL, Q_OUT = 3, 5  # among those of norm_rope_append
     ],
 )
 def test_the_check_looks_at_each_output_by_itself(monkeypatch, op, output, spoil):
-    kind = op.kinds[0] if op is not ATTENTION else (torch.bfloat16, 128, 0, True, True, True, True)
+    kind = op.kinds[0] if op is not ATTENTION else (torch.bfloat16, 128, 0, True, True, False, True, True)
     assert kind[0] == torch.bfloat16
     monkeypatch.setitem(op.loaded, "triton", op.run("reference"))
     assert op.disagreement("triton", CPU, kind) is None
@@ -166,7 +166,7 @@ def test_attention_from_pools_that_the_copy_engine_does_not_take_is_a_kind_of_it
     by_heads = torch.zeros(2, 128, 64).transpose(0, 1)
     for pools in ((pool, pool), (pool, by_heads), (by_heads, pool), (pool[:, :1], by_heads[:, :1])):
         segment_attention(torch.zeros(3, pools[0].shape[1], 64), *pools, window)
-    assert [kind[5] for kind in seen] == [True, False, False, True]
+    assert [kind[6] for kind in seen] == [True, False, False, True]
 
 
 def test_attention_from_what_the_cuda_kernel_does_not_take_is_a_kind_of_its_own(monkeypatch):
@@ -179,13 +179,15 @@ def test_attention_from_what_the_cuda_kernel_does_not_take_is_a_kind_of_its_own(
     segment_attention(odd, pool, pool, window)
     segment_attention(q, pool, pool, turned, out=odd)
     assert seen == [(torch.float16, 64, *rest) for rest in (
-        (0, False, False, True, True), (0, False, False, True, False), (7, False, False, True, False)
+        (0, False, False, False, True, True), (0, False, False, False, True, False),
+        (7, False, False, False, True, False),
     )]  # fmt: skip
 
 
 def test_the_check_of_what_is_not_aligned_looks_at_such(monkeypatch):
     aligned = []
-    for kind in ((torch.float16, 64, 0, False, False, True, True), (torch.float16, 64, 0, False, False, True, False)):
+    for is_aligned in (True, False):
+        kind = (torch.float16, 64, 0, False, False, False, True, is_aligned)
         ATTENTION.small_case(CPU, kind)(lambda q, k, v, *x, **y: aligned.append(cuda.attention_aligned(q, k, v, q)))
     assert aligned == [True, True, False, False]
 
@@ -240,11 +242,11 @@ def test_attention_in_cuda_is_for_hopper_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kinds_of_attention_that_the_cuda_kernel_takes(dtype):
-    assert cuda.attention_unsupported((dtype, 128, 22, False, True, False, True)) is None
-    assert "16 bytes" in cuda.attention_unsupported((dtype, 128, 22, False, True, True, False))
-    wide = (torch.float32, 128, 22, False, True, True, True)
+    assert cuda.attention_unsupported((dtype, 128, 22, False, True, False, False, True)) is None
+    assert "16 bytes" in cuda.attention_unsupported((dtype, 128, 22, False, True, False, True, False))
+    wide = (torch.float32, 128, 22, False, True, False, True, True)
     assert cuda.attention_unsupported(wide) == "it takes bfloat16 and float16, not torch.float32"
-    assert all(cuda.attention_unsupported(kind) is None for kind in ATTENTION.kinds)
+    assert all(cuda.attention_unsupported(kind) is None for kind in ATTENTION.kinds if not kind[5])
 
 
 def test_doctor_names_every_backend_and_why(tmp_path, capsys):
@@ -262,7 +264,7 @@ def test_doctor_names_every_backend_and_why(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "serves" in printed
     assert all(f["keys"] in printed and f["backend"] in ATTENTION.backends for f in findings["shapes"])
-    assert len({(f["model"], f["extra"]) for f in findings["shapes"]}) == 9
+    assert len({(f["model"], f["extra"]) for f in findings["shapes"]}) == 12
 
 
 def test_doctor_says_how_each_shape_is_launched(monkeypatch):

@@ -26,15 +26,15 @@ def refuses(op, given, changes, error, message):
     assert all(map(torch.equal, outputs, before))
 
 
-TABLES = ("tiles", "tail_rows", "ranges", "num_segments", "turns")
+TABLES = ("tiles", "tail_rows", "ranges", "num_segments", "turns", "weights")
 
 
 def attention(segments=((0, 200, 1), (10, 5, 0)), **changes):
-    window = Window([Segment(*s) for s in segments], device=DEVICE, rope=Rope3D(64), **changes)
+    window = Window([Segment(*s) for s in segments], device=DEVICE, rope=Rope3D(64), weighted=True, **changes)
     tensors = dict(q=zeros(5, 2, 64), k_pool=zeros(300, 2, 64), v_pool=zeros(300, 2, 64))
     outputs = dict(out=zeros(5, 2, 64), lse=zeros(2, 5), mass=zeros(2, len(segments)))
     tables = dict(zip(TABLES, window.tables, strict=True))
-    return {**tensors, **tables, **outputs, "scale": 0.125, "has_shift": True, "backend": "auto"}
+    return {**tensors, **tables, **outputs, "scale": 0.125, "has_shift": True, "has_weight": True, "backend": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,9 @@ def attention(segments=((0, 200, 1), (10, 5, 0)), **changes):
         ({"turns": zeros(3, 0, 2)}, ValueError, "turns must be [3, 1 to 32 pairs, 2], got [3, 0, 2]"),
         ({"turns": zeros(3, 32, 4)[..., ::2]}, ValueError, "turns must be contiguous in its last 3"),
         ({"turns": zeros(3, 32, 2, dtype=F64)}, TypeError, "turns must be torch.float32"),
+        ({"weights": zeros(1)}, ValueError, "weights must be [3], got [1]"),
+        ({"weights": zeros(6)[::2]}, ValueError, "weights must be contiguous in its last 1"),
+        ({"weights": zeros(3, dtype=F64)}, TypeError, "weights must be torch.float32"),
         ({"out": zeros(4, 2, 64)}, ValueError, "out must be [5, 2, 64], got [4, 2, 64]"),
         ({"lse": zeros(5, 2)}, ValueError, "lse must be [2, 5], got [5, 2]"),
         ({"lse": zeros(5, 2).T}, ValueError, "lse must be contiguous in its last 2"),

@@ -139,7 +139,11 @@ def test_attention_says_its_shape(monkeypatch):
     segment_attention(q, pool, pool, Window(segments, device="cpu"))
     window = Window(segments, device="cpu", rope=Rope3D(64), capacity=5)
     segment_attention(q, pool, pool, window, return_mass=True)
-    assert seen == [Shape(3, 7, 384, 64, 0, False), Shape(3, 7, 640, 64, 12, True)]
+    segment_attention(q, pool, pool, Window(segments, device="cpu", weighted=True))
+    assert seen == [
+        Shape(3, 7, 384, 64, 0, False, False), Shape(3, 7, 640, 64, 12, True, False),
+        Shape(3, 7, 384, 64, 0, False, True),
+    ]  # fmt: skip
     assert isinstance(ATTENTION.typical_shape, Shape)
 
 
@@ -191,7 +195,7 @@ def fault(entry, root=ROOT):
         numbers = figure["shape"]
         turned = numbers["head_dim"] // 2 - 2 * (numbers["head_dim"] // 6) if extra == "rebase" else 0
         sizes = (numbers["heads"], numbers["queries"], numbers["tokens"], numbers["head_dim"])
-        shapes.append(Shape(*sizes, turned, extra == "mass"))
+        shapes.append(Shape(*sizes, turned, extra == "mass", extra == "weights"))
         if not entry.holds(shapes[-1]):
             return f"{name} is of another shape"
         others = [
@@ -242,7 +246,7 @@ def test_an_entry_without_such_figures_is_found(tmp_path, changes, ranges, wante
         {**common, "variant": "cuda", "us": 90.0, **changes},
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, False)), strict=True)) | ranges
+    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, False, False)), strict=True)) | ranges
     found = fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",)), tmp_path)
     assert found is None if wanted is None else found.endswith(wanted)
     del held["keys"]

@@ -53,22 +53,29 @@ def rotated(k, shift, head_dim):
 
 
 def brute_force(q, k, v, segments, scale=None):
-    """out, lse, mass in float64: keys rewritten, concatenated, plain softmax."""
+    """out, lse, mass in float64: keys rewritten, concatenated, plain softmax. Log weights are added to differences of
+    scores, since float64 has not the digits for their sum with a score of 1e30."""
     q, k, v = q.double().cpu(), k.cpu(), v.double().cpu()
     scale = q.shape[2] ** -0.5 if scale is None else scale
     keys = torch.cat([rotated(k[s.first_row : s.first_row + s.num_rows], s.time_shift, q.shape[2]) for s in segments])
     values = torch.cat([v[s.first_row : s.first_row + s.num_rows] for s in segments])
-    scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
-    p = scores.softmax(-1)
+    scores = torch.einsum("qhd,khd->hqk", q, keys)
+    highest = scores.amax(-1, keepdim=True)
+    lengths = torch.tensor([s.num_rows for s in segments])
+    weights = torch.tensor([s.log_weight for s in segments], dtype=torch.float64).repeat_interleave(lengths)
+    differences = (scores - highest) * scale + weights
+    p = differences.softmax(-1)
     out = torch.einsum("hqk,khd->qhd", p, values)
-    parts = p.split([s.num_rows for s in segments], dim=-1)
-    return out, scores.logsumexp(-1), torch.stack([part.sum(-1).mean(-1) for part in parts], dim=1)
+    parts = p.split(lengths.tolist(), dim=-1)
+    lse = highest.squeeze(-1) * scale + differences.logsumexp(-1)
+    return out, lse, torch.stack([part.sum(-1).mean(-1) for part in parts], dim=1)
 
 
 def make_window(segments, head_dim):
-    """With a rope only where a segment is shifted: with one, attention takes the path that turns queries."""
-    shifted = any(s.time_shift for s in segments)
-    return Window(segments, device=DEVICE, rope=ROPES[head_dim] if shifted else None)
+    """With a rope only where a segment is shifted: with one, attention takes the path that turns queries. With weights
+    only where a segment has one."""
+    shifted, weighted = any(s.time_shift for s in segments), any(s.log_weight for s in segments)
+    return Window(segments, device=DEVICE, rope=ROPES[head_dim] if shifted else None, weighted=weighted)
 
 
 def check(backend, q_len, heads, head_dim, segments, limit=2e-6, seed=0, scale=None, **flags):
@@ -126,7 +133,7 @@ def test_tile_edges(backend, head_dim, num_rows, q_len):
 @pytest.mark.parametrize("shift", [0, -33])
 def test_half_precision_within_twice_the_error_of_sdpa(backend, dtype, shift):
     """SDPA in the same dtype, on the gathered window with its keys rewritten and rounded."""
-    reason = BACKENDS.backends[backend].unsupported((dtype, 64, 12, False, False, True, True))
+    reason = BACKENDS.backends[backend].unsupported((dtype, 64, 12, False, False, False, True, True))
     if reason:
         pytest.skip(f"{reason}; fp16 stands in for them there")
     segments = [Segment(128, 300, shift), Segment(10, 77)]
@@ -185,12 +192,14 @@ def test_a_table_of_more_pairs_is_one_whose_further_pairs_do_not_turn(backend):
     segments = [Segment(0, 130, -17), Segment(150, 40, 9), Segment(300, 20)]
     k, v, generator = make_pool(330, 2, 64, segments, torch.float16)
     q = torch.randn(40, 2, 64, generator=generator).to(DEVICE, torch.float16)
-    *tables, turns = make_window(segments, 64).tables
+    *tables, turns, weights = make_window(segments, 64).tables
     of_all = torch.tensor([1.0, 0.0], device=DEVICE).repeat(len(turns), 32, 1)
     of_all[:, : turns.shape[1]] = turns
     got = torch.empty(3, *q.shape, dtype=q.dtype, device=DEVICE)
     for out, table in zip(got, (turns, of_all, of_all[:, :13].contiguous()), strict=True):
-        torch.ops.worldkv.segment_attention(q, k, v, *tables, table, out, None, None, 0.125, True, backend)
+        torch.ops.worldkv.segment_attention(
+            q, k, v, *tables, table, weights, out, None, None, 0.125, True, False, backend
+        )
     assert turns.shape[1] == 12 and relative_error(got[0], brute_force(q, k, v, segments)[0]) <= 1e-3
     assert relative_error(got[1], got[0]) <= 1e-3 and relative_error(got[2], got[0]) <= 1e-3
 
@@ -321,7 +330,7 @@ def test_mass_of_a_replay_with_other_segments_stays_inside(backend, captured):
     out = torch.empty_like(q)
     room = torch.full((4, captured), 7.0, device=DEVICE)
     tables = window.tables
-    torch.ops.worldkv.segment_attention(q, k, v, *tables, out, None, room[1:3], 0.125, False, backend)
+    torch.ops.worldkv.segment_attention(q, k, v, *tables, out, None, room[1:3], 0.125, False, False, backend)
     want, _, want_mass = brute_force(q, k, v, segments)
     of_out, of_mass = limits(k.dtype, segments)
     assert relative_error(out, want) <= of_out
@@ -338,7 +347,7 @@ def test_a_head_of_the_pools_serves_several_of_the_queries_in_cuda(cuda_kernels,
     q = torch.randn(9, 4, 64, generator=generator).to(DEVICE, k.dtype)
     window, out = make_window(segments, 64), torch.empty_like(q)
     lse, mass = torch.empty(4, 9, device=DEVICE), torch.empty(4, 3, device=DEVICE)
-    cuda.segment_attention(q, k, v, *window.tables, out, lse, mass, scale=0.125, has_shift=True)
+    cuda.segment_attention(q, k, v, *window.tables, out, lse, mass, scale=0.125, has_shift=True, has_weight=False)
     wanted = brute_force(q, *(x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v)), segments)
     for have, want in zip((out, lse, mass), wanted, strict=True):
         assert relative_error(have, want) <= 1e-3
@@ -479,7 +488,7 @@ def test_opcheck_and_compile():
     tables = window.tables
     # NaN rows would make opcheck's comparison of inputs fail.
     k, v = k.nan_to_num(), v.nan_to_num()
-    args = (q, k, v, *tables, out.clone(), lse.clone(), mass.clone(), 0.125, True, "auto")
+    args = (q, k, v, *tables, out.clone(), lse.clone(), mass.clone(), 0.125, True, False, "auto")
     torch.library.opcheck(torch.ops.worldkv.segment_attention.default, args)
 
     @torch.compile(fullgraph=True, backend="aot_eager")

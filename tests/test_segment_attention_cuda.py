@@ -91,7 +91,7 @@ def run(case: Case, inputs: Inputs, order: int = 0) -> list[torch.Tensor]:
         mass = torch.full((case.heads, len(case.segments)), math.nan, dtype=torch.float32, device=DEVICE)
     cuda.segment_attention(
         inputs.q, inputs.k, inputs.v, *inputs.window.tables, out, lse, mass, scale=case.head_dim**-0.5,
-        has_shift=case.turned_pairs > 0, tile_rows=case.tile_rows, processors=case.processors,
+        has_shift=case.turned_pairs > 0, has_weight=False, tile_rows=case.tile_rows, processors=case.processors,
     )  # fmt: skip
     result = out.clone()
     out.fill_(-77.0)

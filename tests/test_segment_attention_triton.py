@@ -135,7 +135,7 @@ def test_mass_of_cut_items_stays_inside_when_the_window_has_other_segments(monke
     monkeypatch.setattr(kernel, "deal", lambda *_: Deal(2, 2, 3))
     out, room = torch.empty_like(q), torch.full((4, captured), 7.0, device=DEVICE)
     window = make_window(segments, 64)
-    torch.ops.worldkv.segment_attention(q, k, v, *window.tables, out, None, room[1:3], 0.125, False, "triton")
+    torch.ops.worldkv.segment_attention(q, k, v, *window.tables, out, None, room[1:3], 0.125, False, False, "triton")
     want, _, want_mass = brute_force(q, k, v, segments)
     shared = min(captured, len(segments))
     assert relative_error(out, want) <= 2e-6 and relative_error(room[1:3, :shared], want_mass[:, :shared]) <= 2e-6

@@ -37,25 +37,31 @@ def turned(x, angles):  # complex pairs (2i, 2i + 1)
 SEGMENT_ATTENTION = """
 from segment_attention import segment_attention, window_tables
 
-segments = [(128, 300, 7), (0, 1, -3), (460, 128, 0)]
-rows = torch.cat([torch.arange(first, first + num) for first, num, _ in segments])
-shifts = torch.cat([torch.full((num,), shift) for _, num, shift in segments])
-of_segment = torch.cat([torch.full((num,), i) for i, (_, num, _) in enumerate(segments)])
+segments = [(128, 300, 7, -0.5), (0, 1, -3, 3.0), (460, 128, 0)]
+lengths = [num for _, num, *_ in segments]
+rows = torch.cat([torch.arange(first, first + num) for first, num, *_ in segments])
+shifts = torch.cat([torch.full((num,), shift) for _, num, shift, *_ in segments])
+of_segment = torch.arange(3).repeat_interleave(torch.tensor(lengths))
 q = torch.randn(40, 2, 64)
 k_pool, v_pool = torch.full((2, 600, 2, 64), float("nan"))
 k_pool[rows], v_pool[rows] = torch.randn(2, len(rows), 2, 64)
 frequencies = torch.zeros(32)
 frequencies[:12] = 10000.0 ** (-torch.arange(12) / 12)
 
-for of_time, capacity in ((None, None), (frequencies, None), (frequencies, 32)):  # 32 tiles: keys cut into parts
-    used = segments if of_time is not None else [(first, num, 0) for first, num, _ in segments]
+# 32 tiles: keys cut into parts
+for of_time, has_weight, capacity in (
+    (None, False, None), (frequencies, False, 32), (frequencies, True, None), (None, True, 32), (frequencies, True, 32)
+):
+    used = [(first, num, shift * (of_time is not None), *weight) for first, num, shift, *weight in segments]
     tables = window_tables(used, of_time, capacity=capacity, device=device)
     out, lse, mass = torch.empty(40, 2, 64), torch.empty(2, 40), torch.empty(2, 3)
     segment_attention(
-        q, k_pool, v_pool, *tables, out, lse, mass, scale=0.125, has_shift=of_time is not None
+        q, k_pool, v_pool, *tables, out, lse, mass, scale=0.125, has_shift=of_time is not None,
+        has_weight=has_weight,
     )
     angles = shifts[:, None, None] * frequencies.double() * (of_time is not None)
     scores = torch.einsum("qhd,khd->hqk", q.double(), turned(k_pool[rows], angles)) * 0.125
+    scores += has_weight * torch.tensor([-0.5, 3.0, 0.0]).double()[of_segment]
     p = scores.softmax(-1)
     assert close(out, torch.einsum("hqk,khd->qhd", p, v_pool[rows].double()))
     assert close(lse, scores.logsumexp(-1))
@@ -166,10 +172,15 @@ def test_one_file_alone(tmp_path, module, use):
     assert done.returncode == 0, done.stderr
 
 
+NAN, INF = float("nan"), float("inf")
+
 # --- the window's tables, which are built twice: in place by Window, and here for who has this file alone ---
 
 segment_lists = st.lists(
-    st.tuples(st.integers(0, 20000), st.integers(1, 700), st.integers(-60, 60)), min_size=1, max_size=12
+    st.tuples(st.integers(0, 20000), st.integers(1, 700), st.integers(-60, 60))
+    | st.tuples(st.integers(0, 20000), st.integers(1, 700), st.integers(-60, 60), st.floats(-8, 8)),
+    min_size=1,
+    max_size=12,
 )
 
 
@@ -180,17 +191,18 @@ def test_tables_are_those_of_a_window(segments, spare, shifted):
     frequencies = torch.zeros(32, dtype=torch.float64)
     frequencies[:12] = 10000.0 ** (-torch.arange(12, dtype=torch.float64) / 12)
     if not shifted:
-        segments = [(first_row, num_rows, 0) for first_row, num_rows, _ in segments]
-    capacity = sum(-(-num_rows // 128) for _, num_rows, _ in segments) + spare
-    window = Window([Segment(*s) for s in segments], device="cpu", rope=rope, capacity=capacity)
-    *tables, turns = segment_attention.window_tables(
+        segments = [(first_row, num_rows, 0, *weight) for first_row, num_rows, _, *weight in segments]
+    capacity = sum(-(-num_rows // 128) for _, num_rows, *_ in segments) + spare
+    window = Window([Segment(*s) for s in segments], device="cpu", rope=rope, weighted=True, capacity=capacity)
+    *tables, turns, weights = segment_attention.window_tables(
         segments, frequencies if shifted else None, capacity=capacity if spare else None, device="cpu"
     )
-    *want, want_turns = window.tables
+    *want, want_turns, want_weights = window.tables
     for table, of_window in zip(tables, want, strict=True):
         assert table.dtype == of_window.dtype and torch.equal(table, of_window)
     assert turns.dtype == want_turns.dtype and turns.shape == want_turns.shape
     assert (turns - want_turns).abs().max() <= 1e-7
+    assert weights.dtype == want_weights.dtype and torch.equal(weights, want_weights)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +210,7 @@ def test_tables_are_those_of_a_window(segments, spare, shifted):
 )
 def test_the_table_of_turns_ends_with_the_last_pair_that_turns(frequencies, pairs):
     frequencies = torch.tensor(frequencies)
-    *_, turns = segment_attention.window_tables([(0, 5, 3), (9, 1, -2)], frequencies, device="cpu")
+    *_, turns, _ = segment_attention.window_tables([(0, 5, 3), (9, 1, -2)], frequencies, device="cpu")
     angles = torch.tensor([[3.0], [-2.0]]) * frequencies[:pairs]
     torch.testing.assert_close(turns, torch.stack([angles.cos(), angles.sin()], dim=-1))
 
@@ -210,6 +222,8 @@ def test_the_table_of_turns_ends_with_the_last_pair_that_turns(frequencies, pair
         ([(0, 5, 0), (-1, 5, 0)], "segments[1] must have first_row >= 0 and num_rows >= 1, got (-1, 5, 0)"),
         ([(3, 0, 0)], "segments[0] must have first_row >= 0 and num_rows >= 1, got (3, 0, 0)"),
         ([(0, 5, 2)], "segments[0] must have time_shift 0 without frequencies, got (0, 5, 2)"),
+        ([(0, 5, 0, 8.5)], "segments[0] must have a log weight from -8 to 8, got (0, 5, 0, 8.5)"),
+        ([(0, 5, 0), (0, 5, 0, NAN)], "segments[1] must have a log weight from -8 to 8, got (0, 5, 0, nan)"),
         ([(0, 300, 0)], "segments must fit capacity=2 tiles of 128 rows, got 3"),
     ],
 )
@@ -252,8 +266,8 @@ def attention_arguments():
     tables = (torch.zeros(shape, dtype=torch.int32) for shape in ((3, 2), (384, 2), (4, 4), (1,)))
     return dict(
         q=torch.zeros(5, 2, 64), k_pool=k_pool, v_pool=v_pool, **dict(zip(names, tables, strict=True)),
-        turns=torch.zeros(3, 32, 2), out=torch.zeros(5, 2, 64), lse=torch.zeros(2, 5), mass=torch.zeros(2, 1),
-        scale=0.125, has_shift=True,
+        turns=torch.zeros(3, 32, 2), weights=torch.zeros(3), out=torch.zeros(5, 2, 64),
+        lse=torch.zeros(2, 5), mass=torch.zeros(2, 1), scale=0.125, has_shift=True, has_weight=True,
     )  # fmt: skip
 
 
@@ -323,6 +337,10 @@ def attention_arguments():
                 torch.zeros(3, 24, 2)[:, ::2],
             )
         ],
+        *[
+            ({"weights": weights}, ValueError, "weights must be torch.float32 [3], contiguous, got")
+            for weights in (torch.zeros(1), torch.zeros(3, 1), torch.zeros(3).double(), torch.zeros(6)[::2])
+        ],
     ],
 )
 def test_attention_refuses(monkeypatch, changes, error, wanted):
@@ -347,7 +365,6 @@ def append_arguments():
 
 
 AT = torch.zeros(1, dtype=torch.int64)
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(

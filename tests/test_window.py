@@ -1,5 +1,7 @@
 """The window's tables cover the segments' rows, exactly, in place."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ ROPE = Rope3D(64, max_position=8)
 
 lengths = st.one_of(st.integers(1, 5000), st.sampled_from([1, 127, 128, 129, 256, 4680]))
 segment_lists = st.lists(
-    st.builds(Segment, st.integers(0, 20000), lengths, st.integers(-60, 60)), min_size=1, max_size=30
+    st.builds(Segment, st.integers(0, 20000), lengths, st.integers(-60, 60), st.floats(-8, 8)), min_size=1, max_size=30
 )
 fuzz = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -27,12 +29,16 @@ def copies(window: Window) -> list[torch.Tensor]:
 
 def check_tables(window: Window, segments: list[Segment]) -> None:
     """Every row of every segment once: as many as fill tiles in full tiles, the others as tail rows."""
-    tiles, tail_rows, ranges, num_segments, turns = window.tables
+    tiles, tail_rows, ranges, num_segments, turns, weights = window.tables
     assert num_segments.tolist() == [len(segments)] and window.num_segments == len(segments)
     assert window.num_tokens == sum(segment.num_rows for segment in segments)
     assert window.segments == tuple(segments)
     assert window.last_row == max(segment.first_row + segment.num_rows for segment in segments) - 1
     assert window.has_shift == (window.rope is not None)
+    assert weights.shape == (window.capacity if window.has_weight else 1,)
+    if window.has_weight:
+        want = np.array([segment.log_weight for segment in segments]) / math.log(2)
+        assert np.abs(weights[: len(segments)].numpy() - want).max() <= 5e-7
     (tiles, tile_segments), (tail_rows, tail_segments) = tiles.T.tolist(), tail_rows.T.tolist()
     ranges = ranges.tolist()
     num_full = sum(segment.num_rows // 128 for segment in segments)
@@ -60,7 +66,7 @@ def check_tables(window: Window, segments: list[Segment]) -> None:
 @fuzz
 @given(segment_lists)
 def test_tables_cover_exactly_the_rows(segments):
-    window = Window(segments, device="cpu", rope=ROPE)
+    window = Window(segments, device="cpu", rope=ROPE, weighted=True)
     check_tables(window, segments)
     needed = sum((segment.num_rows + 127) // 128 for segment in segments)
     assert window.capacity == needed  # what the first segments need, by default
@@ -70,7 +76,7 @@ def test_tables_cover_exactly_the_rows(segments):
 @given(segment_lists, segment_lists, st.integers(0, 3))
 def test_update_in_place(first, second, spare):
     needed = max(sum((segment.num_rows + 127) // 128 for segment in segments) for segments in (first, second))
-    window = Window(first, device="cpu", rope=ROPE, capacity=needed + spare)
+    window = Window(first, device="cpu", rope=ROPE, weighted=True, capacity=needed + spare)
     before = addresses(window)
     window.update(second)
     check_tables(window, second)
@@ -82,7 +88,7 @@ def test_update_in_place(first, second, spare):
 @fuzz
 @given(segment_lists, segment_lists)
 def test_a_capacity_error_leaves_the_old_window(first, second):
-    window = Window(first, device="cpu", rope=ROPE)
+    window = Window(first, device="cpu", rope=ROPE, weighted=True)
     needed = sum((segment.num_rows + 127) // 128 for segment in second)
     if needed <= window.capacity:
         return
@@ -101,7 +107,7 @@ def test_turning_the_query_is_turning_the_key_back(shift, seed):
     window = Window([Segment(0, 1, shift)], device="cpu", rope=ROPE)
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, 32)) + 1j * rng.normal(size=(2, 32))
-    turn = window.tables[-1][0].double().numpy()
+    turn = window.tables[4][0].double().numpy()
     turn = np.concatenate([turn[:, 0] + 1j * turn[:, 1], np.ones(20)])
     rates = np.concatenate([10000.0 ** (-np.arange(12) / 12), np.zeros(20)])
     turned_key = k * np.exp(1j * shift * rates)  # the key of a token `shift` frames later
@@ -127,13 +133,24 @@ def test_without_a_rope_there_are_no_turns():
 
 def test_a_rope_without_pairs_for_time_turns_nothing():
     window = Window([(0, 1, 9), (0, 1, -4)], device="cpu", rope=Rope3D(64, pairs=(0, 16, 16)))
-    assert torch.equal(window.tables[-1], torch.tensor([[[1.0, 0.0]]] * 2))
+    assert torch.equal(window.tables[4], torch.tensor([[[1.0, 0.0]]] * 2))
 
 
-def test_integers_of_other_libraries():
-    window = Window([(np.int64(3), torch.tensor(4), np.int32(-2)), np.array([1, 2])], device="cpu", rope=ROPE)
-    assert window.segments == (Segment(3, 4, -2), Segment(1, 2))
-    assert all(type(number) is int for segment in window.segments for number in segment)
+def test_numbers_of_other_libraries():
+    segments = [(np.int64(3), torch.tensor(4), np.int32(-2), np.float32(0.5)), np.array([1, 2]), (0, 1, 0, 2)]
+    window = Window(segments, device="cpu", rope=ROPE, weighted=True)
+    assert window.segments == (Segment(3, 4, -2, 0.5), Segment(1, 2), Segment(0, 1, 0, 2.0))
+    assert all([type(number) for number in segment] == [int, int, int, float] for segment in window.segments)
+
+
+def test_weights_at_their_bounds():
+    window = Window([Segment(0, 1, log_weight=8), (0, 1, 0, -8.0)], device="cpu", weighted=True, capacity=3)
+    assert torch.equal(window.tables[-1], torch.tensor([8 / math.log(2), -8 / math.log(2), 0.0]))
+
+
+def test_a_window_that_is_not_weighted_takes_weights_of_zero():
+    window = Window([(0, 1, 0, 0.0), (0, 1, 0, -0.0), (0, 1, 0, 0)], device="cpu")
+    assert not window.has_weight and window.segments == (Segment(0, 1),) * 3
 
 
 def test_a_generator_of_segments():
@@ -146,6 +163,7 @@ def test_rows_up_to_int32():
     check_tables(window, [Segment(last - 1000, 1000)])
 
 
+FIELDS = "(first_row, num_rows, time_shift=0, log_weight=0.0)"
 BAD = [
     ([], ValueError, "segments must hold at least one segment, got none"),
     ([(0, 0)], ValueError, "segments[0] must have first_row >= 0, num_rows >= 1"),
@@ -156,13 +174,23 @@ BAD = [
     ([(0, 1, 2**31)], ValueError, "segments[0] must have a time_shift of less than 2**31 frames either way, got Seg"),
     ([(10**400, 1)], ValueError, "end below row 2**31, got Segment(first_row=1000"),
     ([(10**5000, 1)], ValueError, "end below row 2**31, got Segment too long to print"),
-    ([(0, True)], TypeError, "segments[0] must be (first_row, num_rows, time_shift=0) of integers, got (0, True)"),
-    ([(0, 1), (0.0, 1)], TypeError, "segments[1] must be (first_row, num_rows, time_shift=0) of integers, got (0.0,"),
+    ([(0, True)], TypeError, f"segments[0] must be {FIELDS} of integers and a number, got (0, True)"),
+    ([(0, 1), (0.0, 1)], TypeError, f"segments[1] must be {FIELDS} of integers and a number, got (0.0,"),
     ([(0, None)], TypeError, "segments[0] must be"),
+    ([(0, 1, 0, 0.5)], ValueError, "segments[0] has log_weight=0.5, which needs weighted=True, got False"),
+    ([(0, 1, 0, 8.1)], ValueError, "segments[0] must have a log_weight from -8 to 8, got Segment(first_row=0, "),
+    ([(0, 1, 0, -9)], ValueError, "segments[0] must have a log_weight from -8 to 8, got Segment(first_row=0, "),
+    ([(0, 1, 0, math.nan)], ValueError, "segments[0] must have a log_weight from -8 to 8"),
+    ([(0, 1, 0, -math.inf)], ValueError, "segments[0] must have a log_weight from -8 to 8"),
+    ([(0, 1, 0, 10**400)], ValueError, "segments[0] must have a log_weight from -8 to 8"),
+    ([(0, 1, 0, True)], TypeError, f"segments[0] must be {FIELDS} of integers and a number, got (0, 1, 0, True)"),
+    ([(0, 1, 0, "1")], TypeError, "segments[0] must be"),
+    ([(0, 1, 0, None)], TypeError, "segments[0] must be"),
+    ([(0, 1, 0, torch.tensor(0.0))], TypeError, "segments[0] must be"),
     ([("0", 1)], TypeError, "segments[0] must be"),
     ([(0, 1, 1.5)], TypeError, "segments[0] must be"),
     ([(0,)], TypeError, "segments[0] must be"),
-    ([(0, 1, 2, 3)], TypeError, "segments[0] must be"),
+    ([(0, 1, 2, 3, 4)], TypeError, "segments[0] must be"),
     ([5], TypeError, "segments[0] must be"),
 ]
 
@@ -196,9 +224,19 @@ def test_capacity_errors():
 @pytest.mark.parametrize(
     ("changes", "error_type", "wanted"),
     [
-        (dict(segments=5), TypeError, "segments must be a list of (first_row, num_rows, time_shift=0), got 5"),
-        (dict(segments=None), TypeError, "segments must be a list of (first_row, num_rows, time_shift=0), got None"),
+        (
+            dict(segments=5),
+            TypeError,
+            f"segments must be a list of {FIELDS}, got 5",
+        ),
+        (
+            dict(segments=None),
+            TypeError,
+            f"segments must be a list of {FIELDS}, got None",
+        ),
         (dict(rope="wan"), TypeError, "rope must be a Rope3D or None, got 'wan'"),
+        (dict(weighted=1), TypeError, "weighted must be True or False, got 1"),
+        (dict(weighted=None), TypeError, "weighted must be True or False, got None"),
         (dict(rope=5), TypeError, "rope must be a Rope3D or None, got 5"),
         (dict(device="foo"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got 'foo': "),
         (dict(device="cuda:99"), ValueError, "device must be 'cpu' or a CUDA device that torch can use here, got"),

@@ -115,7 +115,7 @@ def _slower(op: OpBackends, device: torch.device, name: str, shape: Shape | None
 
 def _shapes(device: torch.device) -> list[dict[str, Any]]:
     """All of `_shape`; on a GPU each kernel is compiled and checked, if this process has not yet."""
-    wanted = [(model, extra) for model in SHAPES for extra in ("", "rebase", "mass")]
+    wanted = [(model, extra) for model in SHAPES for extra in ("", "rebase", "mass", "weights")]
     progress, found = Progress("segment_attention, shapes", len(wanted)), []
     for model, extra in wanted:
         found.append(_shape(device, model, extra))
@@ -126,10 +126,10 @@ def _shapes(device: torch.device) -> list[dict[str, Any]]:
 def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
     """Which backend attends over a model's window in bf16, why none that could before it, and how it is launched."""
     heads, q_len, keys = SHAPES[model]
-    has_shift, has_mass = extra == "rebase", extra == "mass"
+    has_shift, has_mass, has_weight = (extra == name for name in ("rebase", "mass", "weights"))
     turned_pairs = Rope3D(128).pairs[0] if has_shift else 0
-    kind = (torch.bfloat16, 128, turned_pairs, False, has_mass, True, True)
-    shape = Shape(heads, q_len, keys, 128, turned_pairs, has_mass)
+    kind = (torch.bfloat16, 128, turned_pairs, False, has_mass, has_weight, True, True)
+    shape = Shape(heads, q_len, keys, 128, turned_pairs, has_mass, has_weight)
     op = SEGMENT_ATTENTION
     backend = op.name("auto", device, kind, shape)
     reasons = {

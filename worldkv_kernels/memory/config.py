@@ -22,6 +22,7 @@ from ..checks import (
 )
 from ..ops.compress_chunk import RULES, kept_tokens
 from ..rope import Rope3D
+from ..window import MAX_LOG_WEIGHT
 from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, make_policy
 
 Mode = Literal["worldkv", "full", "sliding", "sink_recent"]
@@ -47,7 +48,8 @@ class MemoryConfig:
 
     The window: `sink_frames` latent frames from the start (by default one chunk), then up to `retrieved_chunks` from
     the bank (6, or as many as a given `bank_chunks` or `device_slots` has room for), then `recent_frames` past ones
-    (two chunks), then the current chunk.
+    (two chunks), then the current chunk. `retrieved_log_weight`, from -8 to 8, is added to the scaled scores of the
+    retrieved ones: log 2 lets each of their tokens count twice.
 
     Sink and recent frames may end and begin inside a chunk, as the windows do that some models were made with; chunks
     are kept whole all the same, each past one in exactly one of sink, recent and bank. Of the chunk in which the sink
@@ -107,6 +109,7 @@ class MemoryConfig:
     device_slots: int | None = None
     prefetch: bool = True
     rope: Rope3D | Literal["wan"] | None = "wan"
+    retrieved_log_weight: float = 0.0
     scale: float | None = None
     eps: float = 1e-6
     round_before_rope: bool = True
@@ -132,7 +135,7 @@ class MemoryConfig:
         for field, value in follows.items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
-        numbers = ("keep_ratio", "eps", *(["scale"] if self.scale is not None else []))
+        numbers = ("keep_ratio", "eps", "retrieved_log_weight", *(["scale"] if self.scale is not None else []))
         for field in numbers:
             check_number("MemoryConfig", field, getattr(self, field))
         for field in _BOOLS:
@@ -151,6 +154,8 @@ class MemoryConfig:
         check(0 <= self.eps < math.inf, "eps", "finite and not negative")
         if self.scale is not None:
             check_scale("MemoryConfig", "scale", self.scale)
+        weight = -MAX_LOG_WEIGHT <= self.retrieved_log_weight <= MAX_LOG_WEIGHT
+        check(weight, "retrieved_log_weight", f"from {-MAX_LOG_WEIGHT:g} to {MAX_LOG_WEIGHT:g}")
         check(self.mode in MODES, "mode", f"one of {', '.join(MODES)}")
         check(self.prune_rule in RULES, "prune_rule", f"one of {', '.join(RULES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
@@ -278,6 +283,11 @@ class MemoryConfig:
     def turns_segments(self) -> bool:
         """Whether any of the window may be turned in time."""
         return self.rebase_time and self.mode in ("worldkv", "sink_recent")
+
+    @property
+    def weighs_segments(self) -> bool:
+        """Whether any of the window has a softmax weight of its own."""
+        return self.has_bank and self.retrieved_log_weight != 0
 
     @property
     def has_bank(self) -> bool:

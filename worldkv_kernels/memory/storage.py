@@ -76,8 +76,11 @@ class Storage:
         rows = dict(zip(retrieved, self.bank.request(retrieved), strict=True)) if self.bank is not None else {}
         found = []
         for role, chunk, first_token, num_tokens, time_shift in pieces:
-            slot = rows[chunk] if role == "retrieved" else self.first_row(chunk)
-            found.append((role, chunk, Segment(slot + first_token, num_tokens, time_shift)))
+            if role == "retrieved":
+                slot, log_weight = rows[chunk], self._config.retrieved_log_weight
+            else:
+                slot, log_weight = self.first_row(chunk), 0.0
+            found.append((role, chunk, Segment(slot + first_token, num_tokens, time_shift, log_weight)))
         return tuple(found)
 
     def prune(self, chunk: int, description: Any) -> None:

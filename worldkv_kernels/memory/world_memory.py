@@ -83,6 +83,7 @@ class WorldMemory:
             [Segment(0, 1)],
             device=self.device,
             rope=self._rope if config.turns_segments else None,
+            weighted=config.weighs_segments,
             capacity=capacity(config, self._storage.max_chunks),
         )
         self._position = torch.zeros(2, dtype=torch.int64, device=self.device)

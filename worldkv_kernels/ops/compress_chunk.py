@@ -76,7 +76,7 @@ def compress_chunk(
     anchor: int = 0,
     rule: Literal["nearest", "similarity"] = "nearest",
     merge: bool = True,
-    merge_above: float = 0.9,
+    merge_above: float = 0.95,
     scale: float | None = None,
     out_k: torch.Tensor | None = None,
     out_v: torch.Tensor | None = None,
@@ -104,14 +104,14 @@ def compress_chunk(
 
     With `merge`, a dropped token joins the token u of "nearest", under either rule, or where that was dropped what it
     joined; a token without such a u joins none. A row that n tokens have come to stand for, itself one of them, becomes
-    v = mean of v_i and, of each head, k = (1 + min(1, log(n) / (scale r^2))) m r / |m|, where m is the mean of the
+    v = mean of v_i and, of each head, k = (1 + min(1, log(n) / (.8 scale r^2))) m r / |m|, where m is the mean of the
     k_i and r^2 that of the |k_i|^2. The means are over the row's own token and those that joined it with a cosine of
     `merge_above` or more to it: others are counted but not averaged in, which would blur it. Why that length: a softmax
-    gives n equal keys n times the weight of one, log(n) more in the score. A query q like the key meets the score
-    scale q . k = scale r^2, which a key longer by log(n) / (scale r^2) raises by log(n). And the mean of unlike keys is
-    shorter than they are, so it gets their length first. The second term is at most 1, so that a key near zero does no
-    harm. After ToMe's proportional attention, arXiv 2210.09461, without a bias that attention would have to read.
-    docs/small_world.md has the measurements that chose rule, merging and limit.
+    gives n equal keys n times the weight of one, log(n) more in the score. A query at its match has the score
+    scale q . k = .8 scale r^2 (measured, .7 to .8), which a key longer by that part of it, log(n) / (.8 scale r^2),
+    raises by log(n). And the mean of unlike keys is shorter than they are, so it gets their length first. The part is
+    at most 1, so that a key near zero does no harm. After ToMe's proportional attention, arXiv 2210.09461, without a
+    bias that attention would have to read. docs/small_world.md has what was measured of rule, merging and limit.
 
     Args:
         k, v: [frames * frame_tokens, heads, head_dim] or [layers, frames * frame_tokens, heads, head_dim], bf16, fp16

@@ -80,9 +80,11 @@ def append_unsupported(kind: tuple) -> str | None:
 
 def attention_unsupported(kind: tuple) -> str | None:
     """Why csrc/attention does not take a kind of segment_attention, (dtype, ..., aligned); None when it does."""
-    dtype, *_, aligned = kind
+    dtype, *_, has_weight, _, aligned = kind
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
+    if has_weight:
+        return "it takes windows without weights"
     return None if aligned else "it takes q and pools that start on multiples of 16 bytes, head by head, and out on 4"
 
 
@@ -219,12 +221,14 @@ def segment_attention(
     ranges: torch.Tensor,
     num_segments: torch.Tensor,
     turns: torch.Tensor,
+    weights: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     mass: torch.Tensor | None,
     *,
     scale: float,
     has_shift: bool,
+    has_weight: bool,
     tile_rows: int | None = None,
     processors: int | None = None,
 ) -> None:

@@ -48,6 +48,7 @@ class Shape(NamedTuple):
     head_dim: int
     turned_pairs: int
     has_mass: bool
+    has_weight: bool
 
 
 @overload
@@ -94,9 +95,9 @@ def segment_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Attend every query to every token of a window over a KV pool, without gathering it.
 
-    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h]) v[j, h] over the window's tokens j, where
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h] + w_j) v[j, h] over the window's tokens j, where
     R(d_j) turns a key by its segment's time shift (the query is turned instead, back from the original q
-    for each segment, and rounded once to its dtype).
+    for each segment, and rounded once to its dtype), and w_j is its segment's log_weight.
 
     Args:
         q: [q_len, heads, head_dim], bf16, fp16 or fp32, 1 to 128 heads, head_dim 64 or 128, dense in head_dim.
@@ -105,7 +106,7 @@ def segment_attention(
             infinite number in them may give NaN, also where its weight would be 0.
         window: the segments, on q's device. Order changes rounding only; rows named twice count twice.
         scale: from 1e-25 to 1e25; 1 / sqrt(head_dim) by default.
-        return_lse: also return the log-sum-exp of the scaled scores, natural log, fp32 [heads, q_len].
+        return_lse: also return the log-sum-exp of the scaled scores and log weights, natural log, fp32 [heads, q_len].
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
@@ -155,7 +156,8 @@ def segment_attention(
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
     NAMESPACE.segment_attention(
-        q, k_pool, v_pool, *window.tables, out, lse, mass, scale, window.has_shift, backend or "auto",
+        q, k_pool, v_pool, *window.tables, out, lse, mass, scale, window.has_shift, window.has_weight,
+        backend or "auto",
     )  # fmt: skip
     if lse is None and mass is None:
         return out
@@ -165,29 +167,31 @@ def segment_attention(
 def _run(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
     tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor,
-    turns: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
-    scale: float, has_shift: bool, backend: str,
+    turns: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor | None, mass: torch.Tensor | None,
+    scale: float, has_shift: bool, has_weight: bool, backend: str,
 ) -> None:  # fmt: skip
-    _check(q, k_pool, v_pool, tiles, tail_rows, ranges, num_segments, turns, out, lse, mass, scale, has_shift)
+    tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
+    _check(q, k_pool, v_pool, *tables, out, lse, mass, scale, has_shift, has_weight)
     q_len, heads, head_dim = q.shape
-    tables = (tiles, tail_rows, ranges, num_segments, turns)
     layout = (
         _rows_in_order(k_pool, v_pool),
         cuda.attention_aligned(q, k_pool, v_pool, out, tiles, tail_rows, ranges, turns),
     )
     turned_pairs = turns.shape[1] if has_shift else 0
-    kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, *layout)
-    shape = Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None)
+    kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, has_weight, *layout)
+    shape = Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None, has_weight)
     run = BACKENDS.choose(backend, q.device, kind, shape)
     with on_current_device(q.device):
-        run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift)
+        run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift, has_weight=has_weight)
 
 
 def _check(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
     tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor,
-    turns: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None, mass: torch.Tensor | None,
-    scale: float, has_shift: bool,
+    turns: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor | None, mass: torch.Tensor | None,
+    scale: float, has_shift: bool, has_weight: bool,
 ) -> None:  # fmt: skip
     """What every call needs, also one of torch.ops.worldkv. What is in the tables is for the reference to say."""
     check_tensor(_OP, "q", q, ("q_len", "heads", "head_dim"))
@@ -210,6 +214,8 @@ def _check(
         check_tensor(_OP, "turns", turns, (capacity, "pairs", 2), like=q, dtypes=(torch.float32,), inner=3)
         if not 1 <= turns.shape[1] <= head_dim // 2:
             raise bad_value(_OP, "turns", f"[{capacity}, 1 to {head_dim // 2} pairs, 2]", turns)
+    if has_weight:
+        check_tensor(_OP, "weights", weights, (capacity,), like=q, dtypes=(torch.float32,))
     outputs = {"out": out}
     check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
     if lse is not None:
@@ -247,7 +253,7 @@ def _load_triton() -> Callable[..., None]:
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
     """200 queries, 2 heads, three segments, with more tiles than a kernel holds at a time, and tails; unused rows are
     NaN. In two windows, of which the larger capacity lets a kernel cut the keys into parts."""
-    dtype, head_dim, turned_pairs, with_lse, with_mass, rows_in_order, aligned = kind
+    dtype, head_dim, turned_pairs, with_lse, with_mass, has_weight, rows_in_order, aligned = kind
     has_shift = turned_pairs > 0
     generator = torch.Generator().manual_seed(0)
     fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
@@ -257,12 +263,15 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
     if not aligned:
         q = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
     segments = [Segment(576, 1000, 7 * has_shift), Segment(0, 1, -3 * has_shift), Segment(100, 400)]
+    if has_weight:
+        segments = [s._replace(log_weight=w) for s, w in zip(segments, (0.7, 5.0, -1.5), strict=True)]
     used = torch.zeros(1600, dtype=torch.bool, device=device)
     for segment in segments:
         used[segment.first_row : segment.first_row + segment.num_rows] = True
     k[~used], v[~used] = float("nan"), float("nan")
     rope = Rope3D(head_dim, pairs=(turned_pairs, head_dim // 2 - turned_pairs, 0)) if has_shift else None
-    windows = [Window(segments, device=device, rope=rope, capacity=capacity) for capacity in (13, 64)]
+    made = dict(device=device, rope=rope, weighted=has_weight)
+    windows = [Window(segments, capacity=capacity, **made) for capacity in (13, 64)]
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
         results = {}
@@ -270,7 +279,8 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
             out = torch.full_like(q, float("nan"))
             lse = torch.full((2, 200), float("nan"), dtype=torch.float32, device=device) if with_lse else None
             mass = torch.full((2, 3), float("nan"), dtype=torch.float32, device=device) if with_mass else None
-            run(q, k, v, *window.tables, out, lse, mass, scale=head_dim**-0.5, has_shift=has_shift)
+            flags = dict(has_shift=has_shift, has_weight=has_weight)
+            run(q, k, v, *window.tables, out, lse, mass, scale=head_dim**-0.5, **flags)
             made = {f"out{name}": out, f"lse{name}": lse, f"mass{name}": mass}
             results.update((output, x) for output, x in made.items() if x is not None)
         return results
@@ -291,17 +301,18 @@ BACKENDS = OpBackends(
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
     kinds=tuple(
-        (dtype, head_dim, turned_pairs, with_extras, with_extras, True, True)
+        (dtype, head_dim, turned_pairs, with_extras, with_extras, has_weight, True, True)
+        for has_weight in (False, True)
         for dtype in (torch.bfloat16, torch.float16)
         for head_dim, turned_pairs in _TURNED_PAIRS
         for with_extras in (False, True)
     ),
-    typical_shape=Shape(40, 4680, 32_768, 128, 0, False),
+    typical_shape=Shape(40, 4680, 32_768, 128, 0, False, False),
 )
 
 register(
     "segment_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor tiles, Tensor tail_rows, Tensor ranges, "
-    "Tensor num_segments, Tensor turns, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? mass, float scale, "
-    "bool has_shift, str backend) -> ()",
+    "Tensor num_segments, Tensor turns, Tensor weights, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? mass, "
+    "float scale, bool has_shift, bool has_weight, str backend) -> ()",
     _run,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,14 +23,16 @@ def segment_attention(
     ranges: torch.Tensor,
     num_segments: torch.Tensor,
     turns: torch.Tensor,
+    weights: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     mass: torch.Tensor | None,
     *,
     scale: float,
     has_shift: bool,
+    has_weight: bool,
 ) -> None:
-    """softmax(scale * R(-shift) q . k) v over the window's rows, segment by segment, in fp32 at least."""
+    """softmax(scale * R(-shift) q . k + log_weight) v over the window's rows, segment by segment, in fp32 at least."""
     q_len, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
@@ -40,6 +43,10 @@ def segment_attention(
         wanted = f"rows of the pool, from 0 to {len(k_pool) - 1}"
         raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {lowest} to {highest}")
     rows = rows.to(q.device)
+    of_rows = None  # the natural logarithm of each row's weight
+    if has_weight:
+        of_segments = weights[: len(lengths)].to(wide) * math.log(2)
+        of_rows = of_segments.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=q.device))
     step = max(1, _MAX_SCORES // max(1, len(rows)))
     for head in range(heads):
         k = k_pool[rows, head].to(wide)
@@ -61,11 +68,16 @@ def segment_attention(
                 row_max = scores.amax(dim=1, keepdim=True)
             # The scale after the difference, which is exact where it matters: large scores lose no digit.
             differences = scores.sub_(row_max).to(wide).mul_(scale)
+            if of_rows is not None:
+                differences += of_rows
+                highest_difference = differences.amax(dim=1, keepdim=True)
+                differences -= highest_difference
             p = torch.threshold_(differences.clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
             row_sum = p.sum(dim=1, keepdim=True)
             out[first : first + step, head] = ((p @ v) / row_sum).to(out.dtype)
             if lse is not None:
-                lse[head, first : first + step] = (row_max * scale + row_sum.log()).squeeze(1)
+                log_sum = row_sum.log() if of_rows is None else row_sum.log() + highest_difference
+                lse[head, first : first + step] = (row_max * scale + log_sum).squeeze(1)
             if mass is not None:
                 of_segments = torch.stack([part.sum(dim=1) for part in p.split(lengths, dim=1)], dim=1)
                 shares.append((of_segments / row_sum).sum(dim=0))
