@@ -1,7 +1,7 @@
-"""compress_chunk against the published recipe in eager PyTorch: fp32 copies, topk, sort, gather.
+"""compress_chunk against eager PyTorch: as published, with fp32 copies, topk, sort and gather, and by rule "nearest".
 
-One layer, and all layers of a model in one call, beside a call for each. A selection is judged in float64, and the
-copies must be exact.
+One layer, and all layers of a model in one call, beside a call for each. A selection is judged in float64. Copies must
+be exact, and merged rows within rounding of the reference's for the same selection.
 
     python benchmarks/bench_compress_chunk.py [--small] [--jsonl FILE] [--device DEVICE]
 """
@@ -16,16 +16,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Problem, Variant, bench_main, dtype_name, ours, parse_device, run_cases, worst
+from common import ERROR_LIMITS, Problem, Variant, bench_main, dtype_name, ours, parse_device, run_cases, worst
+from compress_nearest import MERGE_ABOVE, eager_nearest, merge_error, nearest_bytes, products_flops, video_keys
 from shapes import DTYPE, HEAD_DIM, HEADS, one_of, ratio, read_shape, up_to, whole
 from timing import Run, l2_bytes, sets_for
 
 from worldkv_kernels import compress_chunk
+from worldkv_kernels.ops.compress_chunk import BACKENDS
+from worldkv_kernels.reference.compress_chunk import nearest_keys
 
-# Cosines that lie closer than this to the cut may fall on either side of it in fp32.
-COSINE_MARGIN = 1e-6
+# Cosines that lie closer than this to the cut may fall on either side of it: in fp32, and in sums of tensor cores,
+# which cut digits off.
+COSINE_MARGIN = {"similarity": 1e-6, "nearest": 1e-4}
 
-Kept = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]  # k, v and index, by layer
+# k, v, index and count, by layer; a count of what is not merged means nothing.
+Kept = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,18 @@ class CompressCase:
     keep_ratio: float = 0.25
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    rule: str = "similarity"
+    merge: bool = False
+
+    @property
+    def published(self) -> bool:
+        """Whether this is the published recipe."""
+        return self.rule == "similarity" and not self.merge
+
+    @property
+    def keep(self) -> int:
+        """Tokens kept of each frame that is not the anchor."""
+        return kept_each(self.frame_tokens, self.keep_ratio)
 
     @property
     def tokens(self) -> int:
@@ -50,13 +67,15 @@ class CompressCase:
         layers = f"{self.layers} layers of " if self.layers > 1 else ""
         size = f"{layers}{self.tokens} tokens x {self.heads} x {self.head_dim}"
         dtype = f", {dtype_name(self.dtype)}" * (self.dtype != torch.bfloat16)
-        return f"{size}, keep_ratio {self.keep_ratio:g}, {how}{dtype}"
+        rule = f", {self.rule}" * (self.rule != "similarity") + ", merged" * self.merge
+        return f"{size}, keep_ratio {self.keep_ratio:g}, {how}{dtype}{rule}"
 
     @property
     def needed_bytes(self) -> int:
         """What it takes on the device, about: two sets of the chunk and what is kept of it, and a layer in float64."""
         row = self.heads * self.head_dim
-        return self.tokens * row * (2 * 2 * 2 * self.layers * self.dtype.itemsize + 3 * 8)
+        products = 0 if self.published else 3 * 8 * self.tokens**2
+        return self.tokens * row * (2 * 2 * 2 * self.layers * self.dtype.itemsize + 3 * 8) + products
 
 
 CASES = [
@@ -68,12 +87,19 @@ CASES = [
     CompressCase(3, 880, heads=12, pooled=True, layers=30),
     CompressCase(3, 1560, heads=40, pooled=True, dtype=torch.float16),
     CompressCase(3, 1560, heads=80, pooled=True, head_dim=64),  # as wide
+    CompressCase(3, 1560, heads=40, pooled=True, rule="nearest", merge=True),
+    CompressCase(3, 880, heads=12, pooled=True, rule="nearest", merge=True),
+    CompressCase(3, 1560, heads=40, pooled=True, rule="nearest"),
+    CompressCase(3, 1560, heads=40, pooled=True, layers=40, rule="nearest", merge=True),
+    CompressCase(3, 880, heads=12, pooled=True, layers=30, rule="nearest", merge=True),
 ]
 SMALL_CASES = [
     CompressCase(3, 40, heads=2, pooled=True),
     CompressCase(3, 17, heads=3, pooled=False),
     CompressCase(3, 17, heads=2, pooled=True, layers=3),
     CompressCase(3, 16, heads=2, pooled=True, head_dim=64, dtype=torch.float16),
+    CompressCase(3, 16, heads=2, pooled=True, rule="nearest", merge=True),
+    CompressCase(4, 15, heads=2, pooled=False, layers=2, rule="nearest"),
 ]
 
 
@@ -88,12 +114,15 @@ def several_frames(text: str) -> int:
 KEYS = {
     "frames": several_frames, "frame_tokens": whole, "heads": HEADS, "head_dim": HEAD_DIM, "keep_ratio": ratio,
     "pooled": one_of({"true": True, "false": False}), "layers": up_to(65535), "dtype": DTYPE,
+    "rule": one_of({"nearest": "nearest", "similarity": "similarity"}),
+    "merge": one_of({"true": True, "false": False}),
 }  # fmt: skip
 
 
 def case_of(shape: str) -> CompressCase:
     """The case of a --shape. Raises ValueError that names the key at fault."""
     defaults = {"frames": 3, "head_dim": 128, "keep_ratio": 0.25, "pooled": True, "layers": 1, "dtype": torch.bfloat16}
+    defaults |= {"rule": "similarity", "merge": False}
     return CompressCase(**read_shape(shape, KEYS, defaults))
 
 
@@ -136,96 +165,148 @@ def published_compress(
     return wide.flatten(0, 1)[index].to(k.dtype), v_wide[index].to(v.dtype), index
 
 
-def selection_error(
-    case: CompressCase, k: torch.Tensor, v: torch.Tensor, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-) -> float:
-    """Share of a layer's kept tokens that should not have been kept, judged in float64.
+def cosines_to_anchor(case: CompressCase, k: torch.Tensor) -> torch.Tensor:
+    """Of every token of the other frames to the mean key of the first, in float64."""
+    wide = k.double().flatten(1)
+    center = wide[: case.frame_tokens].mean(dim=0)
+    return wide[case.frame_tokens :] @ center / (wide[case.frame_tokens :].norm(dim=1) * center.norm() + 1e-8)
+
+
+def selection_error(case: CompressCase, cosine: torch.Tensor, index: torch.Tensor) -> float:
+    """Share of a layer's kept tokens that should not have been kept, judged by cosines of the other frames' tokens.
 
     Tokens within COSINE_MARGIN of the cut may be kept or not. inf where the index has a wrong length, a wrong anchor,
-    an order that is not ascending, or a row of k or v is not an exact copy.
+    or an order that is not ascending.
     """
-    out_k, out_v, index = result[0], result[1], result[2].long()
     frame_tokens = case.frame_tokens
-    keep = kept_each(frame_tokens, case.keep_ratio)
     anchor, chosen = index[:frame_tokens], index[frame_tokens:]
+    whole = torch.equal(anchor, torch.arange(frame_tokens, dtype=torch.int64, device=index.device))
     in_range = bool(((chosen >= frame_tokens) & (chosen < case.tokens)).all())
     ascending = bool((chosen.diff() > 0).all())
-    if not (
-        in_range and ascending and torch.equal(anchor, torch.arange(frame_tokens, dtype=torch.int64, device=k.device))
-    ):
+    if not (whole and in_range and ascending):
         return math.inf
-    if not (torch.equal(out_k, k[index]) and torch.equal(out_v, v[index])):
-        return math.inf
-    wide = k.double().flatten(1)
-    center = wide[:frame_tokens].mean(dim=0)
-    cosine = wide[frame_tokens:] @ center / (wide[frame_tokens:].norm(dim=1) * center.norm() + 1e-8)
     kept = torch.zeros_like(cosine, dtype=torch.bool)
     kept[chosen - frame_tokens] = True
     groups = 1 if case.pooled else case.frames - 1
     cosine, kept = cosine.view(groups, -1), kept.view(groups, -1)
-    in_group = keep * (case.frames - 1) // groups
+    in_group = case.keep * (case.frames - 1) // groups
     if not bool((kept.sum(dim=1) == in_group).all()):
         return math.inf
     cut = cosine.sort(dim=1).values[:, in_group - 1 : in_group]
-    wrong = (kept & (cosine > cut + COSINE_MARGIN)) | (~kept & (cosine < cut - COSINE_MARGIN))
+    margin = COSINE_MARGIN[case.rule]
+    wrong = (kept & (cosine > cut + margin)) | (~kept & (cosine < cut - margin))
     return wrong.sum().item() / index.numel()
+
+
+def compression_error(case: CompressCase, k: torch.Tensor, v: torch.Tensor, result: Sequence[torch.Tensor]) -> float:
+    """Of one layer: `selection_error`, inf where a row is not an exact copy; with merging that of the merged rows, inf
+    where the selection has any error."""
+    out_k, out_v, index, count = result[0], result[1], result[2].long(), result[3]
+    nearest = None if case.published else nearest_keys(k, case.frames, anchor=0)
+    cosine = nearest.similarity.flatten() if case.rule == "nearest" else cosines_to_anchor(case, k)
+    error = selection_error(case, cosine, index)
+    if not case.merge:
+        exact = error < math.inf and torch.equal(out_k, k[index]) and torch.equal(out_v, v[index])
+        return error if exact else math.inf
+    return merge_error(k, v, nearest, out_k, out_v, index, count) if error == 0 else math.inf
+
+
+def our_backends(case: CompressCase, device: torch.device) -> list[str]:
+    kind = (case.dtype, case.head_dim, case.pooled, case.keep == case.frame_tokens, case.rule, case.merge, True)
+    return [name for name in ours("compress_chunk", device) if BACKENDS.backends[name].unsupported(kind) is None]
 
 
 def variants_of(case: CompressCase, device: torch.device) -> dict[str, bool]:
     """The names of a case's variants, and whether each is a rival, without making any."""
     mine = [
         name
-        for backend in ours("compress_chunk", device)
+        for backend in our_backends(case, device)
         for name in ([backend, f"{backend} in {case.layers} calls"] if case.layers > 1 else [backend])
     ]
-    return {**dict.fromkeys(mine, False), "published eager": True}
+    return {**dict.fromkeys(mine, False), rival_of(case): True}
+
+
+def rival_of(case: CompressCase) -> str:
+    return "published eager" if case.published else "eager"
+
+
+def inputs_of(case: CompressCase, generator: torch.Generator) -> torch.Tensor:
+    """Random K and V of all layers, [2, layers, tokens, heads, head_dim]; K like those of a video where that counts."""
+    shape = (case.layers, case.tokens, case.heads, case.head_dim)
+    values = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device).to(case.dtype)
+    if case.published:
+        keys = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
+    else:
+        keys = video_keys(*shape[:1], case.frames, case.frame_tokens, *shape[2:], generator)
+    return torch.stack([keys.to(case.dtype), values])
+
+
+def counted(case: CompressCase) -> tuple[int, int]:
+    """Bytes and operations of a call."""
+    if case.published:
+        sizes = (case.frames, case.frame_tokens, case.keep_ratio, case.heads, case.head_dim, case.dtype.itemsize)
+        return compress_bytes(*sizes, layers=case.layers), 0
+    columns = case.heads * case.head_dim
+    sizes = (case.frames, case.frame_tokens, case.keep, columns, case.dtype.itemsize, case.layers)
+    return nearest_bytes(*sizes, case.merge), case.layers * products_flops(case.frames, case.frame_tokens, columns)
 
 
 def prepare(case: CompressCase, device: torch.device) -> Problem:
-    """Random K and V of all layers in every input set, with room for the result."""
-    counted = (case.frames, case.frame_tokens, case.keep_ratio, case.heads, case.head_dim, case.dtype.itemsize)
-    num_bytes = compress_bytes(*counted, layers=case.layers)
+    """K and V of all layers in every input set, with room for the result."""
+    num_bytes, flops = counted(case)
     sets = sets_for(num_bytes, l2_bytes(device))
     generator = torch.Generator(device=device).manual_seed(0)
-    kept = case.frame_tokens + (case.frames - 1) * kept_each(case.frame_tokens, case.keep_ratio)
-    chunks, outs, indexes = [], [], []
+    kept = case.frame_tokens + (case.frames - 1) * case.keep
+    chunks, outs, numbers = [], [], []
     for _ in range(sets):
-        shape = (2, case.layers, case.tokens, case.heads, case.head_dim)
-        chunks.append(torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype))
-        outs.append(torch.empty((2, case.layers, kept, *shape[3:]), dtype=case.dtype, device=device))
-        indexes.append(torch.empty((case.layers, kept), dtype=torch.int32, device=device))
+        chunks.append(inputs_of(case, generator))
+        shape = (2, case.layers, kept, case.heads, case.head_dim)
+        outs.append(torch.empty(shape, dtype=case.dtype, device=device))
+        numbers.append(torch.empty(shape[:3], dtype=torch.int32, device=device))  # index and count
 
     def check(run: Run) -> float:
         outs[0].fill_(float("nan"))
-        indexes[0].fill_(-1)
+        numbers[0].fill_(-1)
         layers = zip(*chunks[0], zip(*run(0), strict=True), strict=True)
-        return worst(selection_error(case, k, v, kept) for k, v, kept in layers)
+        return worst(compression_error(case, k, v, kept) for k, v, kept in layers)
 
     def our_run(backend: str, layers_a_call: int) -> Run:
         def run(i: int) -> Kept:
             for first in range(0, case.layers, layers_a_call):
                 layers = slice(first, first + layers_a_call)
+                index, count = numbers[i][:, layers]
                 compress_chunk(
                     *chunks[i][:, layers], frames=case.frames, keep_ratio=case.keep_ratio, pooled=case.pooled,
-                    out_k=outs[i][0, layers], out_v=outs[i][1, layers], out_index=indexes[i][layers], backend=backend,
+                    rule=case.rule, merge=case.merge, merge_above=MERGE_ABOVE,
+                    out_k=outs[i][0, layers], out_v=outs[i][1, layers], out_index=index,
+                    out_count=count if case.merge else None, backend=backend,
                 )  # fmt: skip
-            return *outs[i], indexes[i]
+            return *outs[i], *numbers[i]
 
         return run
 
-    def published(i: int) -> Kept:
-        layers = zip(*chunks[i], strict=True)
-        kept = [published_compress(k, v, case.frames, case.keep_ratio, case.pooled) for k, v in layers]
-        return tuple(zip(*kept, strict=True))
+    def rival(i: int) -> Kept:
+        def layer(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if case.rule == "nearest":
+                return eager_nearest(k, v, case.frames, case.keep, case.pooled, case.merge)
+            if case.merge:
+                raise NotImplementedError("nobody merges by the published rule")
+            k, v, index = published_compress(k, v, case.frames, case.keep_ratio, case.pooled)
+            return k, v, index, index
+
+        return tuple(zip(*(layer(k, v) for k, v in zip(*chunks[i], strict=True)), strict=True))
 
     variants = []
-    for name in ours("compress_chunk", device):
+    limit = ERROR_LIMITS[case.dtype] if case.merge else 0.0
+    for name in our_backends(case, device):
         at_once = partial(our_run, name, case.layers)
-        variants.append(Variant(name, at_once, check, 0.0, num_bytes))
+        variants.append(Variant(name, at_once, check, limit, num_bytes, flops))
         if case.layers > 1:
             by_layer = partial(our_run, name, 1)
-            variants.append(Variant(f"{name} in {case.layers} calls", by_layer, check, 0.0, num_bytes, base=name))
-    variants.append(Variant("published eager", lambda: published, check, 0.0, num_bytes, rival=True))
+            variants.append(
+                Variant(f"{name} in {case.layers} calls", by_layer, check, limit, num_bytes, flops, base=name)
+            )
+    variants.append(Variant(rival_of(case), lambda: rival, check, limit, num_bytes, flops, rival=True))
     shape = {"heads": case.heads, "tokens": case.tokens, "layers": case.layers}
     shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
     return Problem(str(case), variants, sets=sets, shape=shape)

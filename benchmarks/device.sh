@@ -6,7 +6,7 @@
 #   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--tune] [--fuzz] [--models] [--dry]
 #
 # --check              tests that use the GPU, memory checker                      (at most 5 minutes)
-# --ops                benches of norm_rope_append, compress_chunk and prefetch    (3)
+# --ops                benches of norm_rope_append, compress_chunk and prefetch    (4)
 # --segment_attention  tests of it in CUDA, its bench                              (5)
 # --tune               which launch configuration of segment_attention is the fastest                         (5)
 # --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA, racecheck and
@@ -190,7 +190,7 @@ processes=$(nproc)
 run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
-        "$root"/tests/test_{cuda_schedules,graphs,norm_rope_append,segment_attention,segment_attention_triton}.py
+        "$root"/tests/test_{compress_nearest_triton,cuda_schedules,graphs,norm_rope_append,segment_attention,segment_attention_triton}.py
     stage "tests of models" 60 "${pytest[@]}" "$root"/tests/test_{models_small_world,models_matrix_game_2,small_world_memory}.py \
         -m "slow or not slow" -k "half_precision or dtype or remembers or draws"
 }
@@ -225,7 +225,7 @@ do_check() {
 
 do_ops() {
     bench 70 norm_rope_append
-    bench 40 compress_chunk
+    bench 90 compress_chunk
     bench 60 prefetch
 }
 

@@ -84,17 +84,30 @@ def append_case(heads: int, dtype: torch.dtype, *, weights: bool, on_device: boo
     return case
 
 
-def compress_case(heads: int, dtype: torch.dtype, *, pooled: bool, anchor: int, keep_ratio: float) -> Case:
-    """Three frames of 37 tokens."""
+def compress_case(
+    heads: int, dtype: torch.dtype, *, pooled: bool, anchor: int, keep_ratio: float, rule: str = "similarity",
+    merge_above: float | None = None,
+) -> Case:  # fmt: skip
+    """Three frames of 37 tokens, of which for the nearest the same keys, with noise, are in each; merged where there is
+    a limit."""
 
     def case(device: torch.device, backend: str) -> Outputs:
-        k, v = (random(111, heads, 64, dtype=dtype).to(device) for _ in range(2))
-        return compress_chunk(k, v, frames=3, keep_ratio=keep_ratio, pooled=pooled, anchor=anchor, backend=backend)
+        k, v = (random(111, heads, 64, dtype=dtype) for _ in range(2))
+        merge = merge_above is not None
+        if rule == "nearest" or merge:
+            k = (random(37, heads, 64).float().repeat(3, 1, 1) + 0.4 * k.float()).to(dtype)
+        result = compress_chunk(
+            k.to(device), v.to(device), frames=3, keep_ratio=keep_ratio, pooled=pooled, anchor=anchor, rule=rule,
+            merge=merge, merge_above=merge_above or 0.0, backend=backend,
+        )  # fmt: skip
+        return result if merge else result[:3]
 
     return case
 
 
-def compress_layers_case(heads: int, dtype: torch.dtype, *, pooled: bool, keep_ratio: float) -> Case:
+def compress_layers_case(
+    heads: int, dtype: torch.dtype, *, pooled: bool, keep_ratio: float, rule: str = "similarity", merge: bool = False
+) -> Case:
     """The last 111 of 120 rows of each of three layers, into the last rows of others; NaN before them."""
 
     def case(device: torch.device, backend: str) -> Outputs:
@@ -104,10 +117,10 @@ def compress_layers_case(heads: int, dtype: torch.dtype, *, pooled: bool, keep_r
         kept = 37 + 2 * min(37, math.ceil(keep_ratio * 37))
         outs = [torch.zeros(3, 5 + kept, heads, 64, dtype=dtype, device=device) for _ in range(2)]
         result = compress_chunk(
-            k[:, 9:], v[:, 9:], frames=3, keep_ratio=keep_ratio, pooled=pooled, anchor=1, out_k=outs[0][:, 5:],
-            out_v=outs[1][:, 5:], backend=backend,
+            k[:, 9:], v[:, 9:], frames=3, keep_ratio=keep_ratio, pooled=pooled, anchor=1, rule=rule, merge=merge,
+            merge_above=0.1, out_k=outs[0][:, 5:], out_v=outs[1][:, 5:], backend=backend,
         )  # fmt: skip
-        return result.index, *outs
+        return (*outs, result.index, result.count) if merge else (*outs, result.index)
 
     return case
 
@@ -145,12 +158,27 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
             "layers": compress_layers_case(3, torch.bfloat16, pooled=True, keep_ratio=0.25),
             "layers, per frame": compress_layers_case(2, torch.float32, pooled=False, keep_ratio=0.3),
             "layers, all kept": compress_layers_case(2, torch.bfloat16, pooled=True, keep_ratio=1.0),
+            "nearest": compress_case(3, half, pooled=True, anchor=0, keep_ratio=0.25, rule="nearest"),
+            "nearest, merged": compress_case(
+                5, half, pooled=False, anchor=1, keep_ratio=0.3, rule="nearest", merge_above=0.9
+            ),
+            "fp32, merged": compress_case(3, torch.float32, pooled=True, anchor=2, keep_ratio=0.25, merge_above=0.8),
+            "all kept, merged": compress_case(2, half, pooled=True, anchor=2, keep_ratio=1.0, merge_above=0.9),
+            "layers, nearest, merged": compress_layers_case(
+                3, half, pooled=True, keep_ratio=0.25, rule="nearest", merge=True
+            ),
         },
     }
 
 
 # What a backend does not take: (op, backend, case).
-NOT_TAKEN = {("segment_attention", "cuda", "128 fp32 shift")}
+NOT_TAKEN = {
+    ("segment_attention", "cuda", "128 fp32 shift"),
+    *(
+        ("compress_chunk", "cuda", case)
+        for case in ("nearest", "nearest, merged", "fp32, merged", "all kept, merged", "layers, nearest, merged")
+    ),
+}
 
 
 def kernels(device: torch.device) -> Iterator[tuple[str, str]]:
@@ -181,7 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             got: Any = [x.cpu() for x in case(device, backend)]
             want = case(torch.device("cpu"), "reference")
             error = worst(relative_error(g, w) for g, w in zip(got, want, strict=True))
-            right = error <= (0.0 if op == "compress_chunk" else ERROR_LIMITS[got[0].dtype])
+            copied = op == "compress_chunk" and not name.endswith("merged")
+            right = error <= (0.0 if copied else ERROR_LIMITS[got[0].dtype])
+            right &= all(torch.equal(g, w) for g, w in zip(got, want, strict=True) if not g.is_floating_point())
             wrong += not right
             print(f"{op} {backend}, {name}: error {error:.1e}{'' if right else ' WRONG'}", flush=True)
     return int(wrong > 0)

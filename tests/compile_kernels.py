@@ -98,6 +98,7 @@ def resources(binary):
         "warpgroup_starts_in_matrix_loops": max((len(WARPGROUP_START.findall(loop)) for loop in loops), default=0),
         "exponentials_in_matrix_loops": max((len(EXPONENTIAL.findall(loop)) for loop in loops), default=0),
         "shared_bytes": binary.metadata.shared,
+        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
         "mma": len(re.findall(r"\bHMMA\b", sass)),
         "bulk_copies": len(re.findall(r"\bUTMALDG\b", sass)),
@@ -176,22 +177,30 @@ def append_launches():
 
 
 def compress_launches():
-    for dtype, keep in [(torch.bfloat16, 390), (torch.float32, 390), (torch.bfloat16, 1560)]:
-        pool = torch.empty(40, 50_000, 40, 128, dtype=dtype, device="meta")  # all layers of a chunk, as WorldMemory has
+    for dtype, heads, head_dim, keep, rule, merge in [
+        (torch.bfloat16, 40, 128, 390, "similarity", False), (torch.float32, 40, 128, 390, "similarity", False),
+        (torch.bfloat16, 40, 128, 1560, "similarity", False), (torch.bfloat16, 40, 128, 390, "nearest", True),
+        (torch.bfloat16, 12, 128, 390, "nearest", False), (torch.float16, 40, 64, 390, "nearest", True),
+        (torch.float32, 40, 128, 390, "nearest", True),
+    ]:  # fmt: skip
+        # All layers of a chunk, as WorldMemory has them.
+        pool = torch.empty(40, 50_000, heads, head_dim, dtype=dtype, device="meta")
         k, out = pool[:, :4680], pool[:, 4736 : 4736 + 1560 + 2 * keep]
         index = torch.empty(out.shape[:2], dtype=torch.int32, device="meta")
         yield (
-            f"{str(dtype)[6:]} keep {keep}",
-            lambda k=k, out=out, index=index, keep=keep: compress_chunk.compress_chunk(
-                k, k, out, out, index, frames=3, keep=keep, pooled=True, anchor=0
+            f"{str(dtype)[6:]} {heads}x{head_dim} keep {keep} {rule}{' merge' * merge}",
+            partial(
+                compress_chunk.compress_chunk, k, k, out, out, index, index if merge else None, frames=3, keep=keep,
+                pooled=True, anchor=0, rule=rule, merge_above=0.9, scale=head_dim**-0.5,
             ),
-        )
+        )  # fmt: skip
 
 
 def main(archs: list[int]) -> None:
     report = []
     for arch in archs:
-        segment_attention.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
+        for module in (segment_attention, compress_chunk):
+            module.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
         for launch_list in (attention_launches, append_launches, compress_launches):
             for case, launch in launch_list():
                 with intercepted_launches() as launches:

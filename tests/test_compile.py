@@ -15,8 +15,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 ARCHS = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # CUDA programming guide, per block
 # Spilled loads and stores, none in a loop over tiles, with Triton 3.6 and 3.9: 2 with mass on sm_120, 37 where sm_90
-# reads by pointers for the mass, a few in fp32.
+# reads by pointers for the mass, a few in fp32. None in compress_chunk.
 SPILLS = {"mass": 2, "mass pointers": 40, "float32": 8}
+COMPRESS_KERNELS = {
+    "anchor_mean_kernel", "similarity_kernel", "norms_kernel", "nearest_kernel", "reduce_kernel", "select_kernel",
+    "gather_kernel", "root_kernel", "alike_kernel", "link_kernel", "merge_kernel",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +44,27 @@ def report():
 def test_every_kernel_compiles_without_spills_and_fits(report, arch):
     entries = [entry for entry in report if entry["arch"] == arch]
     assert {entry["kernel"] for entry in entries} == {
-        "segment_attention_kernel", "merge_pieces_kernel", "norm_rope_append_kernel",
-        "anchor_mean_kernel", "similarity_kernel", "select_kernel", "gather_kernel",
+        "segment_attention_kernel", "merge_pieces_kernel", "norm_rope_append_kernel", *COMPRESS_KERNELS,
     }  # fmt: skip
     for entry in entries:
         limit = max((spills for word, spills in SPILLS.items() if word in entry["case"]), default=0)
+        if entry["kernel"] in COMPRESS_KERNELS:
+            limit = 0
+            assert entry["stack_bytes"] == 0, entry
         assert entry["spills"] <= limit and entry["spills_in_matrix_loops"] == 0, entry
         assert entry["shared_bytes"] <= SHARED_LIMIT[arch], entry
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_products_of_the_nearest_rule_keep_the_matrix_unit_fed(report, arch):
+    """Each architecture's matrix instructions, fed by copies that no thread waits for in its registers."""
+    entries = [e for e in report if e["kernel"] == "nearest_kernel" and e["arch"] == arch]
+    half = [e for e in entries if "float32" not in e["case"]]
+    assert len(half) == 3 and len(entries) == 4
+    instruction = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+    for entry in half:
+        assert entry[instruction[arch]] > 0 and entry["async_copies"] > 0, entry
+        assert arch != 90 or (entry["mma"] == 0 and entry["warpgroup_starts_in_matrix_loops"] == 1), entry
 
 
 def test_attention_issues_the_matrix_instructions_of_each_architecture(report):

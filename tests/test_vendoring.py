@@ -113,13 +113,14 @@ from compress_chunk import compress_chunk
 frames, frame_tokens, keep = 3, 20, 6
 pool_k, pool_v = torch.randn(2, 2, 100, 2, 64)
 k, v = pool_k[:, 8:68], pool_v[:, 9:69]  # two layers
+how = dict(frames=frames, keep=keep, merge_above=0.0, scale=0.125)
 for pooled in (True, False):
     for anchor in range(frames):
         kept = frame_tokens + (frames - 1) * keep
         out_k, out_v = torch.full((2, 2, kept + 1, 2, 64), 3.0)
         index = torch.empty((2, kept), dtype=torch.int32)
         compress_chunk(
-            k, v, out_k[:, :-1], out_v[:, :-1], index, frames=frames, keep=keep, pooled=pooled, anchor=anchor
+            k, v, out_k[:, :-1], out_v[:, :-1], index, None, pooled=pooled, anchor=anchor, rule="similarity", **how
         )
         for layer in range(2):
             keys = k[layer].double().reshape(frames, frame_tokens, 128)
@@ -134,6 +135,27 @@ for pooled in (True, False):
             assert index[layer].tolist() == want
             assert torch.equal(out_k[layer, :-1], k[layer][want]) and torch.equal(out_v[layer, :-1], v[layer][want])
         assert (out_k[:, -1] == 3).all() and (out_v[:, -1] == 3).all()
+
+# By the nearest, and merged: two frames, of which the second is the anchor, so that a token's nearest one is kept.
+k, v = k[:, :40], v[:, :40]
+out_k, out_v = torch.empty(2, 2, 26, 2, 64)
+index, count = torch.empty((2, 2, 26), dtype=torch.int32)
+compress_chunk(k, v, out_k, out_v, index, count, pooled=True, anchor=1, rule="nearest", **{**how, "frames": 2})
+for layer in range(2):
+    keys = k[layer].double().flatten(1)
+    cosine = torch.cosine_similarity(keys[:20, None], keys[None, 20:], dim=-1)
+    likeness, nearest = cosine.max(1)
+    ranked = likeness.argsort()
+    want = [*range(20, 40), *ranked[:6].sort().values.tolist()]
+    assert index[layer].tolist() == want
+    for row, token in enumerate(want):
+        joined = [t for t in ranked[6:].sort().values.tolist() if nearest[t] == token - 20]
+        assert count[layer, row] == 1 + len(joined)
+        members = [token, *(t for t in joined if likeness[t] >= 0)]
+        assert close(out_v[layer, row], v[layer, members].double().mean(0))
+        mean, square = k[layer, members].double().mean(0), k[layer, members].double().square().sum(-1).mean(0)
+        stretch = 1 + (torch.log(count[layer, row]) / (0.125 * square)).clamp(max=1)
+        assert close(out_k[layer, row], mean * (square.sqrt() / mean.norm(dim=-1) * stretch)[:, None])
 """
 
 
@@ -414,8 +436,11 @@ def test_append_refuses(monkeypatch, changes, error, wanted):
 def compress_arguments():
     k, v = torch.zeros(2, 3, 12, 2, 64)
     out_k, out_v = torch.zeros(2, 3, 8, 2, 64)
-    index = torch.zeros(3, 8, dtype=torch.int32)
-    return dict(k=k, v=v, out_k=out_k, out_v=out_v, index=index, frames=3, keep=2, pooled=True, anchor=0)
+    index, count = torch.zeros(2, 3, 8, dtype=torch.int32)
+    return dict(
+        k=k, v=v, out_k=out_k, out_v=out_v, index=index, count=count, frames=3, keep=2, pooled=True, anchor=0,
+        rule="nearest", merge_above=0.9, scale=0.125,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -471,7 +496,27 @@ def compress_arguments():
         ({"index": torch.zeros(3, 8).long()}, TypeError, "index must be torch.int32"),
         ({"index": torch.zeros(3, 7).int()}, ValueError, "index must be [3, 8], got [3, 7]"),
         ({"index": torch.zeros(3, 16).int()[:, ::2]}, ValueError, "index must be dense in its last dimension"),
+        ({"count": torch.zeros(3, 8).long()}, TypeError, "count must be torch.int32"),
+        ({"count": torch.zeros(3, 7).int()}, ValueError, "count must be [3, 8], got [3, 7]"),
+        ({"count": torch.zeros(3, 16).int()[:, ::2]}, ValueError, "count must be dense in its last dimension"),
+        ({"rule": "nearer"}, ValueError, "rule must be 'similarity' or 'nearest', got 'nearer'"),
+        *[
+            ({"merge_above": limit}, ValueError, f"merge_above must be finite, got {limit}")
+            for limit in (INF, -INF, NAN)
+        ],
+        *[
+            ({"scale": scale}, ValueError, f"scale must be from 1e-25 to 1e25, got {scale}")
+            for scale in (-1.0, 0.0, 1e-46, INF, NAN)
+        ],
     ],
 )
 def test_compress_refuses(monkeypatch, changes, error, wanted):
     check_refusal(monkeypatch, compress_chunk, compress_arguments(), changes, error, wanted)
+
+
+@pytest.mark.parametrize("changes", [{}, {"count": None}, {"rule": "similarity"}], ids=["both", "rule", "merge"])
+def test_compress_refuses_what_the_interpreter_gets_wrong(monkeypatch, changes):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    bf16 = {x: t.bfloat16() for x, t in compress_arguments().items() if x in ("k", "v", "out_k", "out_v")}
+    wanted = "k must be float16 or float32 in Triton's interpreter, which multiplies bf16 as integers"
+    check_refusal(monkeypatch, compress_chunk, {**compress_arguments(), **changes}, bf16, TypeError, wanted)
