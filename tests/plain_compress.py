@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+MATCH = 0.8  # of a key's squared length, what a query is taken to meet there
+
 
 class Plain(NamedTuple):
     """What a chunk of one layer becomes."""
@@ -33,7 +35,7 @@ def compressed(
     anchor: int = 0,
     rule: str = "nearest",
     merge: bool = True,
-    merge_above: float = 0.9,
+    merge_above: float = 0.95,
     scale: float | None = None,
 ) -> Plain:
     """Of k, v [frames * frame_tokens, heads, head_dim]."""
@@ -134,5 +136,5 @@ def merged(
         square = sum(key.square().sum() for key in of_head).item() / len(members)
         if mean.norm() > 0:
             shrunk[head] = math.sqrt(square) / mean.norm()
-            key[head] = mean * shrunk[head] * (1 + min(1.0, math.log(n) / (scale * square)))
+            key[head] = mean * shrunk[head] * (1 + min(1.0, math.log(n) / (MATCH * scale * square)))
     return key, sum(v[member] for member in members) / len(members), shrunk

@@ -143,7 +143,7 @@ def test_pruning_keeps_other_tokens_and_then_the_published_ones(studies, pooled)
     k = torch.randn(3 * 40, 2, 64, generator=torch.Generator().manual_seed(0))
     published, right = kept(k, pooled=pooled), reference.similarities
     anchor, others = list(range(40)), set(range(40, 120))
-    with studies.pruning("published"):
+    with studies.pruning(""):
         assert kept(k, pooled=pooled) == published
     with studies.pruning("most alike"):
         alike = kept(k, pooled=pooled)
@@ -248,7 +248,7 @@ def test_a_line_has_means_and_standard_errors_by_hand(bench, short):
     assert line["options"] == {
         "sink_frames": 3, "recent_frames": 3, "retrieved_chunks": 2, "retrieval": "RandomRetrieval",
     }  # fmt: skip
-    assert (line["prune"], line["sigmas"], line["against"]) == ("published", (1.0,), "the world")
+    assert (line["prune"], line["sigmas"], line["against"]) == ("", (1.0,), "the world")
     assert (first["sigmas"], line["psnr_db_per_world"]) == (None, [11, 17, 14])
     json.dumps(line, allow_nan=False)
 
