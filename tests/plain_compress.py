@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+MATCH = 0.8  # of a key's squared length, what a query is taken to meet there
+
 
 class Plain(NamedTuple):
     """What a chunk of one layer becomes."""
@@ -134,5 +136,5 @@ def merged(
         square = sum(key.square().sum() for key in of_head).item() / len(members)
         if mean.norm() > 0:
             shrunk[head] = math.sqrt(square) / mean.norm()
-            key[head] = mean * shrunk[head] * (1 + min(1.0, math.log(n) / (0.8 * scale * square)))
+            key[head] = mean * shrunk[head] * (1 + min(1.0, math.log(n) / (MATCH * scale * square)))
     return key, sum(v[member] for member in members) / len(members), shrunk

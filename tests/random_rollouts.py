@@ -184,6 +184,7 @@ def configs(draw, whole_chunks: bool = False, **fixed) -> MemoryConfig:
         pooled=draw(st.booleans()),
         prune_rule=draw(st.sampled_from(["nearest", "similarity"])),
         merge_pruned=draw(st.booleans()),
+        retrieved_log_weight=draw(st.sampled_from([0.0, 0.0, math.log(2), -1.5])),
         mode=mode,
         rope=rope,
         rebase_time=rope is not None and draw(st.booleans()),

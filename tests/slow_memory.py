@@ -61,9 +61,11 @@ def pruned(config, keys: torch.Tensor, values: torch.Tensor) -> Plain:
     )  # fmt: skip
 
 
-def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """[tokens, heads, head_dim] each, every query on every key."""
-    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+def softmax_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, log_weights: torch.Tensor
+) -> torch.Tensor:
+    """[tokens, heads, head_dim] each, every query on every key, whose score its `log_weights` is added to."""
+    logits = torch.einsum("qhd,khd->hqk", q, k) * scale + log_weights
     return torch.einsum("hqk,khd->qhd", torch.softmax(logits, dim=2), v)
 
 
@@ -308,19 +310,22 @@ class SlowMemory:
         heads = (config.num_heads, config.head_dim)
         queries = qk_norm(q.double(), q_weight, config.eps).view(-1, *heads)
         queries = self.rotate(queries, current.number * config.chunk_frames)
-        keys, values = [], []
+        keys, values, log_weights = [], [], []
         for role, number, first_frame, of_chunk in self.window:
             chunk = current if number == current.number else self.past[number]
             if role == "retrieved":
                 rows = chunk.pruned[layer]
                 keys.append(self.turn(rows.k, first_frame - number * config.chunk_frames))
                 values.append(rows.v)
+                log_weights += [config.retrieved_log_weight] * len(rows.v)
                 continue
             tokens = self.tokens(role, number, of_chunk, layer)
             keys.append(self.keys(chunk, layer, first_frame)[tokens])
             values.append(chunk.v[layer].view(-1, *heads)[tokens])
+            log_weights += [0.0] * len(tokens)
         scale = config.scale if config.scale is not None else 1 / math.sqrt(config.head_dim)
-        return softmax_attention(queries, torch.cat(keys), torch.cat(values), scale)
+        weights = torch.tensor(log_weights, dtype=torch.float64)
+        return softmax_attention(queries, torch.cat(keys), torch.cat(values), scale, weights)
 
     # History.
 
