@@ -29,6 +29,9 @@ MAX_HEADS = 128  # more are tokens, of tensors with heads first
 MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RULES = ("similarity", "nearest")
+# Of a key's squared length, how much a query at its match meets: .7 to .8 in all layers of the small world model but
+# its first, by the median over queries.
+_MATCH = tl.constexpr(0.8)
 
 
 @triton.jit(do_not_specialize=["first_token", "frame_tokens"])
@@ -389,7 +392,7 @@ def merge_kernel(
 
         # A query at the match shall score log(count) more: by longer keys, twice as long at most.
         square = square / averaged
-        stretch = 1.0 + tl.minimum(1.0, tl.log(count.to(tl.float32)) / (scale * square))
+        stretch = 1.0 + tl.minimum(1.0, tl.log(count.to(tl.float32)) / (_MATCH * scale * square))
         if averaged == 1:
             tl.store(out_k, (k * stretch[:, None]).to(own_k.dtype), mask=mask)
             tl.store(out_v, own_v, mask=mask)
@@ -589,10 +592,11 @@ def compress_chunk(
 
     With `count`, what is dropped is merged: a dropped token joins its nearest one, of equals the earliest, or what that
     has joined itself, until it is one that is kept. Of a kept token, with n that counts it and all that joined it:
-        v = the mean of v over A;   k, of each head, = m / |m| sqrt(q) (1 + min(1, log(n) / (scale q)))
+        v = the mean of v over A;   k, of each head, = m / |m| sqrt(q) (1 + min(1, log(n) / (.8 scale q)))
     where A is the token and those that joined it with <x, x_kept> >= merge_above, m the mean of k over A and q that of
-    |k|^2. Averaging shortens keys, so they get their length back, and a query at the match finds the weight of n. Where
-    n is 1, rows are copied bit for bit; where A is the token alone, v is. k is zero where m is.
+    |k|^2. Averaging shortens keys, so they get their length back. A query at the match scores about .8 scale q, so that
+    part of it more is log(n) more, the weight of n keys. Where n is 1, rows are copied bit for bit; where A is the
+    token alone, v is. k is zero where m is.
 
     Args:
         k, v: [layers, tokens, heads, head_dim], one dtype, bf16, fp16 or fp32; dense in heads and head_dim, layers and
