@@ -84,3 +84,24 @@ def test_a_slow_pruning_on_a_gpu_changes_nothing(monkeypatch, bank):
     monkeypatch.setattr(storage, "compress_chunk", slow)
     got = walk(WorldMemory(config, device=DEVICE, dtype=torch.float32))
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_pruning_touches_outlives_it(monkeypatch, merge):
+    """A memory may be deleted while a chunk is pruned: the allocator has to know of every tensor of that stream."""
+    held, touched = set(), set()
+    op, side_stream = storage.compress_chunk, storage.SideStream
+
+    def compress(*tensors, **options):
+        given = [x for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor)]
+        touched.update(x.untyped_storage().data_ptr() for x in given)
+        return op(*tensors, **options)
+
+    def side(device, *tensors):
+        held.update(x.untyped_storage().data_ptr() for x in tensors)
+        return side_stream(device, *tensors)
+
+    monkeypatch.setattr(storage, "compress_chunk", compress)
+    monkeypatch.setattr(storage, "SideStream", side)
+    walk(WorldMemory(dataclasses.replace(CONFIG, merge_pruned=merge), device=DEVICE, dtype=torch.float32))
+    assert len(touched) == 3 and touched <= held

@@ -61,9 +61,9 @@ class Storage:
         self.bank = None
         if config.has_bank:
             self.bank = Bank(self.pool, bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
-        self._side = SideStream(device, self.pool.k, self.pool.v)
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
         self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
+        self._side = SideStream(device, self.pool.k, self.pool.v, self.index, self.count)
 
     def first_row(self, chunk: int) -> int:
         """Of a chunk that is whole: in the sink, recent, or current."""
