@@ -18,8 +18,9 @@ class Bank:
     On the device, a chunk has a slot of the pool for as long as it is banked. In host memory it has a place in
     one arena [places, num_layers, 2, tokens, heads, head_dim], and the pool's slots are a cache of it, see SlotCache.
 
-    To bank a chunk: `row_to_fill`, then write its rows, then `stored`, all on the current stream. To attend to chunks:
-    `request`, `wait_layer` or `wait`, then read their rows, then `release`.
+    To bank a chunk: `row_to_fill`, then write its rows, then `stored`, all on the current stream, which has waited for
+    the passes before. To attend to chunks: `request`, `wait_layer` or `wait`, then read their rows, then `release`.
+    That waits for copies alone: a stream that reads what another has written to the bank waits for that one.
     """
 
     def __init__(

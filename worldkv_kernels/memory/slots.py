@@ -30,9 +30,9 @@ class SlotCache:
 
     - a load into a slot: the passes that read the slot (`release`), the copy out of it, and the copy out that
       fills the arena's place;
-    - pruning into a slot: the loads into it and the copy out of it; passes are on the same stream;
+    - pruning into a slot: the loads into it and the copy out of it; its stream has waited for the passes;
     - a copy out of a slot: the pruning into it;
-    - attention to a layer: the loads of that layer's rows, no other.
+    - attention to a layer: the loads of that layer's rows, no other; its stream has waited for all pruning.
 
     A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
     came before the pruning, and a load that nothing attended to fills a slot whose next owner waits for it.
