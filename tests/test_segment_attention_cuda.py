@@ -261,3 +261,27 @@ def test_random_windows_match_float64(seed):
     """Ten windows, each in two orders of threads, copies and products."""
     for case in random_cases(10, seed):
         check(case, orders=(seed, seed + 1))
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_weights_without_tail_rows_act_at_any_size_of_scores(with_mass):
+    """Numbers 16 apart, by which weights of -9 and -4.5 to base 2 move no maximum: a part ends with what it lacks."""
+    logs = (-9.0, -4.5)
+    segments = [Segment(i * 1408, 1408, log_weight=log * math.log(2)) for i, log in enumerate(logs)]
+    window = Window(segments, device=DEVICE, weighted=True)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.full((130, 2, 64), 32.0), torch.zeros(2816, 2, 64)
+    k[..., 0] = 32.0
+    v = torch.randn(k.shape, generator=generator)
+    q, k, v = (moved(x.to(torch.float16)) for x in (q, k, v))
+    out, mass = torch.empty_like(q), torch.full((2, 2), math.nan, dtype=torch.float32, device=DEVICE)
+    cuda.segment_attention(
+        q, k, v, *window.tables, out, None, mass if with_mass else None, scale=1.5 * 2.0**17 * math.log(2),
+        has_shift=False, has_weight=True, processors=3,
+    )  # fmt: skip
+    weights = torch.tensor([2.0**log for log in logs], dtype=torch.float64).repeat_interleave(1408)
+    want = torch.einsum("k,khd->hd", weights / weights.sum(), v.cpu().double()).expand(130, 2, 64)
+    assert relative_error(out.cpu(), want) <= 1e-3
+    if with_mass:
+        shares = weights[::1408]
+        assert relative_error(mass.cpu(), (shares / shares.sum()).expand(2, 2)) <= 1e-6

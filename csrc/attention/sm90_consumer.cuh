@@ -175,7 +175,8 @@ struct Consumer {
                 release(L::empty_q);
             }
             segment = -1;
-            if (kWeight && !kTurnedSlabs) enter(0.f);
+            // Where no tail rows follow, nothing would take up `pending`.
+            if (kWeight && !kTurnedSlabs && num_tails > 0) enter(0.f);
 #pragma unroll 1
             for (int tail = 0; tail < num_tails; ++tail) attend_tail(tail == num_tails - 1);
             if (kMass && num_tails > 0) end_segment(1);
