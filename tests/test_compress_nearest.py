@@ -341,7 +341,7 @@ def test_the_limit_at_its_extremes(backend, dtype):
     square = k[index].float().square().sum(dim=2, keepdim=True)
     longer = 1 + (none.count.float().log()[:, None, None] / (MATCH * 64**-0.5 * square)).clamp_max(1)
     want = k[index].float() * longer
-    torch.testing.assert_close(none.k.float(), want, rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(none.k.float(), want, rtol=torch.finfo(dtype).eps + 4e-7, atol=0)
     plain = compressed(k, v, **arguments, merge_above=-1.5)
     assert [len(members) for members in plain.averaged] == every.count.tolist()
     if dtype == torch.float32:
