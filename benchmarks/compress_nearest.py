@@ -12,8 +12,8 @@ from common import relative_error, worst
 
 from worldkv_kernels.reference import compress_chunk as reference
 
-MERGE_ABOVE = 0.9
-# Of a key and the one before it, at an even place of the frame and at an odd one: after 20 frames the first are still
+MERGE_ABOVE = 0.95
+# Of a key and the one before it, at an even place of the frame and at an odd one: after 10 frames the first are still
 # above MERGE_ABOVE, and the others are at no time.
 COSINES = 0.995, 0.6
 
@@ -38,7 +38,7 @@ def video_keys(
 
 
 def averaged_tokens(frames: int, frame_tokens: int, keep: int) -> int:
-    """How many tokens of `video_keys` are dropped and averaged into others, for up to 20 frames."""
+    """How many tokens of `video_keys` are dropped and averaged into others, for up to 10 frames."""
     return (frames - 1) * min(frame_tokens - keep, (frame_tokens + 1) // 2)
 
 
@@ -105,7 +105,7 @@ def eager_nearest(
         return total.index_add_(0, rows, x * weight) / members.index_add_(0, rows, weight)
 
     mean_k, square = mean(k.float()), mean(k.float().square().sum(dim=-1, keepdim=True))
-    stretch = 1 + (count.float().log()[:, None, None] / (k.shape[2] ** -0.5 * square)).clamp_max(1)
+    stretch = 1 + (count.float().log()[:, None, None] / (0.8 * k.shape[2] ** -0.5 * square)).clamp_max(1)
     merged_k = mean_k / mean_k.norm(dim=-1, keepdim=True) * square.sqrt() * stretch
     alone = (count == 1)[:, None, None]
     return torch.where(alone, k[index], merged_k.to(k.dtype)), mean(v.float()).to(v.dtype), index, count

@@ -154,7 +154,7 @@ for layer in range(2):
         members = [token, *(t for t in joined if likeness[t] >= 0)]
         assert close(out_v[layer, row], v[layer, members].double().mean(0))
         mean, square = k[layer, members].double().mean(0), k[layer, members].double().square().sum(-1).mean(0)
-        stretch = 1 + (torch.log(count[layer, row]) / (0.125 * square)).clamp(max=1)
+        stretch = 1 + (torch.log(count[layer, row]) / (0.1 * square)).clamp(max=1)  # .8 of the scale
         assert close(out_k[layer, row], mean * (square.sqrt() / mean.norm(dim=-1) * stretch)[:, None])
 """
 
