@@ -159,7 +159,7 @@ def main() -> int:
     with workers(args.processes) as each:
         for study in (study for study in STUDIES if args.study is None or study.name in args.study):
             base: list[Seen] = []
-            worlds = range(min(study.worlds, args.worlds or study.worlds))
+            worlds = range(study.first_world, study.first_world + min(study.worlds, args.worlds or study.worlds))
             for memory in study.memories:
                 started = time.perf_counter()
                 seen = list(each(partial(visit, args.weights, study, memory), worlds))

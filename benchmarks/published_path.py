@@ -19,7 +19,7 @@ from worldkv_kernels.ranges import phase
 
 _OFFICIAL = {
     "mode": "worldkv", "order": "nearest_first", "rebase_sink": False, "unattended_chunks": 1, "bank_sink": True,
-    "rope": "wan", "round_before_rope": True,
+    "prune_rule": "similarity", "merge_pruned": False, "rope": "wan", "round_before_rope": True,
 }  # fmt: skip
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _THETA, _POSITIONS = 10000.0, 1024

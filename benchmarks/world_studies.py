@@ -39,6 +39,7 @@ class Study:
     memories: Sequence[Memory]
     journey: Callable[[int], Journey] = TURN
     worlds: int = 32
+    first_world: int = 0  # others than those on which something was chosen
     photographs: bool = False  # the four of scikit-image in place of drawn worlds
     against: str = "the world"  # or "the first visit": pictures of the same poses that the model made before
 
@@ -205,6 +206,8 @@ STUDIES = [
     Study("pruned to .333", "The same, between?", _rules(0.333)),
     Study("pruned to .5, four chunks", "The same, with four chunks?", _rules(0.5, FOUR)),
     Study("pruned to .25, four chunks", "The same?", _rules(0.25, FOUR)),
+    Study("pruned to .5, other worlds", "In worlds on which nothing was chosen?", _rules(0.5)[::2], first_world=32),
+    Study("pruned to .25, other worlds", "The same?", _rules(0.25)[::2], first_world=32),
     Study("pruned to .25, photographs", "In a photograph?", _rules(0.25), worlds=4, photographs=True),
     Study("pruned to .25, walk", "Where the camera walks?", _rules(0.25), walk_and_return),
     Study("pruned to .25, nothing given", "Where the model makes the way out, too?", _rules(0.25), nothing_given,

@@ -14,7 +14,7 @@ from slow_memory import SlowMemory, pruned, qk_norm, turned
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
 
 HEAD_DIM = 64
-# Similarities are computed in fp32 (error some 1e-7); keys are drawn so that the cut is wider than this.
+# Similarities are computed in fp32 (error some 1e-7); keys are drawn so that they decide by more than this.
 SIMILARITY_GAP = 1e-5
 MAX_CHUNKS = 14
 # Few positions, or the unbounded bank takes room for a thousand chunks.
@@ -91,19 +91,44 @@ class Rollout:
         shape = (self.config.chunk_tokens, self.config.num_heads * self.config.head_dim)
         layers = []
         for layer in range(self.config.num_layers):
-            q, k, v = (torch.randn(shape, generator=self.random) for _ in range(3))
-            while self._gap(chunk, layer, k) < SIMILARITY_GAP:
-                k = torch.randn(shape, generator=self.random)
+            q, v = (torch.randn(shape, generator=self.random) for _ in range(2))
+            k = self._keys(chunk, layer)
+            while self._margin(chunk, layer, k) < SIMILARITY_GAP:
+                k = self._keys(chunk, layer)
             layers.append((q, k, v, *self.weights[layer]))
         return layers
 
-    def _gap(self, chunk: int, layer: int, k: torch.Tensor) -> float:
-        """Between the similarities of the last token kept and the first one pruned."""
-        config, slow = self.config, SlowMemory(self.config)
-        keys = qk_norm(k.double(), self.weights[layer][1], config.eps).view(len(k), config.num_heads, config.head_dim)
-        if slow.frequencies is not None:
-            keys = turned(keys, (config.chunk_frames, *config.grid), chunk * config.chunk_frames, slow.frequencies)
-        return pruned(keys, config.chunk_frames, config.keep_ratio, config.pooled)[1]
+    def _keys(self, chunk: int, layer: int) -> torch.Tensor:
+        """Keys of which, once normed and turned, about half are like one of an earlier frame; without a bank, any."""
+        config, per_frame = self.config, self.config.chunk_tokens // self.config.chunk_frames
+        k = torch.randn(config.chunk_tokens, config.num_heads * config.head_dim, generator=self.random)
+        if config.mode != "worldkv":
+            return k
+        for token in range(per_frame, config.chunk_tokens):
+            share, source = torch.rand(2, generator=self.random).tolist()
+            if share < 0.6:  # times the length of the other's: a cosine of .86 or more
+                k[token] = share * k[token] + k[int(source * (token // per_frame * per_frame))]
+        weight = self.weights[layer][1]
+        unturned = self._turned(k.double(), chunk, -1)
+        return (unturned if weight is None else unturned / weight.double()).float()
+
+    def _turned(self, k: torch.Tensor, chunk: int, sign: int = 1) -> torch.Tensor:
+        """[tokens, heads * head_dim] as the rope turns a chunk's keys, or back."""
+        config, frequencies = self.config, SlowMemory(self.config).frequencies
+        if frequencies is None:
+            return k
+        frequencies = [[axis, sign * frequency] for axis, frequency in frequencies]
+        first, sizes = chunk * config.chunk_frames, (config.chunk_frames, *config.grid)
+        return turned(k.view(len(k), config.num_heads, config.head_dim), sizes, first, frequencies).view(k.shape)
+
+    def _margin(self, chunk: int, layer: int, k: torch.Tensor) -> float:
+        """The least difference that decides what pruning makes of these keys."""
+        config = self.config
+        if config.mode != "worldkv":
+            return math.inf
+        keys = self._turned(qk_norm(k.double(), self.weights[layer][1], config.eps), chunk)
+        keys = keys.view(len(k), config.num_heads, config.head_dim)
+        return pruned(config, keys, keys).margin
 
     def chunk(self, memory: WorldMemory, chunk: int) -> list[torch.Tensor]:
         """One chunk through the memory: the outputs of every pass and layer."""
@@ -157,6 +182,9 @@ def configs(draw, whole_chunks: bool = False, **fixed) -> MemoryConfig:
         retrieved_chunks=retrieved,
         keep_ratio=draw(st.sampled_from([0.1, 0.25, 0.5, 0.7, 1.0]) | st.floats(0.1, 1)),
         pooled=draw(st.booleans()),
+        prune_rule=draw(st.sampled_from(["nearest", "similarity"])),
+        merge_pruned=draw(st.booleans()),
+        retrieved_log_weight=draw(st.sampled_from([0.0, 0.0, math.log(2), -1.5])),
         mode=mode,
         rope=rope,
         rebase_time=rope is not None and draw(st.booleans()),

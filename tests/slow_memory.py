@@ -2,8 +2,8 @@
 
 It keeps the raw projections of every chunk in float64 and works everything out anew whenever it is asked:
 QK-norm, rotary embedding, pruning, distances, the window. Keys are turned in time by rotating them at
-another frame, and attention is one softmax over concatenated rows. Nothing here is imported from the
-package; of a config only the fields are read.
+another frame, and attention is one softmax over concatenated rows. What pruning makes of a chunk is worked out
+by plain_compress. Nothing here is imported from the package; of a config only the fields are read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 import torch
+from plain_compress import Plain, compressed
 
 TIE = 1e-6  # distances closer than this are equal, and the older chunk goes first
 
@@ -47,37 +48,24 @@ def turned(x: torch.Tensor, grid: tuple[int, int, int], start_frame: int, freque
     return out
 
 
-def similarities(keys: torch.Tensor, frames: int) -> torch.Tensor:
-    """Of each token of a chunk [frames * F, heads, head_dim] to the centroid of its first frame."""
-    per_frame = len(keys) // frames
-    flat = keys.flatten(1)
-    centroid = flat[:per_frame].mean(dim=0)
-    return (flat @ centroid) / (flat.norm(dim=1) * centroid.norm() + 1e-8)
+def turned_in_time(x: torch.Tensor, by: int, frequencies: list[list]) -> torch.Tensor:
+    """Rows [rows, heads, head_dim], each turned by as many frames."""
+    return turned(x.reshape(1, -1, x.shape[2]), (1, 1, 1), by, frequencies).view(x.shape)
 
 
-def pruned(keys: torch.Tensor, frames: int, keep_ratio: float, pooled: bool) -> tuple[list[int], float]:
-    """Kept tokens in order, and the gap in similarity between the last one kept and the first one dropped."""
-    per_frame = len(keys) // frames
-    keep = max(1, math.ceil(keep_ratio * per_frame))
-    if keep >= per_frame or frames == 1:
-        return list(range(len(keys))), math.inf
-    similarity = similarities(keys, frames).tolist()
-    others = [range(frame * per_frame, (frame + 1) * per_frame) for frame in range(1, frames)]
-    if pooled:
-        groups, count = [[token for group in others for token in group]], keep * (frames - 1)
-    else:
-        groups, count = [list(group) for group in others], keep
-    kept, gap = list(range(per_frame)), math.inf
-    for group in groups:
-        ordered = sorted(group, key=lambda token: (similarity[token], token))
-        kept += ordered[:count]
-        gap = min(gap, similarity[ordered[count]] - similarity[ordered[count - 1]])
-    return sorted(kept), gap
+def pruned(config, keys: torch.Tensor, values: torch.Tensor) -> Plain:
+    """What is left of a chunk's keys, as they are stored, and values, both [tokens, heads, head_dim]."""
+    return compressed(
+        keys, values, frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled,
+        rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
+    )  # fmt: skip
 
 
-def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """[tokens, heads, head_dim] each, every query on every key."""
-    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+def softmax_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, log_weights: torch.Tensor
+) -> torch.Tensor:
+    """[tokens, heads, head_dim] each, every query on every key, whose score its `log_weights` is added to."""
+    logits = torch.einsum("qhd,khd->hqk", q, k) * scale + log_weights
     return torch.einsum("hqk,khd->qhd", torch.softmax(logits, dim=2), v)
 
 
@@ -209,7 +197,7 @@ class SlowChunk:
         self.k: list[torch.Tensor | None] = [None] * num_layers
         self.v: list[torch.Tensor | None] = [None] * num_layers
         self.k_weight: list[torch.Tensor | None] = [None] * num_layers
-        self.kept: list[list[int]] | None = None  # per layer, once pruned
+        self.pruned: list[Plain] | None = None  # per layer, with its keys as in the chunk's own frames
         self.view: object = None
 
 
@@ -290,16 +278,16 @@ class SlowMemory:
     def tokens(self, role: str, chunk: int, of_chunk: range, layer: int = 0) -> list[int]:
         """Which of a chunk's tokens are attended to."""
         if role == "retrieved":
-            return self.past[chunk].kept[layer]
+            return self.past[chunk].pruned[layer].index
         per_frame = self.config.grid[0] * self.config.grid[1]
         return list(range(of_chunk.start * per_frame, of_chunk.stop * per_frame))
 
     def rows(self, chunk: int) -> int:
         config = self.config
         whole = config.chunk_frames * config.grid[0] * config.grid[1]
-        if self.past[chunk].kept is None:
+        if self.past[chunk].pruned is None:
             return whole
-        return len(self.past[chunk].kept[0])
+        return len(self.past[chunk].pruned[0].index)
 
     # Attention.
 
@@ -313,20 +301,31 @@ class SlowMemory:
             return x
         return turned(x, (self.config.chunk_frames, *self.config.grid), first_frame, self.frequencies)
 
+    def turn(self, x: torch.Tensor, by: int) -> torch.Tensor:
+        return x if self.frequencies is None else turned_in_time(x, by, self.frequencies)
+
     def attend(self, layer: int, q, k, v, q_weight=None, k_weight=None) -> torch.Tensor:
         config, current = self.config, self.current
         current.k[layer], current.v[layer], current.k_weight[layer] = k.double(), v.double(), k_weight
         heads = (config.num_heads, config.head_dim)
         queries = qk_norm(q.double(), q_weight, config.eps).view(-1, *heads)
         queries = self.rotate(queries, current.number * config.chunk_frames)
-        keys, values = [], []
+        keys, values, log_weights = [], [], []
         for role, number, first_frame, of_chunk in self.window:
             chunk = current if number == current.number else self.past[number]
-            kept = self.tokens(role, number, of_chunk, layer)
-            keys.append(self.keys(chunk, layer, first_frame)[kept])
-            values.append(chunk.v[layer].view(-1, *heads)[kept])
+            if role == "retrieved":
+                rows = chunk.pruned[layer]
+                keys.append(self.turn(rows.k, first_frame - number * config.chunk_frames))
+                values.append(rows.v)
+                log_weights += [config.retrieved_log_weight] * len(rows.v)
+                continue
+            tokens = self.tokens(role, number, of_chunk, layer)
+            keys.append(self.keys(chunk, layer, first_frame)[tokens])
+            values.append(chunk.v[layer].view(-1, *heads)[tokens])
+            log_weights += [0.0] * len(tokens)
         scale = config.scale if config.scale is not None else 1 / math.sqrt(config.head_dim)
-        return softmax_attention(queries, torch.cat(keys), torch.cat(values), scale)
+        weights = torch.tensor(log_weights, dtype=torch.float64)
+        return softmax_attention(queries, torch.cat(keys), torch.cat(values), scale, weights)
 
     # History.
 
@@ -359,15 +358,10 @@ class SlowMemory:
         self.banked.append(number)
         if self.where[number] != "sink":
             self.where[number] = "bank"
-            chunk.kept = [
-                pruned(
-                    self.keys(chunk, layer, number * config.chunk_frames),
-                    config.chunk_frames,
-                    config.keep_ratio,
-                    config.pooled,
-                )[0]
-                for layer in range(config.num_layers)
-            ]
+            chunk.pruned = []
+            for layer in range(config.num_layers):
+                keys = self.keys(chunk, layer, number * config.chunk_frames)
+                chunk.pruned.append(pruned(config, keys, chunk.v[layer].view(keys.shape)))
         if config.bank_chunks is not None and len(self.banked) > config.bank_chunks:
             given_up = self.order.drop({chunk: self.past[chunk].view for chunk in self.banked})
             self.banked.remove(given_up)

@@ -86,6 +86,7 @@ def test_every_study_compares_memories_that_there_are(studies, weights):
         for memory in study.memories:
             config = model.config.memory(**{"bank_chunks": chunks, **memory.options})
             assert all(getattr(config, name) == value for name, value in memory.options.items())
+            assert not memory.prune or (config.prune_rule, config.merge_pruned) == ("similarity", False)
             with studies.pruning(memory.prune):
                 pass
             assert memory.sigmas is None or memory.sigmas[0] == 1
@@ -133,8 +134,9 @@ def test_random_retrieval_draws_chunks_evenly(studies):
 
 
 def kept(k, **options):
-    """Indices of the kept tokens, the anchor frame first, as the memory of a CPU has them."""
-    return compress_chunk(k, k, frames=3, keep_ratio=0.5, **options).index.tolist()
+    """Indices of the tokens that the published rule keeps, the anchor frame first, as the memory of a CPU has them."""
+    published = dict(rule="similarity", merge=False)
+    return compress_chunk(k, k, frames=3, keep_ratio=0.5, **published, **options).index.tolist()
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -142,7 +144,7 @@ def test_pruning_keeps_other_tokens_and_then_the_published_ones(studies, pooled)
     k = torch.randn(3 * 40, 2, 64, generator=torch.Generator().manual_seed(0))
     published, right = kept(k, pooled=pooled), reference.similarities
     anchor, others = list(range(40)), set(range(40, 120))
-    with studies.pruning("published"):
+    with studies.pruning(""):
         assert kept(k, pooled=pooled) == published
     with studies.pruning("most alike"):
         alike = kept(k, pooled=pooled)
@@ -159,7 +161,7 @@ def test_pruning_keeps_other_tokens_and_then_the_published_ones(studies, pooled)
     assert reference.similarities is right and kept(k, pooled=pooled) == published
 
 
-def test_pruning_ends_with_an_exception_and_knows_three_rules(studies):
+def test_pruning_ends_with_an_exception_and_knows_two_controls(studies):
     right = reference.similarities
     with pytest.raises(ZeroDivisionError), studies.pruning("random"):
         raise ZeroDivisionError
@@ -176,9 +178,10 @@ def test_pruning_ends_with_an_exception_and_knows_three_rules(studies):
 def short(studies):
     """Six chunks out, six back."""
     options = {"sink_frames": 3, "recent_frames": 3, "retrieved_chunks": 2}
+    published = {**options, "prune_rule": "similarity", "merge_pruned": False}  # whose choice `prune` replaces
     return studies.Study(
         "short", "Is it?",
-        [studies.Memory("first", options), studies.Memory("at random", options, prune="random"),
+        [studies.Memory("first", published), studies.Memory("at random", published, prune="random"),
          studies.Memory("random chunks", {**options, "retrieval": studies.RandomRetrieval()}, sigmas=(1.0,))],
         journey=partial(turn_and_return, 12), worlds=3,
     )  # fmt: skip
@@ -246,7 +249,7 @@ def test_a_line_has_means_and_standard_errors_by_hand(bench, short):
     assert line["options"] == {
         "sink_frames": 3, "recent_frames": 3, "retrieved_chunks": 2, "retrieval": "RandomRetrieval",
     }  # fmt: skip
-    assert (line["prune"], line["sigmas"], line["against"]) == ("published", (1.0,), "the world")
+    assert (line["prune"], line["sigmas"], line["against"]) == ("", (1.0,), "the world")
     assert (first["sigmas"], line["psnr_db_per_world"]) == (None, [11, 17, 14])
     json.dumps(line, allow_nan=False)
 

@@ -272,7 +272,9 @@ def test_each_option_changes_the_latents(tmp_path):
     assert [chunk["relative_error"] for chunk in host["chunks"]] == errors
     assert host["host_bytes"] > 0 == plain["host_bytes"] and host["device_bytes"] < plain["device_bytes"]
 
-    for changed in (["--no-pooled"], ["--no-rebase-time"], ["--dtype", "bfloat16"]):
+    options = ("--no-pooled", "--prune-rule similarity", "--no-merge-pruned", "--retrieved-log-weight 0.7",
+               "--no-rebase-time", "--dtype bfloat16")  # fmt: skip
+    for changed in map(str.split, options):
         other = of_worldkv(tmp_path, *seven, *changed, modes="full,worldkv")
         assert [chunk["relative_error"] for chunk in other["chunks"]] != errors, changed
         assert [chunk["retrieved"] for chunk in other["chunks"]] == [chunk["retrieved"] for chunk in plain["chunks"]]

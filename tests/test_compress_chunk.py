@@ -1,4 +1,5 @@
-"""compress_chunk against a float64 selection by plain sorting, on every backend this machine has."""
+"""compress_chunk as published, rule "similarity" without merging, against a float64 selection by plain sorting, on
+every backend this machine has; and the errors of any call."""
 
 import math
 from functools import partial
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from worldkv_kernels import compress_chunk
 from worldkv_kernels.ops import cuda
 from worldkv_kernels.ops.compress_chunk import BACKENDS
+from worldkv_kernels.reference import compress_chunk as reference
 
 BACKEND_NAMES = backends(BACKENDS)
+published = partial(compress_chunk, rule="similarity", merge=False)
 
 
 def float64_similarities(k, frames, anchor):
@@ -69,7 +72,7 @@ def test_exact_indices_where_scores_are_apart(
     tokens = frames * frame_tokens
     k = separated_keys(tokens, heads, head_dim, frames, anchor, seed).to(DEVICE, dtype)
     v = torch.randn(tokens, heads, head_dim, device=DEVICE).to(dtype)
-    got = compress_chunk(k, v, frames=frames, keep_ratio=ratio, pooled=pooled, anchor=anchor, backend=backend)
+    got = published(k, v, frames=frames, keep_ratio=ratio, pooled=pooled, anchor=anchor, backend=backend)
     keep = min(frame_tokens, max(1, math.ceil(ratio * frame_tokens)))
     similarities = float64_similarities(k, frames, anchor)
     want = brute_force(similarities, keep, pooled, anchor)
@@ -88,7 +91,7 @@ def test_exact_indices_where_scores_are_apart(
 def test_random_keys_agree_beyond_fp32_resolution(backend, pooled):
     """Whatever is kept is within fp32 resolution of the threshold or on its right side."""
     k = torch.randn(3 * 200, 4, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    got = compress_chunk(k, k.clone(), frames=3, keep_ratio=0.3, pooled=pooled, anchor=1, backend=backend)
+    got = published(k, k.clone(), frames=3, keep_ratio=0.3, pooled=pooled, anchor=1, backend=backend)
     similarities = float64_similarities(k, 3, 1)
     kept = torch.zeros(600, dtype=torch.bool)
     kept[got.index.long().cpu()] = True
@@ -106,17 +109,46 @@ def test_equal_scores_keep_the_earlier_token(backend, pooled):
     """Frames 0 and 2 repeat four keys, so similarities tie in fours, and across frames."""
     four = separated_keys(4, 2, 64, 1, 0, seed=1) + torch.randn(4, 2, 64, generator=torch.Generator().manual_seed(5))
     k = torch.cat([four.repeat(4, 1, 1), torch.randn(16, 2, 64), four.repeat(4, 1, 1)]).to(DEVICE)
-    got = compress_chunk(k, k.clone(), frames=3, keep_ratio=6 / 16, pooled=pooled, anchor=1, backend=backend)
+    got = published(k, k.clone(), frames=3, keep_ratio=6 / 16, pooled=pooled, anchor=1, backend=backend)
     similarities = float64_similarities(k, 3, 1)
     for frame in (0, 2):  # exact ties in whatever precision: give them one value each
         similarities[frame] = similarities[0, :4].repeat(4)
     assert got.index.tolist() == brute_force(similarities, 6, pooled, 1)
 
 
+def recipe(k, frames, keep, pooled, anchor):
+    """The published selection of one layer in fp32, step by step as this package has always made it."""
+    by_frame = k.float().reshape(frames, len(k) // frames, -1)
+    mean = by_frame[anchor].mean(dim=0)
+    others = [f for f in range(frames) if f != anchor]
+    similarity = [by_frame[f] @ mean / (by_frame[f].norm(dim=1) * mean.norm() + 1e-8) for f in others]
+    groups = torch.cat(similarity)[None] if pooled else torch.stack(similarity)
+    token = torch.arange(len(k)).view(frames, -1)
+    least = groups.sort(dim=1, stable=True).indices[:, : keep * len(others) // len(groups)]
+    kept = token[others].view(groups.shape).gather(1, least).flatten().sort().values
+    return torch.cat([token[anchor], kept]), torch.stack(similarity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("anchor", [0, 1])
+def test_the_reference_is_the_published_recipe_to_the_bit(dtype, pooled, anchor):
+    """With keys so alike that rounding decides: any other order of sums, or width, keeps other tokens."""
+    base, noise = torch.randn(2, 600, 2, 64, generator=torch.Generator().manual_seed(3))
+    k, v = (base[:1] + 1e-3 * noise).to(dtype), base.to(dtype)
+    want, similarity = recipe(k, 3, 60, pooled, anchor)
+    assert torch.equal(reference.similarities(k, 3, anchor), similarity)
+    got = published(k, v, frames=3, keep_ratio=0.3, pooled=pooled, anchor=anchor, backend="reference")
+    assert torch.equal(got.index, want.int()) and got.count is None
+    assert torch.equal(got.k, k[want]) and torch.equal(got.v, v[want])
+    exact = brute_force(float64_similarities(k, 3, anchor), 60, pooled, anchor)
+    assert want.tolist() != exact
+
+
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_a_whole_chunk_is_kept_anchor_first(backend):
     k = torch.randn(3 * 5, 2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    got = compress_chunk(k, k + 1, frames=3, keep_ratio=1.0, anchor=1, backend=backend)
+    got = published(k, k + 1, frames=3, keep_ratio=1.0, anchor=1, backend=backend)
     order = [*range(5, 10), *range(5), *range(10, 15)]
     assert got.index.tolist() == order
     assert torch.equal(got.k, k[order]) and torch.equal(got.v, k[order] + 1)
@@ -127,7 +159,7 @@ def test_nan_and_zero_keys(backend):
     """A NaN counts as most similar, so it goes first; a zero key has similarity zero. Nothing is lost or doubled."""
     k = torch.randn(3 * 20, 1, 64, generator=torch.Generator().manual_seed(0))
     k[25:33], k[45] = math.nan, 0.0
-    got = compress_chunk(k.to(DEVICE), k.to(DEVICE), frames=3, keep_ratio=0.5, backend=backend)
+    got = published(k.to(DEVICE), k.to(DEVICE), frames=3, keep_ratio=0.5, backend=backend)
     assert len(set(got.index.tolist())) == 40
     assert not set(range(25, 33)) & set(got.index.tolist())
 
@@ -139,7 +171,7 @@ def test_pool_rows_in_and_out_with_sentinels(backend):
     before_k, before_v = pool_k.clone(), pool_v.clone()
     source, target = slice(10, 100), slice(150, 150 + 30 + 2 * 9)
     for _ in range(20):
-        got = compress_chunk(
+        got = published(
             pool_k[source], pool_v[source], frames=3, keep_ratio=0.3, out_k=pool_k[target], out_v=pool_v[target],
             backend=backend,
         )  # fmt: skip
@@ -179,7 +211,7 @@ def test_real_frame_sizes_twenty_times_the_same(backend, pooled, frames, frame_t
     k, v, want = chunk_and_its_choice(frames, frame_tokens, heads, anchor, pooled)
     for _ in range(20):
         out_k, out_v = torch.full((2, len(want), heads, 128), math.nan, dtype=k.dtype, device=DEVICE)
-        got = compress_chunk(
+        got = published(
             k, v, frames=frames, keep_ratio=0.25, pooled=pooled, anchor=anchor, out_k=out_k, out_v=out_v,
             backend=backend,
         )  # fmt: skip
@@ -193,7 +225,7 @@ def test_replays_of_a_captured_graph(backend):
     """New keys at the same addresses: each replay starts from whatever the last one left in the workspace."""
     k, v, want = chunk_and_its_choice(3, 200, 4, 0, pooled=False)
     keys = torch.zeros_like(k)
-    call = partial(compress_chunk, keys, v, frames=3, keep_ratio=0.25, pooled=False, backend=backend)
+    call = partial(published, keys, v, frames=3, keep_ratio=0.25, pooled=False, backend=backend)
     call()  # outside the capture: loads and checks the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -216,7 +248,7 @@ def test_rows_that_do_not_start_on_16_bytes_are_no_work_for_the_cuda_kernel(monk
     monkeypatch.setattr(BACKENDS, "choose", lambda *args: kinds.append(args[2]) or choose(*args))
     k = torch.randn(90 * 140, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     k = k.as_strided((90, 2, 64), (stride, 64, 1), offset)
-    compress_chunk(k, k.contiguous(), frames=3, keep_ratio=0.25, backend="reference")
+    published(k, k.contiguous(), frames=3, keep_ratio=0.25, backend="reference")
     why = cuda.compress_unsupported(kinds[0])
     assert why is None if aligned else why == "it takes rows that start on multiples of 16 bytes"
 
@@ -277,12 +309,14 @@ def test_outputs_must_not_overlap_inputs():
 def test_opcheck_and_compile():
     k = torch.randn(90, 2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     v = k + 1
-    want = compress_chunk(k, v, frames=3, keep_ratio=0.25)
-    args = (k, v, zeros(46, 2, 64), zeros(46, 2, 64), zeros(46, dtype=torch.int32), 3, 8, True, 0, "auto")
+    want = published(k, v, frames=3, keep_ratio=0.25)
+    outputs = (zeros(46, 2, 64), zeros(46, 2, 64), zeros(46, dtype=torch.int32), None)
+    args = (k, v, *outputs, 3, 8, True, 0, "similarity", 0.9, 0.125, "auto")
     torch.library.opcheck(torch.ops.worldkv.compress_chunk.default, args)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(k, v):
-        return compress_chunk(k * 1, v, frames=3, keep_ratio=0.25)
+        return published(k * 1, v, frames=3, keep_ratio=0.25)
 
-    assert all(torch.equal(a, b) for a, b in zip(compiled(k, v), want, strict=True))
+    assert want.count is None
+    assert all(torch.equal(a, b) for a, b in zip(compiled(k, v)[:3], want[:3], strict=True))

@@ -46,7 +46,7 @@ assert torch.equal(compiled(K, V), want.k + 1) and torch.equal(compress(first).k
 assert of_first == ["compress_chunk"] * 2
 assert torch.ops.worldkv.compress_chunk is first_op
 out = [torch.empty_like(x) for x in want]
-torch.ops.worldkv_2.compress_chunk(K, V, *out, 3, 1, True, 0, "auto")
+torch.ops.worldkv_2.compress_chunk(K, V, *out, 3, 1, True, 0, "nearest", 0.95, 0.125, "auto")
 assert all(map(torch.equal, out, want)) and len(of_second) == 3
 again = torch.compile(lambda k, v: second.compress_chunk(k, v, frames=3, keep_ratio=0.25).k, backend="aot_eager")
 assert torch.equal(again(K, V), want.k) and len(of_second) == 4

@@ -176,8 +176,9 @@ def test_outputs_of_append_that_lie_over_each_other_or_an_input_are_refused():
 def compress(layers=(3,)):
     return dict(
         k=zeros(*layers, 12, 2, 64), v=zeros(*layers, 12, 2, 64), out_k=zeros(*layers, 8, 2, 64),
-        out_v=zeros(*layers, 8, 2, 64), index=zeros(*layers, 8, dtype=torch.int32), frames=3, keep=2, pooled=True,
-        anchor=0, backend="auto",
+        out_v=zeros(*layers, 8, 2, 64), index=zeros(*layers, 8, dtype=torch.int32),
+        count=zeros(*layers, 8, dtype=torch.int32), frames=3, keep=2, pooled=True, anchor=0, rule="nearest",
+        merge_above=0.9, scale=0.125, backend="auto",
     )  # fmt: skip
 
 
@@ -201,6 +202,14 @@ def compress(layers=(3,)):
         ({"anchor": 3}, ValueError, "anchor must be a frame from 0 to 2, got 3"),
         ({"anchor": -1}, ValueError, "anchor must be a frame from 0 to 2, got -1"),
         ({"keep": 0}, ValueError, "keep must be at least 1, got 0"),
+        ({"count": zeros(3, 8)}, TypeError, "out_count must be torch.int32"),
+        ({"count": zeros(8, dtype=torch.int32)}, ValueError, "out_count must be [3, 8], got [8]"),
+        ({"count": zeros(3, 9, dtype=torch.int32)[:, :8]}, ValueError, "out_count must be contiguous in its last 2"),
+        ({"rule": "Nearest"}, ValueError, "rule must be one of nearest, similarity, got 'Nearest'"),
+        ({"merge_above": float("inf")}, ValueError, "merge_above must be finite, got inf"),
+        ({"merge_above": float("nan")}, ValueError, "merge_above must be finite, got nan"),
+        ({"scale": 0.0}, ValueError, "scale must be from 1e-25 to 1e+25"),
+        ({"scale": float("nan")}, ValueError, "scale must be from 1e-25 to 1e+25"),
     ],
 )
 def test_compress_refuses(changes, error, message):
@@ -208,9 +217,14 @@ def test_compress_refuses(changes, error, message):
 
 
 @pytest.mark.parametrize("layers", [(), (3,)])
-@pytest.mark.parametrize("other", ["k", "v", "out_k", "out_v"])
-def test_an_index_that_lies_over_another_tensor_is_refused(layers, other):
+@pytest.mark.parametrize("other", ["k", "v", "out_k", "out_v", "index"])
+@pytest.mark.parametrize("name", ["index", "count"])
+def test_an_index_or_count_that_lies_over_another_tensor_is_refused(layers, other, name):
+    if name == other:
+        other = "count"
     given = compress(layers)
-    index = given[other].view(torch.int32).flatten()[: given["index"].numel()].view(given["index"].shape)
-    first, second = ("out_index", other) if other in "kv" else (other, "out_index")
-    refuses("compress_chunk", given, {"index": index}, ValueError, f"{first} must not overlap {second}, got")
+    over = given[other].view(torch.int32).flatten()[: given[name].numel()].view(given[name].shape)
+    first, second = f"out_{name}", other.replace("index", "out_index").replace("count", "out_count")
+    if other in ("out_k", "out_v") or (other, name) == ("index", "count"):
+        first, second = second, first
+    refuses("compress_chunk", given, {name: over}, ValueError, f"{first} must not overlap {second}, got")

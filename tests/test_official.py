@@ -181,6 +181,7 @@ def test_published_values():
     assert (config.chunk_frames, config.sink_frames, config.retrieved_chunks) == (3, 3, 6)
     assert config.recent_frames == 3  # past frames: the published 6 include the current chunk
     assert (config.keep_ratio, config.pooled, config.order) == (0.5, True, "nearest_first")
+    assert (config.prune_rule, config.merge_pruned) == ("similarity", False)
     assert isinstance(config.retrieval, OfficialPoseRetrieval)
 
 

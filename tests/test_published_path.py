@@ -92,8 +92,9 @@ def index_check(memory):
         for layer in range(config.num_layers):
             kept, (k, v) = memory.banked(layer, plan.chunk), memory.whole_chunk(layer)
             want = compress_chunk(
-                k, v, frames=FRAMES, keep_ratio=config.keep_ratio, pooled=config.pooled, backend="reference"
-            )
+                k, v, frames=FRAMES, keep_ratio=config.keep_ratio, pooled=config.pooled, rule="similarity",
+                merge=False, backend="reference",
+            )  # fmt: skip
             assert kept.index.tolist() == want.index.tolist()
             assert torch.equal(kept.k, want.k) and torch.equal(kept.v, want.v)
 
@@ -340,6 +341,8 @@ def test_the_slow_work_of_a_chunk_is_there(published_path):
         (dict(order="time"), "order must be 'nearest_first', as of MemoryConfig.official, got 'time'"),
         (dict(unattended_chunks=0), "unattended_chunks must be 1, as of MemoryConfig.official, got 0"),
         (dict(bank_sink=False), "bank_sink must be True, as of MemoryConfig.official, got False"),
+        (dict(prune_rule="nearest"), "prune_rule must be 'similarity', as of MemoryConfig.official, got 'nearest'"),
+        (dict(merge_pruned=True), "merge_pruned must be False, as of MemoryConfig.official, got True"),
         (dict(rope=None), "rope must be 'wan', as of MemoryConfig.official, got None"),
         (dict(round_before_rope=False), "round_before_rope must be True, as of MemoryConfig.official, got False"),
         (dict(retrieval="pose"), "retrieval must be an OfficialPoseRetrieval, as of MemoryConfig.official, got 'pose'"),

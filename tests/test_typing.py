@@ -47,7 +47,12 @@ def attention(q: torch.Tensor, wish: bool) -> torch.Tensor:
 
 
 def chunk(q: torch.Tensor) -> torch.Tensor:
-    k, v, index = compress_chunk(q, q, frames=3, keep_ratio=0.25)
+    k, v, index, count = compress_chunk(q, q, frames=3, keep_ratio=0.25)
+    if count is not None:
+        index = count
+    count.sum()  # type: ignore[union-attr]
+    k, v, *_ = compress_chunk(q, q, frames=3, keep_ratio=0.25, rule="similarity", merge=False, merge_above=1, scale=0.1)
+    compress_chunk(q, q, frames=3, keep_ratio=0.25, rule="random")  # type: ignore[arg-type]
     flat = q.flatten(1)
     return norm_rope_append(flat, flat, flat, k, v, 0, rope=Rope3D(64), grid=(3, 1, 2), start_frame=0).flatten(1)
 
@@ -58,6 +63,8 @@ def memory(q: torch.Tensor, poses: torch.Tensor) -> list[int]:
     config = MemoryConfig(num_layers=1, num_heads=2, head_dim=64, grid=(4, 6), retrieval="fov", sink_frames=4)
     past: int = config.sink_frames + config.recent_frames + config.retrieved_chunks
     MemoryConfig(num_layers=1, num_heads=past, grid=(4, 6), retrieval="nearest")  # type: ignore[arg-type]
+    MemoryConfig(num_layers=1, num_heads=2, grid=(4, 6), prune_rule="random")  # type: ignore[arg-type]
+    MemoryConfig(num_layers=1, num_heads=2, grid=(4, 6), prune_rule="similarity", merge_pruned=False)
     config = MemoryConfig.official(num_layers=1, num_heads=2, head_dim=64, grid=(4, 6))
     memory = WorldMemory(config, device="cpu", dtype=torch.float32)
     plan = memory.begin_chunk(poses)

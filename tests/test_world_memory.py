@@ -304,7 +304,7 @@ def test_equal_similarities_keep_the_earlier_token():
         assert error(memory.attend(0, q, k, v), slow.attend(0, q, k, v)) <= TOLERANCE
         memory.end_chunk()
         slow.end()
-        assert slow.past[0].kept == [[0, 1, 2, 3, 4, 5, 6]]
+        assert slow.past[0].pruned[0].index == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("mode", ["full", "sliding", "sink_recent"])

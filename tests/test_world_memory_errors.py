@@ -45,7 +45,12 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("eps", math.nan, "finite"),
         ("scale", 0.0, "from 1e-25 to 1e+25"),
         ("scale", math.inf, "from 1e-25 to 1e+25"),
+        ("retrieved_log_weight", 8.1, "from -8 to 8"),
+        ("retrieved_log_weight", -8.1, "from -8 to 8"),
+        ("retrieved_log_weight", math.nan, "from -8 to 8"),
         ("mode", "rolling", "worldkv, full, sliding, sink_recent"),
+        ("prune_rule", "most alike", "one of nearest, similarity"),
+        ("prune_rule", None, "one of nearest, similarity"),
         ("order", "random", "time, nearest_last, nearest_first"),
         ("bank", "disk", "'device' or 'host'"),
         ("bank_chunks", 1, "at least 2"),
@@ -87,7 +92,7 @@ def test_config_counts_are_no_larger_than_memory_could_hold(field):
             tiny(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["keep_ratio", "eps", "scale"])
+@pytest.mark.parametrize("field", ["keep_ratio", "eps", "retrieved_log_weight", "scale"])
 def test_config_numbers_are_such_as_a_float_holds(field):
     for value in (10**400, -(10**400), Fraction(10**400, 3), 10**5000):
         with pytest.raises(ValueError, match=f"^MemoryConfig: {field} must be a number that a float can hold, got"):
@@ -96,7 +101,7 @@ def test_config_numbers_are_such_as_a_float_holds(field):
     assert getattr(tiny(**{field: Fraction(1, 4)}), field) == 0.25
 
 
-@pytest.mark.parametrize("field", ["keep_ratio", "eps", "scale"])
+@pytest.mark.parametrize("field", ["keep_ratio", "eps", "retrieved_log_weight", "scale"])
 @pytest.mark.parametrize("value", ["x", None, True, [0.5]])
 def test_config_numbers_are_numbers(field, value):
     if field == "scale" and value is None:
@@ -107,7 +112,7 @@ def test_config_numbers_are_numbers(field, value):
 
 
 @pytest.mark.parametrize(
-    "field", ["pooled", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink"]
+    "field", ["pooled", "merge_pruned", "rebase_time", "prefetch", "round_before_rope", "rebase_sink", "bank_sink"]
 )
 @pytest.mark.parametrize("value", ["no", 1, None])
 def test_config_switches_are_true_or_false(field, value):

@@ -57,7 +57,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
     config = tiny(num_layers=2, grid=(1, 3), rope=Rope3D(HEAD_DIM, max_position=400), **fields)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     out = torch.empty_like(memory._q)
-    kept = [memory._q, memory._storage.index, memory._position, memory._pool.k, memory._pool.v]
+    kept = [memory._q, memory._storage.index, memory._storage.count, memory._position, memory._pool.k, memory._pool.v]
     kept += memory.window.tables
     kept += [x for layer in range(2) for x in memory.pools(layer)]
     addresses, window = [x.data_ptr() for x in kept], memory.window
@@ -69,7 +69,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
                     assert memory.attend(layer, *x, out=out) is out
             memory.end_chunk()
         assert chunk == 0 or not seen.ops, seen.ops  # the first may make the rope's table
-    now = [memory._q, memory._storage.index, memory._position, memory._pool.k, memory._pool.v]
+    now = [memory._q, memory._storage.index, memory._storage.count, memory._position, memory._pool.k, memory._pool.v]
     now += memory.window.tables
     now += [x for layer in range(2) for x in memory.pools(layer)]
     assert [x.data_ptr() for x in now] == addresses
@@ -88,6 +88,30 @@ def test_a_chunk_is_pruned_in_one_call_for_all_layers(monkeypatch, bank):
         rollout.chunk(memory, chunk)
     banked = MAX_CHUNKS - config.sink_chunks - config.recent_chunks
     assert calls == banked * [[config.num_layers, config.chunk_tokens, config.num_heads, HEAD_DIM]]
+
+
+@pytest.mark.parametrize(
+    ("prune_rule", "merge_pruned", "scale"),
+    [("nearest", True, None), ("nearest", True, 0.2), ("similarity", True, 3.0), ("similarity", False, None)],
+)
+def test_a_chunk_is_pruned_as_the_config_says(monkeypatch, prune_rule, merge_pruned, scale):
+    """Merging needs the scale of the softmax that reads the keys, and writes its counts where the memory has room."""
+    calls = []
+    monkeypatch.setattr(
+        storage_module, "compress_chunk",
+        lambda k, v, **options: calls.append(options) or compress_chunk(k, v, **options),
+    )  # fmt: skip
+    config = tiny(prune_rule=prune_rule, merge_pruned=merge_pruned, scale=scale, keep_ratio=0.3, pooled=False)
+    memory, rollout = make(config), Rollout(config, 1, 6)
+    for chunk in range(6):
+        rollout.chunk(memory, chunk)
+    assert len(calls) == 3
+    for options in calls:
+        told = [options[name] for name in ("rule", "merge", "scale", "keep_ratio", "pooled", "frames")]
+        assert told == [prune_rule, merge_pruned, scale, 0.3, False, 2]
+        assert options["out_count"] is (memory._storage.count if merge_pruned else None)
+    defaults = tiny()
+    assert (defaults.prune_rule, defaults.merge_pruned, defaults.scale) == ("nearest", True, None)
 
 
 def test_no_work_grows_with_the_past():

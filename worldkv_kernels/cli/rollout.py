@@ -18,6 +18,7 @@ from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, Ret
 from ..memory.world_memory import WorldMemory
 from ..models.rollout import RolloutChunk, WorldModel, rollout
 from ..ops.all import check_every_backend
+from ..ops.compress_chunk import RULES
 from . import report, rollout_models
 from .rollout_models import STRIDE, Config, Motion
 from .rollout_picture import picture
@@ -25,6 +26,11 @@ from .rollout_revisits import Revisit, find_revisits, retrieval_at_work
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TAKES = "about 20 seconds"  # the default run
+# Of MemoryConfig, which has the defaults.
+_FIELDS = (
+    "prune_rule", "merge_pruned", "retrieved_chunks", "retrieved_log_weight", "sink_frames", "recent_frames",
+    "rebase_time",
+)  # fmt: skip
 _DEEPEST = 1e9  # in the poses' units
 _THREADS_EACH = 4  # of a processor, at most: thousands of them hang or end the process
 
@@ -41,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "chunk of three frames, 0.5 two thirds, 1 all (default: %(default)s)")  # fmt: skip
     add("--pooled", action=argparse.BooleanOptionalAction, default=True,
         help="prune a chunk's frames together, or each on its own (default: together)")  # fmt: skip
+    add("--prune-rule", help=f"which tokens go: {', '.join(RULES)} (default: {RULES[0]})")
+    add("--merge-pruned", action=argparse.BooleanOptionalAction, default=None,
+        help="those that stay take up those that go (default: they do)")  # fmt: skip
     add("--retrieved-chunks", type=report.integer(0), help="brought back at most (default: 6, or what the bank holds)")
+    add("--retrieved-log-weight", type=report.number,
+        help="added to the scores of retrieved tokens: 0.69 lets each count twice (default: 0)")  # fmt: skip
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
     add("--retrieval", help="by pose, by fov, the overlap of the views, or by action, the pose that a player's actions "
@@ -137,8 +148,7 @@ def _run(args: argparse.Namespace) -> int:
             **{name: getattr(args, name) for name in (
                 "keep_ratio", "pooled", "retrieval", "depth_range", "diversity", "order",
                 "bank", "bank_chunks", "backend")},
-            **{name: getattr(memories.get("worldkv", memories[modes[0]]), name) for name in (
-                "sink_frames", "recent_frames", "retrieved_chunks", "rebase_time")},
+            **{name: getattr(memories.get("worldkv", memories[modes[0]]), name) for name in _FIELDS},
         },
         "interrupted": stopped is not None,
         "modes": results,
@@ -193,8 +203,7 @@ def _memory_config(
     args: argparse.Namespace, config: Config, policy: RetrievalPolicy, mode: str, chunks: int
 ) -> MemoryConfig:
     enough = chunks if mode == "full" else max(chunks, args.retrieved_chunks or 1)
-    asked = ("sink_frames", "recent_frames", "retrieved_chunks", "rebase_time")
-    given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
     try:
         return config.memory(
             mode=mode, keep_ratio=args.keep_ratio, pooled=args.pooled,
