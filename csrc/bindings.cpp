@@ -104,7 +104,7 @@ void segment_attention(
     int64_t stride_k_row, int64_t stride_k_head, int64_t stride_v_row, int64_t stride_v_head, int64_t stride_out_token,
     int64_t stride_out_head, int q_len, int heads, int kv_heads, int head_dim, int turned_pairs, int max_segments,
     int num_whole, int num_cut, int parts, int processors, int tile_rows, float scale_log2, float scale_power,
-    int dtype, uintptr_t stream) {
+    uintptr_t weights, int dtype, uintptr_t stream) {
     worldkv::AttentionParams params{};
     params.q = pointer<const void>(q);
     params.k = pointer<const void>(k);
@@ -142,7 +142,8 @@ void segment_attention(
     params.tile_rows = tile_rows;
     params.scale_log2 = scale_log2;
     params.scale_power = scale_power;
-    worldkv::segment_attention(params, static_cast<worldkv::Dtype>(dtype), pointer<CUstream_st>(stream));
+    worldkv::segment_attention(params, pointer<const float>(weights), static_cast<worldkv::Dtype>(dtype),
+                               pointer<CUstream_st>(stream));
 }
 
 }  // namespace
@@ -178,5 +179,6 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("stride_v_row"), py::arg("stride_v_head"), py::arg("stride_out_token"), py::arg("stride_out_head"),
         py::arg("q_len"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("turned_pairs"),
         py::arg("max_segments"), py::arg("num_whole"), py::arg("num_cut"), py::arg("parts"), py::arg("processors"),
-        py::arg("tile_rows"), py::arg("scale_log2"), py::arg("scale_power"), py::arg("dtype"), py::arg("stream"));
+        py::arg("tile_rows"), py::arg("scale_log2"), py::arg("scale_power"), py::arg("weights"),
+        py::arg("dtype"), py::arg("stream"));
 }

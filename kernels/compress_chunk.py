@@ -29,9 +29,9 @@ MAX_HEADS = 128  # more are tokens, of tensors with heads first
 MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RULES = ("similarity", "nearest")
-# Of a key's squared length, how much a query at its match meets: .7 to .8 in all layers but the first of the model on
-# which this was measured, by the median over queries.
-_MATCH = 0.8
+# Of a key's squared length, how much a query at its match meets: .7 to .8 in all layers of the small world model but
+# its first, by the median over queries.
+_MATCH = tl.constexpr(0.8)
 
 
 @triton.jit(do_not_specialize=["first_token", "frame_tokens"])
@@ -392,7 +392,7 @@ def merge_kernel(
 
         # A query at the match shall score log(count) more: by longer keys, twice as long at most.
         square = square / averaged
-        stretch = 1.0 + tl.minimum(1.0, tl.log(count.to(tl.float32)) / (scale * square))
+        stretch = 1.0 + tl.minimum(1.0, tl.log(count.to(tl.float32)) / (_MATCH * scale * square))
         if averaged == 1:
             tl.store(out_k, (k * stretch[:, None]).to(own_k.dtype), mask=mask)
             tl.store(out_v, own_v, mask=mask)
@@ -557,7 +557,7 @@ def _merge(
     block_heads = min(triton.next_power_of_2(heads), 2048 // head_dim)
     blocks = triton.cdiv(heads, block_heads)
     merge_kernel[(out_k.shape[1] * blocks, layers)](
-        k, v, following, out_k, out_v, index, count, tokens, frame_tokens, anchor, heads, blocks, _MATCH * scale,
+        k, v, following, out_k, out_v, index, count, tokens, frame_tokens, anchor, heads, blocks, float(scale),
         *(x.stride(0) for x in (k, v, out_k, out_v, index, count)), *(x.stride(1) for x in (k, v, out_k, out_v)),
         HEAD_DIM=head_dim, BLOCK_HEADS=block_heads, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -594,9 +594,9 @@ def compress_chunk(
     has joined itself, until it is one that is kept. Of a kept token, with n that counts it and all that joined it:
         v = the mean of v over A;   k, of each head, = m / |m| sqrt(q) (1 + min(1, log(n) / (.8 scale q)))
     where A is the token and those that joined it with <x, x_kept> >= merge_above, m the mean of k over A and q that of
-    |k|^2. Averaging shortens keys, so they get their length back, and a query at the match, whose score is some
-    .8 scale q, finds the weight of n. Where n is 1, rows are copied bit for bit; where A is the token alone, v is. k is
-    zero where m is.
+    |k|^2. Averaging shortens keys, so they get their length back. A query at the match scores about .8 scale q, so that
+    part of it more is log(n) more, the weight of n keys. Where n is 1, rows are copied bit for bit; where A is the
+    token alone, v is. k is zero where m is.
 
     Args:
         k, v: [layers, tokens, heads, head_dim], one dtype, bf16, fp16 or fp32; dense in heads and head_dim, layers and

@@ -206,7 +206,15 @@ def segment_attention_kernel(
             if WEIGHT_OF_TILE:
                 weighed = tl.load(tiles_ptr + full_lo * 2 + 1, mask=full_lo < full_hi, other=0)
             if HAS_WEIGHT and HAS_SHIFT:
+                # Once a segment, as queries are turned; where there was a key before.
                 weight = tl.load(weights_ptr + r - 1)
+                entering = kept - weight
+                kept = weight
+                max_before, lag = _moved(row_max, entering, lag)
+                following = tl.where(row_max > float("-inf"), tl.math.exp2((row_max - max_before) + entering), 1.0)
+                row_sum = row_sum * following
+                acc = acc * following[:, None]
+                row_max = max_before
             step_lo = full_lo * STEPS
             step_hi = full_hi * STEPS
             # On sm_90 ptxas serialises the products of a loop with stores in it, if it may not run at all.
@@ -226,10 +234,9 @@ def segment_attention_kernel(
                         v = tl.load(v_base + (cols[:, None] * stride_v_row + dims[None, :]))
                     change = None
                     old_max = None
-                    if HAS_WEIGHT:
-                        if WEIGHT_OF_TILE:
-                            weight = tl.load(weights_ptr + weighed)
-                            weighed = tl.load(next_tile + 1, cache_modifier=".ca")
+                    if WEIGHT_OF_TILE:
+                        weight = tl.load(weights_ptr + weighed)
+                        weighed = tl.load(next_tile + 1, cache_modifier=".ca")
                         change = kept - weight
                         kept = weight
                         old_max, lag = _moved(row_max, change, lag)
@@ -237,7 +244,7 @@ def segment_attention_kernel(
                         q, k, v, None, None, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
                         False, PRECISION,
                     )  # fmt: skip
-                    if HAS_WEIGHT:
+                    if WEIGHT_OF_TILE:
                         lag = tl.where(row_max > old_max, 0.0, lag)
                     if RETURN_MASS:
                         # Where the walk leaves a segment, its sum so far and the maximum that it is relative to.
@@ -267,19 +274,13 @@ def segment_attention_kernel(
                 if WEIGHT_OF_TILE:
                     of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)
                     of_rows = tl.load(weights_ptr + of_row, mask=valid, other=0.0)
-                    change = kept
+                    change = kept  # of the first block; 0 of others, so that there is no lag to keep
                     kept = 0.0
-                elif HAS_WEIGHT:
-                    change = kept - weight
-                    kept = weight
-                if HAS_WEIGHT:
-                    old_max, lag = _moved(row_max, change, lag)
+                    old_max = row_max + change
                 row_max, row_sum, acc, rescale, p, block_sum = _attend_block(
                     q, k, v, valid, of_rows, change, old_max, row_max, row_sum, acc, scale_log2, scale_power,
                     True, PRECISION,
                 )  # fmt: skip
-                if HAS_WEIGHT:
-                    lag = tl.where(row_max > old_max, 0.0, lag)
                 if RETURN_MASS:
                     if not WEIGHT_OF_TILE:
                         of_row = tl.load(tail_rows_ptr + tail * 2 + 1, mask=valid, other=-1)
@@ -293,6 +294,9 @@ def segment_attention_kernel(
                         before = tl.load(sum_ptrs) * tl.math.exp2(tl.load(sum_ptrs + BLOCK_Q) - row_max)
                         tl.store(sum_ptrs, before + tl.sum(tl.where(of_row[None, :] == segment, p, 0.0), 1))
                         tl.store(sum_ptrs + BLOCK_Q, row_max)
+
+            if HAS_WEIGHT and HAS_SHIFT:
+                lag = tl.where(row_max > max_before, 0.0, lag)
 
     if HAS_WEIGHT:  # from here on relative to no weight
         row_sum = row_sum * tl.math.exp2(kept)
@@ -414,8 +418,9 @@ class AttentionConfig:
 
 
 def attention_config(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, has_shift: bool, has_mass: bool
-) -> AttentionConfig:
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, has_shift: bool, has_mass: bool,
+    has_weight: bool = False,
+) -> AttentionConfig:  # fmt: skip
     """The launch configuration: the largest tiles and deepest pipeline that fit without spills, by compiling.
 
     Turning Q beside a [128, 128] accumulator takes registers that only smaller key tiles leave; what still spills
@@ -432,7 +437,7 @@ def attention_config(
             return AttentionConfig(block_q=128, block_k=32, num_warps=8, num_stages=4)
         return AttentionConfig(block_q=128, block_k=64, num_warps=8, num_stages=4)
     # 96 KiB shared also fits the 99 KiB of the consumer chips of compute capability 8 and 12.
-    block_k = 32 if has_shift or has_mass else 64
+    block_k = 32 if has_shift or has_mass or (has_weight and head_dim == 128) else 64
     return AttentionConfig(block_q=128, block_k=block_k, num_warps=8, num_stages=3)
 
 
@@ -659,7 +664,7 @@ def segment_attention(
     if lse is not None and not (lse.shape == (heads, q_len) and lse.dtype is torch.float32 and lse.is_contiguous()):
         raise ValueError(_wrong("lse", f"torch.float32 [{heads}, {q_len}], contiguous", lse))
     capability = device_capability(q.device)
-    config = attention_config(capability, q.dtype, head_dim, has_shift, mass is not None)
+    config = attention_config(capability, q.dtype, head_dim, has_shift, mass is not None, has_weight)
     num_blocks = triton.cdiv(q_len, config.block_q)
     num_whole, num_cut, parts = deal(num_blocks * heads, device_processors(q.device), capacity)
     pieces = num_cut * parts

@@ -74,6 +74,16 @@ def test_the_extension_is_given_the_tensors_and_their_sizes(launched):
     assert got.scale_log2 == pytest.approx(0.1 / 0.6931471805599453) and got.scale_power == 0.25
 
 
+def test_weights_are_given_where_a_window_has_them(launched):
+    q, k, v, *tables, weights, out = attention()
+    flags = dict(scale=0.1, has_shift=False)
+    cuda.segment_attention(q, k, v, *tables, weights, out, None, None, has_weight=False, **flags)
+    cuda.segment_attention(q, k, v, *tables, weights, out, None, None, has_weight=True, **flags)
+    cuda.segment_attention(q, k, v, *tables, weights, out, None, None, has_weight=True, scale=0.1, has_shift=True)
+    assert [got.weights for got in launched] == [0, weights.data_ptr(), weights.data_ptr()]
+    assert [got.tile_rows for got in launched] == [176, 176, 128]
+
+
 def test_scratch_and_mass(launched):
     """18 items of 128 queries on 4 processors: 16 whole ones, and 2 in parts."""
     lse, mass = torch.full((6, 300), 5.0), torch.full((6, 3), 5.0)
@@ -150,6 +160,7 @@ def test_the_op_launches_it_by_name(launched, monkeypatch):
 )  # fmt: skip
 def test_tiles_are_smaller_where_all_columns_of_a_query_turn(head_dim, turned_pairs, rows):
     assert cuda.attention_tile_rows(head_dim, turned_pairs) == rows
+    assert cuda.attention_tile_rows(head_dim, turned_pairs, has_weight=True) == (128 if turned_pairs else 176)
 
 
 STORE = torch.zeros(4096, dtype=torch.bfloat16)
@@ -196,7 +207,7 @@ def test_a_binding_names_its_arguments_as_the_function_does_and_fills_the_fields
     assert re.findall(r'py::arg\("(\w+)"\)', bound) == parameters
     fields = re.findall(r"params\.(\w+) = (?:pointer<[^>]*>\()?(\w+)\)?;", body)
     assert len(fields) > 10 and all(field == value for field, value in fields)
-    by_hand = {"dtype", "stream", "workspace_bytes"}
+    by_hand = {"dtype", "stream", "weights", "workspace_bytes"}
     assert {field for field, _ in fields} == set(parameters) - by_hand
 
 

@@ -246,7 +246,29 @@ def test_kinds_of_attention_that_the_cuda_kernel_takes(dtype):
     assert "16 bytes" in cuda.attention_unsupported((dtype, 128, 22, False, True, False, True, False))
     wide = (torch.float32, 128, 22, False, True, False, True, True)
     assert cuda.attention_unsupported(wide) == "it takes bfloat16 and float16, not torch.float32"
-    assert all(cuda.attention_unsupported(kind) is None for kind in ATTENTION.kinds if not kind[5])
+    reason = cuda.attention_unsupported((dtype, 128, 64, False, False, True, True, True))
+    assert reason == "it takes weights of segments where up to 24 pairs turn, not 64"
+    assert cuda.attention_unsupported((dtype, 64, 32, False, False, True, True, True)) is None
+    assert all(
+        cuda.attention_unsupported(kind) is None
+        for kind in ATTENTION.kinds
+        if not (kind[1] == 128 and kind[2] == 64 and kind[5])
+    )
+
+
+def test_kernels_with_weights_are_proven_by_themselves(tmp_path, monkeypatch):
+    """The list of the repository is of kernels that a GPU has run; those with weights are not among them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("WORLDKV_SELF_CHECK", "0")
+    monkeypatch.setattr(proven, "architecture", lambda device: "sm_90")
+    monkeypatch.setitem(ATTENTION.backends, "cuda", Backend(lambda: None))
+    proven._lists.cache_clear()
+    plain, weighted = ((torch.float16, 128, 0, False, False, has_weight, True, True) for has_weight in (False, True))
+    assert ATTENTION.passed_over("cuda", GPU, plain) is None
+    assert "no run has proven it on sm_90" in ATTENTION.passed_over("cuda", GPU, weighted)
+    proven.record(ATTENTION.proof(weighted), GPU)
+    assert ATTENTION.passed_over("cuda", GPU, weighted) is None
+    proven._lists.cache_clear()
 
 
 def test_doctor_names_every_backend_and_why(tmp_path, capsys):

@@ -14,24 +14,31 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 SOURCES = sorted(Path(__file__).parents[1].glob("csrc/*/*.cu"))
 ARCHS = ("80", "90a", "100a", "120")
-# Of head_dim, rows of a tile, turned slabs and mass.
+# Of head_dim, rows of a tile, turned slabs, mass and weights.
 ATTENTION = [
     *(
-        (head_dim, tile_rows, slabs, mass)
+        (head_dim, tile_rows, slabs, mass, 0)
         for head_dim, slabs, tile_rows, mass in product((64,), (0, 4), (128, 176), (0, 1))
     ),
     *(
-        (head_dim, tile_rows, slabs, mass)
+        (head_dim, tile_rows, slabs, mass, 0)
         for head_dim, slabs, tile_rows, mass in product((128,), (0, 3), (128, 176), (0, 1))
     ),
-    *((128, 128, 8, mass) for mass in (0, 1)),
+    *((128, 128, 8, mass, 0) for mass in (0, 1)),
+    *(
+        (head_dim, tile_rows, slabs, mass, 1)
+        for head_dim, tile_rows, slabs in ((64, 176, 0), (64, 128, 4), (128, 176, 0), (128, 128, 3))
+        for mass in (0, 1)
+    ),
 ]
 INSTANCES = {
     "anchor_kernel": {"bf16", "fp16", "fp32"},
     "select_copy_kernel": {"bf16", "fp16", "fp32"},
     "norm_rope_append_kernel": {f"{dtype} {vectors}" for dtype in ("bf16", "fp16") for vectors in (2, 5, 8)},
     "segment_attention_kernel": {" ".join(map(str, (dtype, *x))) for dtype in ("bf16", "fp16") for x in ATTENTION},
-    "merge_parts_kernel": {f"{dtype} {head_dim}" for dtype in ("bf16", "fp16") for head_dim in (64, 128)},
+    "merge_parts_kernel": {
+        f"{dtype} {head_dim} {weights}" for dtype in ("bf16", "fp16") for head_dim in (64, 128) for weights in (0, 1)
+    },
     "segment_shares_kernel": {""},
 }
 # What the launches count on: 65536 registers a multiprocessor for two blocks of 512, three of 256, five of 128.
@@ -173,7 +180,7 @@ def registers(code):
 
 
 # Instructions a warp and tile, as compiled by nvcc 13.0 and a little more; NOTES.md counts the cycles.
-MOST_INSTRUCTIONS = {("128", "128", "0", "0"): 535, ("128", "176", "0", "0"): 655}
+MOST_INSTRUCTIONS = {("128", "128", "0", "0", "0"): 535, ("128", "176", "0", "0", "0"): 655}
 
 
 def test_attention_overlaps_its_exponentials_with_products(cubins):
@@ -185,7 +192,7 @@ def test_attention_overlaps_its_exponentials_with_products(cubins):
             continue
         checked += 1
         dtype, *numbers = arguments.split()
-        head_dim, tile_rows, _, _ = map(int, numbers)
+        head_dim, tile_rows, _, mass, weights = map(int, numbers)
         found, labels = instructions(code)
         given = next(at for at, x in found if "USETMAXREG.DEALLOC.CTAPOOL 0x18" in x)
         taken = next(at for at, x in found if "USETMAXREG.TRY_ALLOC.CTAPOOL" in x and "0xf0" in x)
@@ -200,8 +207,9 @@ def test_attention_overlaps_its_exponentials_with_products(cubins):
         assert sum("gsb0" in x for x in products) == 2, arguments
         between, after = (next(i for i, x in enumerate(loop) if f"gsb0, 0x{n}" in x) for n in (1, 0))
         exponentials = [i for i, x in enumerate(loop) if "MUFU.EX2" in x]
-        assert len(exponentials) == tile_rows // 2 + 2, arguments
-        assert between < exponentials[0] and exponentials[-1] < after, arguments
+        beside = [i for i in exponentials if between < i < after]
+        assert len(beside) == tile_rows // 2 + 2, arguments
+        assert len(exponentials) == len(beside) + mass * weights, arguments  # one where a segment ends
         assert sum("BAR.SYNC" in x for x in loop) == sum("BAR.ARV" in x for x in loop) == 1, arguments
         assert len(loop) <= MOST_INSTRUCTIONS.get(tuple(numbers), 1200), arguments
     assert checked == 2 * len(ATTENTION)

@@ -306,7 +306,7 @@ def test_a_limit_that_all_pass_and_one_that_none_passes():
         assert torch.equal(got.v, want_v) and relative_error(got.k, want_k) <= 1e-6
     assert torch.equal(got.v.view(torch.int32), v[index.long()].view(torch.int32))
     square = k[index.long()].square().sum(-1, keepdim=True)
-    stretch = 1 + (count.float().log()[:, None, None] / (0.1 * square)).clamp_max(1)
+    stretch = 1 + (count.float().log()[:, None, None] / (0.8 * 0.125 * square)).clamp_max(1)
     assert (count > 1).any() and relative_error(got.k, k[index.long()] * stretch) <= 1e-6
 
 
@@ -355,7 +355,7 @@ def test_zero_means_and_keys_that_cancel():
     got = triton(k, k, frames=2, keep_ratio=0.5, merge_above=0.5)
     assert got.index.tolist() == [0, 1, 2, 4, 5] and got.count.tolist() == [2, 1, 1, 1, 1]
     assert torch.equal(got.k[0, 1], torch.zeros(64)) and torch.equal(got.v[0, 1], torch.zeros(64))
-    assert relative_error(got.k[0, 0], k[0, 0] * (1 + math.log(2) / (0.1 * 100))) <= 1e-6
+    assert relative_error(got.k[0, 0], k[0, 0] * (1 + math.log(2) / (0.8 * 0.125 * 100))) <= 1e-6
 
 
 def test_twenty_times_the_same_bits():

@@ -75,7 +75,8 @@ def inputs_of(case: Case) -> Inputs:
     if case.turned_pairs:
         rope = Rope3D(case.head_dim, pairs=(case.turned_pairs, case.head_dim // 2 - case.turned_pairs, 0))
     capacity = sum(-(-s.num_rows // 128) for s in case.segments) + case.spare
-    window = Window(case.segments, device=DEVICE, rope=rope, capacity=capacity)
+    weighted = any(s.log_weight for s in case.segments)
+    window = Window(case.segments, device=DEVICE, rope=rope, weighted=weighted, capacity=capacity)
     return Inputs(*map(moved, (q, k, v)), window)
 
 
@@ -91,7 +92,8 @@ def run(case: Case, inputs: Inputs, order: int = 0) -> list[torch.Tensor]:
         mass = torch.full((case.heads, len(case.segments)), math.nan, dtype=torch.float32, device=DEVICE)
     cuda.segment_attention(
         inputs.q, inputs.k, inputs.v, *inputs.window.tables, out, lse, mass, scale=case.head_dim**-0.5,
-        has_shift=case.turned_pairs > 0, has_weight=False, tile_rows=case.tile_rows, processors=case.processors,
+        has_shift=case.turned_pairs > 0, has_weight=inputs.window.has_weight,
+        tile_rows=case.tile_rows, processors=case.processors,
     )  # fmt: skip
     result = out.clone()
     out.fill_(-77.0)
@@ -124,15 +126,18 @@ def check(case: Case, orders: tuple[int, ...] = (0,)) -> None:
     group = case.heads // case.kv_heads
     queries, keys, values = q.transpose(0, 1), *(x.transpose(0, 1).repeat_interleave(group, 0) for x in (keys, values))
     scores = queries.double() @ keys.mT * case.head_dim**-0.5
+    lengths = torch.tensor([s.num_rows for s in case.segments])
+    logs = torch.tensor([s.log_weight for s in case.segments], dtype=torch.float64)
+    scores = scores + logs.repeat_interleave(lengths)
     weights = scores.softmax(-1)
     want = [(weights @ values.double()).transpose(0, 1)]
     if case.with_lse:
         want.append(scores.logsumexp(-1))
     if case.with_mass:
-        lengths = [s.num_rows for s in case.segments]
-        want.append(torch.stack([part.sum(-1).mean(-1) for part in weights.split(lengths, dim=-1)], dim=1))
+        want.append(torch.stack([part.sum(-1).mean(-1) for part in weights.split(lengths.tolist(), dim=-1)], dim=1))
     heads_first = (x.to(case.dtype).unsqueeze(0) for x in (queries, keys, values))
-    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1)
+    mask = logs.repeat_interleave(lengths).to(case.dtype).view(1, 1, 1, -1) if logs.any() else None
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask)[0].transpose(0, 1)
     # A turned query is rounded to its dtype, and the weights with it; lse and mass are in fp32 else.
     limits = [2 * relative_error(sdpa, want[0]), *([3e-3, 3e-3] if case.turned_pairs else [1e-6, 1e-5])]
     limits = [limits[0], *[limits[1]] * case.with_lse, *[limits[2]] * case.with_mass]
@@ -157,6 +162,23 @@ def test_every_kernel_matches_float64_in_any_order(head_dim, tile_rows, turned_p
     case = Case(
         segments, dtype, head_dim, tile_rows, turned_pairs, with_lse=not with_mass, with_mass=with_mass,
         heads=2, kv_heads=1 + with_mass, pad=8 * with_mass, growth=6.0,
+    )  # fmt: skip
+    check(case, orders=(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("with_mass", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "tile_rows", "turned_pairs"), [(64, 176, 0), (64, 128, 12), (128, 176, 0), (128, 128, 22)]
+)
+def test_every_kernel_with_weights_matches_float64_in_any_order(head_dim, tile_rows, turned_pairs, with_mass, dtype):
+    """Segments that share a tile's walk, a block of tail rows and, in parts of an item, neither."""
+    logs = (0.75, -8.0, -0.5, 8.0, 2.0)
+    segments = [s._replace(log_weight=w) for s, w in zip(SHIFTED, logs, strict=True)]
+    segments = segments if turned_pairs else [s._replace(time_shift=0) for s in segments]
+    case = Case(
+        segments, dtype, head_dim, tile_rows, turned_pairs, with_lse=not with_mass, with_mass=with_mass,
+        heads=2, kv_heads=1 + with_mass, growth=3.0, spare=200,
     )  # fmt: skip
     check(case, orders=(0, 1))
 

@@ -10,8 +10,11 @@ constexpr int kQueries = 128;  // of an item
 constexpr float kLarge = 268435456.f;  // 2**28, see kernels/segment_attention.py
 
 // The natural logarithm of a row's sum, of which `maximum` is a logarithm to base 2 in the scale that it was taken by.
+// Weights have moved it by up to 24; what tells the scales apart is half-way between them.
+template <bool kWeight>
 __device__ __forceinline__ float log_sum_exp(const AttentionParams& p, float maximum, float sum) {
-    const float of_scale = fabsf(maximum) < kLarge ? maximum : maximum * (p.scale_log2 / p.scale_power);
+    const float large = kWeight ? kLarge * (0.5f + 0.5f * (p.scale_power / p.scale_log2)) : kLarge;
+    const float of_scale = fabsf(maximum) < large ? maximum : maximum * (p.scale_log2 / p.scale_power);
     return (of_scale + log2f(sum)) * 0.6931471805599453f;
 }
 
@@ -28,7 +31,7 @@ struct Merged {
 };
 
 // A warp, a row of a cut item; a lane, kHeadDim / 32 of its columns.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kWeight = false>
 __global__ void __launch_bounds__(256) merge_parts_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int kColumns = kHeadDim / 32;
     const int lane = threadIdx.x % 32, in_block = blockIdx.y * 8 + threadIdx.x / 32;
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(256) merge_parts_kernel(const __grid_constant_
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) g_out[i] = from_float<T>(out[i] * inverse);
     if (p.lse && lane == 0) {
-        p.lse[static_cast<int64_t>(head) * p.q_len + row] = log_sum_exp(p, merged.maximum, merged.sum);
+        p.lse[static_cast<int64_t>(head) * p.q_len + row] = log_sum_exp<kWeight>(p, merged.maximum, merged.sum);
     }
 }
 

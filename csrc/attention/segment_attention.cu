@@ -90,10 +90,10 @@ TensorMaps maps_of(const AttentionParams& p, Dtype dtype) {
             of_k(p.tile_rows), of_v(p.tile_rows), of_k(kGroupRows), of_v(kGroupRows), of_k(1), of_v(1)};
 }
 
-template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs, bool kMass>
-void launch(const AttentionParams& p, const TensorMaps& maps, cudaStream_t stream) {
+template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs, bool kMass, bool kWeight = false>
+void launch(const typename ParamsOf<kWeight>::type& p, const TensorMaps& maps, cudaStream_t stream) {
     constexpr int kShared = Layout<kHeadDim, kTileRows>::bytes;
-    const auto kernel = segment_attention_kernel<T, kHeadDim, kTileRows, kTurnedSlabs, kMass>;
+    const auto kernel = segment_attention_kernel<T, kHeadDim, kTileRows, kTurnedSlabs, kMass, kWeight>;
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                kShared),
           "asking for shared memory");
@@ -108,6 +108,37 @@ void launch(const AttentionParams& p, const TensorMaps& maps, cudaStream_t strea
         launch<T, kHeadDim, kTileRows, kTurnedSlabs, true>(p, maps, stream);
     } else {
         launch<T, kHeadDim, kTileRows, kTurnedSlabs, false>(p, maps, stream);
+    }
+}
+
+template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs>
+void launch_weighted(const WeightedAttentionParams& p, const TensorMaps& maps, cudaStream_t stream) {
+    if (p.block_mass) {
+        launch<T, kHeadDim, kTileRows, kTurnedSlabs, true, true>(p, maps, stream);
+    } else {
+        launch<T, kHeadDim, kTileRows, kTurnedSlabs, false, true>(p, maps, stream);
+    }
+}
+
+// One size of tiles a kind: weights take five registers, which turned queries leave beside 128 rows only, and all slabs
+// turned at head_dim 128 not even there.
+template <typename T>
+void launch_weighted(const WeightedAttentionParams& p, const TensorMaps& maps, cudaStream_t stream) {
+    if (p.head_dim == 64) {
+        p.turned_pairs > 0 ? launch_weighted<T, 64, 128, 4>(p, maps, stream)
+                           : launch_weighted<T, 64, 176, 0>(p, maps, stream);
+    } else if (p.turned_pairs > 0) {
+        launch_weighted<T, 128, 128, 3>(p, maps, stream);
+    } else {
+        launch_weighted<T, 128, 176, 0>(p, maps, stream);
+    }
+    if (p.num_cut > 0) {
+        const dim3 blocks(p.num_cut, kQueries / 8);
+        if (p.head_dim == 64) {
+            merge_parts_kernel<T, 64, true><<<blocks, 256, 0, stream>>>(p);
+        } else {
+            merge_parts_kernel<T, 128, true><<<blocks, 256, 0, stream>>>(p);
+        }
     }
 }
 
@@ -158,7 +189,7 @@ void check_count(const char* name, int64_t count, int64_t least, int64_t most) {
 
 }  // namespace
 
-void segment_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
+void segment_attention(const AttentionParams& p, const float* weights, Dtype dtype, cudaStream_t stream) {
     check_tensor("q", p.q, p.stride_q_token, p.stride_q_head, 8);
     check_tensor("k_pool", p.k, p.stride_k_row, p.stride_k_head, 8);
     check_tensor("v_pool", p.v, p.stride_v_row, p.stride_v_head, 8);
@@ -172,9 +203,12 @@ void segment_attention(const AttentionParams& p, Dtype dtype, cudaStream_t strea
                std::to_string(p.kv_heads));
     }
     const int most = p.head_dim == 128 && p.turned_pairs > 24 ? 128 : 176;
-    if (p.tile_rows != 128 && p.tile_rows != most) {
-        refuse("tile_rows must be 128" + std::string(most == 176 ? " or 176" : "") + ", got " +
-               std::to_string(p.tile_rows));
+    if (weights ? p.tile_rows != (p.turned_pairs > 0 ? 128 : 176) : p.tile_rows != 128 && p.tile_rows != most) {
+        const char* taken = weights ? p.turned_pairs > 0 ? "128" : "176" : most == 176 ? "128 or 176" : "128";
+        refuse("tile_rows must be " + std::string(taken) + ", got " + std::to_string(p.tile_rows));
+    }
+    if (weights && p.head_dim == 128 && p.turned_pairs > 24) {
+        refuse("turned_pairs must be at most 24 with weights at head_dim 128, got " + std::to_string(p.turned_pairs));
     }
     check_count("q_len", p.q_len, 1, INT32_MAX - kQueries);
     check_count("rows", p.rows, 1, INT32_MAX);
@@ -192,10 +226,11 @@ void segment_attention(const AttentionParams& p, Dtype dtype, cudaStream_t strea
                std::to_string(p.num_whole) + " and " + std::to_string(p.num_cut));
     }
     const TensorMaps maps = maps_of(p, dtype);
+    const WeightedAttentionParams weighted{p, weights};
     if (dtype == Dtype::kBFloat16) {
-        launch<__nv_bfloat16>(p, maps, stream);
+        weights ? launch_weighted<__nv_bfloat16>(weighted, maps, stream) : launch<__nv_bfloat16>(p, maps, stream);
     } else {
-        launch<__half>(p, maps, stream);
+        weights ? launch_weighted<__half>(weighted, maps, stream) : launch<__half>(p, maps, stream);
     }
     if (p.block_mass) {
         constexpr int kMostBlocks = 65535;  // along y

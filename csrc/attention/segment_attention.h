@@ -35,7 +35,12 @@ struct AttentionParams {
     float scale_log2, scale_power;
 };
 
-// Throws std::invalid_argument on what the kernel does not take, std::runtime_error when a launch fails.
-void segment_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
+// Beside the others, whose machine code a field more would change.
+struct WeightedAttentionParams : AttentionParams {
+    const float* weights;  // [capacity], logarithms to base 2
+};
+
+// `weights` is null where segments have none. Throws std::invalid_argument on what the kernel does not take, std::runtime_error when a launch fails.
+void segment_attention(const AttentionParams& params, const float* weights, Dtype dtype, cudaStream_t stream);
 
 }  // namespace worldkv

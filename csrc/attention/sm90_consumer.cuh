@@ -11,12 +11,21 @@ namespace worldkv {
 // the slack is below the number's last digit, by any larger one. Weights stay within fp16, with the 2**8 that kLarge
 // allows.
 constexpr float kSlack = 4.f;
+constexpr int kOfGroup = kGroupRows / 2;  // scores of a thread in a group of tail rows, 4 in 8 columns
 
 struct Softmax {
     float maximum[2], sum[2];
     float total[2];    // of segments that have ended, where the mass is wanted
     float rescale[2];  // what to multiply earlier products by
     float scale[2];
+};
+
+// Where segments have weights (kernels/segment_attention.py says why it is done so): sums are relative to the weight
+// `kept` of the segment in hand. Where that changes `maximum` moves with it, by what its digits allow; `pending` is how
+// far sums have to follow, and `lag` by how much the maximum was rounded, since roundings would add up.
+struct Weighing {
+    float kept;
+    float lag[2], pending[2];
 };
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -29,9 +38,21 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+// Sums of a row, to a maximum that may be the one before.
+template <bool kMass>
+__device__ __forceinline__ void follow(Softmax& rows, Weighing& weighing, int r, float maximum) {
+    rows.rescale[r] = hopper::exp2_approx(rows.maximum[r] - maximum + weighing.pending[r]);
+    weighing.pending[r] = 0.f;
+    if (maximum > rows.maximum[r]) weighing.lag[r] = 0.f;
+    rows.maximum[r] = maximum;
+    rows.sum[r] *= rows.rescale[r];
+    if (kMass) rows.total[r] *= rows.rescale[r];
+}
+
 // Two chains a row, here and for the sums: one of dependent instructions would take twice the time.
-template <bool kMass, int kSize>
-__device__ __forceinline__ void take_maxima(Softmax& rows, const float (&scores)[kSize], const AttentionParams& p) {
+template <bool kMass, bool kWeight, int kSize>
+__device__ __forceinline__ void take_maxima(Softmax& rows, Weighing& weighing, const float (&scores)[kSize],
+                                            const AttentionParams& p) {
     float largest[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
 #pragma unroll
     for (int i = 0; i < kSize; ++i) largest[i / 2 % 2][i % 2] = fmaxf(largest[i / 2 % 2][i % 2], scores[i]);
@@ -42,10 +63,39 @@ __device__ __forceinline__ void take_maxima(Softmax& rows, const float (&scores)
         rows.scale[r] = fabsf(of_tile * p.scale_log2) < kLarge ? p.scale_log2 : p.scale_power;
         const float scaled = of_tile * rows.scale[r];
         const float maximum = scaled > rows.maximum[r] + kSlack ? scaled : rows.maximum[r];
-        rows.rescale[r] = hopper::exp2_approx(rows.maximum[r] - maximum);
-        rows.maximum[r] = maximum;
-        rows.sum[r] *= rows.rescale[r];
-        if (kMass) rows.total[r] *= rows.rescale[r];
+        if constexpr (kWeight) {
+            follow<kMass>(rows, weighing, r, maximum);
+        } else {
+            rows.rescale[r] = hopper::exp2_approx(rows.maximum[r] - maximum);
+            rows.maximum[r] = maximum;
+            rows.sum[r] *= rows.rescale[r];
+            if (kMass) rows.total[r] *= rows.rescale[r];
+        }
+    }
+}
+
+// As take_maxima, of a block of tail rows, whose groups are of segments with the given weights.
+template <bool kMass, int kSize>
+__device__ __forceinline__ void take_weighted_maxima(Softmax& rows, Weighing& weighing, const float (&scores)[kSize],
+                                                     const float (&of_groups)[kTailGroups], const AttentionParams& p) {
+    float largest[kTailGroups][2];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+        float& of_group = largest[i / kOfGroup][i / 2 % 2];
+        of_group = i % kOfGroup / 2 < 2 && i % 2 == 0 ? scores[i] : fmaxf(of_group, scores[i]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float of_block = -INFINITY, weighted = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < kTailGroups; ++i) of_block = fmaxf(of_block, largest[i][r]);
+        rows.scale[r] = fabsf(quad_max(of_block) * p.scale_log2) < kLarge ? p.scale_log2 : p.scale_power;
+#pragma unroll
+        for (int i = 0; i < kTailGroups; ++i) {
+            weighted = fmaxf(weighted, fmaf(largest[i][r], rows.scale[r], of_groups[i]));
+        }
+        weighted = quad_max(weighted);
+        follow<kMass>(rows, weighing, r, weighted > rows.maximum[r] + kSlack ? weighted : rows.maximum[r]);
     }
 }
 
@@ -67,6 +117,19 @@ __device__ __forceinline__ void exponentiate(Softmax& rows, float (&scores)[kSiz
     for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r];
 }
 
+// As exponentiate, of a block of tail rows.
+template <int kSize>
+__device__ __forceinline__ void exponentiate_weighted(Softmax& rows, float (&scores)[kSize], bool sums,
+                                                      const float (&of_groups)[kTailGroups]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+        const int r = i / 2 % 2;
+        const float relative = fmaf(scores[i], rows.scale[r], -rows.maximum[r]);
+        scores[i] = hopper::exp2_approx(relative + of_groups[i / kOfGroup]);
+        if (sums) rows.sum[r] += scores[i];
+    }
+}
+
 template <typename T, int kSlabs, int kSize>
 __device__ __forceinline__ void to_weights(uint32_t (&weights)[kSlabs][4], const float (&scores)[kSize]) {
 #pragma unroll
@@ -75,19 +138,20 @@ __device__ __forceinline__ void to_weights(uint32_t (&weights)[kSlabs][4], const
     }
 }
 
-template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs, bool kMass>
+template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs, bool kMass, bool kWeight>
 struct Consumer {
     using L = Layout<kHeadDim, kTileRows>;
     static constexpr uint64_t kRowsOfK = hopper::matrix(16, 8 * kRowBytes);
     static constexpr int kTurned = kTurnedSlabs > 0 ? kTurnedSlabs : 1;
 
-    const AttentionParams& p;
+    const typename ParamsOf<kWeight>::type& p;
     const uint32_t shared;
     const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
     const int row_in_block = kGroupQueries * group + threadIdx.x / 32 % 4 * 16 + lane / 4;  // and 8 below
     Ring<L::kStages> ring;
     int piece, segment;
     Softmax rows;
+    Weighing weighing;
     float out[kHeadDim / 2];
     uint32_t turned[kTurned][4];  // queries of the segment
 
@@ -101,6 +165,7 @@ struct Consumer {
             const int num_tails = hopper::load_shared(shared + L::piece + 8);
             if (piece < 0) return;
             rows = {{-INFINITY, -INFINITY}, {}, {}, {}, {}};
+            if (kWeight) weighing = {};
 #pragma unroll
             for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
             segment = -1;
@@ -110,9 +175,11 @@ struct Consumer {
                 release(L::empty_q);
             }
             segment = -1;
+            if (kWeight && !kTurnedSlabs) enter(0.f);
 #pragma unroll 1
             for (int tail = 0; tail < num_tails; ++tail) attend_tail(tail == num_tails - 1);
             if (kMass && num_tails > 0) end_segment(1);
+            if (kWeight) leave_weights();
             store();
         }
     }
@@ -122,8 +189,9 @@ struct Consumer {
         float scores[kTileRows / 2];
         uint32_t weights[kTileRows / 16][4];
         hopper::wait(shared + L::full_k + 8 * ring.stage, ring.parity);
-        if (kTurnedSlabs || kMass) segment = hopper::load_shared(slot());
+        if (kTurnedSlabs || kMass || kWeight) segment = hopper::load_shared(slot());
         if (kTurnedSlabs) turn();
+        if constexpr (kWeight) enter(__ldg(p.weights + segment));
         hopper::sync_named(1 + group, 256);
         hopper::fence_products();
         score(scores);
@@ -131,7 +199,7 @@ struct Consumer {
         hopper::arrive_named(2 - group, 256);
         hopper::wait_products<0>(scores);
         release(L::empty_k + 8 * ring.stage);
-        take_maxima<kMass>(rows, scores, p);
+        take_maxima<kMass, kWeight>(rows, weighing, scores, p);
         exponentiate(rows, scores, true);
         if (num_tiles > 1) wait_for_next_k();
         to_weights<T>(weights, scores);
@@ -139,12 +207,13 @@ struct Consumer {
         for (int tile = 1; tile < num_tiles; ++tile) {
             const Ring<L::kStages> before = ring;
             ring = ring.next();
-            if (kTurnedSlabs || kMass) {
+            if (kTurnedSlabs || kMass || kWeight) {
                 const int next = hopper::load_shared(slot());
                 if (next != segment) {
                     if (kMass) end_segment(0);
                     segment = next;
                     if (kTurnedSlabs) turn();
+                    if constexpr (kWeight) enter(__ldg(p.weights + segment));
                 }
             }
             hopper::sync_named(1 + group, 256);
@@ -158,7 +227,7 @@ struct Consumer {
             hopper::arrive_named(2 - group, 256);
             hopper::wait_products<1>(scores);
             release(L::empty_k + 8 * ring.stage);
-            take_maxima<kMass>(rows, scores, p);
+            take_maxima<kMass, kWeight>(rows, weighing, scores, p);
             exponentiate(rows, scores, true);
             // The loop in this wait also keeps ptxas from moving the exponentials behind the wait for the products.
             if (tile + 1 < num_tiles) wait_for_next_k();
@@ -183,6 +252,7 @@ struct Consumer {
                 if (kMass && segment >= 0) end_segment(1);
                 segment = next;
                 turn();
+                if constexpr (kWeight) enter(__ldg(p.weights + segment));
             }
         }
         hopper::fence_products();
@@ -190,17 +260,25 @@ struct Consumer {
         hopper::commit_products();
         hopper::wait_products<0>(scores);
         if (releases_q) release(L::empty_q);
-        constexpr int kOfGroup = kGroupRows / 2;  // scores of a thread, 4 in 8 columns
+        float of_groups[kTailGroups];
 #pragma unroll
         for (int i = 0; i < kTailGroups; ++i) {
+            if constexpr (kWeight && !kTurnedSlabs) {
+                of_groups[i] = __ldg(p.weights + hopper::load_shared(slot() + 4 * i));
+            }
             const unsigned mask = hopper::load_shared(slot() + L::masks + 4 * i) >> 2 * (lane % 4);
 #pragma unroll
             for (int j = 0; j < kOfGroup; ++j) {
                 if (!(mask >> (j / 4 * 8 + j % 2) & 1)) scores[kOfGroup * i + j] = -INFINITY;
             }
         }
-        take_maxima<kMass>(rows, scores, p);
-        exponentiate(rows, scores, !kMass);
+        if constexpr (kWeight && !kTurnedSlabs) {
+            take_weighted_maxima<kMass>(rows, weighing, scores, of_groups, p);
+            exponentiate_weighted(rows, scores, !kMass, of_groups);
+        } else {
+            take_maxima<kMass, kWeight>(rows, weighing, scores, p);
+            exponentiate(rows, scores, !kMass);
+        }
         if (kMass) {
 #pragma unroll
             for (int i = 0; i < kTailGroups; ++i) {
@@ -237,7 +315,8 @@ struct Consumer {
     // Where registers are short, ptxas moves the exponentials even behind this wait, unless it takes the wait to depend on
     // them: no sum is negative, which it does not know.
     __device__ __forceinline__ void wait_for_next_k() const {
-        constexpr bool kIsShort = kTurnedSlabs == 8 || (kTurnedSlabs == 3 && kTileRows == 176 && !kMass);
+        constexpr bool kIsShort =
+            kTurnedSlabs == 8 || (kTurnedSlabs == 3 && kTileRows == 176 && !kMass) || (kWeight && kMass);
         const bool never = kIsShort && rows.sum[0] + rows.sum[1] < 0.f;
         hopper::wait(shared + L::full_k + 8 * ring.next().stage, ring.next().parity ^ never);
     }
@@ -310,11 +389,35 @@ struct Consumer {
         for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rows.rescale[i / 2 % 2];
     }
 
+    // From here on sums are relative to `weight`. Before the first key there are none.
+    __device__ __forceinline__ void enter(float weight) {
+        const float change = weighing.kept - weight;
+        weighing.kept = weight;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (rows.maximum[r] == -INFINITY) continue;
+            const float by = change + weighing.lag[r], moved = rows.maximum[r] + by;
+            weighing.lag[r] = by - (moved - rows.maximum[r]);
+            weighing.pending[r] = rows.maximum[r] - moved + change;
+            rows.maximum[r] = moved;
+        }
+    }
+
+    // Sums relative to no weight, at the end of a piece.
+    __device__ __forceinline__ void leave_weights() {
+        const float gain = hopper::exp2_approx(weighing.kept);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= gain;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) (kMass ? rows.total[r] : rows.sum[r]) *= gain;
+    }
+
     // `kind`: 0 full tiles, 1 tail rows. A replayed graph may meet more segments than it was captured with.
     __device__ __forceinline__ void end_segment(int kind) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float sum = quad_sum(rows.sum[r]);
+            float sum = quad_sum(rows.sum[r]);
+            if (kWeight) sum *= hopper::exp2_approx(weighing.kept);
             if (lane % 4 == 0 && segment < p.max_segments) {
                 const int64_t entry = (static_cast<int64_t>(piece) * 2 + kind) * p.max_segments + segment;
                 p.segment_sums[entry * kQueries + row_in_block + 8 * r] = make_float2(rows.maximum[r], sum);
@@ -353,7 +456,7 @@ struct Consumer {
                         hopper::pack<T>(out[4 * i + 2 * r] * inverse, out[4 * i + 2 * r + 1] * inverse);
                 }
                 if (p.lse && lane % 4 == 0) {
-                    p.lse[static_cast<int64_t>(head) * p.q_len + row] = log_sum_exp(p, rows.maximum[r], sum);
+                    p.lse[static_cast<int64_t>(head) * p.q_len + row] = log_sum_exp<kWeight>(p, rows.maximum[r], sum);
                 }
             }
         }

@@ -52,6 +52,15 @@ struct Ring {
     }
 };
 
+template <bool kWeight>
+struct ParamsOf {
+    using type = AttentionParams;
+};
+template <>
+struct ParamsOf<true> {
+    using type = WeightedAttentionParams;
+};
+
 struct Piece {
     int item, part, parts;
     __device__ __forceinline__ Piece(const AttentionParams& p, int piece) : item(piece), part(0), parts(1) {

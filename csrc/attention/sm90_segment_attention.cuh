@@ -12,9 +12,10 @@
 
 namespace worldkv {
 
-template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs, bool kMass>
-__global__ void __launch_bounds__(kThreads, 1) segment_attention_kernel(const __grid_constant__ AttentionParams p,
-                                                                        const __grid_constant__ TensorMaps maps) {
+template <typename T, int kHeadDim, int kTileRows, int kTurnedSlabs, bool kMass, bool kWeight = false>
+__global__ void __launch_bounds__(kThreads, 1)
+    segment_attention_kernel(const __grid_constant__ typename ParamsOf<kWeight>::type p,
+                             const __grid_constant__ TensorMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
     using L = Layout<kHeadDim, kTileRows>;
     const uint32_t shared = hopper::shared_base();
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1) segment_attention_kernel(const __
         if (threadIdx.x < 32) Producer<kHeadDim, kTileRows, (kTurnedSlabs > 0)>{p, maps, shared}.run();
     } else {
         hopper::take_registers<240>();
-        Consumer<T, kHeadDim, kTileRows, kTurnedSlabs, kMass>{p, shared}.run();
+        Consumer<T, kHeadDim, kTileRows, kTurnedSlabs, kMass, kWeight>{p, shared}.run();
     }
 #else
     __trap();  // other architectures have none of these instructions; the launcher asks for none

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         prove = args.prove and name == "cuda"
         checked, disagreement = _check(op, device, name) if args.check or prove else (0, None)
         if prove and checked and not disagreement:  # at once: what comes later may fail
-            path = proven.record(op.op, device)
+            for proof in sorted({op.proof(kind) for kind in op.kinds if op.backends[name].unsupported(kind) is None}):
+                path = proven.record(proof, device)
             print(f"{op.op}: the CUDA kernel is proven on this machine, noted in {path}", file=out)
         findings.append(_finding(op, device, name, checked, disagreement))
     if args.prove and not any(f["checked"] for f in findings if f["backend"] == "cuda"):
@@ -152,12 +153,13 @@ def _launch(backend: str, device: torch.device, shape: Shape) -> str:
 
     processors, block_q = kernel.device_processors(device), 128
     if backend == "cuda":
-        tile_rows = cuda.attention_tile_rows(shape.head_dim, shape.turned_pairs)
+        tile_rows = cuda.attention_tile_rows(shape.head_dim, shape.turned_pairs, shape.has_weight)
         how = f"{tile_rows} keys, {processors} blocks that stay"
     else:
         config = kernel.attention_config(
-            kernel.device_capability(device), torch.bfloat16, shape.head_dim, shape.turned_pairs > 0, shape.has_mass
-        )
+            kernel.device_capability(device), torch.bfloat16, shape.head_dim, shape.turned_pairs > 0, shape.has_mass,
+            shape.has_weight,
+        )  # fmt: skip
         block_q = config.block_q
         how = (
             f"{config.block_k} keys by {'tensor descriptors' if config.descriptors else 'pointers'}, "

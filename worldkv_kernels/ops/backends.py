@@ -61,7 +61,9 @@ class OpBackends:
 
     `small_case(device, kind)` returns a call: given an implementation, it runs it on fresh small inputs of
     that kind, the same on every device, and returns its outputs by name. `tolerance(kind)` is for outputs of
-    the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`. Where there is a `typical_shape`, a
+    the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`. `proven_as(kind)` is the name of a
+    kind's CUDA kernel in the lists of what is proven, the op's own where None: kernels younger than the op's proof have
+    another. Where there is a `typical_shape`, a
     named tuple of integers, `auto` takes the CUDA kernel before Triton only for shapes of faster.py.
     """
 
@@ -71,6 +73,7 @@ class OpBackends:
     tolerance: Callable[[Kind], float]
     kinds: tuple[Kind, ...]
     typical_shape: Any = None
+    proven_as: Callable[[Kind], str] | None = None
     loaded: dict[str, Run] = field(default_factory=dict)
     checked: dict[tuple[str, str, Kind], str | None] = field(default_factory=dict)
     chosen: dict[tuple[str, torch.device, Kind, frozenset[str] | None], Run] = field(default_factory=dict)
@@ -126,6 +129,10 @@ class OpBackends:
         self.checked.clear()
         self.chosen.clear()
 
+    def proof(self, kind: Kind | None) -> str:
+        """What has to be in a list of what is proven before `auto` takes the CUDA kernel of a kind."""
+        return self.op if kind is None or self.proven_as is None else self.proven_as(kind)
+
     def passed_over(self, name: str, device: torch.device, kind: Kind = None) -> str | None:
         """Why `auto` does not take `name` on `device`; None when it may. With a `kind`, checks it on first use."""
         reason = self.backends[name].why_not(device, kind)
@@ -133,7 +140,7 @@ class OpBackends:
             return reason
         if device.type == "cpu":
             return "auto takes the reference on a CPU"
-        if name == "cuda" and not proven.is_proven(self.op, device):
+        if name == "cuda" and not proven.is_proven(self.proof(kind), device):
             return f"no run has proven it on {proven.architecture(device)} (worldkv doctor --prove)"
         if kind is None or os.environ.get("WORLDKV_SELF_CHECK") == "0":
             return None

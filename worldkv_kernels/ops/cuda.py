@@ -79,12 +79,13 @@ def append_unsupported(kind: tuple) -> str | None:
 
 
 def attention_unsupported(kind: tuple) -> str | None:
-    """Why csrc/attention does not take a kind of segment_attention, (dtype, ..., aligned); None when it does."""
-    dtype, *_, has_weight, _, aligned = kind
+    """Why csrc/attention does not take a kind of segment_attention, (dtype, head_dim, turned_pairs, ..., has_weight,
+    rows_in_order, aligned); None when it does."""
+    dtype, head_dim, turned_pairs, *_, has_weight, _, aligned = kind
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
-    if has_weight:
-        return "it takes windows without weights"
+    if has_weight and head_dim == 128 and turned_pairs > _PARTLY_TURNED_PAIRS:
+        return f"it takes weights of segments where up to {_PARTLY_TURNED_PAIRS} pairs turn, not {turned_pairs}"
     return None if aligned else "it takes q and pools that start on multiples of 16 bytes, head by head, and out on 4"
 
 
@@ -109,13 +110,16 @@ def attention_aligned(
     return True
 
 
-def attention_tile_rows(head_dim: int, turned_pairs: int) -> int:
+def attention_tile_rows(head_dim: int, turned_pairs: int, has_weight: bool = False) -> int:
     """How many keys csrc/attention multiplies at once: 176, which an H100 has shown to be as fast as 128 or faster.
 
     A thread has 240 registers. With head_dim 128 it holds 64 of the output and 88 scores of 176 keys; a turned query
     takes 4 more for each 16 of its columns. 12 for 48 columns, 24 pairs, fit beside them; 32 for all of them do not,
-    and there it is 128. So it is at head_dim 64 where any column turns: 176 fit, and have not been timed.
+    and there it is 128. So it is at head_dim 64 where any column turns: 176 fit, and have not been timed. Weights of
+    segments take 5 more, and with them it is 128 where any column turns; neither has been timed.
     """
+    if has_weight:
+        return 128 if turned_pairs else 176
     turned_in_part = head_dim == 128 and turned_pairs <= _PARTLY_TURNED_PAIRS
     return 176 if turned_pairs == 0 or turned_in_part else 128
 
@@ -235,15 +239,15 @@ def segment_attention(
     """Launch csrc/attention on the current stream. Takes what `attention_unsupported` lets through.
 
     Also pools of fewer heads than q's, which they divide: query head h reads head h * kv_heads // heads. `tile_rows` is
-    128 or 176, `attention_tile_rows` by default; `processors` is how many thread blocks share the work, by default one
-    a processor of the GPU.
+    128 or 176, `attention_tile_rows` by default and always where segments have weights; `processors` is how many thread
+    blocks share the work, by default one a processor of the GPU.
     """
     deal, device_processors = _shared_with_triton()
     (q_len, heads, head_dim), (rows, kv_heads, _) = q.shape, k_pool.shape
     num_blocks = -(-q_len // _BLOCK_Q)
     turned_pairs = turns.shape[1] if has_shift else 0
     if tile_rows is None:
-        tile_rows = attention_tile_rows(head_dim, turned_pairs)
+        tile_rows = attention_tile_rows(head_dim, turned_pairs, has_weight)
     if processors is None:
         processors = device_processors(q.device)
     num_whole, num_cut, parts = deal(num_blocks * heads, processors, len(tiles))
@@ -272,6 +276,7 @@ def segment_attention(
         turned_pairs=turned_pairs, max_segments=max_segments, num_whole=num_whole, num_cut=num_cut, parts=parts,
         processors=processors, tile_rows=tile_rows,
         scale_log2=scale_log2, scale_power=2.0 ** math.ceil(math.log2(scale_log2)),
+        weights=weights.data_ptr() if has_weight else 0,
         dtype=_DTYPES[q.dtype], stream=torch.cuda.current_stream(q.device).cuda_stream,
     )  # fmt: skip
     if mass is not None:

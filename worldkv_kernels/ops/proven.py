@@ -46,7 +46,8 @@ def _lists() -> tuple[dict[str, list[str]], ...]:
 
 
 def is_proven(op: str, device: torch.device) -> bool:
-    """Whether the CUDA kernel of `op` may serve `auto` on this device's architecture."""
+    """Whether the CUDA kernel of `op`, or of what OpBackends.proof names, may serve `auto` on this device's
+    architecture."""
     return any(architecture(device) in entries.get(op, ()) for entries in _lists())
 
 

@@ -307,6 +307,7 @@ BACKENDS = OpBackends(
         for head_dim, turned_pairs in _TURNED_PAIRS
         for with_extras in (False, True)
     ),
+    proven_as=lambda kind: f"{_OP}, weighted" if kind[5] else _OP,
     typical_shape=Shape(40, 4680, 32_768, 128, 0, False, False),
 )
 
