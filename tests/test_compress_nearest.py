@@ -80,8 +80,9 @@ def test_agrees_with_plain_loops(
     backend, merge, frames, frame_tokens, heads, head_dim, ratio, pooled, anchor, seed, dtype, rule, layers,
     merge_above, scale,
 ):  # fmt: skip
-    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
-        dtype = torch.float16  # the interpreter multiplies bf16 as integers
+    if backend == "triton" and INTERPRETED:  # which is slow, and multiplies bf16 as integers
+        frame_tokens, heads, layers = 1 + frame_tokens % 9, 1, layers and min(layers, 2)
+        dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     arguments = dict(
         frames=frames, keep_ratio=ratio, pooled=pooled, anchor=min(anchor, frames - 1), rule=rule, merge=merge,
         merge_above=merge_above, scale=scale,
@@ -340,7 +341,7 @@ def test_the_limit_at_its_extremes(backend, dtype):
     square = k[index].float().square().sum(dim=2, keepdim=True)
     longer = 1 + (none.count.float().log()[:, None, None] / (MATCH * 64**-0.5 * square)).clamp_max(1)
     want = k[index].float() * longer
-    torch.testing.assert_close(none.k.float(), want, rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(none.k.float(), want, rtol=torch.finfo(dtype).eps + 4e-7, atol=0)
     plain = compressed(k, v, **arguments, merge_above=-1.5)
     assert [len(members) for members in plain.averaged] == every.count.tolist()
     if dtype == torch.float32:

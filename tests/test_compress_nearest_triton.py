@@ -168,7 +168,7 @@ def test_many_tiles_which_frames_do_not_divide(monkeypatch, anchor):
     write nothing: what memory holds before must not matter."""
     monkeypatch.setattr(kernel, "nearest_config", lambda *_: SMALL_TILES)
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(3))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(1000))
     k, v = chunk(4, 21, 2, 64, torch.float32, seed=anchor)
     options = dict(frames=4, keep_ratio=0.25, anchor=anchor, merge_above=0.7)
     assert_as_plain(triton(k, v, **options), k, v, **options)

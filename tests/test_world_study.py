@@ -2,8 +2,10 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from worldkv_kernels import MemoryConfig
@@ -43,8 +45,8 @@ def test_every_line_is_told_and_is_of_unseen_worlds_and_one_version():
     assert told == set(range(1, len(LINES) + 1))
     assert {line["bench"] for line in LINES} == {"world"} and len({line["weights"] for line in LINES}) == 1
     for line in LINES:
-        few = {"photographs": 4, "rebase, 504 frames": 16}
-        assert line["worlds"] == len(line["psnr_db_per_world"]) == few.get(line["case"], 32)
+        few = 4 if "photographs" in line["case"] else 16 if line["case"] == "rebase, 504 frames" else 32
+        assert line["worlds"] == len(line["psnr_db_per_world"]) == few
         assert line["standard_error"] > 0
         assert (line["difference"] is None) == (line["variant"] == first_of(line["case"])["variant"])
 
@@ -60,6 +62,38 @@ def test_the_defaults_follow_the_evidence():
     assert len(worse) >= 5
     for line in worse:
         assert line["difference"]["db"] < -3 * line["difference"]["standard_error"], line["case"]
+
+
+def gain(case, variant, over=None):
+    """Decibels of a memory over another in the same worlds, the study's first by default, and their standard error."""
+    of = {line["variant"]: np.array(line["psnr_db_per_world"]) for line in LINES if line["case"] == case}
+    gained = of[variant] - of[over or first_of(case)["variant"]]
+    return gained.mean(), gained.std(ddof=1) / np.sqrt(len(gained))
+
+
+def test_pruning_by_the_nearest_and_merging_wins_everywhere_and_is_the_default():
+    config = MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1))
+    assert (config.prune_rule, config.merge_pruned) == ("nearest", True)
+    cases = {line["case"] for line in LINES if line["case"].startswith("pruned to")}
+    assert len(cases) == 10
+    for case in cases:
+        of = ["published", "nearest", "nearest, merged"]
+        for worse, better in pairwise(name for name in of if name in variants(case)):
+            db, error = gain(case, better, worse)
+            assert db > 2 * error, (case, better, worse)
+    for case, least in {"pruned to .25": 0.9, "pruned to .5": 0.8}.items():
+        db, error = gain(case, "nearest, merged")
+        assert db >= max(least, 5 * error), case
+
+
+def variants(case):
+    return {line["variant"] for line in LINES if line["case"] == case}
+
+
+def test_retrieved_tokens_have_no_weight_of_their_own_since_not_every_memory_gains():
+    assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1)).retrieved_log_weight == 0
+    gains = {line["case"]: gain(line["case"], "twice") for line in LINES if line["case"].startswith("weight, ")}
+    assert len(gains) == 6 and min(db for db, _ in gains.values()) < 0
 
 
 def test_the_training_reached_what_is_shipped():
