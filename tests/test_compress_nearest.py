@@ -389,7 +389,7 @@ def test_slots_of_a_pool_twenty_times_the_same(backend, rule):
     )  # fmt: skip
     want = call()
     assert (want.count > 1).any() and want.count.sum() == 180
-    for _ in range(20):
+    for _ in range(3 if INTERPRETED and backend == "triton" else 20):  # the interpreter has one order
         pools[:, :, target], room[:, 1:-1] = math.nan, -1
         out_k, out_v = pools[:, :, target]
         got = call(out_k=out_k, out_v=out_v, out_index=index, out_count=number)

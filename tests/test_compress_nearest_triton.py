@@ -362,7 +362,7 @@ def test_twenty_times_the_same_bits():
     k, v = (x.to(DEVICE) for x in chunk(3, 5, 2, 64, HALF, layers=(2,), seed=7))
     options = dict(frames=3, keep_ratio=0.3, anchor=1, merge_above=0.7, backend="triton")
     first = compress_chunk(k, v, **options)
-    for _ in range(19):
+    for _ in range(2 if DEVICE.type == "cpu" else 19):  # the interpreter has one order
         for have, want in zip(compress_chunk(k, v, **options), first, strict=True):
             assert torch.equal(have, want)
 
@@ -429,6 +429,6 @@ def test_real_frame_sizes(frames, frame_tokens, heads, anchor, rule):
     assert same.float().mean() > 0.99
     for have, expected in ((got.k, want.k), (got.v, want.v)):
         assert relative_error(have[got_row[same]], expected[want_row[same]]) <= ROUNDING[torch.bfloat16]
-    for _ in range(19):
+    for _ in range(2 if DEVICE.type == "cpu" else 19):  # the interpreter has one order
         again = compress_chunk(k, v, backend="triton", **options)
         assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))

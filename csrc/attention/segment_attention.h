@@ -40,7 +40,8 @@ struct WeightedAttentionParams : AttentionParams {
     const float* weights;  // [capacity], logarithms to base 2
 };
 
-// `weights` is null where segments have none. Throws std::invalid_argument on what the kernel does not take, std::runtime_error when a launch fails.
+// `weights` is null where segments have none. Throws std::invalid_argument on what the kernel does not take,
+// std::runtime_error when a launch fails.
 void segment_attention(const AttentionParams& params, const float* weights, Dtype dtype, cudaStream_t stream);
 
 }  // namespace worldkv

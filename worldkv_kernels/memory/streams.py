@@ -87,6 +87,14 @@ class SideStream:
             yield
 
     def join(self) -> None:
-        """Let what the current stream queues from now on come after the side stream's work."""
+        """Let what the current stream queues from now on come after the side stream's work.
+
+        Raises RuntimeError where it is being captured: a graph cannot wait for work outside of it.
+        """
         if self._stream is not None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "wait: pruning must be waited for (WorldMemory.wait) before a graph is captured, got a call inside "
+                    "a capture"
+                )
             torch.cuda.current_stream(self._device).wait_stream(self._stream)

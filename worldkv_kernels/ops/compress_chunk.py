@@ -136,12 +136,13 @@ def compress_chunk(
     Returns CompressedChunk(k, v, index, count): the anchor frame first, then the kept tokens in ascending order. A row
     that stands for its own token alone is a copy, bit for bit. count is None without `merge`; else it sums up to all
     tokens but those that joined none.
-    Similarities and means in fp32 (the reference's products for "nearest" in float64), sums in a fixed order: the same
-    input gives the same bits. Makes no copy of the chunk and does not synchronise, but for the reference on a GPU.
-    Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an
-    input that wants a gradient, on frames that do not divide the tokens, on a ratio, an anchor, a rule, a limit or a
-    scale out of range, on overlapping outputs, and on a backend that is unknown or unavailable.
-    torch.ops.worldkv.compress_chunk, which merges where it is given a count, raises the same.
+    Similarities and means in fp32, sums in a fixed order: the same input gives the same bits. Makes no copy of the
+    chunk and does not synchronise; but the reference multiplies in float64 for "nearest" and for merging, a layer at a
+    time, and synchronises on a GPU. Merged keys of fp16 that pass its range, from keys longer than 32,000, are infinite.
+    Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that wants a gradient, on
+    frames that do not divide the tokens, on a ratio, an anchor, a rule, a limit or a scale out of range, on overlapping
+    outputs, and on a backend that is unknown or unavailable. torch.ops.worldkv.compress_chunk, which merges where it is
+    given a count, raises the same.
 
     Overlap is judged from addresses and strides, a layer of a tensor counted as all from its first byte to its last.
     That is exact where the rows of a layer lie one after another, as in a pool, however the layers of different tensors

@@ -45,8 +45,8 @@ def segment_attention(
     rows = rows.to(q.device)
     of_rows = None  # the natural logarithm of each row's weight
     if has_weight:
-        of_segments = weights[: len(lengths)].to(wide) * math.log(2)
-        of_rows = of_segments.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=q.device))
+        log_weights = weights[: len(lengths)].to(wide) * math.log(2)
+        of_rows = log_weights.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=q.device))
     step = max(1, _MAX_SCORES // max(1, len(rows)))
     for head in range(heads):
         k = k_pool[rows, head].to(wide)
