@@ -138,7 +138,7 @@ def compress_chunk(
     tokens but those that joined none.
     Similarities and means in fp32, sums in a fixed order: the same input gives the same bits. Makes no copy of the
     chunk and does not synchronise; but the reference multiplies in float64 for "nearest" and for merging, a layer at a
-    time, and synchronises on a GPU. Merged keys of fp16 that pass its range, from keys longer than 32,000, are infinite.
+    time, and synchronises on a GPU. Merged keys of fp16 may pass its range, where keys are longer than 32,000.
     Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that wants a gradient, on
     frames that do not divide the tokens, on a ratio, an anchor, a rule, a limit or a scale out of range, on overlapping
     outputs, and on a backend that is unknown or unavailable. torch.ops.worldkv.compress_chunk, which merges where it is
