@@ -309,6 +309,8 @@ def prepare(case: CompressCase, device: torch.device) -> Problem:
     variants.append(Variant(rival_of(case), lambda: rival, check, limit, num_bytes, flops, rival=True))
     shape = {"heads": case.heads, "tokens": case.tokens, "layers": case.layers}
     shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
+    if case.rule != "similarity" or case.merge:  # as published where a line says nothing
+        shape["rule"] = case.rule + ", merged" * case.merge
     return Problem(str(case), variants, sets=sets, shape=shape)
 
 

@@ -39,13 +39,15 @@ def swapped(name: str, first: str, second: str, file: str = CONSUMER) -> Mutant:
     return Mutant(name, file, f"{first} {second}", f"{second} {first}")
 
 
+RESCALE_SUM = "rows.sum[r] *= rows.rescale[r];"
+RESCALE_TOTAL = "if (kMass) rows.total[r] *= rows.rescale[r];"
 WAIT_FOR_K = "hopper::wait(shared + L::full_k + 8 * ring.stage, ring.parity);"
 WAIT_FOR_EMPTY_K = "hopper::wait(shared + L::empty_k + 8 * ring.stage, ring.parity ^ 1);"
 WAIT_FOR_V = "hopper::wait(shared + L::full_v + 8 * before.stage, before.parity);"
 SCORES_WAIT, RELEASE_K = "hopper::wait_products<1>(scores);", "release(L::empty_k + 8 * ring.stage);"
 PRODUCTS_WAIT, RELEASE_V = "hopper::wait_products<0>(out);", "release(L::empty_v + 8 * before.stage);"
 SCORE_TAIL = "hopper::fence_products(); score(scores); hopper::commit_products(); hopper::wait_products<0>(scores);"
-RELEASE_Q, AFTER_RELEASE_Q = "if (releases_q) release(L::empty_q);", "constexpr int kOfGroup"
+RELEASE_Q, AFTER_RELEASE_Q = "if (releases_q) release(L::empty_q);", "float of_groups"
 
 MUTANTS = [
     # Barriers in shared memory.
@@ -86,7 +88,8 @@ MUTANTS = [
     instead("an empty part's slot given back by the first lane to come",
             "// a part that has nothing to do __syncwarp();", "\n"),
     # Products in flight.
-    swapped("scores read in flight", f"{SCORES_WAIT} {RELEASE_K}", "take_maxima<kMass>(rows, scores, p);"),
+    swapped("scores read in flight", f"{SCORES_WAIT} {RELEASE_K}",
+            "take_maxima<kMass, kWeight>(rows, weighing, scores, p);"),
     without("scores not waited for", SCORES_WAIT),
     swapped("weights overwritten in flight", f"{PRODUCTS_WAIT} {RELEASE_V}", "to_weights<T>(weights, scores);"),
     instead("output rescaled in flight", f"{PRODUCTS_WAIT} {RELEASE_V} to_weights<T>(weights, scores); rescale();",
@@ -123,8 +126,9 @@ MUTANTS = [
     instead("rescaled where the first row asks for it", "rows.rescale[0] != 1.f || rows.rescale[1] != 1.f",
             "rows.rescale[0] != 1.f"),
     instead("a maximum replaced, and nothing rescaled", "hopper::exp2_approx(rows.maximum[r] - maximum);", "1.f;"),
-    without("sums not rescaled", "rows.sum[r] *= rows.rescale[r];"),
-    without("totals not rescaled", "if (kMass) rows.total[r] *= rows.rescale[r];"),
+    # Of kernels without weights of segments; those with them do the same in a function of their own.
+    instead("sums not rescaled", f"{RESCALE_SUM} {RESCALE_TOTAL} }} }}", f"{RESCALE_TOTAL} }} }}"),
+    instead("totals not rescaled", f"{RESCALE_SUM} {RESCALE_TOTAL} }} }}", f"{RESCALE_SUM} }} }}"),
     without("a segment's sum runs on", "rows.sum[r] = 0.f;"),
     instead("a segment's end passed over", "if (kMass) end_segment(0); segment = next;", "segment = next;"),
     without("the last tail's sum not written", "if (kMass && num_tails > 0) end_segment(1);"),

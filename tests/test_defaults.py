@@ -91,7 +91,7 @@ def small_cases():
 
 def windows():
     segments = [Segment(256, 300, 7), Segment(0, 1, -3), Segment(100, 128)]
-    yield from zip("abcde", Window(segments, device="cpu", rope=Rope3D(64)).tables, strict=True)
+    yield from zip("abcdef", Window(segments, device="cpu", rope=Rope3D(64)).tables, strict=True)
     yield "rope", Rope3D(64).table("cpu")
 
 
@@ -100,7 +100,7 @@ def window_tables():
     frequencies = torch.from_numpy(Rope3D(64)._frequencies)
     for given in (None, frequencies):
         tables = kernel.window_tables([(256, 300, 7 * (given is not None)), (0, 1, 0)], given, device="cpu")
-        yield from zip("abcde", tables, strict=True)
+        yield from zip("abcdef", tables, strict=True)
 
 
 def memories():

@@ -60,15 +60,18 @@ def test_there_is_an_example_for_every_op():
     "page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: f"{page.parent.name} {page.name}"
 )
 def test_links_lead_somewhere(page):
-    headings = {
-        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
-    }
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if link.startswith("#"):
-            assert link[1:] in headings, link
-        elif not link.startswith("http"):
-            assert (page.parent / link).exists(), link
+        if not link.startswith("http"):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not heading or heading in headings_of(target), link
+
+
+def headings_of(page):
+    """As links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_page_of_docs_is_pointed_to_and_every_variable_explained():
