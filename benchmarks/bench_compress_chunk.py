@@ -223,11 +223,12 @@ def variants_of(case: CompressCase, device: torch.device) -> dict[str, bool]:
         for backend in our_backends(case, device)
         for name in ([backend, f"{backend} in {case.layers} calls"] if case.layers > 1 else [backend])
     ]
-    return {**dict.fromkeys(mine, False), rival_of(case): True}
+    return {**dict.fromkeys(mine, False), **dict.fromkeys(rivals_of(case), True)}
 
 
-def rival_of(case: CompressCase) -> str:
-    return "published eager" if case.published else "eager"
+def rivals_of(case: CompressCase) -> list[str]:
+    """The published recipe, or the nearest rule in eager PyTorch; nobody merges what the published rule drops."""
+    return ["published eager"] if case.published else ["eager"] if case.rule == "nearest" else []
 
 
 def inputs_of(case: CompressCase, generator: torch.Generator) -> torch.Tensor:
@@ -289,8 +290,6 @@ def prepare(case: CompressCase, device: torch.device) -> Problem:
         def layer(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if case.rule == "nearest":
                 return eager_nearest(k, v, case.frames, case.keep, case.pooled, case.merge)
-            if case.merge:
-                raise NotImplementedError("nobody merges by the published rule")
             k, v, index = published_compress(k, v, case.frames, case.keep_ratio, case.pooled)
             return k, v, index, index
 
@@ -306,7 +305,8 @@ def prepare(case: CompressCase, device: torch.device) -> Problem:
             variants.append(
                 Variant(f"{name} in {case.layers} calls", by_layer, check, limit, num_bytes, flops, base=name)
             )
-    variants.append(Variant(rival_of(case), lambda: rival, check, limit, num_bytes, flops, rival=True))
+    for name in rivals_of(case):
+        variants.append(Variant(name, lambda: rival, check, limit, num_bytes, flops, rival=True))
     shape = {"heads": case.heads, "tokens": case.tokens, "layers": case.layers}
     shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
     if case.rule != "similarity" or case.merge:  # as published where a line says nothing

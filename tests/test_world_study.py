@@ -86,6 +86,14 @@ def test_pruning_by_the_nearest_and_merging_wins_everywhere_and_is_the_default()
         assert db >= max(least, 5 * error), case
 
 
+def test_half_a_chunk_costs_what_the_readme_says():
+    told = r"half of each chunk costs (\.\d) dB, where the published rule costs (\d\.\d)"
+    ours, published = re.search(told, " ".join((ROOT / "README.md").read_text().split())).groups()
+    of = {line["variant"]: line["psnr_db"] for line in LINES if line["case"] in ("keep_ratio", "pruned to .25")}
+    whole = of["keep_ratio=1.0"]
+    assert f"{whole - of['nearest, merged']:.1f}" == f"0{ours}" and f"{whole - of['published']:.1f}" == published
+
+
 def variants(case):
     return {line["variant"] for line in LINES if line["case"] == case}
 
