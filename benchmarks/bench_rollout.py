@@ -71,10 +71,11 @@ CASES = [
     RolloutCase(ModelCase("lingbot_world_fast", variant="v2-1.3b"), chunks=60),
     RolloutCase(ModelCase("small_world"), chunks=60),
 ]
+SMALL_MODES = ("worldkv", "worldkv_host", "sliding_as_long", "published")
 SMALL_CASES = [
     RolloutCase(ModelCase("small_world", 2, SMALL_SIZES["small_world"]), chunks=12),
-    RolloutCase(ModelCase("lingbot_world_fast", 2, SMALL_SIZES["lingbot_world_fast"]), 11, ("worldkv", "published")),
-    RolloutCase(ModelCase("matrix_game_2", 2, SMALL_SIZES["matrix_game_2"]), 11, ("worldkv", "published")),
+    RolloutCase(ModelCase("lingbot_world_fast", 2, SMALL_SIZES["lingbot_world_fast"]), 11, SMALL_MODES),
+    RolloutCase(ModelCase("matrix_game_2", 2, SMALL_SIZES["matrix_game_2"]), 11, SMALL_MODES),
 ]
 
 

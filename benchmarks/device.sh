@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go and without a network. Installs the package, sees whether the GPU does what the
-# kernels take for granted (conformance.py, for sm_90), lets doctor compare the CUDA kernels with the reference, and then
-# does what is asked for, in the order asked for; the first three by default.
+# Everything that wants a GPU, in one go and without a network. Installs the package, lets doctor compare the CUDA kernels
+# with the reference, and then does what is asked for, in the order asked for; the first three by default.
 #
-#   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--tune] [--fuzz] [--models] [--dry]
+#   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--models] [--tune] [--fuzz] [--next] [--dry]
 #
 # --check              tests that use the GPU, memory checker                      (at most 5 minutes)
 # --ops                benches of norm_rope_append, compress_chunk and prefetch    (4)
-# --segment_attention  tests of it in CUDA, its bench                              (5)
+# --segment_attention  what a GPU has to do for it (conformance.py, for sm_90), tests of it in CUDA, its bench     (5)
 # --tune               which launch configuration of segment_attention is the fastest                         (5)
 # --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA, racecheck and
 #                      synccheck                                                   (13)
-# --models             one pass and rollouts of the models; LingBot's published path wants more than 80 GB    (7)
+# --models             rollouts of the models and a pass of each, LingBot's published path with a few layers  (8)
+# --next               all of it, in this order of value, without the stages that stages.tsv in OUT says have ended well
+#                      on this kind of card with the code as it is
 #
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
-# OUT     folder for <gpu>-<date>.jsonl, .log and .clocks.csv; benchmarks/results by default, with --dry a new
-#         temporary folder
+# OUT     folder for <gpu>-<date>.jsonl, .log, .clocks.csv and stages.tsv; benchmarks/results by default, with --dry a
+#         new temporary folder
 # PYTHON  the interpreter; python3 by default
 # BUDGET  seconds in all, 530 by default; no stage runs past it. What found no time left can be asked for by itself.
 # WORLDKV_COMMIT  the commit to record where the folder is no git repository
@@ -31,19 +32,25 @@ case "$python" in
 esac
 budget=${BUDGET:-530}
 dry=0
+next=0
 parts=()
 for option in "$@"; do
     case "$option" in
         --dry) dry=1 ;;
+        --next) next=1 ;;
         --check | --ops | --segment_attention | --tune | --fuzz | --models) parts+=("${option#--}") ;;
         *)
-            echo "device.sh: the options are --check, --ops, --segment_attention, --tune, --fuzz, --models and" \
-                "--dry, got $option" >&2
+            echo "device.sh: the options are --check, --ops, --segment_attention, --models, --tune, --fuzz, --next" \
+                "and --dry, got $option" >&2
             exit 2
             ;;
     esac
 done
-[ "${#parts[@]}" -gt 0 ] || parts=(check ops segment_attention)
+if [ "$next" = 1 ]; then
+    parts=(check segment_attention models ops fuzz tune)
+elif [ "${#parts[@]}" = 0 ]; then
+    parts=(check ops segment_attention)
+fi
 if [ "$dry" = 1 ]; then
     export CUDA_VISIBLE_DEVICES=""
     out=${OUT:-$(mktemp -d)}
@@ -61,6 +68,8 @@ if [ "$dry" = 0 ]; then
     gpu=${gpu:-gpu}
 fi
 name=$gpu-$(date -u +%Y%m%d-%H%M%S)
+stages=$out/stages.tsv # card, source and name of what has ended well
+source=$("$python" "$root/benchmarks/machine.py")
 results=$out/$name.jsonl
 log=$out/$name.log
 scratch=$(mktemp -d) || exit 1
@@ -85,6 +94,11 @@ skip() { # skip STAGE REASON...
 stage() { # stage NAME LIMIT COMMAND...
     local stage=$1 limit=$2 left status start=$SECONDS
     shift 2
+    local done=$gpu$'\t'$source$'\t'$stage
+    if [ "$next" = 1 ] && [ -e "$stages" ] && grep -qxF "$done" "$stages"; then
+        skip "$stage" "it has ended well here"
+        return 0
+    fi
     left=$((budget - SECONDS))
     [ "$limit" -gt "$left" ] && limit=$left
     if [ "$limit" -lt 5 ]; then
@@ -99,7 +113,10 @@ stage() { # stage NAME LIMIT COMMAND...
     timeout -s INT -k 10 "$limit" "$@"
     status=$?
     case $status in
-        0) note "$stage" "ok, $((SECONDS - start)) s" ;;
+        0)
+            note "$stage" "ok, $((SECONDS - start)) s"
+            case $stage in install | environment | doctor | ceilings | "kernels once") ;; *) echo "$done" >>"$stages" ;; esac
+            ;;
         124 | 137) note "$stage" "FAILED: ran past its $limit s" ;;
         *) note "$stage" "FAILED: status $status after $((SECONDS - start)) s" ;;
     esac
@@ -211,7 +228,7 @@ sanitize() { # sanitize LIMIT TOOL...
 }
 
 bench() { # bench LIMIT NAME [OPTIONS...]
-    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --jsonl "$results" "${small[@]+"${small[@]}"}" "${@:3}"
+    stage "${called:-$2}" "$1" "$python" "$root/benchmarks/bench_$2.py" --jsonl "$results" "${small[@]+"${small[@]}"}" "${@:3}"
 }
 
 do_check() {
@@ -232,6 +249,7 @@ do_ops() {
 
 do_segment_attention() {
     local own=ours
+    conformance
     if [ "$dry" = 1 ]; then
         skip "attention in CUDA" "run pytest itself on a CPU"
     else
@@ -259,10 +277,15 @@ do_fuzz() {
 }
 
 do_models() {
+    local all=("${small[@]+"${small[@]}"}")
+    small=("${small[@]:0:1}") # a rollout makes the chunks it is told to, whatever the seconds
+    called="rollout, matrix" bench 90 rollout --model matrix_game_2 --chunks 40 \
+        --only worldkv,worldkv_host,sliding_as_long,published
+    called="rollout, 8 layers" bench 100 rollout --model lingbot_world_fast --layers 8 --chunks 20 \
+        --only worldkv,worldkv_host,sliding_as_long,published
+    called="rollout, all layers" bench 160 rollout --model lingbot_world_fast --chunks 20 --only worldkv,sliding_as_long
+    small=("${all[@]+"${all[@]}"}")
     bench 90 chunk
-    small=("${small[@]:0:1}")  # a rollout makes the chunks it is told to, whatever the seconds
-    bench 90 rollout --model matrix_game_2 --chunks 24 --only worldkv,sliding_as_long,full,published
-    bench 220 rollout --model lingbot_world_fast --chunks 16 --only worldkv,sliding_as_long,published
 }
 
 main() {
@@ -271,7 +294,6 @@ main() {
     install_package
     stage environment 30 bash -c print_environment
     sample_clocks
-    conformance
     stage doctor 90 "$python" -m worldkv_kernels doctor --prove
     stage ceilings 30 "$python" "$root/benchmarks/common.py" --jsonl "$results" "${small[@]:0:1}"
     local part all=("${small[@]+"${small[@]}"}")
