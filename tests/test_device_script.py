@@ -78,7 +78,8 @@ def test_device_script_does_what_it_is_asked_to_in_order(tmp_path):
     done = dry_run_with_a_stub(tmp_path, "--models", "--ops", "--fuzz")
     stages = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("== ") and " (at most" in line]
     assert stages == [
-        "environment", "doctor", "ceilings", *["rollout,"] * 3, "chunk", "norm_rope_append", "compress_chunk", "prefetch",
+        "environment", "doctor", "ceilings", *["rollout,"] * 3, "chunk", "norm_rope_append", "compress_chunk",
+        "prefetch",
     ]  # fmt: skip
     assert "fuzz                 skipped: needs a GPU" in done.stdout
     commands = (tmp_path / "commands").read_text().splitlines()
