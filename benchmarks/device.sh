@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go and without a network. Installs the package, lets doctor compare the CUDA kernels
-# with the reference, and then does what is asked for, in the order asked for; the first three by default.
+# with the reference, and then does what is asked for, in the order asked for; tests, sanitizer, ops and attention by default.
 #
-#   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--models] [--tune] [--fuzz] [--next] [--dry]
+#   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--models] [--sanitize] [--tune] [--fuzz]
+#                        [--next] [--dry]
 #
-# --check              tests that use the GPU, memory checker                      (at most 5 minutes)
+# --check              tests that use the GPU                                      (at most 4 minutes)
 # --ops                benches of norm_rope_append, compress_chunk and prefetch    (4)
 # --segment_attention  what a GPU has to do for it (conformance.py, for sm_90), tests of it in CUDA, its bench     (5)
 # --tune               which launch configuration of segment_attention is the fastest                         (5)
-# --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA, racecheck and
-#                      synccheck                                                   (13)
+# --sanitize           every kernel once under memcheck, racecheck and synccheck   (6)
+# --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA                  (8)
 # --models             rollouts of the models and a pass of each, LingBot's published path with a few layers  (8)
 # --next               all of it, in this order of value, without the stages that stages.tsv in OUT says have ended well
 #                      on this kind of card with the code as it is
@@ -38,18 +39,18 @@ for option in "$@"; do
     case "$option" in
         --dry) dry=1 ;;
         --next) next=1 ;;
-        --check | --ops | --segment_attention | --tune | --fuzz | --models) parts+=("${option#--}") ;;
+        --check | --ops | --segment_attention | --models | --sanitize | --tune | --fuzz) parts+=("${option#--}") ;;
         *)
-            echo "device.sh: the options are --check, --ops, --segment_attention, --models, --tune, --fuzz, --next" \
-                "and --dry, got $option" >&2
+            echo "device.sh: the options are --check, --ops, --segment_attention, --models, --sanitize, --tune," \
+                "--fuzz, --next and --dry, got $option" >&2
             exit 2
             ;;
     esac
 done
 if [ "$next" = 1 ]; then
-    parts=(check segment_attention models ops fuzz tune)
+    parts=(check segment_attention models ops sanitize fuzz tune)
 elif [ "${#parts[@]}" = 0 ]; then
-    parts=(check ops segment_attention)
+    parts=(check sanitize ops segment_attention)
 fi
 if [ "$dry" = 1 ]; then
     export CUDA_VISIBLE_DEVICES=""
@@ -213,16 +214,20 @@ run_tests() {
         -m "slow or not slow" -k "half_precision or dtype or remembers or draws"
 }
 
-sanitize() { # sanitize LIMIT TOOL...
-    local limit=$1 tool
+do_sanitize() {
+    local tool
+    if [ "$dry" = 1 ]; then
+        skip memcheck "needs a GPU"
+        return
+    fi
     # Once without a checker, which would slow the compiler down.
     stage "kernels once" 60 "$python" "$root/benchmarks/sanitize.py" || return
-    for tool in "${@:2}"; do
+    for tool in memcheck racecheck synccheck; do
         if ! command -v compute-sanitizer >/dev/null; then
             skip "$tool" "compute-sanitizer is not on the PATH"
             continue
         fi
-        stage "$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no \
+        stage "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no \
             --target-processes application-only "$python" "$root/benchmarks/sanitize.py"
     done
 }
@@ -234,10 +239,8 @@ bench() { # bench LIMIT NAME [OPTIONS...]
 do_check() {
     if [ "$dry" = 1 ]; then
         skip tests "run pytest itself on a CPU"
-        skip memcheck "needs a GPU"
     else
         run_tests
-        sanitize 60 memcheck
     fi
 }
 
@@ -267,13 +270,11 @@ do_tune() {
 do_fuzz() {
     if [ "$dry" = 1 ]; then
         skip fuzz "needs a GPU"
-        skip sanitizer "needs a GPU"
         return
     fi
     WORLDKV_FUZZ=1000 stage fuzz 240 "$python" -m pytest -c "$root/pyproject.toml" -q -p no:cacheprovider \
         "$root/tests/test_segment_attention.py" -k random_windows
     stage "windows in CUDA" 240 "${pytest[@]}" -m slow "$root/tests/test_segment_attention_cuda.py"
-    sanitize 120 racecheck synccheck
 }
 
 do_models() {
