@@ -32,6 +32,9 @@ k, v, q = (random(600, 4, 128, seed=i) for i in range(3))
 window = Window([Segment(100, 300), Segment(0, 57)], device="cuda")
 pools = [torch.zeros_like(k) for _ in range(2)]
 position = torch.tensor([30], device="cuda")
+rope = Rope3D(128)
+if {table}:
+    rope.table("cuda:0")
 outs = [torch.empty_like(k[:400]) for _ in range(2)]
 made = torch.empty_like(q)
 
@@ -40,7 +43,7 @@ def segment_attention_once(backend=None):
 
 def norm_rope_append_once(backend=None):
     rows = [x[:120].flatten(1) for x in (q, k, v)]
-    options = dict(rope=Rope3D(128), grid=(2, 6, 10), start_frame=position, backend=backend)
+    options = dict(rope=rope, grid=(2, 6, 10), start_frame=position, backend=backend)
     return [norm_rope_append(*rows, *pools, position, **options), *pools]
 
 def compress_chunk_once(backend=None):
@@ -61,14 +64,22 @@ assert worst < 1.5e-2, worst
 """
 
 
+def first_call(op, table=True):
+    program = FIRST_CALL.replace("{op}", op).replace("{table}", str(table))
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("self_check", ["1", "0"])
 @pytest.mark.parametrize("op", ["segment_attention", "norm_rope_append", "compress_chunk"])
 def test_the_first_call_of_a_process_may_be_inside_a_capture(op, self_check, monkeypatch):
     monkeypatch.setenv("WORLDKV_SELF_CHECK", self_check)
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_CALL.replace("{op}", op)], capture_output=True, text=True, timeout=120
-    )
+    done = first_call(op)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_rope_that_is_new_inside_a_capture_is_told_of():
+    done = first_call("norm_rope_append", table=False)
+    assert "Rope3D.table: rope must have been used on cuda:0 before a graph is captured" in done.stderr
 
 
 @pytest.mark.parametrize("backend", OF_ATTENTION)
