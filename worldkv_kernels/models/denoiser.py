@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -118,6 +118,13 @@ class Denoiser(nn.Module, ABC):
         model = cls(config, device=device, dtype=dtype, hoist=hoist)
         load_parameters(cls.__name__, model, layout)
         return model
+
+    def pass_key(self, of_chunk: Any) -> Hashable:
+        """As of WorldModel: passes are alike in all chunks, if what they read lies where it lay.
+
+        Without hoisting they make some of it themselves, on the host.
+        """
+        return () if self.hoist else None
 
     # --- what a subclass says ---
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,8 @@ from ..actions import ActionIntegrator, Actions, video_frames
 from ..memory.world_memory import ChunkPlan, WorldMemory
 from ..poses import as_intrinsics, as_poses
 from ..ranges import phase
+from .from_host import on_device
+from .graphs import Passes
 
 
 class Controls(NamedTuple):
@@ -45,6 +47,10 @@ class WorldModel(Protocol):
         last pass over each chunk, so that a chunk may be dropped and begun again.
         """
 
+    def pass_key(self, of_chunk: Any) -> Hashable:
+        """Equal for chunks of a rollout whose passes launch the same kernels on the same addresses, so that a captured
+        pass of one may be replayed for another; None where a pass cannot be captured. A model may be without it."""
+
 
 class RolloutChunk(NamedTuple):
     """A chunk that has been made."""
@@ -65,6 +71,7 @@ def rollout(
     given: torch.Tensor | None = None,
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
+    graph: bool | None = None,
 ) -> Iterator[RolloutChunk]:
     """Make the chunks of a trajectory one after the other, and yield each as soon as it is in the memory.
 
@@ -108,7 +115,7 @@ def rollout(
             done = actions.until(video_frames(rows.stop)) if actions is not None else None
             yield Controls(*(array if array is None else array[rows] for array in (poses, intrinsics)), done)
 
-    return stream(model, memory, controls(), conditions=conditions, given=given, seed=seed, sigmas=sigmas)
+    return stream(model, memory, controls(), conditions=conditions, given=given, seed=seed, sigmas=sigmas, graph=graph)
 
 
 def stream(
@@ -120,6 +127,7 @@ def stream(
     given: torch.Tensor | None = None,
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
+    graph: bool | None = None,
 ) -> Iterator[RolloutChunk]:
     """Make a chunk for each of `controls`, asked for when the chunk before is made, and yield it when it is done.
 
@@ -139,10 +147,14 @@ def stream(
         seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
             so that rollouts of any mode, device and dtype start from the same numbers.
         sigmas: of the denoising passes, from 1 down, each above 0; None for the model's own.
+        graph: None: on a GPU a pass becomes a CUDA graph as soon as a chunk comes whose passes launch the same as the
+            chunk's before, if a first replay gives the same bits; the chunk in which it does takes longer. True insists
+            on it, False has none. The rows of a host bank are then waited for before a pass, not layer by layer.
 
     An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. Synchronises once a
     chunk, to time it. Raises ValueError at the call when the memory is not at its start, the given latents are no whole
-    chunks of the model's shape, or seed or sigmas are out of range; at a chunk what begin_chunk raises.
+    chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True; at a
+    chunk what begin_chunk raises, and RuntimeError where graph is True and a pass cannot be captured.
     """
     frames = model.chunk_frames
     if frames != memory.config.chunk_frames:
@@ -160,7 +172,7 @@ def stream(
         raise ValueError(f"rollout: given must be [n, {wanted}], n a multiple of {frames}, got {list(given.shape)}")
     # Of no frames, split makes one chunk without any.
     chunks_given = [] if given is None else [chunk.float() for chunk in given.split(frames) if len(chunk)]
-    return _chunks(model, memory, controls, conditions, chunks_given, seed, sigmas)
+    return _chunks(model, memory, controls, conditions, chunks_given, seed, sigmas, Passes(model, memory, graph))
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
@@ -178,6 +190,7 @@ def _chunks(
     given: Sequence[torch.Tensor],
     seed: int,
     sigmas: tuple[float, ...],
+    passes: Passes,
 ) -> Iterator[RolloutChunk]:
     of_rollout = None
     integrator = memory.integrator.fresh() if memory.integrator is not None else None
@@ -190,7 +203,7 @@ def _chunks(
         plan = memory.begin_chunk(**of_memory)
         try:
             of_given = given[number] if number < len(given) else None
-            latents = _denoised(model, memory, plan, of_rollout, of_one, of_given, seed, sigmas)
+            latents = _denoised(model, passes, plan, of_rollout, of_one, of_given, seed, sigmas)
             memory.end_chunk()
             if model.device.type == "cuda":
                 with phase("wait"):
@@ -219,7 +232,7 @@ def _steered(
 @torch.no_grad()
 def _denoised(
     model: WorldModel,
-    memory: WorldMemory,
+    passes: Passes,
     plan: ChunkPlan,
     of_rollout: Any,
     controls: Controls,
@@ -231,16 +244,17 @@ def _denoised(
     with phase("prepare_chunk"):
         of_chunk = model.prepare_chunk(of_rollout, plan.start_frame, controls)
     if given is not None:
-        clean = given.to(model.device)
+        clean = on_device(given, model.device)
     else:
         shape = (model.chunk_frames, *model.latent_shape)
-        x = noise(seed, plan.chunk, 0, shape).to(model.device)
+        x = on_device(noise(seed, plan.chunk, 0, shape), model.device)
         for step, sigma in enumerate(sigmas):
             with phase(f"pass_{step}"):
-                clean = x - sigma * model.denoise(x, step, of_chunk, memory)
+                clean = x - sigma * passes.denoise(x, step, of_chunk)
             if step + 1 < len(sigmas):
                 next_sigma = sigmas[step + 1]
-                x = (1 - next_sigma) * clean + next_sigma * noise(seed, plan.chunk, step + 1, shape).to(model.device)
+                fresh = on_device(noise(seed, plan.chunk, step + 1, shape), model.device)
+                x = (1 - next_sigma) * clean + next_sigma * fresh
     with phase("clean_pass"):
-        model.denoise(clean, len(sigmas), of_chunk, memory)
+        passes.denoise(clean, len(sigmas), of_chunk)
     return clean
