@@ -71,7 +71,7 @@ CASES = [
     RolloutCase(ModelCase("lingbot_world_fast", variant="v2-1.3b"), chunks=60),
     RolloutCase(ModelCase("small_world"), chunks=60),
 ]
-SMALL_MODES = ("worldkv", "worldkv_host", "sliding_as_long", "published")
+SMALL_MODES = ("worldkv", "worldkv_eager", "worldkv_host", "sliding_as_long", "published")
 SMALL_CASES = [
     RolloutCase(ModelCase("small_world", 2, SMALL_SIZES["small_world"]), chunks=12),
     RolloutCase(ModelCase("lingbot_world_fast", 2, SMALL_SIZES["lingbot_world_fast"]), 11, SMALL_MODES),
@@ -88,10 +88,10 @@ class Rollout:
         self.stopped: str | None = None
 
 
-def roll_out(model: WorldModel, memory: Memory, case: RolloutCase, label: str) -> Rollout:
+def roll_out(mode: str, model: WorldModel, memory: Memory, case: RolloutCase) -> Rollout:
     """Time `case.chunks` chunks, then trace one more. Progress on stderr."""
-    done = Rollout()
-    made = stream(model, memory, controls_of(model, case.chunks + 1))
+    done, label = Rollout(), f"{case.of}: {mode}"
+    made = stream(model, memory, controls_of(model, case.chunks + 1), graph=False if mode == "worldkv_eager" else None)
     progress = Progress(label, case.chunks)
     try:
         for chunk in islice(made, case.chunks):
@@ -160,7 +160,7 @@ def measure_mode(
             figure.update(status="wrong", reason=reason, error=finite)
             return figure
         warm_up(model, memory, memory.config)
-        done = roll_out(model, memory, case, f"{case.of}: {mode}")
+        done = roll_out(mode, model, memory, case)
     except Exception as raised:  # such as a device that is too small; the other modes may fit
         reason = f"{type(raised).__name__}: {str(raised).splitlines()[0]}"[:300]
         figure.update(status="skipped" if mode in RIVALS else "failed", reason=reason)

@@ -26,8 +26,19 @@ from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
 # The memories that are compared. "published" is the rival, "official" the same window by way of the ops,
-# "sliding_as_long" a sliding window of as many tokens as "worldkv" attends to once its window is full.
-MODES = ("worldkv", "worldkv_host", "official", "full", "sliding", "sliding_as_long", "sink_recent", "published")
+# "sliding_as_long" a sliding window of as many tokens as "worldkv" attends to once its window is full, "worldkv_eager"
+# makes its passes without CUDA graphs.
+MODES = (
+    "worldkv",
+    "worldkv_eager",
+    "worldkv_host",
+    "official",
+    "full",
+    "sliding",
+    "sliding_as_long",
+    "sink_recent",
+    "published",
+)
 RIVALS = ("published",)
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 _RETRIEVED = 6  # chunks
@@ -137,6 +148,7 @@ def memory_config(mode: str, model: WorldModel, chunks: int) -> MemoryConfig:
     as_long = (full_window(config.memory(**sizes)) // config.memory().chunk_tokens - 1) * frames
     changes = {
         "worldkv": {},
+        "worldkv_eager": {},
         "worldkv_host": {"bank": "host"},
         "full": {"mode": "full"},
         "sliding": {"mode": "sliding"},
