@@ -1,7 +1,7 @@
 """Traces of torch.profiler: recorded with named ranges, joined into one file that Perfetto opens, and added up by kind.
 
 A kernel belongs to the operations and ranges that were open where the host launched it; the outermost of them that a
-rule names decides its kind. The kernels of a CUDA graph are launched as one, and told by their own names. On a CPU it is
+rule names decides its kind. The kernels of a CUDA graph are launched as one and told by their own names. On a CPU it is
 the operations' own time that is added up.
 """
 
