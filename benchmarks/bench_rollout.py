@@ -40,7 +40,7 @@ from model_cases import (
     weights_of,
 )
 from shapes import check_room
-from timing import Ceilings, describe_ceilings, measure_ceilings, one_thread, percentile, roof
+from timing import Ceilings, describe_ceilings, measure_ceilings, one_thread, percentile, roof, synchronize
 from traces import ORDER, Breakdown, breakdown, recorded
 
 from worldkv_kernels.cli.report import Progress, note
@@ -95,8 +95,9 @@ def roll_out(mode: str, model: WorldModel, memory: Memory, case: RolloutCase) ->
     progress = Progress(label, case.chunks)
     try:
         for chunk in islice(made, case.chunks):
-            done.chunks.append(chunk._replace(latents=None))
+            done.chunks.append(replace(chunk, latents=None))
             progress.step("chunks")
+        synchronize(model.device)
         with recorded(label, model.device, keep=trace_file()) as events:
             next(made)
     except (RuntimeError, torch.OutOfMemoryError) as error:  # a pool that is full, a device that is
