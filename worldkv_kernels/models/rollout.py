@@ -188,8 +188,8 @@ def stream(
             on it, False has none. The rows of a host bank are then waited for before a pass, not layer by layer.
 
     An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. On a GPU a chunk is
-    yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and none before
-    the one before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are
+    yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and no other
+    before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are
     no whole chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True;
     at a chunk what begin_chunk raises, and RuntimeError where graph is True and a pass cannot be captured.
     """
