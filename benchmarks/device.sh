@@ -143,9 +143,18 @@ compute_capability() { # such as 90
     nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .
 }
 
+# Whether an extension for this interpreter lies beside the sources and is younger than all that it is built of.
+is_built() {
+    local built
+    built=$root/worldkv_kernels/_cuda$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    [ -e "$built" ] && [ -z "$(find "$root/csrc" "$root/setup.py" -newer "$built" -print -quit)" ]
+}
+
 install_package() {
     local arch
-    if [ "$dry" = 0 ]; then
+    if [ "$dry" = 0 ] && is_built; then
+        echo "== the CUDA extension is younger than its sources: taken as it is"
+    elif [ "$dry" = 0 ]; then
         arch=$(compute_capability)
         case $arch in 90 | 100) arch+=a ;; esac
         # With WORLDKV_CUDA=1 a build that fails is an error, and what nvcc said is printed.
