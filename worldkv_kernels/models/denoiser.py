@@ -132,14 +132,16 @@ class Denoiser(nn.Module, ABC):
     def to_fp8(self) -> None:
         """Make the blocks' linear layers FP8 (E4M3), a scale a row of the weight and a token, in place and for good.
 
-        About half the bytes of weights and, on Hopper, half the time of their products; what it costs in accuracy
-        docs/models.md says. After `compile_elementwise`, the rounding of their inputs is one kernel, too. Raises
-        ValueError for a dtype other than bfloat16, and on a GPU below compute capability 9.0.
+        Half the bytes of these weights and, on an H100, half the time of their products; what it costs in accuracy
+        docs/models.md says. On a GPU the rounding of their inputs is compiled, as by `compile_elementwise`: kernel by
+        kernel it takes longer than the products save. Raises ValueError for a dtype other than bfloat16, and on a GPU
+        below compute capability 9.0.
         """
         if self.dtype != torch.bfloat16:
             raise ValueError(f"{type(self).__name__}.to_fp8: dtype must be torch.bfloat16, got {self.dtype}")
+        elementwise = wan.compiled() if self.device.type == "cuda" else wan.EAGER
         for block in self.blocks:
-            fp8.to_fp8(f"{type(self).__name__}.to_fp8", block, block.elementwise.quantized)
+            fp8.to_fp8(f"{type(self).__name__}.to_fp8", block, elementwise.quantized)
 
     def pass_key(self, of_chunk: Any) -> Hashable:
         """As of WorldModel: passes are alike in all chunks, if what they read lies where it lay.
