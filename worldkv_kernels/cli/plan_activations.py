@@ -22,7 +22,7 @@ class Activations(NamedTuple):
     """Bytes."""
 
     held: int  # from chunk to chunk: what is computed once for a rollout and once for a chunk
-    passing: int  # the most that a pass, or what prepares a chunk, takes on top of that
+    passing: int  # the most that a pass, or what prepares for it, takes on top of that
 
 
 def activations(model: WorldModel, device_type: str = "meta") -> Activations:
@@ -38,7 +38,6 @@ def activations(model: WorldModel, device_type: str = "meta") -> Activations:
     counter.know(model.parameters())
     with torch.no_grad(), _AttentionAsOneOp(), counter:
         of_rollout = model.prepare_rollout(None, poses[0], (*model.sigmas, 0.0))
-        counter.most = counter.held
         of_chunk = model.prepare_chunk(of_rollout, 0, controls)
         latents = torch.empty((frames, *model.latent_shape), dtype=torch.float32, device=model.device)
         held = counter.held
