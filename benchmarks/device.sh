@@ -209,7 +209,7 @@ run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
         "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,first_and_large,graphs}.py \
-        "$root"/tests/test_{norm_rope_append,prune_aside,segment_attention,segment_attention_triton,segment_attention_weights}.py
+        "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,segment_attention,segment_attention_triton,segment_attention_weights}.py
     stage "tests of models" 60 "${pytest[@]}" "$root"/tests/test_{models_small_world,models_matrix_game_2,small_world_memory}.py \
         -m "slow or not slow" -k "half_precision or dtype or remembers or draws"
 }
@@ -278,13 +278,12 @@ do_fuzz() {
 }
 
 do_models() {
-    local all=("${small[@]+"${small[@]}"}")
+    local all=("${small[@]+"${small[@]}"}") modes=worldkv,worldkv_eager,sliding_as_long more=published,worldkv_host
+    [ "$dry" = 1 ] || modes+=,worldkv_compiled,worldkv_fp8
     small=("${small[@]:0:1}") # a rollout makes the chunks it is told to, whatever the seconds
-    called="rollout, matrix" bench 90 rollout --model matrix_game_2 --chunks 40 \
-        --only worldkv,worldkv_host,sliding_as_long,published
-    called="rollout, 8 layers" bench 100 rollout --model lingbot_world_fast --layers 8 --chunks 20 \
-        --only worldkv,worldkv_host,sliding_as_long,published
-    called="rollout, all layers" bench 160 rollout --model lingbot_world_fast --chunks 20 --only worldkv,sliding_as_long
+    called="rollout, matrix" bench 90 rollout --model matrix_game_2 --chunks 40 --only "$modes,$more"
+    called="rollout, all layers" bench 200 rollout --model lingbot_world_fast --variant fast --chunks 16 --only "$modes"
+    called="rollout, 8 layers" bench 100 rollout --model lingbot_world_fast --layers 8 --chunks 20 --only "$modes,$more"
     small=("${all[@]+"${all[@]}"}")
     bench 90 chunk
 }

@@ -47,10 +47,10 @@ class Storage:
         self.max_chunks = most_chunks(config, places)
         self.window_capacity = window_capacity(config, places)
         self.pool = Pool(pool_slots(config, places), device=device, dtype=dtype, **sizes)
-        self._sink_rows, self._ring_rows, bank_rows = self.pool.first_rows
+        self._sink_rows, self._ring_rows, self._bank_rows = self.pool.first_rows
         self.bank = None
         if config.has_bank:
-            self.bank = Bank(self.pool, bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
+            self.bank = Bank(self.pool, self._bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
         self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
         self._side = SideStream(device, self.pool.k, self.pool.v, self.index, self.count)
@@ -91,6 +91,13 @@ class Storage:
             except BaseException:
                 self.bank.break_off(chunk)
                 raise
+
+    def warm_up(self, first_row: int) -> None:
+        """Prune the whole chunk at `first_row` into a slot of the bank, while no chunk is banked, and forget it."""
+        if self.bank is not None:
+            with self._side.beside():
+                self._compress(first_row, self._bank_rows[0])
+            self._side.join()
 
     def _compress(self, first_row: int, row: int) -> None:
         """All layers of the whole chunk that starts at `first_row` into the bank's slot at `row`."""

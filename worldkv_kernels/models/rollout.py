@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,34 @@ class Controls(NamedTuple):
     poses: np.ndarray | None  # camera-to-world [chunk_frames, 4, 4] of its latent frames, OpenCV coordinates
     intrinsics: np.ndarray | None = None  # fx, fy, cx, cy in pixels, [chunk_frames, 4]
     actions: Actions | None = None  # of the whole video up to the chunk's last frame
+
+
+class _Took:
+    """The time that passes on a device, from when this is made to `end`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._start, self._end = self._now(), None
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self) -> None:
+        self._end = self._now()
+
+    def wait(self) -> None:
+        """Let the host wait for the end."""
+        if self._on_gpu:
+            with phase("wait"):
+                self._end.synchronize()
+
+    def seconds(self) -> float:
+        self.wait()
+        return self._start.elapsed_time(self._end) / 1e3 if self._on_gpu else self._end - self._start
 
 
 class WorldModel(Protocol):
@@ -52,12 +81,19 @@ class WorldModel(Protocol):
         pass of one may be replayed for another; None where a pass cannot be captured. A model may be without it."""
 
 
-class RolloutChunk(NamedTuple):
-    """A chunk that has been made."""
+@dataclass(frozen=True)
+class RolloutChunk:
+    """A chunk that has been made; on a GPU, one whose kernels are all queued on the current stream."""
 
     plan: ChunkPlan
     latents: torch.Tensor  # clean, fp32 [chunk_frames, channels, height, width], on the model's device
-    seconds: float  # from begin_chunk to the end of end_chunk, on the device too
+    took: _Took = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """From begin_chunk, or the end of what was queued before it, to the end of end_chunk. On a GPU reading it waits
+        for that."""
+        return self.took.seconds()
 
 
 def rollout(
@@ -151,10 +187,11 @@ def stream(
             chunk's before, if a first replay gives the same bits; the chunk in which it does takes longer. True insists
             on it, False has none. The rows of a host bank are then waited for before a pass, not layer by layer.
 
-    An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. Synchronises once a
-    chunk, to time it. Raises ValueError at the call when the memory is not at its start, the given latents are no whole
-    chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True; at a
-    chunk what begin_chunk raises, and RuntimeError where graph is True and a pass cannot be captured.
+    An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. On a GPU a chunk is
+    yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and no other
+    before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are
+    no whole chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True;
+    at a chunk what begin_chunk raises, and RuntimeError where graph is True and a pass cannot be captured.
     """
     frames = model.chunk_frames
     if frames != memory.config.chunk_frames:
@@ -192,26 +229,27 @@ def _chunks(
     sigmas: tuple[float, ...],
     passes: Passes,
 ) -> Iterator[RolloutChunk]:
-    of_rollout = None
+    of_rollout = before = None
     integrator = memory.integrator.fresh() if memory.integrator is not None else None
     for number, of_one in enumerate(controls):
         of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, integrator)
         if number == 0:
             with torch.no_grad():
                 of_rollout = model.prepare_rollout(conditions, of_one.poses[0], (*sigmas, 0.0))
-        started = time.perf_counter()
+        took = _Took(model.device)
         plan = memory.begin_chunk(**of_memory)
         try:
             of_given = given[number] if number < len(given) else None
             latents = _denoised(model, passes, plan, of_rollout, of_one, of_given, seed, sigmas)
             memory.end_chunk()
-            if model.device.type == "cuda":
-                with phase("wait"):
-                    torch.cuda.synchronize(model.device)
+            took.end()
         except BaseException:
             memory.abort_chunk()
             raise
-        yield RolloutChunk(plan, latents, time.perf_counter() - started)
+        yield RolloutChunk(plan, latents, took)
+        if before is not None:
+            before.wait()
+        before = took
 
 
 def _steered(

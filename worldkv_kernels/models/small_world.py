@@ -199,8 +199,7 @@ class SmallWorld(Denoiser):
         camera = of_rollout.camera if self.hoist else self._camera(of_chunk.rays, self._camera_buffer())
         x = wan.embed_patches(self.patch_embedding, wan.patchify(latents))
         for layer, block in enumerate(self.blocks):
-            x = block.attend(x, level.modulation[layer], memory, layer)
-            x = block.inject_camera(x, *camera[layer])
+            x = block.attend_and_move(x, level.modulation[layer], memory, layer, *camera[layer])
             x = block.feed_forward(x, level.modulation[layer])
         clean = wan.unpatchify(self.head(x, level.head), self.config.grid)
         return (latents - clean) / (level.sigma or 1.0)
