@@ -14,7 +14,7 @@ from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from ..window import Segment, Window
 from .config import MemoryConfig
-from .plan import ChunkPlan, capacity, leaving, pieces, place
+from .plan import ChunkPlan, leaving, pieces, place
 from .retrieval import make_policy
 from .storage import Storage
 from .views import View, Views
@@ -84,7 +84,7 @@ class WorldMemory:
             device=self.device,
             rope=self._rope if config.turns_segments else None,
             weighted=config.weighs_segments,
-            capacity=capacity(config, self._storage.max_chunks),
+            capacity=self._storage.window_capacity,
         )
         self._position = torch.zeros(2, dtype=torch.int64, device=self.device)
         heads = config.num_heads, config.head_dim
