@@ -113,6 +113,16 @@ def test_matrix_game_by_actions(small, tmp_path, capsys):
     assert LEFT_AND_BACK in "".join(ElementTree.parse(picture).getroot().itertext())
 
 
+def test_fp8_halves_the_linear_layers(small, tmp_path, capsys):
+    options = [*MATRIX, "--actions", LEFT_AND_BACK, "--modes", "sliding", "--chunks", "2"]
+    assert main(["rollout", *options, "--fp8"]) == 2
+    assert "--fp8 must go with --dtype bfloat16, got float32" in capsys.readouterr().err
+    plain = rolled(tmp_path, *options, "--dtype", "bfloat16")["model"]
+    near = rolled(tmp_path, *options, "--dtype", "bfloat16", "--fp8")["model"]
+    assert (plain["fp8"], near["fp8"], near["compiled"]) == (False, True, False)
+    assert near["parameters"] == plain["parameters"] and near["weight_bytes"] < plain["weight_bytes"]
+
+
 def test_matrix_game_is_the_models_own_rollout(small, tmp_path):
     result = rolled(tmp_path, *MATRIX, "--actions", LEFT_AND_BACK, "--seed", "3", "--modes", "full,worldkv")
     model = MatrixGame2.random(SMALL["matrix_game_2"]["universal"], 3, device="cpu", dtype=torch.float32)

@@ -92,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", metavar="FOLDER",
         help="a folder with .safetensors files, of the other models the published checkpoint (default: the trained "
              "weights of small_world that come with the package)")  # fmt: skip
+    add(
+        "--compile", action="store_true", help="norms, gates and residuals of a block by torch.compile, one kernel each"
+    )
+    add("--fp8", action="store_true", help="linear layers in FP8, for bfloat16 on Hopper and newer GPUs")
     add("--layers", type=report.integer(1), help="so many instead of all; with --random alone")
     add("--grid", type=grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--trajectory", metavar="FOLDER|MOVES",
@@ -189,7 +193,10 @@ def check_weights(args: argparse.Namespace, config: Config, device: torch.device
 def make_model(
     args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[WorldModel, dict[str, Any]]:
-    """The model, and what its weights are, ready for JSON. Raises as from_pretrained does."""
+    """The model, and what its weights are, ready for JSON. Raises as from_pretrained does, and ValueError for FP8 in
+    another dtype than bfloat16."""
+    if args.fp8 and dtype != torch.bfloat16:
+        raise ValueError(f"--fp8 must go with --dtype bfloat16, got {str(dtype).removeprefix('torch.')}")
     options = dict(device=device, dtype=dtype)
     made_of = _CLASSES[args.model]
     count, _ = count_weights(args.model, config, dtype)
@@ -199,13 +206,19 @@ def make_model(
             model = made_of.random(config, args.seed, **options)
         else:
             model = made_of.from_pretrained(_folder(args), config=config, **options)
+        if args.compile:
+            model.compile_elementwise()
+        if args.fp8:
+            model.to_fp8()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    parameters = list(model.parameters())
+    stored = list(model.state_dict().values())
     return model, {
         "weights": weights_name(args),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "weight_bytes": sum(parameter.nbytes for parameter in parameters),
+        "parameters": count,
+        "weight_bytes": sum(tensor.nbytes for tensor in stored),
+        "compiled": args.compile,
+        "fp8": args.fp8,
         "seconds_to_load": time.perf_counter() - started,
     }
 
