@@ -200,7 +200,7 @@ def steady_chunks(chunks: Sequence[RolloutChunk]) -> Sequence[RolloutChunk]:
     """Those that attend to as much as any: from the first of them on; in a mode that grows, the second half."""
     most = max(chunk.plan.num_tokens for chunk in chunks)
     first = next(i for i, chunk in enumerate(chunks) if chunk.plan.num_tokens == most)
-    return chunks[min(first, len(chunks) // 2) :]
+    return chunks[first if first < len(chunks) - 1 else len(chunks) // 2 :]
 
 
 def yardstick(model: WorldModel, mode: str) -> list[torch.Tensor] | None:
@@ -232,10 +232,11 @@ def measure_case(case: RolloutCase, device: torch.device, ceilings: Ceilings) ->
     of_published = yardstick(model, "published")
     of_ops = yardstick(model, "full") if "published" in case.modes or of_published is None else None
     published: dict[str, Any] | None = None
+    left = dict(CHANGED)  # those up to a mode's own, whichever modes were asked for
     for mode in sorted(case.modes, key=lambda mode: (mode in CHANGED, mode not in RIVALS)):
         before = clocks(device)
-        if mode in CHANGED:
-            getattr(model, CHANGED[mode])()
+        for change in list(left)[: list(left).index(mode) + 1] if mode in left else ():
+            getattr(model, left.pop(change))()
         wanted = of_ops if mode == "published" or of_published is None else of_published
         figure = measure_mode(mode, model, case, ceilings, wanted, lambda tokens: matmuls + attention * tokens)
         if figure["is_rival"] and figure["us"]:

@@ -143,20 +143,23 @@ compute_capability() { # such as 90
     nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .
 }
 
-# Whether an extension for this interpreter lies beside the sources and is younger than all that it is built of.
-is_built() {
+# Whether an extension for this interpreter and card lies beside the sources and is younger than all it is built of.
+is_built() { # is_built ARCH
     local built
     built=$root/worldkv_kernels/_cuda$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-    [ -e "$built" ] && [ -z "$(find "$root/csrc" "$root/setup.py" -newer "$built" -print -quit)" ]
+    [ -e "$built" ] && [ -z "$(find "$root/csrc" "$root/setup.py" -newer "$built" -print -quit)" ] &&
+        (cd "$root/worldkv_kernels" && "$python" -c "import _cuda, sys; sys.exit('$1' not in _cuda.architectures.split(','))")
 }
 
 install_package() {
-    local arch
-    if [ "$dry" = 0 ] && is_built; then
-        echo "== the CUDA extension is younger than its sources: taken as it is"
-    elif [ "$dry" = 0 ]; then
+    local arch=none
+    if [ "$dry" = 0 ]; then
         arch=$(compute_capability)
         case $arch in 90 | 100) arch+=a ;; esac
+    fi
+    if [ "$dry" = 0 ] && is_built "$arch"; then
+        echo "== the CUDA extension for $arch is younger than its sources: taken as it is"
+    elif [ "$dry" = 0 ]; then
         # With WORLDKV_CUDA=1 a build that fails is an error, and what nvcc said is printed.
         stage install 150 env WORLDKV_CUDA=1 WORLDKV_CUDA_ARCHS="$arch" \
             "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps -e "$root" && return

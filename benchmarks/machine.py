@@ -29,13 +29,17 @@ def in_checkout() -> bool:
     return (ROOT / "worldkv_kernels").is_dir()
 
 
-def source_hash() -> str:
-    """Twelve hex digits over the files that a figure depends on; names the code where there is no git."""
+def source_hash(*more: str) -> str:
+    """Twelve hex digits over the files that a figure depends on, and those in `more` folders.
+
+    They name the code where there is no git.
+    """
     digest = hashlib.sha256()
-    folders = ("benchmarks", "csrc", "kernels", "worldkv_kernels") if in_checkout() else (".",)
+    folders = ("benchmarks", "csrc", "kernels", "worldkv_kernels", *more) if in_checkout() else (".",)
+    suffixes = {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", *([".sh"] if more else [])}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp"} and path.is_file():
+            if path.suffix in suffixes and path.is_file():
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -86,5 +90,5 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    print(source_hash())
+if __name__ == "__main__":  # for device.sh: what its stages depend on
+    print(f"{source_hash('tests')} torch {torch.__version__}")

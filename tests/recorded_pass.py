@@ -25,7 +25,7 @@ class _Recorder(TorchDispatchMode):
         return made
 
 
-def recorded(function, pool=None):
+def recorded(function):
     """A function that repeats what `function` does."""
     recorder = _Recorder()
     with recorder:

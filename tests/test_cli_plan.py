@@ -50,6 +50,8 @@ def test_one_chunk_more_would_not_fit(model, config, seconds, capsys):
     result = planned(capsys, "--model", model, "--gpu", "24,80,61GiB", "--host", "40")
     fixed, host = sum(result["fixed_bytes"].values()), 40 * GIB * 15 // 16
     assert result["host"] == {"name": "40 GB", "bytes": host}
+    free = planned(capsys, "--model", model, "--gpu", "24", "--host", "40GiB")["host"]
+    assert free == {"name": "40 GiB free", "bytes": host}  # an arena leaves a sixteenth of that, too
     assert {row["gpu"]: row["gpu_bytes"] for row in result["rows"]} == {
         "24 GB": 24 * GIB * 15 // 16, "80 GB": 80 * GIB * 15 // 16, "61 GiB free": 61 * GIB,
     }  # fmt: skip

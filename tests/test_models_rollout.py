@@ -113,6 +113,46 @@ def test_a_stream_asks_for_controls_when_they_are_due():
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(streamed, whole, strict=True))
 
 
+def test_one_chunk_is_prepared_ahead_and_no_more(monkeypatch):
+    """As on a GPU, where what is queued is not yet made; reading `seconds` waits for the chunk's own end."""
+    happened = []
+
+    class Took:
+        made = 0
+
+        def __init__(self, device):
+            self.chunk, Took.made = Took.made, Took.made + 1
+
+        def end(self):
+            happened.append(f"queued {self.chunk}")
+
+        def wait(self):
+            happened.append(f"waited for {self.chunk}")
+
+        def seconds(self):
+            self.wait()
+            return 1.5
+
+    monkeypatch.setattr("worldkv_kernels.models.rollout._Took", Took)
+    model = Known()
+
+    def controls():
+        for chunk in range(4):
+            happened.append(f"asked for {chunk}")
+            yield Controls(POSES[3 * chunk : 3 * chunk + 3], INTRINSICS[:3])
+
+    for chunk in stream(model, make_memory(model), controls()):
+        happened.append(f"yielded {chunk.plan.chunk}")
+        if chunk.plan.chunk == 3:
+            assert chunk.seconds == 1.5
+    assert happened == [
+        "asked for 0", "queued 0", "yielded 0",
+        "asked for 1", "queued 1", "yielded 1", "waited for 0",
+        "asked for 2", "queued 2", "yielded 2", "waited for 1",
+        "asked for 3", "queued 3", "yielded 3", "waited for 3", "waited for 2",
+    ]  # fmt: skip
+
+
 def test_a_chunk_is_yielded_before_the_next_is_begun():
     model = Known()
     memory = make_memory(model)

@@ -1,7 +1,5 @@
 """Passes of a rollout as graphs: on a CPU by recordings that repeat operations, on a GPU by CUDA graphs."""
 
-from itertools import count
-
 import numpy as np
 import pytest
 import torch
@@ -38,26 +36,31 @@ MODELS = {
 def stand_in(monkeypatch):
     if not ON_GPU:
         monkeypatch.setattr(graphs, "_why_not", lambda model, memory: None)
-        monkeypatch.setattr(graphs, "_captured", recorded)
+        monkeypatch.setattr(graphs, "_capture_on", lambda device: recorded)
 
 
 @pytest.fixture
 def counted(monkeypatch):
     """How many passes were captured and how many replayed."""
     counts = {"captured": 0, "replayed": 0}
-    capture = graphs._captured
+    of_device = graphs._capture_on
 
-    def counting(function, pool):
-        replay = capture(function, pool)
-        counts["captured"] += 1
+    def capture_on(device):
+        capture = of_device(device)
 
-        def counted_replay():
-            counts["replayed"] += 1
-            replay()
+        def counting(function):
+            replay = capture(function)
+            counts["captured"] += 1
 
-        return counted_replay
+            def counted_replay():
+                counts["replayed"] += 1
+                replay()
 
-    monkeypatch.setattr(graphs, "_captured", counting)
+            return counted_replay
+
+        return counting
+
+    monkeypatch.setattr(graphs, "_capture_on", capture_on)
     return counts
 
 
@@ -66,7 +69,7 @@ def make(name, hoist=True):
     return of_class.random(config, device=DEVICE, dtype=torch.bfloat16 if ON_GPU else torch.float32, hoist=hoist)
 
 
-def made(model, graph, chunks=CHUNKS, **options):
+def made(model, graph, chunks=CHUNKS, given=None, **options):
     """Latents and retrieved chunks of every chunk."""
     sizes = dict(sink_frames=3, recent_frames=3, retrieved_chunks=2, bank_chunks=max(chunks, 6))
     memory = WorldMemory(model.config.memory(**{**sizes, **options}), device=DEVICE, dtype=model.dtype)
@@ -74,7 +77,7 @@ def made(model, graph, chunks=CHUNKS, **options):
     keyboard = np.zeros((2 * HALF, 4))
     actions = Actions(np.stack([0 * turning, turning], axis=1), keyboard).until(video_frames(3 * chunks))
     along = dict(actions=actions) if isinstance(model, MatrixGame2) else {}
-    rolled = rollout(model, memory, POSES[: 3 * chunks], INTRINSICS[: 3 * chunks], graph=graph, **along)
+    rolled = rollout(model, memory, POSES[: 3 * chunks], INTRINSICS[: 3 * chunks], graph=graph, given=given, **along)
     return [(chunk.latents.cpu(), chunk.plan.retrieved) for chunk in rolled]
 
 
@@ -95,8 +98,8 @@ def test_a_rollout_of_replays_is_the_rollout(name, options, counted):
     assert counted["captured"] == 0
     assert_same(made(model, True, **options), want)
     steps = len(model.sigmas) + 1
-    kernels = 3 if name == "matrix_game" else 2  # chunks; the second attends to more actions than the first
-    assert counted == {"captured": steps, "replayed": steps * (CHUNKS - kernels + 1)}
+    before = 3 if name == "matrix_game" else 2  # chunks; the second attends to more actions than the first
+    assert counted == {"captured": steps, "replayed": steps * (CHUNKS - before)}
 
 
 def test_a_model_that_makes_its_conditions_in_a_pass_has_no_graphs(counted):
@@ -117,18 +120,62 @@ def test_a_pass_that_reads_the_host_goes_on_without_graphs_or_is_an_error(monkey
     with pytest.warns(UserWarning, match="passes are not made of CUDA graphs: a pass could not be captured"):
         assert_same(made(model, None, 4), want)
     if not ON_GPU:
-        with pytest.raises(RuntimeError, match="graph=True must have passes that can be replayed, but a pass could"):
+        with pytest.raises(RuntimeError, match=r"but a pass could not be captured: RuntimeError: aten\._local_scalar"):
             made(model, True, 4)
 
 
-def test_a_replay_that_differs_is_not_used(monkeypatch):
+@pytest.mark.parametrize("given", [0, 2], ids=["noise", "given"])
+def test_a_replay_that_differs_is_not_used_and_leaves_nothing(monkeypatch, given):
+    """Not even in the rows of a clean pass, which become history."""
     model = make("lingbot")
-    passes, denoise = count(), model.denoise
-    monkeypatch.setattr(model, "denoise", lambda *given: denoise(*given) + next(passes))  # a number on the host
+    latents = torch.randn(3 * given, *model.latent_shape)
+    want = made(model, False, 6, given=latents)
+    of_device = graphs._capture_on
+
+    def capture_on(device):
+        capture = of_device(device)
+
+        def wrong(function):
+            replay = capture(function)
+            held = next(
+                cell.cell_contents for cell in function.__closure__ if isinstance(cell.cell_contents, graphs.Passes)
+            )
+
+            def then():
+                held._latents.mul_(1.5)
+                replay()
+
+            return then
+
+        return wrong
+
+    monkeypatch.setattr(graphs, "_capture_on", capture_on)
     with pytest.warns(UserWarning, match="the replay of a pass differs from the pass"):
-        made(model, None, 4)
+        assert_same(made(model, None, 6, given=latents), want)
     with pytest.raises(RuntimeError, match="but the replay of a pass differs"):
-        made(model, True, 4)
+        made(model, True, 6, given=latents)
+
+
+def test_what_a_chunk_prepares_elsewhere_is_seen_by_the_comparison(monkeypatch):
+    model = make("small_world")
+    want, prepare = made(model, False, 5), model.prepare_chunk
+
+    def elsewhere(of_rollout, *rest):
+        of_chunk = prepare(of_rollout, *rest)
+        return of_chunk._replace(rollout=of_rollout._replace(camera=of_rollout.camera.clone()))
+
+    monkeypatch.setattr(model, "prepare_chunk", elsewhere)
+    with pytest.warns(UserWarning, match="the replay of a pass differs from the pass"):
+        assert_same(made(model, None, 5), want)
+
+
+def test_a_rollout_may_go_on_outside_of_the_mode_that_it_began_in():
+    model = make("small_world")
+    memory = WorldMemory(model.config.memory(mode="sliding"), device=DEVICE, dtype=model.dtype)
+    rolled = rollout(model, memory, POSES[:12], INTRINSICS[:12])
+    with torch.inference_mode():
+        next(rolled)
+    assert len(list(rolled)) == 3
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU has graphs")

@@ -30,7 +30,7 @@ _VIDEO_FPS = {"lingbot_world_fast": 16}  # frames a second at which a model's vi
 _OPTIONS = ("retrieved_chunks", "sink_frames", "recent_frames", "device_slots")  # of MemoryConfig, which has defaults
 RULE = (
     "A size as it is sold, 80 or 80GB, is counted as 15/16 of so many GiB: ECC, the driver and CUDA's context take some"
-    " of a card, and an arena leaves a sixteenth of host memory. 79GiB is what is free, and is taken as it is."
+    " of a card, and an arena leaves a sixteenth of host memory, sold or free. 79GiB is what is free on a card."
 )
 _OTHERWISE = "another --variant, a smaller --grid or a larger GPU"
 _ESTIMATE = (
@@ -131,7 +131,8 @@ def _room(argument: str, text: str) -> Room:
         raise ValueError(f"{argument} must be a size such as 80 (as it is sold, in GB) or 79GiB (free), above 0 and at "
                          f"most {_MOST_GIB}, got {text!r:.60}")  # fmt: skip
     free = (found[2] or "").lower() == "gib"
-    return Room(f"{number:g} {'GiB free' if free else 'GB'}", int(number * GIB * (1 if free else HOST_SHARE)))
+    whole = free and argument == "--gpu"
+    return Room(f"{number:g} {'GiB free' if free else 'GB'}", int(number * GIB * (1 if whole else HOST_SHARE)))
 
 
 def _ratios(text: str) -> list[float]:

@@ -297,7 +297,8 @@ def _made(
         with report.waiting(f"{mode}: chunk {number} of {chunks}"):
             chunk = next(rolling)
         made.append(chunk)
-        progress.step(f"chunks, {chunk.plan.num_tokens} tokens attended, {chunk.seconds:.2f} s")
+        took = f", {chunk.seconds:.2f} s" if model.device.type == "cpu" else ""  # a GPU is not waited for
+        progress.step(f"chunks, {chunk.plan.num_tokens} tokens attended{took}")
     return made, banked
 
 

@@ -224,6 +224,8 @@ class WorldMemory:
         for rows in (pool.k, pool.v):
             rows[:, first_row : first_row + config.chunk_tokens].zero_()  # those of the other layers are not made yet
         self._storage.warm_up(first_row)
+        if self._process is not None:
+            torch.cuda.synchronize(self.device)
 
     def attend(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -143,13 +143,6 @@ class Denoiser(nn.Module, ABC):
         elementwise = wan.compiled() if self.device.type == "cuda" else wan.EAGER
         for block in self.blocks:
             fp8.to_fp8(f"{type(self).__name__}.to_fp8", block, elementwise.quantized, self.kept_by_fp8)
-
-    def pass_key(self, of_chunk: Any) -> Hashable:
-        """As of WorldModel: passes are alike in all chunks, if what they read lies where it lay.
-
-        Without hoisting they make some of it themselves, on the host.
-        """
-        return () if self.hoist else None
 
     # --- what a subclass says ---
 

@@ -71,6 +71,8 @@ def to_fp8(
     device = linears[0][2].weight.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         raise ValueError(f"{op}: FP8 needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}")
-    for owner, name, child in linears:
-        setattr(owner, name, Fp8Linear(child, quantize))  # one after the other: the weights take no second room
-    return len(linears)
+    count = len(linears)
+    while linears:  # one after the other: the weights take no second room
+        owner, name, child = linears.pop()
+        setattr(owner, name, Fp8Linear(child, quantize))
+    return count

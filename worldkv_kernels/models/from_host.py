@@ -6,8 +6,12 @@ import torch
 
 
 def on_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A copy of a CPU tensor on `device`, by way of page-locked memory on a GPU: the host does not wait for the device,
-    as it does to copy from other memory. torch keeps that memory until the copy is made, and gives it out again."""
+    """A copy of a CPU tensor on `device`; other tensors as `to` gives them.
+
+    On a GPU by way of page-locked memory: the host does not wait for the device, as it does to copy from other memory.
+    torch keeps that memory until the copy is made, and gives it out again. What is page-locked already is copied from
+    where it lies, and must stay as it is until then.
+    """
     device = torch.device(device)
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,6 +173,10 @@ class LingBotWorldFast(Denoiser):
             x = block.cross_attend(x, *keys_values[layer])
             x = block.feed_forward(x, level.modulation[layer])
         return wan.unpatchify(self.head(x, level.head), self.config.grid)
+
+    def pass_key(self, of_chunk: _OfChunk) -> Hashable:
+        """All chunks are alike, with hoisting; without it a pass makes some of its conditions itself, on the host."""
+        return () if self.hoist else None
 
     # --- parts of the above ---
 

@@ -30,14 +30,14 @@ class _Took:
     """The time that passes on a device, from when this is made to `end`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._start, self._end = self._now(), None
 
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def end(self) -> None:
@@ -92,7 +92,7 @@ class RolloutChunk:
     @property
     def seconds(self) -> float:
         """From begin_chunk, or the end of what was queued before it, to the end of end_chunk. On a GPU reading it waits
-        for that."""
+        for that; pruning, which runs beside, counts in the chunk after."""
         return self.took.seconds()
 
 
@@ -165,7 +165,8 @@ def stream(
     sigmas: Sequence[float] | None = None,
     graph: bool | None = None,
 ) -> Iterator[RolloutChunk]:
-    """Make a chunk for each of `controls`, asked for when the chunk before is made, and yield it when it is done.
+    """Make a chunk for each of `controls`, asked for when the chunk before is made (on a GPU, when it is queued), and
+    yield it then.
 
     A chunk starts as noise; each pass at sigma gives x0 = x - sigma * flow, and fresh noise takes x0 to the
     next sigma, x = (1 - sigma) * x0 + sigma * noise. The last x0 is the chunk, and one more pass at sigma 0
@@ -183,9 +184,9 @@ def stream(
         seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
             so that rollouts of any mode, device and dtype start from the same numbers.
         sigmas: of the denoising passes, from 1 down, each above 0; None for the model's own.
-        graph: None: on a GPU a pass becomes a CUDA graph as soon as a chunk comes whose passes launch the same as the
-            chunk's before, if a first replay gives the same bits; the chunk in which it does takes longer. True insists
-            on it, False has none. The rows of a host bank are then waited for before a pass, not layer by layer.
+        graph: None: on a GPU passes become CUDA graphs, captured in the second chunk of those that launch the same, and
+            replayed from the third on, if a first replay there gives the same bits; these two chunks take longer. True
+            insists on it, False has none. The rows of a host bank are then waited for before a pass, not by layer.
 
     An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. On a GPU a chunk is
     yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and no other
@@ -234,7 +235,7 @@ def _chunks(
     for number, of_one in enumerate(controls):
         of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, integrator)
         if number == 0:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 of_rollout = model.prepare_rollout(conditions, of_one.poses[0], (*sigmas, 0.0))
         took = _Took(model.device)
         plan = memory.begin_chunk(**of_memory)
@@ -267,6 +268,7 @@ def _steered(
     return controls, of_memory
 
 
+@torch.inference_mode(False)  # what is made in it and kept could not be written outside of it
 @torch.no_grad()
 def _denoised(
     model: WorldModel,

@@ -22,6 +22,7 @@ from .fp8 import quantized
 PATCH = (1, 2, 2)  # frames, rows and columns of latents in a token
 # What is held in fp32 whatever the model's dtype, by a part of its name.
 FP32_PARAMETERS = ("time_embedding.", "time_projection.", "head.", "norm3.", "modulation")
+_MOST_SHAPES = 256  # that a compiled function may be made for in a process
 # The layers that write into the residual stream of a block.
 RESIDUAL_LAYERS = ("self_attn.o", "cross_attn.o", "ffn.2")
 
@@ -59,7 +60,12 @@ EAGER = Elementwise(_normed, _gated, _gated_and_moved, _gelu, quantized)
 
 @lru_cache
 def compiled() -> Elementwise:
-    """Each as one kernel, by torch.compile: less rounding in between, so results differ in their last digits."""
+    """Each as one kernel, by torch.compile: less rounding in between, so results differ in their last digits.
+
+    A shape is compiled for by itself: a model has up to three of each, a process may have many models, and torch's own
+    limit, 8 of a function, is an error past it.
+    """
+    torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
     return Elementwise(*(torch.compile(function, fullgraph=True, dynamic=False) for function in EAGER))
 
 
