@@ -1,10 +1,11 @@
 """Which implementation of an op runs: the rule, the first-use check, and what `worldkv doctor` reports.
 
-On a CPU `auto` is the reference. On a GPU it is a CUDA kernel where one is built and proven for the
-architecture, then Triton, then the reference. An op may put the CUDA kernel after Triton but for shapes
-for which it has been measured faster: which is right and which is fast are two questions. The first
-automatic use of a kernel in a process, per device and kind of problem, compares it with the reference
-on a small case; on disagreement the next backend serves, with one warning and a mark in the report.
+On a CPU `auto` is PyTorch's own attention where an op has that (`OpBackends.on_cpu`), then the reference.
+On a GPU it is a CUDA kernel where one is built and proven for the architecture, then Triton, then
+PyTorch's own, then the reference. An op may put the CUDA kernel after Triton but for shapes for which it
+has been measured faster: which is right and which is fast are two questions. The first automatic use of a
+kernel in a process, per device and kind of problem, compares it with the reference on a small case; on
+disagreement the next backend serves, with one warning and a mark in the report.
 WORLDKV_SELF_CHECK=0 switches this off.
 """
 
@@ -63,7 +64,7 @@ class OpBackends:
     that kind, the same on every device, and returns its outputs by name. `tolerance(kind)` is for outputs of
     the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`. `proven_as(kind)` is the name of a
     kind's CUDA kernel in the lists of what is proven, the op's own where None: kernels younger than the op's proof have
-    another. Where there is a `typical_shape`, a
+    another. On a CPU `auto` takes those of `on_cpu` alone. Where there is a `typical_shape`, a
     named tuple of integers, `auto` takes the CUDA kernel before Triton only for shapes of faster.py.
     """
 
@@ -72,6 +73,7 @@ class OpBackends:
     small_case: Callable[[torch.device, Kind], Callable[[Run], dict[str, torch.Tensor]]]
     tolerance: Callable[[Kind], float]
     kinds: tuple[Kind, ...]
+    on_cpu: tuple[str, ...] = ("reference",)
     typical_shape: Any = None
     proven_as: Callable[[Kind], str] | None = None
     loaded: dict[str, Run] = field(default_factory=dict)
@@ -110,7 +112,7 @@ class OpBackends:
         """All backends, the fastest first; the reference is the last."""
         if self.slower(device, shape) is None:
             return list(self.backends)
-        return sorted(self.backends, key=lambda name: (name == "reference", name == "cuda"))
+        return sorted(self.backends, key=lambda name: (name == "reference", name == "sdpa", name == "cuda"))
 
     def slower(self, device: torch.device, shape: Any = None) -> str | None:
         """Why the CUDA kernel comes after Triton for a shape, the typical one by default; None where it does not."""
@@ -138,15 +140,15 @@ class OpBackends:
         reason = self.backends[name].why_not(device, kind)
         if reason or name == "reference":
             return reason
-        if device.type == "cpu":
-            return "auto takes the reference on a CPU"
+        if device.type == "cpu" and name not in self.on_cpu:
+            return f"auto takes {' or '.join(self.on_cpu)} on a CPU".replace("reference", "the reference")
         if name == "cuda" and not proven.is_proven(self.proof(kind), device):
             return f"no run has proven it on {proven.architecture(device)} (worldkv doctor --prove)"
         if kind is None or os.environ.get("WORLDKV_SELF_CHECK") == "0":
             return None
         key = (name, str(device), kind)
         if key not in self.checked:
-            if torch.cuda.is_current_stream_capturing():
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None  # a graph being captured can run no check; the next call outside one does
             self.checked[key] = self.disagreement(name, device, kind)
             if self.checked[key]:

@@ -23,7 +23,7 @@ from ..checks import (
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
 from ..window import TILE_ROWS, Segment, Window
-from . import cuda
+from . import cuda, sdpa
 from .backends import (
     NAMESPACE,
     Backend,
@@ -93,11 +93,11 @@ def segment_attention(
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Attend every query to every token of a window over a KV pool, without gathering it.
+    """Attend every query to every token of a window over a KV pool, read where it lies, or gathered for PyTorch's kernel.
 
     out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h] + w_j) v[j, h] over the window's tokens j, where
     R(d_j) turns a key by its segment's time shift (the query is turned instead, back from the original q
-    for each segment, and rounded once to its dtype), and w_j is its segment's log_weight.
+    for each segment, and rounded once to its dtype; in "sdpa" a copy of the key), and w_j is its segment's log_weight.
 
     Args:
         q: [q_len, heads, head_dim], bf16, fp16 or fp32, 1 to 128 heads, head_dim 64 or 128, dense in head_dim.
@@ -110,14 +110,16 @@ def segment_attention(
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
-        backend: "reference", "triton", "cuda" (bf16 and fp16 on Hopper, where tokens, rows and heads of q and the pools
+        backend: "reference", "triton", "sdpa" (the window gathered, and PyTorch's own attention over it; on a CPU,
+            without mass), "cuda" (bf16 and fp16 on Hopper, where tokens, rows and heads of q and the pools
             start on multiples of 16 bytes and those of out on multiples of 4), or None for the automatic choice.
 
     Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
     q; K and V of one head_dim; no gradients.
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). q . k and softmax in fp32; from q . k on their
-    size costs no digit, up to 1e38 with the scale, which no fp16 reaches. Deterministic: on one device and in a window
+    size costs no digit, up to 1e38 with the scale, which no fp16 reaches: sdpa, whose scores lose digits from 512 on,
+    calls the reference where there are such, and has then been in vain. Deterministic: on one device and in a window
     of one capacity, the same segments in the same order give the same bits wherever their rows lie. Does not
     synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at most
     about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment (16 in CUDA), in a last round that is
@@ -127,7 +129,7 @@ def segment_attention(
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
     and strides), and on a backend that is unknown or unavailable. torch.ops.worldkv.segment_attention, which takes the
-    window's tables, raises the same; the reference also on tables that name rows outside the pool.
+    window's tables, raises the same; the reference, and sdpa on a CPU, also on tables that name rows outside the pool.
     """
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
@@ -296,8 +298,10 @@ BACKENDS = OpBackends(
     backends={
         "cuda": Backend(lambda: cuda.segment_attention, cuda.attention_unavailable, cuda.attention_unsupported),
         "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
+        "sdpa": Backend(lambda: sdpa.segment_attention, sdpa.unavailable, sdpa.unsupported),
         "reference": Backend(lambda: exact(reference)),
     },
+    on_cpu=("sdpa", "reference"),
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
     kinds=tuple(
