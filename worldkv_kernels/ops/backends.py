@@ -45,15 +45,20 @@ def triton_unavailable(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: how to load it, why it cannot run on a device, and why not on a kind of problem."""
+    """One implementation: how to load it, why it cannot run on a device, why not on a kind of problem anywhere, and why
+    not on a kind of problem on a device."""
 
     load: Callable[[], Run]
     unavailable: Callable[[torch.device], str | None] = lambda device: None
     unsupported: Callable[[Kind], str | None] = lambda kind: None
+    unsupported_on: Callable[[torch.device, Kind], str | None] = lambda device, kind: None
 
     def why_not(self, device: torch.device, kind: Kind | None) -> str | None:
         """The reason that it cannot run, or None."""
-        return self.unavailable(device) or (self.unsupported(kind) if kind is not None else None)
+        reason = self.unavailable(device)
+        if reason or kind is None:
+            return reason
+        return self.unsupported(kind) or self.unsupported_on(device, kind)
 
 
 @dataclass
@@ -65,7 +70,7 @@ class OpBackends:
     the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`. `proven_as(kind)` is the name of a
     kind's CUDA kernel in the lists of what is proven, the op's own where None: kernels younger than the op's proof have
     another. On a CPU `auto` takes those of `on_cpu` alone. Where there is a `typical_shape`, a
-    named tuple of integers, `auto` takes the CUDA kernel before Triton only for shapes of faster.py.
+    named tuple of integers, `auto` takes another backend before Triton only for shapes of faster.py.
     """
 
     op: str
@@ -78,7 +83,7 @@ class OpBackends:
     proven_as: Callable[[Kind], str] | None = None
     loaded: dict[str, Run] = field(default_factory=dict)
     checked: dict[tuple[str, str, Kind], str | None] = field(default_factory=dict)
-    chosen: dict[tuple[str, torch.device, Kind, frozenset[str] | None], Run] = field(default_factory=dict)
+    chosen: dict[tuple[str, torch.device, Kind, frozenset[tuple[str, str]] | None], Run] = field(default_factory=dict)
 
     def run(self, name: str) -> Run:
         """The implementation called `name`, loaded on first use."""
@@ -110,18 +115,23 @@ class OpBackends:
 
     def order(self, device: torch.device, shape: Any = None) -> list[str]:
         """All backends, the fastest first; the reference is the last."""
-        if self.slower(device, shape) is None:
+        if self._faster_on(shape) is None or device.type != "cuda":
             return list(self.backends)
-        return sorted(self.backends, key=lambda name: (name == "reference", name == "sdpa", name == "cuda"))
+        fastest = self._fastest(device, shape)
+        last = ["triton", "cuda", "sdpa", "reference"]  # where nothing is measured
+        return sorted(self.backends, key=lambda name: (name not in fastest, last.index(name)))
 
     def slower(self, device: torch.device, shape: Any = None) -> str | None:
         """Why the CUDA kernel comes after Triton for a shape, the typical one by default; None where it does not."""
-        architectures = self._faster_on(shape)
-        if architectures is None or device.type != "cuda" or proven.architecture(device) in architectures:
+        if self._faster_on(shape) is None or device.type != "cuda" or "cuda" in self._fastest(device, shape):
             return None
         return f"not measured faster than triton on {proven.architecture(device)}"
 
-    def _faster_on(self, shape: Any) -> frozenset[str] | None:
+    def _fastest(self, device: torch.device, shape: Any) -> list[str]:
+        on = proven.architecture(device)
+        return [backend for architecture, backend in self._faster_on(shape) or () if architecture == on]
+
+    def _faster_on(self, shape: Any) -> frozenset[tuple[str, str]] | None:
         if self.typical_shape is None:
             return None
         return faster_on(self.op, self.typical_shape if shape is None else shape)

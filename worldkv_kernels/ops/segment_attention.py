@@ -93,7 +93,7 @@ def segment_attention(
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Attend every query to every token of a window over a KV pool, read where it lies, or gathered for PyTorch's kernel.
+    """Attend every query to every token of a window over a KV pool, where it lies, or gathered for PyTorch's.
 
     out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h] + w_j) v[j, h] over the window's tokens j, where
     R(d_j) turns a key by its segment's time shift (the query is turned instead, back from the original q
@@ -110,21 +110,24 @@ def segment_attention(
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
-        backend: "reference", "triton", "sdpa" (the window gathered, and PyTorch's own attention over it; on a CPU,
-            without mass), "cuda" (bf16 and fp16 on Hopper, where tokens, rows and heads of q and the pools
-            start on multiples of 16 bytes and those of out on multiples of 4), or None for the automatic choice.
+        backend: "reference", "triton", "sdpa" (the window gathered, and PyTorch's own attention over it; without
+            mass, and on a GPU without log weights, bf16 and fp16), "cuda" (bf16 and fp16 on Hopper, where tokens, rows
+            and heads of q and the pools start on multiples of 16 bytes and those of out on multiples of 4), or None for
+            the automatic choice.
 
     Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
     q; K and V of one head_dim; no gradients.
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). q . k and softmax in fp32; from q . k on their
-    size costs no digit, up to 1e38 with the scale, which no fp16 reaches: sdpa, whose scores lose digits from 512 on,
-    calls the reference where there are such, and has then been in vain. Deterministic: on one device and in a window
-    of one capacity, the same segments in the same order give the same bits wherever their rows lie. Does not
-    synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at most
-    about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment (16 in CUDA), in a last round that is
-    cut once a part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the
-    number of segments that it was captured with (later ones are left out, missing ones get zero).
+    size costs no digit, up to 1e38 with the scale, which no fp16 reaches: sdpa on a CPU, whose scores lose digits from
+    512 on, leaves them to the reference, and has then run in vain; on a GPU it is as exact as PyTorch's kernel.
+    Deterministic: on one device and in a window of one capacity, the same segments in the same order give the same bits
+    wherever their rows lie. Does not synchronise, except for the reference on a GPU, and sdpa in its first call there.
+    On a GPU it takes scratch from torch's caching allocator, at most about 0.5 MiB a processor, and for the mass 8
+    bytes a query, head and segment (16 in CUDA), in a last round that is cut once a part; sdpa takes K and V of the
+    window's capacity. Works in a CUDA graph, sdpa after a call outside one; `window.update` then changes what a replay
+    reads, while mass keeps the number of segments that it was captured with (later ones are left out, missing ones get
+    zero).
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
@@ -298,7 +301,7 @@ BACKENDS = OpBackends(
     backends={
         "cuda": Backend(lambda: cuda.segment_attention, cuda.attention_unavailable, cuda.attention_unsupported),
         "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
-        "sdpa": Backend(lambda: sdpa.segment_attention, sdpa.unavailable, sdpa.unsupported),
+        "sdpa": Backend(lambda: sdpa.segment_attention, sdpa.unavailable, sdpa.unsupported, sdpa.unsupported_on),
         "reference": Backend(lambda: exact(reference)),
     },
     on_cpu=("sdpa", "reference"),
