@@ -88,12 +88,16 @@ def _on_cpu(
     full, tail = tiles.numpy()[:num_full], tail_rows.numpy()[:num_tail]
     # Full tiles first: fewer steps than segment by segment, and the order is the same wherever segments lie.
     rows = np.concatenate([(full[:, :1] + _WITHIN).ravel(), tail[:, 0]])
-    check_rows(int(rows.min()), int(rows.max()), len(k_pool))
     if num == 1 and not has_shift and (rows[1:] - rows[:-1] == 1).all():
+        check_rows(int(rows[0]), int(rows[-1]), len(k_pool))
         k, v = (pool[rows[0] : rows[0] + len(rows)].transpose(0, 1) for pool in (k_pool, v_pool))
     else:
         index = torch.from_numpy(rows)
-        k, v = _gathered(k_pool, index), _gathered(v_pool, index)
+        try:
+            k, v = _gathered(k_pool, index), _gathered(v_pool, index)
+        except IndexError:
+            check_rows(int(rows.min()), int(rows.max()), len(k_pool))
+            raise
     mask = None
     if has_shift or has_weight:
         segments = torch.from_numpy(np.concatenate([full[:, 1].repeat(TILE_ROWS), tail[:, 1]]))
@@ -104,7 +108,7 @@ def _on_cpu(
     found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale
     )
-    if not float(log_sum.abs().amax()) <= _LARGE:  # NaN is not, either
+    if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE:  # NaN is not, either
         tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
         options = dict(scale=scale, has_shift=has_shift, has_weight=has_weight)
         exact(reference)(q, k_pool, v_pool, *tables, out, lse, None, **options)
