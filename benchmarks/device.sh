@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go and without a network. Installs the package, sees whether the GPU does what the
-# kernels take for granted (conformance.py, for sm_90), lets doctor compare the CUDA kernels with the reference, and then
-# does what is asked for, in the order asked for; the first three by default.
+# Everything that wants a GPU, in one go and without a network. Installs the package, lets doctor compare the CUDA kernels
+# with the reference, and then does what is asked for, in the order asked for; tests, sanitizer, ops and attention by default.
 #
-#   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--tune] [--fuzz] [--models] [--dry]
+#   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--models] [--sanitize] [--tune] [--fuzz]
+#                        [--next] [--dry]
 #
-# --check              tests that use the GPU, memory checker                      (at most 5 minutes)
+# --check              tests that use the GPU                                      (at most 4 minutes)
 # --ops                benches of norm_rope_append, compress_chunk and prefetch    (4)
-# --segment_attention  tests of it in CUDA, its bench                              (5)
+# --segment_attention  what a GPU has to do for it (conformance.py, for sm_90), tests of it in CUDA, its bench     (5)
 # --tune               which launch configuration of segment_attention is the fastest                         (5)
-# --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA, racecheck and
-#                      synccheck                                                   (13)
-# --models             one pass and rollouts of the models; LingBot's published path wants more than 80 GB    (7)
+# --sanitize           every kernel once under memcheck, racecheck and synccheck   (6)
+# --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA                  (8)
+# --models             rollouts of the models and a pass of each, LingBot's published path with a few layers  (8)
+# --next               all of it, in this order of value, without the stages that stages.tsv in OUT says have ended well
+#                      on this kind of card with the code as it is
 #
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
-# OUT     folder for <gpu>-<date>.jsonl, .log and .clocks.csv; benchmarks/results by default, with --dry a new
-#         temporary folder
+# OUT     folder for <gpu>-<date>.jsonl, .log, .clocks.csv and stages.tsv; benchmarks/results by default, with --dry a
+#         new temporary folder
 # PYTHON  the interpreter; python3 by default
 # BUDGET  seconds in all, 530 by default; no stage runs past it. What found no time left can be asked for by itself.
 # WORLDKV_COMMIT  the commit to record where the folder is no git repository
@@ -31,19 +33,25 @@ case "$python" in
 esac
 budget=${BUDGET:-530}
 dry=0
+next=0
 parts=()
 for option in "$@"; do
     case "$option" in
         --dry) dry=1 ;;
-        --check | --ops | --segment_attention | --tune | --fuzz | --models) parts+=("${option#--}") ;;
+        --next) next=1 ;;
+        --check | --ops | --segment_attention | --models | --sanitize | --tune | --fuzz) parts+=("${option#--}") ;;
         *)
-            echo "device.sh: the options are --check, --ops, --segment_attention, --tune, --fuzz, --models and" \
-                "--dry, got $option" >&2
+            echo "device.sh: the options are --check, --ops, --segment_attention, --models, --sanitize, --tune," \
+                "--fuzz, --next and --dry, got $option" >&2
             exit 2
             ;;
     esac
 done
-[ "${#parts[@]}" -gt 0 ] || parts=(check ops segment_attention)
+if [ "$next" = 1 ]; then
+    parts=(check segment_attention models ops sanitize fuzz tune)
+elif [ "${#parts[@]}" = 0 ]; then
+    parts=(check sanitize ops segment_attention)
+fi
 if [ "$dry" = 1 ]; then
     export CUDA_VISIBLE_DEVICES=""
     out=${OUT:-$(mktemp -d)}
@@ -61,6 +69,8 @@ if [ "$dry" = 0 ]; then
     gpu=${gpu:-gpu}
 fi
 name=$gpu-$(date -u +%Y%m%d-%H%M%S)
+stages=$out/stages.tsv # card, source and name of what has ended well
+source=$("$python" "$root/benchmarks/machine.py")
 results=$out/$name.jsonl
 log=$out/$name.log
 scratch=$(mktemp -d) || exit 1
@@ -85,6 +95,11 @@ skip() { # skip STAGE REASON...
 stage() { # stage NAME LIMIT COMMAND...
     local stage=$1 limit=$2 left status start=$SECONDS
     shift 2
+    local done=$gpu$'\t'$source$'\t'$stage
+    if [ "$next" = 1 ] && [ -e "$stages" ] && grep -qxF "$done" "$stages"; then
+        skip "$stage" "it has ended well here"
+        return 0
+    fi
     left=$((budget - SECONDS))
     [ "$limit" -gt "$left" ] && limit=$left
     if [ "$limit" -lt 5 ]; then
@@ -99,7 +114,10 @@ stage() { # stage NAME LIMIT COMMAND...
     timeout -s INT -k 10 "$limit" "$@"
     status=$?
     case $status in
-        0) note "$stage" "ok, $((SECONDS - start)) s" ;;
+        0)
+            note "$stage" "ok, $((SECONDS - start)) s"
+            case $stage in install | environment | doctor | ceilings | "kernels once") ;; *) echo "$done" >>"$stages" ;; esac
+            ;;
         124 | 137) note "$stage" "FAILED: ran past its $limit s" ;;
         *) note "$stage" "FAILED: status $status after $((SECONDS - start)) s" ;;
     esac
@@ -125,9 +143,18 @@ compute_capability() { # such as 90
     nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .
 }
 
+# Whether an extension for this interpreter lies beside the sources and is younger than all that it is built of.
+is_built() {
+    local built
+    built=$root/worldkv_kernels/_cuda$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    [ -e "$built" ] && [ -z "$(find "$root/csrc" "$root/setup.py" -newer "$built" -print -quit)" ]
+}
+
 install_package() {
     local arch
-    if [ "$dry" = 0 ]; then
+    if [ "$dry" = 0 ] && is_built; then
+        echo "== the CUDA extension is younger than its sources: taken as it is"
+    elif [ "$dry" = 0 ]; then
         arch=$(compute_capability)
         case $arch in 90 | 100) arch+=a ;; esac
         # With WORLDKV_CUDA=1 a build that fails is an error, and what nvcc said is printed.
@@ -190,37 +217,39 @@ processes=$(nproc)
 run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
-        "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,graphs,norm_rope_append}.py \
-        "$root"/tests/test_{prune_aside,segment_attention,segment_attention_triton,segment_attention_weights}.py
+        "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,first_and_large,graphs}.py \
+        "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,segment_attention,segment_attention_triton,segment_attention_weights}.py
     stage "tests of models" 60 "${pytest[@]}" "$root"/tests/test_{models_small_world,models_matrix_game_2,small_world_memory}.py \
         -m "slow or not slow" -k "half_precision or dtype or remembers or draws"
 }
 
-sanitize() { # sanitize LIMIT TOOL...
-    local limit=$1 tool
+do_sanitize() {
+    local tool
+    if [ "$dry" = 1 ]; then
+        skip memcheck "needs a GPU"
+        return
+    fi
     # Once without a checker, which would slow the compiler down.
     stage "kernels once" 60 "$python" "$root/benchmarks/sanitize.py" || return
-    for tool in "${@:2}"; do
+    for tool in memcheck racecheck synccheck; do
         if ! command -v compute-sanitizer >/dev/null; then
             skip "$tool" "compute-sanitizer is not on the PATH"
             continue
         fi
-        stage "$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no \
+        stage "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no \
             --target-processes application-only "$python" "$root/benchmarks/sanitize.py"
     done
 }
 
 bench() { # bench LIMIT NAME [OPTIONS...]
-    stage "$2" "$1" "$python" "$root/benchmarks/bench_$2.py" --jsonl "$results" "${small[@]+"${small[@]}"}" "${@:3}"
+    stage "${called:-$2}" "$1" "$python" "$root/benchmarks/bench_$2.py" --jsonl "$results" "${small[@]+"${small[@]}"}" "${@:3}"
 }
 
 do_check() {
     if [ "$dry" = 1 ]; then
         skip tests "run pytest itself on a CPU"
-        skip memcheck "needs a GPU"
     else
         run_tests
-        sanitize 60 memcheck
     fi
 }
 
@@ -232,6 +261,7 @@ do_ops() {
 
 do_segment_attention() {
     local own=ours
+    conformance
     if [ "$dry" = 1 ]; then
         skip "attention in CUDA" "run pytest itself on a CPU"
     else
@@ -249,20 +279,22 @@ do_tune() {
 do_fuzz() {
     if [ "$dry" = 1 ]; then
         skip fuzz "needs a GPU"
-        skip sanitizer "needs a GPU"
         return
     fi
     WORLDKV_FUZZ=1000 stage fuzz 240 "$python" -m pytest -c "$root/pyproject.toml" -q -p no:cacheprovider \
         "$root/tests/test_segment_attention.py" -k random_windows
     stage "windows in CUDA" 240 "${pytest[@]}" -m slow "$root/tests/test_segment_attention_cuda.py"
-    sanitize 120 racecheck synccheck
 }
 
 do_models() {
+    local all=("${small[@]+"${small[@]}"}") modes=worldkv,worldkv_eager,sliding_as_long more=published,worldkv_host
+    [ "$dry" = 1 ] || modes+=,worldkv_compiled,worldkv_fp8
+    small=("${small[@]:0:1}") # a rollout makes the chunks it is told to, whatever the seconds
+    called="rollout, matrix" bench 90 rollout --model matrix_game_2 --chunks 40 --only "$modes,$more"
+    called="rollout, all layers" bench 200 rollout --model lingbot_world_fast --variant fast --chunks 16 --only "$modes"
+    called="rollout, 8 layers" bench 100 rollout --model lingbot_world_fast --layers 8 --chunks 20 --only "$modes,$more"
+    small=("${all[@]+"${all[@]}"}")
     bench 90 chunk
-    small=("${small[@]:0:1}")  # a rollout makes the chunks it is told to, whatever the seconds
-    bench 90 rollout --model matrix_game_2 --chunks 24 --only worldkv,sliding_as_long,full,published
-    bench 220 rollout --model lingbot_world_fast --chunks 16 --only worldkv,sliding_as_long,published
 }
 
 main() {
@@ -271,7 +303,6 @@ main() {
     install_package
     stage environment 30 bash -c print_environment
     sample_clocks
-    conformance
     stage doctor 90 "$python" -m worldkv_kernels doctor --prove
     stage ceilings 30 "$python" "$root/benchmarks/common.py" --jsonl "$results" "${small[@]:0:1}"
     local part all=("${small[@]+"${small[@]}"}")

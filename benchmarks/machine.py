@@ -84,3 +84,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": triton_version,
         "python": platform.python_version(),
     }
+
+
+if __name__ == "__main__":
+    print(source_hash())

@@ -26,8 +26,15 @@ from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
 # The memories that are compared. "published" is the rival, "official" the same window by way of the ops,
-# "sliding_as_long" a sliding window of as many tokens as "worldkv" attends to once its window is full.
-MODES = ("worldkv", "worldkv_host", "official", "full", "sliding", "sliding_as_long", "sink_recent", "published")
+# "sliding_as_long" a sliding window of as many tokens as "worldkv" attends to once its window is full, "worldkv_eager"
+# makes its passes without CUDA graphs, "worldkv_compiled" with fewer kernels between the products, and "worldkv_fp8" so
+# with linear layers in FP8.
+MODES = (
+    "worldkv", "worldkv_eager", "worldkv_host", "official", "full", "sliding", "sliding_as_long", "sink_recent",
+    "published", "worldkv_compiled", "worldkv_fp8",
+)  # fmt: skip
+# Modes that change the model, for those after them too; on a GPU.
+CHANGED = {"worldkv_compiled": "compile_elementwise", "worldkv_fp8": "to_fp8"}
 RIVALS = ("published",)
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 _RETRIEVED = 6  # chunks
@@ -137,6 +144,7 @@ def memory_config(mode: str, model: WorldModel, chunks: int) -> MemoryConfig:
     as_long = (full_window(config.memory(**sizes)) // config.memory().chunk_tokens - 1) * frames
     changes = {
         "worldkv": {},
+        **{key: {} for key in ("worldkv_eager", *CHANGED)},
         "worldkv_host": {"bank": "host"},
         "full": {"mode": "full"},
         "sliding": {"mode": "sliding"},
@@ -199,7 +207,7 @@ def pass_flops(model: WorldModel, controls: Controls, window_tokens: int) -> int
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
 
 
 def pass_bytes(model: WorldModel, window_tokens: int) -> int:

@@ -1,7 +1,8 @@
 """Traces of torch.profiler: recorded with named ranges, joined into one file that Perfetto opens, and added up by kind.
 
 A kernel belongs to the operations and ranges that were open where the host launched it; the outermost of them that a
-rule names decides its kind. On a CPU it is the operations' own time that is added up.
+rule names decides its kind. The kernels of a CUDA graph are launched as one and told by their own names. On a CPU it is
+the operations' own time that is added up.
 """
 
 from __future__ import annotations
@@ -39,6 +40,21 @@ KINDS = {
     "aten::bmm": "matmuls",
     "aten::matmul": "matmuls",
     "aten::conv": "matmuls",
+}
+# What a kernel of a graph counts as, by a part of its name; the first that fits.
+KERNELS = {
+    "segment_attention": "attention",
+    "merge_parts": "attention",
+    "merge_pieces": "attention",
+    "sdpa": "attention",
+    "flash": "attention",
+    "fmha": "attention",
+    "norm_rope_append": "norm and rope",
+    "nvjet": "matmuls",
+    "gemm": "matmuls",
+    "gemv": "matmuls",
+    "cutlass": "matmuls",
+    "splitK": "matmuls",
 }
 OTHER = "elementwise"
 ORDER = ("attention", "matmuls", "norm and rope", "compression", "copies", OTHER)
@@ -114,6 +130,11 @@ def kind_of(owners: Iterable[str]) -> str | None:
     return None
 
 
+def kind_of_kernel(name: str) -> str | None:
+    """What a kernel that a graph launched counts as."""
+    return next((kind for part, kind in KERNELS.items() if part in name), None)
+
+
 def breakdown(events: Iterable[Event]) -> Breakdown:
     """Add up one region that `recorded` traced.
 
@@ -161,12 +182,14 @@ def _nested(spans: list[Event], points: list[Event]) -> Iterator[tuple[Event, li
 
 def _of_device(region: Event, inside: list[tuple[Event, list[str]]], on_device: list[Event]) -> Breakdown:
     owners = {call["args"].get("correlation"): names for call, names in inside}
+    of_graphs = {call["args"].get("correlation") for call, _ in inside if "GraphLaunch" in call["name"]}
     kinds, copied, ran = dict.fromkeys(ORDER, 0.0), {}, []
     for event in on_device:
-        names = owners.get(event["args"].get("correlation"))
+        correlation = event["args"].get("correlation")
+        names = owners.get(correlation)
         if names is None:  # launched outside the region
             continue
-        kind = kind_of(names)
+        kind = kind_of_kernel(event["name"]) if correlation in of_graphs else kind_of(names)
         if event["cat"] == "gpu_memcpy":
             kind = kind or "copies"
             direction = next((word for word in event["name"].split() if "to" in word), "other")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from late_streams import LateStreams
 from tiny_memory import MODEL, jumps, latents, passes, tiny, walk
 
-import worldkv_kernels.memory.room as room
 import worldkv_kernels.memory.slots as slots_module
 import worldkv_kernels.memory.storage as storage_module
 from worldkv_kernels import MemoryConfig, WorldMemory
@@ -332,16 +331,6 @@ def test_a_forked_child_is_told(monkeypatch):
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=rf"{call}: a memory on a GPU must be used in the process that made it"):
             getattr(memory, call)(*arguments)
-
-
-def test_the_margin_of_host_memory(monkeypatch):
-    """An arena leaves a sixteenth of what is free, and says what it would take."""
-    config = MODEL.memory(bank="host", bank_chunks=10)
-    monkeypatch.setattr(room, "free_bytes", lambda device: 16 * 2**30)
-    room.check_room(config, torch.device("cuda"), 2**30, 15 * 2**30)
-    with pytest.raises(ValueError, match=r"must fit the 15.0 GiB that are free on cpu, got 15.5 GiB; bank_chunks, 10,"):
-        room.check_room(config, torch.device("cuda"), 2**30, int(15.5 * 2**30))
-    room.check_room(config, CPU, 16 * 2**30, 0)
 
 
 def test_fewer_slots_than_a_window_takes_are_refused():

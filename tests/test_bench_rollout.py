@@ -52,12 +52,18 @@ def test_the_memories_that_are_compared(cases):
     windows = {mode: cases.full_window(cases.memory_config(mode, model, 20)) for mode in cases.MODES if mode != "full"}
     chunk = 18
     assert windows == {
-        "worldkv": 4 * chunk + 6 * (6 + 2 * 2), "worldkv_host": 4 * chunk + 6 * 10,
+        "worldkv": 4 * chunk + 6 * (6 + 2 * 2), "worldkv_eager": 4 * chunk + 6 * 10, "worldkv_host": 4 * chunk + 6 * 10,
         "official": 3 * chunk + 6 * 10, "published": 3 * chunk + 6 * 10,
         "sliding": 3 * chunk, "sliding_as_long": 7 * chunk, "sink_recent": 4 * chunk,
+        "worldkv_compiled": 4 * chunk + 6 * 10, "worldkv_fp8": 4 * chunk + 6 * 10,
     }  # fmt: skip
     rebased = {mode for mode in cases.MODES if cases.memory_config(mode, model, 20).rebase_time}
-    assert rebased == {"worldkv", "worldkv_host"}  # the baselines as they are by default
+    assert rebased == {
+        "worldkv",
+        "worldkv_eager",
+        "worldkv_host",
+        *cases.CHANGED,
+    }  # the baselines as they are by default
     even = cases.build(small_case(cases, grid=(2, 4)), CPU)  # a quarter of a frame is a whole number: half a chunk
     as_long, worldkv = (cases.full_window(cases.memory_config(m, even, 20)) for m in ("sliding_as_long", "worldkv"))
     assert as_long == worldkv == 7 * 24
@@ -180,7 +186,7 @@ def test_a_rollout_that_runs_out_of_room_keeps_its_chunks(load, cases):
     bench = load("bench_rollout")
     model = cases.build(small_case(cases), CPU)
     memory = WorldMemory(model.config.memory(mode="full", bank_chunks=2), dtype=torch.float32)
-    done = bench.roll_out(model, memory, bench.RolloutCase(small_case(cases), chunks=5), "full")
+    done = bench.roll_out("full", model, memory, bench.RolloutCase(small_case(cases), chunks=5))
     assert [chunk.plan.chunk for chunk in done.chunks] == [0, 1] and done.breakdown is None
     assert done.stopped.startswith("RuntimeError: begin_chunk: chunk must be below 2")
 

@@ -348,7 +348,7 @@ def test_weights_are_counted_without_being_made(layers):
     model = LingBotWorldFast(config, device="meta", dtype=torch.bfloat16)
     parameters = list(model.parameters())
     want = (sum(one.numel() for one in parameters), sum(one.nbytes for one in parameters))
-    assert rollout_models._count("lingbot_world_fast", config, torch.bfloat16) == want
+    assert rollout_models.count_weights("lingbot_world_fast", config, torch.bfloat16) == want
 
 
 def test_slow_weights_say_so(small, monkeypatch, capsys):

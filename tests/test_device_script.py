@@ -37,9 +37,9 @@ def test_device_script_runs_dry(tmp_path):
     assert "memcheck             skipped: needs a GPU" in done.stdout
     assert f"conformance          {'ok' if CONFORMANCE else 'skipped: needs a GPU'}" in done.stdout
     assert "FAILED" not in done.stdout
-    # The table comes last, and nothing was left beside the two files.
+    # The table comes last, and nothing was left beside the files it names.
     assert "x rival" in done.stdout.split(f"figures in {results}")[1]
-    assert sorted(tmp_path.iterdir()) == sorted([results, log])
+    assert sorted(tmp_path.iterdir()) == sorted([results, log, tmp_path / "stages.tsv"])
 
 
 def dry_run_with_a_stub(tmp_path, *options, **variables):
@@ -78,14 +78,29 @@ def test_device_script_does_what_it_is_asked_to_in_order(tmp_path):
     done = dry_run_with_a_stub(tmp_path, "--models", "--ops", "--fuzz")
     stages = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("== ") and " (at most" in line]
     assert stages == [
-        "environment", *CONFORMANCE, "doctor", "ceilings", "chunk", "rollout", "rollout", "norm_rope_append",
-        "compress_chunk", "prefetch",
+        "environment", "doctor", "ceilings", *["rollout,"] * 3, "chunk", "norm_rope_append", "compress_chunk",
+        "prefetch",
     ]  # fmt: skip
     assert "fuzz                 skipped: needs a GPU" in done.stdout
     commands = (tmp_path / "commands").read_text().splitlines()
-    assert ["--seconds" in line for line in commands if "/bench_" in line] == [True, False, False, True, True, True]
+    assert ["--seconds" in line for line in commands if "/bench_" in line] == [False] * 3 + [True] * 4
     done = dry_run_with_a_stub(tmp_path, "--everything")
     assert done.returncode == 2 and "got --everything" in done.stderr
+
+
+def test_next_leaves_out_what_has_ended_well_with_this_code(tmp_path):
+    first = dry_run_with_a_stub(tmp_path, "--ops")
+    assert "norm_rope_append     FAILED" in first.stdout
+    done = (tmp_path / "out" / "stages.tsv").read_text().splitlines()
+    assert [line.split("\t")[2] for line in done] == ["compress_chunk", "prefetch"]
+    following = dry_run_with_a_stub(tmp_path, "--next")
+    assert "compress_chunk       skipped: it has ended well here" in following.stdout
+    assert "norm_rope_append     FAILED" in following.stdout
+    assert "rollout, matrix      ok" in following.stdout
+    changed = tmp_path / "out" / "stages.tsv"
+    changed.write_text(changed.read_text().replace("cpu\t", "cpu\tother code", 1))
+    assert "prefetch             skipped" in (again := dry_run_with_a_stub(tmp_path, "--next")).stdout
+    assert "compress_chunk       ok" in again.stdout
 
 
 def test_a_stage_that_runs_too_long_may_still_say_what_it_has(tmp_path):

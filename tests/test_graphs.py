@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from worldkv_kernels import MemoryConfig, WorldMemory
+from worldkv_kernels.ops.all import OPS
 from worldkv_kernels.trajectory import latent_poses, load
 
 CHUNKS, TOKENS, DIM, LAYERS = 9, 3 * 6, 2 * 64, 2
@@ -57,6 +58,40 @@ def test_a_replay_counts_as_a_pass():
 def test_a_replay_outside_a_chunk_is_told():
     with pytest.raises(RuntimeError, match="replayed: a chunk must be begun"):
         make("cpu").replayed()
+
+
+@pytest.mark.parametrize("options", [{}, {"bank": "host"}, {"mode": "full"}, {"recent_frames": 0, "sink_frames": 0}])
+def test_warming_up_changes_nothing(options, monkeypatch):
+    """And runs each op as chunks do: what is compiled, checked and chosen is theirs."""
+    of_chunks, of_warm_up = {}, {}
+
+    def noting(seen, op):
+        choose = op.choose
+
+        def noted(requested, device, kind, shape=None):
+            seen.setdefault(op.op, set()).add((requested, kind, shape))
+            return choose(requested, device, kind, shape)
+
+        return noted
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = made(plain := make(device, **options), eager(plain))
+    memory = make(device, **options)
+    with monkeypatch.context() as patched:
+        for op in OPS:
+            patched.setattr(op, "choose", noting(of_warm_up, op))
+        memory.warm_up()
+    with monkeypatch.context() as patched:
+        for op in OPS:
+            patched.setattr(op, "choose", noting(of_chunks, op))
+        got = made(memory, eager(memory))
+    assert all(map(torch.equal, got, wanted))
+    assert of_warm_up == of_chunks and len(of_chunks) == (2 if options.get("mode") == "full" else 3)
+    with pytest.raises(RuntimeError, match="warm_up: the memory must be new or reset, got one at chunk 9"):
+        memory.warm_up()
+    memory.reset()
+    memory.warm_up()
+    assert all(map(torch.equal, made(memory, eager(memory)), wanted))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -350,7 +350,7 @@ def test_image_conditions_are_channels_after_the_noise():
     model = make_model()
     image, latents = torch.randn(20, 3, 4, 6), torch.randn(3, 16, 4, 6)
     seen = []
-    model.blocks[0].attend = lambda x, *rest: seen.append(x) or torch.zeros_like(x)
+    model.blocks[0].attend_and_move = lambda x, *rest: seen.append(x) or torch.zeros_like(x)
     of_rollout = model.prepare_rollout(LingBotConditions(image=image), POSES[0], (1.0, 0.0))
     of_chunk = model.prepare_chunk(of_rollout, 0, Controls(POSES[:3], INTRINSICS[:3]))
     memory = WorldMemory(model.config.memory(mode="sliding"), dtype=torch.float32)

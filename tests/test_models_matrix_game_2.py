@@ -476,7 +476,7 @@ def test_all_is_in_the_models_dtype(device):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     streams = []
     for block in model.blocks:
-        block.ffn.register_forward_hook(lambda module, inputs, output: streams.append(output.dtype))
+        block.ffn[2].register_forward_hook(lambda module, inputs, output: streams.append(output.dtype))
         block.self_attn.q.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0].dtype))
     of_rollout = model.prepare_rollout(None, np.eye(4), (1.0, 0.0))
     of_chunk = model.prepare_chunk(of_rollout, 0, Controls(make_poses(3), None, make_actions(CONFIG, 3)))

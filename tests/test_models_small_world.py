@@ -283,7 +283,7 @@ def test_what_stays_fp32():
     memory = make_memory(model)
     memory.begin_chunk()
     level = of_rollout.levels[0]
-    assert level.modulation.dtype == level.head.dtype == torch.float32 and of_chunk.camera.dtype == torch.bfloat16
+    assert level.modulation.dtype == level.head.dtype == torch.float32 and of_rollout.camera.dtype == torch.bfloat16
     assert model.denoise(torch.zeros(3, *model.latent_shape), 0, of_chunk, memory).dtype == torch.float32
 
 

@@ -115,7 +115,7 @@ def test_the_cameras_part_of_a_block_against_its_equations(dtype):
     for got, name in zip(out, ("cam_scale_layer", "cam_shift_layer"), strict=True):
         assert relative_error(got.double(), linear(name, hidden)) < (1e-5 if dtype == torch.float32 else 1e-2)
     want = (1 + out[0].double()) * x.double() + out[1].double()
-    assert relative_error(block.inject_camera(x, *out).double(), want) < 1e-6
+    assert relative_error(wan.moved(x, *out).double(), want) < 1e-6
 
 
 def test_the_head_against_its_equation():

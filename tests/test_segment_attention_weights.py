@@ -164,7 +164,7 @@ def test_roundings_of_the_maximum_do_not_add_up(monkeypatch, backend, sign, equa
     scale = 1.5 * 2.0**27 / 2**10 * math.log(2)
     q, k, v = (x.to(DEVICE, torch.float16) for x in (q, k, v))
     got = segment_attention(q, k, v, make_window(segments, 64), scale=scale, backend=backend, **extras(backend))
-    for have, want, limit in zip(got, brute_force(q, k, v, segments, scale), (1e-3, 2e-6, 2e-6), strict=False):
+    for have, want, limit in zip(got, brute_force(q, k, v, segments, scale), (1e-3, 4e-6, 4e-6), strict=False):
         assert relative_error(have, want) <= limit
 
 

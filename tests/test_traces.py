@@ -65,6 +65,21 @@ def test_a_kernel_belongs_to_where_it_was_launched(traces):
     assert got.copied == {"HtoD": 640}
 
 
+def test_kernels_of_a_graph_are_told_by_their_names(traces):
+    events = [
+        REGION, launch(110, 1, "cudaGraphLaunch"),
+        kernel(200, 40, 1, name="void segment_attention_kernel<128>"), kernel(240, 30, 1, name="nvjet_tst_128x256"),
+        kernel(270, 20, 1, name="cudnn_generated_fort_native_sdpa_sm90_flash_fprop"),
+        kernel(290, 10, 1, name="norm_rope_append_kernel"), kernel(300, 5, 1, name="void at::native::add"),
+        launch(120, 2), kernel(305, 7, 2, name="a gemm, but launched by no known operation"),
+    ]  # fmt: skip
+    got = traces.breakdown(events)
+    assert {kind: round(seconds * 1e6) for kind, seconds in got.kinds.items() if seconds} == {
+        "attention": 60, "matmuls": 30, "norm and rope": 10, "elementwise": 12,
+    }  # fmt: skip
+    assert got.launches == 2
+
+
 def test_what_lies_outside_the_region_does_not_count(traces):
     events = [
         REGION,

@@ -44,6 +44,15 @@ def describe(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def byte_size(count: float) -> str:
+    """Bytes in the unit that fits, as 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
 def bad_value(op: str, argument: str, wanted: str, got: object) -> ValueError:
     return ValueError(f"{op}: {argument} must be {wanted}, got {describe(got)}")
 

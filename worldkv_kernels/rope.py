@@ -70,9 +70,17 @@ class Rope3D:
         return self.head_dim, self.theta, self.max_position, self.pairs
 
     def table(self, device: torch.device | str) -> torch.Tensor:
-        """Cosines and sines, fp32 [max_position, head_dim / 2, 2]; computed in float64, once per device."""
+        """Cosines and sines, fp32 [max_position, head_dim / 2, 2]; computed in float64, once per device.
+
+        Raises RuntimeError when the first call for a device is inside the capture of a CUDA graph.
+        """
         device = torch.device(device)
         if device not in self._tables:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"Rope3D.table: rope must have been used on {device} before a graph is captured, got its first use "
+                    f"(call rope.table('{device}'), the op or WorldMemory.warm_up before)"
+                )
             angles = np.arange(self.max_position)[:, None] * self._frequencies[None, :]
             table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
             self._tables[device] = torch.from_numpy(table).to(device)

@@ -34,6 +34,22 @@ class Segment(NamedTuple):
     log_weight: float = 0.0
 
 
+def table_shapes(capacity: int, rope: Rope3D | None, weighted: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each of a window's tables, which lie on the device and, to be filled, in host memory."""
+    return {
+        "tiles": ((capacity, 2), torch.int32),
+        "tail_rows": ((capacity * TILE_ROWS, 2), torch.int32),
+        "ranges": ((capacity + 1, 4), torch.int32),
+        "num_segments": ((1,), torch.int32),
+        "turns": ((capacity if rope else 1, _turned_pairs(rope), 2), torch.float32),
+        "weights": ((capacity if weighted else 1,), torch.float32),
+    }
+
+
+def _turned_pairs(rope: Rope3D | None) -> int:
+    return max(1, rope.pairs[0]) if rope else 1  # a table is not empty
+
+
 def tiles_of(num_rows: int) -> int:
     """How many tiles of 128 rows a segment of `num_rows` takes."""
     return -(-num_rows // TILE_ROWS)
@@ -80,16 +96,11 @@ class Window:
         self.rope = rope
         self.has_shift = rope is not None
         self.has_weight = weighted
-        self._turned_pairs = max(1, rope.pairs[0]) if rope else 1  # a table is not empty
-        turns = (self.capacity if rope else 1, self._turned_pairs, 2)
+        self._turned_pairs = _turned_pairs(rope)
         on_gpu = self.device.type == "cuda"
         self._device_tables = {
-            "tiles": torch.zeros((self.capacity, 2), dtype=torch.int32, device=self.device),
-            "tail_rows": torch.zeros((self.capacity * TILE_ROWS, 2), dtype=torch.int32, device=self.device),
-            "ranges": torch.zeros((self.capacity + 1, 4), dtype=torch.int32, device=self.device),
-            "num_segments": torch.zeros(1, dtype=torch.int32, device=self.device),
-            "turns": torch.zeros(turns, dtype=torch.float32, device=self.device),
-            "weights": torch.zeros(self.capacity if weighted else 1, dtype=torch.float32, device=self.device),
+            name: torch.zeros(shape, dtype=dtype, device=self.device)
+            for name, (shape, dtype) in table_shapes(self.capacity, rope, weighted).items()
         }
         self._host_tables = {
             name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu, device="cpu")

@@ -15,6 +15,7 @@ COMMANDS = {
     "recall": "a photograph seen by a panning camera, remembered and recalled through the real ops",
     "rollout": "a model over a camera trajectory or a player's actions: speed, bytes, tokens, what was retrieved",
     "bench": "each op beside its rivals, against this machine's own ceilings; or two result files side by side",
+    "plan": "what a model and its memory take of a GPU, and how much of a world fits, before anything is allocated",
     "doctor": "what this machine has, and which backend each op would use, and why",
 }
 

@@ -18,11 +18,15 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..checks import byte_size
 from . import brief
 
 _SILENCE, _LONGEST_SILENCE = 2.0, 300.0  # seconds from one line of progress to the next, at first and at most
 _MOST_INTEGER = 2**31 - 1  # of an argument without a bound of its own
 _MOST_SEED = 2**64 - 1  # that torch takes
+
+
+size = byte_size
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -34,15 +38,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
         padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(padded).rstrip())
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that fits, as 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 class _Narration:

@@ -71,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the CPU (default: torch's own choice; 1 for small_world, whose tensors are too small to "
              "share)")  # fmt: skip
     add("--backend", help="of the ops: reference or triton (default: the automatic choice)")
+    add("--graph", action=argparse.BooleanOptionalAction, default=None,
+        help="passes as CUDA graphs, or as kernels (default: graphs on a GPU, where a first replay gives the same "
+             "bits)")  # fmt: skip
     add("--seed", type=report.seed, default=0, help="of random weights and noise (default: %(default)s)")
     add("--json", metavar="PATH",
         help="also write everything measured, chunk by chunk, as one JSON document; - for stdout")  # fmt: skip
@@ -92,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     device = report.parse_device(args.device)
     check_every_backend("--backend", args.backend, device)
+    if args.graph and device.type != "cuda":
+        raise ValueError(f"--graph must go with a GPU, got --device {device}")
     modes = _modes(args.modes)
     report.writable("--picture", args.picture, [".svg"])
     report.different_files(picture=args.picture, json=args.json)
@@ -261,7 +266,10 @@ def _made(
 
     def chunks_along(steered: Motion) -> Iterator[RolloutChunk]:
         conditions = rollout_models.conditions(args, motion.poses)
-        return rollout(model, memory, *steered.controls, actions=steered.actions, conditions=conditions, seed=args.seed)
+        return rollout(
+            model, memory, *steered.controls, actions=steered.actions, conditions=conditions, seed=args.seed,
+            graph=args.graph,
+        )  # fmt: skip
 
     if model.device.type == "cuda":
         # Kernels are compiled and checked on first use: not what is to be timed. Long enough to retrieve.

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with .safetensors files, of the other models the published checkpoint (default: the trained "
              "weights of small_world that come with the package)")  # fmt: skip
     add("--layers", type=report.integer(1), help="so many instead of all; with --random alone")
-    add("--grid", type=_grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
+    add("--grid", type=grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--trajectory", metavar="FOLDER|MOVES",
         help="for small_world and lingbot_world_fast: a folder with poses.npy and intrinsics.npy, or moves such as "
              "right*90,left*90,forward*10 (default: moves that look away, wander and come back)")  # fmt: skip
@@ -175,7 +175,7 @@ def check_weights(args: argparse.Namespace, config: Config, device: torch.device
     if not args.random:
         with report.naming("--weights", "checkpoint"):
             read_layout(_folder(args))
-    _, needed = _count(args.model, config, dtype)
+    _, needed = count_weights(args.model, config, dtype)
     free = free_bytes(device)
     if needed > free:
         changes = ["--layers", "--device"] if args.random else ["--device"]
@@ -192,7 +192,7 @@ def make_model(
     """The model, and what its weights are, ready for JSON. Raises as from_pretrained does."""
     options = dict(device=device, dtype=dtype)
     made_of = _CLASSES[args.model]
-    count, _ = _count(args.model, config, dtype)
+    count, _ = count_weights(args.model, config, dtype)
     started = time.perf_counter()
     with report.waiting(f"{'drawing' if args.random else 'loading'} {count / 1e6:,.1f} million parameters"):
         if args.random:
@@ -215,11 +215,16 @@ def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
     return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot_world_fast" else None
 
 
+def on_meta(name: str, config: Config, dtype: torch.dtype) -> WorldModel:
+    """A model that has sizes and no storage."""
+    return _CLASSES[name](config, device="meta", dtype=dtype)
+
+
 @cache
-def _count(name: str, config: Config, dtype: torch.dtype) -> tuple[int, int]:
+def count_weights(name: str, config: Config, dtype: torch.dtype) -> tuple[int, int]:
     """How many parameters a model has, and their bytes, from its sizes alone."""
     counted = replace(config, num_layers=min(config.num_layers, _COUNTED_LAYERS))
-    model = _CLASSES[name](counted, device="meta", dtype=dtype)
+    model = on_meta(name, counted, dtype)
     more = config.num_layers - counted.num_layers
     whole, last = list(model.parameters()), list(model.blocks[-1].parameters())
     count = sum(of.numel() for of in whole) + more * sum(of.numel() for of in last)
@@ -246,7 +251,7 @@ def _scales(args: argparse.Namespace) -> ActionScales:
         return replace(SCALES[args.variant], **given)
 
 
-def _grid(text: str) -> tuple[int, int]:
+def grid(text: str) -> tuple[int, int]:
     sizes = [part.strip() for part in text.split(",")]
     if len(sizes) != 2 or not all(re.fullmatch("[0-9]{1,9}", size) and 0 < int(size) <= _MOST_ROWS for size in sizes):
         raise argparse.ArgumentTypeError(f"must be height,width of 1 to {_MOST_ROWS} tokens each, got {text!r:.60}")

@@ -25,8 +25,8 @@ class Arena:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         size, page = math.prod(shape) * dtype.itemsize, mmap.PAGESIZE
-        span = -(-size // page) * page  # whole pages, which no other memory shares
-        memory = torch.empty(span + page, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(arena_bytes(shape, dtype), dtype=torch.uint8, device="cpu")
+        span = len(memory) - page
         first = -memory.data_ptr() % page
         self.rows = memory[first : first + size].view(dtype).view(shape)
         self.pinned = False
@@ -49,6 +49,12 @@ class Arena:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def arena_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """What an arena of this shape allocates: whole pages, which no other memory shares, and one to start on a page."""
+    page = mmap.PAGESIZE
+    return (-(-math.prod(shape) * dtype.itemsize // page) + 1) * page
 
 
 def page_lock(address: int, span: int, device: torch.device) -> str | None:

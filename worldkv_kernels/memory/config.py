@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from ..checks import (
+    DTYPES,
     HEAD_DIMS,
     MAX_HEADS,
     as_integer,
@@ -24,6 +27,9 @@ from ..ops.compress_chunk import RULES, kept_tokens
 from ..rope import Rope3D
 from ..window import MAX_LOG_WEIGHT
 from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, make_policy
+
+if TYPE_CHECKING:
+    from .sizes import MemoryBytes
 
 Mode = Literal["worldkv", "full", "sliding", "sink_recent"]
 Order = Literal["time", "nearest_last", "nearest_first"]
@@ -292,6 +298,22 @@ class MemoryConfig:
     @property
     def has_bank(self) -> bool:
         return self.mode == "worldkv"
+
+    def bytes(self, dtype: torch.dtype = torch.bfloat16, *, bank_chunks: int | None = None) -> MemoryBytes:
+        """What a WorldMemory of this config and dtype allocates, by part, exact, before anything is.
+
+        `bank_chunks` is in place of the config's, and needed where that is None, which means what fits the memory that
+        is free, and a bank or mode "full" counts by it. Raises ValueError then and on a count that the config refuses,
+        TypeError on another dtype than bfloat16, float16 and float32.
+        """
+        from .sizes import memory_bytes  # which stands on configs
+
+        if dtype not in DTYPES:
+            raise TypeError(f"MemoryConfig.bytes: dtype must be bfloat16, float16 or float32, got {describe(dtype)}")
+        config = self if bank_chunks is None else replace(self, bank_chunks=bank_chunks)
+        if config.bank_chunks is None and (config.has_bank or config.mode == "full"):
+            raise ValueError("MemoryConfig.bytes: bank_chunks must be given where the config has none, got None")
+        return memory_bytes(config, dtype, config.bank_chunks or 1)
 
     def make_rope(self) -> Rope3D | None:
         return Rope3D(self.head_dim) if self.rope == "wan" else self.rope

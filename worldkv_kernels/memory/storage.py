@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from ..ops.compress_chunk import compress_chunk
 from ..window import Segment
 from .bank import Bank
 from .config import MemoryConfig
-from .plan import Piece, ring_chunks, whole_chunks
+from .plan import Piece, whole_chunks
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .room import bank_places, check_room
+from .sizes import most_chunks, pool_slots, window_capacity
 from .slots import COUNTS
 from .streams import SideStream
 
@@ -22,8 +22,9 @@ from .streams import SideStream
 class Storage:
     """Slots of the pool for the sink and for the chunks that are whole, one after the other in a ring; and the bank.
 
-    All of it is allocated here, once. `bank` is None in a mode without one. `max_chunks`: how many chunks a rollout can
-    have, for the rope's positions or, in mode "full", for the pool.
+    All of it is allocated here, once, of the sizes that sizes.py works out. `bank` is None in a mode without one.
+    `max_chunks`: how many chunks a rollout can have, for the rope's positions or, in mode "full", for the pool.
+    `window_capacity`: tiles of 128 rows that the largest window can take.
 
     Raises ValueError when it does not fit the memory that is free, with the numbers.
     """
@@ -40,27 +41,16 @@ class Storage:
         self._config, self._backend = config, backend
         sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
         self._token_bytes = 2 * config.num_layers * config.num_heads * config.head_dim * dtype.itemsize  # K and V
-        whole, banked = config.chunk_tokens, config.banked_tokens
-        rope = config.make_rope()
-        self.max_chunks = rope.max_position // config.chunk_frames if rope else sys.maxsize
-        slot_bytes = Pool.slot_bytes(whole if config.mode == "full" else banked, dtype=dtype, **sizes)
-        places = bank_places(config, device, slot_bytes, self.max_chunks)
-        if config.mode == "full":
-            self.max_chunks = min(self.max_chunks, places)
-        on_host = config.has_bank and config.bank == "host"
-        bank_slots = (config.host_bank_slots if on_host else places) if config.has_bank else 0
-        slots = [(whole, config.sink_chunks), (whole, ring_chunks(config, self.max_chunks)), (banked, bank_slots)]
-        check_room(
-            config,
-            device,
-            sum(count * Pool.slot_bytes(tokens, dtype=dtype, **sizes) for tokens, count in slots),
-            places * banked * self._token_bytes if on_host else 0,
-        )
-        self.pool = Pool(slots, device=device, dtype=dtype, **sizes)
-        self._sink_rows, self._ring_rows, bank_rows = self.pool.first_rows
+        banked, on_host = config.banked_tokens, config.has_bank and config.bank == "host"
+        places = bank_places(config, device, dtype)
+        check_room(config, device, dtype, places)
+        self.max_chunks = most_chunks(config, places)
+        self.window_capacity = window_capacity(config, places)
+        self.pool = Pool(pool_slots(config, places), device=device, dtype=dtype, **sizes)
+        self._sink_rows, self._ring_rows, self._bank_rows = self.pool.first_rows
         self.bank = None
         if config.has_bank:
-            self.bank = Bank(self.pool, bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
+            self.bank = Bank(self.pool, self._bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
         self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
         self._side = SideStream(device, self.pool.k, self.pool.v, self.index, self.count)
@@ -101,6 +91,13 @@ class Storage:
             except BaseException:
                 self.bank.break_off(chunk)
                 raise
+
+    def warm_up(self, first_row: int) -> None:
+        """Prune the whole chunk at `first_row` into a slot of the bank, while no chunk is banked, and forget it."""
+        if self.bank is not None:
+            with self._side.beside():
+                self._compress(first_row, self._bank_rows[0])
+            self._side.join()
 
     def _compress(self, first_row: int, row: int) -> None:
         """All layers of the whole chunk that starts at `first_row` into the bank's slot at `row`."""

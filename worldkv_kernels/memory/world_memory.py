@@ -14,7 +14,7 @@ from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from ..window import Segment, Window
 from .config import MemoryConfig
-from .plan import ChunkPlan, capacity, leaving, pieces, place
+from .plan import ChunkPlan, leaving, pieces, place
 from .retrieval import make_policy
 from .storage import Storage
 from .views import View, Views
@@ -84,7 +84,7 @@ class WorldMemory:
             device=self.device,
             rope=self._rope if config.turns_segments else None,
             weighted=config.weighs_segments,
-            capacity=capacity(config, self._storage.max_chunks),
+            capacity=self._storage.window_capacity,
         )
         self._position = torch.zeros(2, dtype=torch.int64, device=self.device)
         heads = config.num_heads, config.head_dim
@@ -201,6 +201,30 @@ class WorldMemory:
         if self._bank is not None:
             self._bank.wait()
 
+    @ranged("warm_up")
+    def warm_up(self, q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None) -> None:
+        """Compile, check and choose the kernels of a chunk, before a CUDA graph is captured or a clock runs.
+
+        It runs each op once as the chunks will, over rows that no chunk has yet, which it leaves zero. The weights are
+        those that `attend` will be given, in any layer. Synchronises. Raises RuntimeError when the memory is not at its
+        start.
+        """
+        self._check_process("warm_up")
+        if self._plan is not None or self._next_chunk:
+            raise RuntimeError(f"warm_up: the memory must be new or reset, got one at chunk {self._next_chunk}")
+        config, pool = self.config, self._pool
+        heads = config.num_heads * config.head_dim
+        zeros = torch.zeros((config.chunk_tokens, heads), dtype=self.dtype, device=self.device)
+        first_row = self._storage.first_row(0)
+        self._position.zero_()
+        self._position[:1].fill_(first_row)
+        self._window.update([Segment(first_row, config.chunk_tokens)])
+        self._attend(0, zeros, zeros, zeros, q_weight, k_weight)
+        pool = self._pool
+        for rows in (pool.k, pool.v):
+            rows[:, first_row : first_row + config.chunk_tokens].zero_()  # those of the other layers are not made yet
+        self._storage.warm_up(first_row)
+
     def attend(
         self,
         layer: int,
@@ -239,21 +263,13 @@ class WorldMemory:
                 raise ValueError(f"attend: q must be on the memory's device {self.device}, got {q.device}")
         if debug():
             _check_finite(layer, q=q, k=k, v=v)
-        pool, config = self._pool, self.config
         if self._process is not None and not torch.compiler.is_compiling():
             self._check_process("attend")
         if self._bank is not None and not self._bank.settled:
             self._bank.wait_layer(layer)
-        turned = norm_rope_append(
-            q, k, v, pool.k[layer], pool.v[layer], self._position[:1],
-            rope=self._rope, grid=(config.chunk_frames, *config.grid), start_frame=self._position[1:],
-            q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
-            out=self._q, backend=self._backend,
-        )  # fmt: skip
+        attended = self._attend(layer, q, k, v, q_weight, k_weight, out)
         self._layers_done.add(layer)
-        return segment_attention(
-            turned, pool.k[layer], pool.v[layer], self._window, scale=config.scale, out=out, backend=self._backend
-        )
+        return attended
 
     def replayed(self) -> None:
         """Say that a CUDA graph of a pass over all layers was replayed: the rows it wrote are as those of `attend`.
@@ -360,6 +376,21 @@ class WorldMemory:
         return self.__dict__
 
     # --- parts of the above ---
+
+    def _attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, out: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        pool, config = self._pool, self.config
+        turned = norm_rope_append(
+            q, k, v, pool.k[layer], pool.v[layer], self._position[:1],
+            rope=self._rope, grid=(config.chunk_frames, *config.grid), start_frame=self._position[1:],
+            q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
+            out=self._q, backend=self._backend,
+        )  # fmt: skip
+        return segment_attention(
+            turned, pool.k[layer], pool.v[layer], self._window, scale=config.scale, out=out, backend=self._backend
+        )
 
     def _check_layer(self, op: str, layer: object) -> None:
         if type(layer) is not int:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .from_host import on_device
 from .wan import PATCH
 
 _STRIDE = 8  # pixels to a latent, each way
@@ -61,7 +62,7 @@ def ray_map(
     height, width = size
     scale = np.array([width / intrinsics_size[1], height / intrinsics_size[0]] * 2)
     numbers = np.concatenate([steps[:, :3].reshape(-1, 12), intrinsics * scale], axis=1).astype(np.float32)
-    numbers = torch.from_numpy(numbers).to(device)[:, None, None]  # [frames, 1, 1, 16]
+    numbers = on_device(torch.from_numpy(numbers), device)[:, None, None]  # [frames, 1, 1, 16]
     fx, fy, cx, cy = numbers[..., 12:].unbind(-1)
     u = (torch.arange(width, dtype=torch.float32, device=device) + 0.5 - cx) / fx  # [frames, 1, width]
     v = (torch.arange(height, dtype=torch.float32, device=device)[:, None] + 0.5 - cy) / fy  # [frames, height, 1]
@@ -71,7 +72,7 @@ def ray_map(
     direction = (pose[..., :3] * local[..., None, :]).sum(-1)
     if keys is None:
         return torch.cat([pose[..., 3].expand_as(direction), direction], dim=-1)
-    held = torch.from_numpy(keys.astype(np.float32)).to(device)[:, None, None]
+    held = on_device(torch.from_numpy(keys.astype(np.float32)), device)[:, None, None]
     return torch.cat([direction, held.expand(*direction.shape[:-1], -1)], dim=-1)
 
 

@@ -169,8 +169,7 @@ class LingBotWorldFast(Denoiser):
         patches = torch.cat([wan.patchify(latents).to(self.dtype), of_rollout.patches], dim=1)
         x = wan.embed_patches(self.patch_embedding, patches)
         for layer, block in enumerate(self.blocks):
-            x = block.attend(x, level.modulation[layer], memory, layer)
-            x = block.inject_camera(x, *camera[layer])
+            x = block.attend_and_move(x, level.modulation[layer], memory, layer, *camera[layer])
             x = block.cross_attend(x, *keys_values[layer])
             x = block.feed_forward(x, level.modulation[layer])
         return wan.unpatchify(self.head(x, level.head), self.config.grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from . import wan
 from .action_module import ROWS, ActionCache, ActionFeatures, ActionFrames, ActionModule, action_windows, frame_turns
 from .checkpoint import StoredTensor
 from .denoiser import Denoiser
+from .from_host import on_device
 from .matrix_game_config import MatrixGameConfig
 from .rollout import Controls
 
@@ -143,13 +144,13 @@ class MatrixGame2(Denoiser):
         attended = min(end, actions.local_frames)
         local = (end - attended, attended)
         if mouse is not None:
-            buffers.mouse.copy_(torch.from_numpy(action_windows(mouse, start_frame, frames, actions.seen_frames)))
+            self._copy(torch.from_numpy(action_windows(mouse, start_frame, frames, actions.seen_frames)), buffers.mouse)
         windows = action_windows(keyboard, *local, actions.seen_frames)
-        buffers.keyboard[:attended].copy_(torch.from_numpy(windows))
-        turns = frame_turns(actions, *local)
-        buffers.local_turns[:attended].copy_(turns)
-        buffers.turns.copy_(turns[-frames:])
-        buffers.rows.copy_(torch.arange(start_frame, end, dtype=torch.int64, device="cpu") % actions.local_frames)
+        self._copy(torch.from_numpy(windows), buffers.keyboard[:attended])
+        self._copy(frame_turns(actions, *local), buffers.local_turns[:attended])
+        buffers.turns.copy_(buffers.local_turns[attended - frames : attended])
+        rows = torch.arange(start_frame, end, dtype=torch.int64, device="cpu")
+        self._copy(rows % actions.local_frames, buffers.rows)
         last = len(of_rollout.image_latents) - 1
         image = torch.stack([of_rollout.image_latents[min(frame, last)] for frame in range(start_frame, end)])
         buffers.patches.copy_(wan.patchify(image))
@@ -180,7 +181,14 @@ class MatrixGame2(Denoiser):
             x = block.feed_forward(x, level.modulation[layer])
         return wan.unpatchify(self.head(x, level.head), self.config.grid).float()
 
+    def pass_key(self, of_chunk: _OfChunk) -> Hashable:
+        """At the start of a rollout more frames are attended to from chunk to chunk."""
+        return of_chunk.frames.attended if self.hoist else None
+
     # --- parts of the above ---
+
+    def _copy(self, made: torch.Tensor, buffer: torch.Tensor) -> None:
+        buffer.copy_(on_device(made, self.device))
 
     def _level(self, time: torch.Tensor) -> _Level:
         """Of time [1, frequency_dim]."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..actions import ActionIntegrator, Actions, video_frames
 from ..memory.world_memory import ChunkPlan, WorldMemory
 from ..poses import as_intrinsics, as_poses
 from ..ranges import phase
+from .from_host import on_device
+from .graphs import Passes
 
 
 class Controls(NamedTuple):
@@ -21,6 +24,34 @@ class Controls(NamedTuple):
     poses: np.ndarray | None  # camera-to-world [chunk_frames, 4, 4] of its latent frames, OpenCV coordinates
     intrinsics: np.ndarray | None = None  # fx, fy, cx, cy in pixels, [chunk_frames, 4]
     actions: Actions | None = None  # of the whole video up to the chunk's last frame
+
+
+class _Took:
+    """The time that passes on a device, from when this is made to `end`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._start, self._end = self._now(), None
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self) -> None:
+        self._end = self._now()
+
+    def wait(self) -> None:
+        """Let the host wait for the end."""
+        if self._on_gpu:
+            with phase("wait"):
+                self._end.synchronize()
+
+    def seconds(self) -> float:
+        self.wait()
+        return self._start.elapsed_time(self._end) / 1e3 if self._on_gpu else self._end - self._start
 
 
 class WorldModel(Protocol):
@@ -45,13 +76,24 @@ class WorldModel(Protocol):
         last pass over each chunk, so that a chunk may be dropped and begun again.
         """
 
+    def pass_key(self, of_chunk: Any) -> Hashable:
+        """Equal for chunks of a rollout whose passes launch the same kernels on the same addresses, so that a captured
+        pass of one may be replayed for another; None where a pass cannot be captured. A model may be without it."""
 
-class RolloutChunk(NamedTuple):
-    """A chunk that has been made."""
+
+@dataclass(frozen=True)
+class RolloutChunk:
+    """A chunk that has been made; on a GPU, one whose kernels are all queued on the current stream."""
 
     plan: ChunkPlan
     latents: torch.Tensor  # clean, fp32 [chunk_frames, channels, height, width], on the model's device
-    seconds: float  # from begin_chunk to the end of end_chunk, on the device too
+    took: _Took = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """From begin_chunk, or the end of what was queued before it, to the end of end_chunk. On a GPU reading it waits
+        for that."""
+        return self.took.seconds()
 
 
 def rollout(
@@ -65,6 +107,7 @@ def rollout(
     given: torch.Tensor | None = None,
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
+    graph: bool | None = None,
 ) -> Iterator[RolloutChunk]:
     """Make the chunks of a trajectory one after the other, and yield each as soon as it is in the memory.
 
@@ -108,7 +151,7 @@ def rollout(
             done = actions.until(video_frames(rows.stop)) if actions is not None else None
             yield Controls(*(array if array is None else array[rows] for array in (poses, intrinsics)), done)
 
-    return stream(model, memory, controls(), conditions=conditions, given=given, seed=seed, sigmas=sigmas)
+    return stream(model, memory, controls(), conditions=conditions, given=given, seed=seed, sigmas=sigmas, graph=graph)
 
 
 def stream(
@@ -120,6 +163,7 @@ def stream(
     given: torch.Tensor | None = None,
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
+    graph: bool | None = None,
 ) -> Iterator[RolloutChunk]:
     """Make a chunk for each of `controls`, asked for when the chunk before is made, and yield it when it is done.
 
@@ -139,10 +183,15 @@ def stream(
         seed: not negative. The noise of a pass depends on seed, chunk and step alone, and comes from the CPU,
             so that rollouts of any mode, device and dtype start from the same numbers.
         sigmas: of the denoising passes, from 1 down, each above 0; None for the model's own.
+        graph: None: on a GPU a pass becomes a CUDA graph as soon as a chunk comes whose passes launch the same as the
+            chunk's before, if a first replay gives the same bits; the chunk in which it does takes longer. True insists
+            on it, False has none. The rows of a host bank are then waited for before a pass, not layer by layer.
 
-    An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. Synchronises once a
-    chunk, to time it. Raises ValueError at the call when the memory is not at its start, the given latents are no whole
-    chunks of the model's shape, or seed or sigmas are out of range; at a chunk what begin_chunk raises.
+    An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. On a GPU a chunk is
+    yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and no other
+    before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are
+    no whole chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True;
+    at a chunk what begin_chunk raises, and RuntimeError where graph is True and a pass cannot be captured.
     """
     frames = model.chunk_frames
     if frames != memory.config.chunk_frames:
@@ -160,7 +209,7 @@ def stream(
         raise ValueError(f"rollout: given must be [n, {wanted}], n a multiple of {frames}, got {list(given.shape)}")
     # Of no frames, split makes one chunk without any.
     chunks_given = [] if given is None else [chunk.float() for chunk in given.split(frames) if len(chunk)]
-    return _chunks(model, memory, controls, conditions, chunks_given, seed, sigmas)
+    return _chunks(model, memory, controls, conditions, chunks_given, seed, sigmas, Passes(model, memory, graph))
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
@@ -178,27 +227,29 @@ def _chunks(
     given: Sequence[torch.Tensor],
     seed: int,
     sigmas: tuple[float, ...],
+    passes: Passes,
 ) -> Iterator[RolloutChunk]:
-    of_rollout = None
+    of_rollout = before = None
     integrator = memory.integrator.fresh() if memory.integrator is not None else None
     for number, of_one in enumerate(controls):
         of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, integrator)
         if number == 0:
             with torch.no_grad():
                 of_rollout = model.prepare_rollout(conditions, of_one.poses[0], (*sigmas, 0.0))
-        started = time.perf_counter()
+        took = _Took(model.device)
         plan = memory.begin_chunk(**of_memory)
         try:
             of_given = given[number] if number < len(given) else None
-            latents = _denoised(model, memory, plan, of_rollout, of_one, of_given, seed, sigmas)
+            latents = _denoised(model, passes, plan, of_rollout, of_one, of_given, seed, sigmas)
             memory.end_chunk()
-            if model.device.type == "cuda":
-                with phase("wait"):
-                    torch.cuda.synchronize(model.device)
+            took.end()
         except BaseException:
             memory.abort_chunk()
             raise
-        yield RolloutChunk(plan, latents, time.perf_counter() - started)
+        yield RolloutChunk(plan, latents, took)
+        if before is not None:
+            before.wait()
+        before = took
 
 
 def _steered(
@@ -219,7 +270,7 @@ def _steered(
 @torch.no_grad()
 def _denoised(
     model: WorldModel,
-    memory: WorldMemory,
+    passes: Passes,
     plan: ChunkPlan,
     of_rollout: Any,
     controls: Controls,
@@ -231,16 +282,17 @@ def _denoised(
     with phase("prepare_chunk"):
         of_chunk = model.prepare_chunk(of_rollout, plan.start_frame, controls)
     if given is not None:
-        clean = given.to(model.device)
+        clean = on_device(given, model.device)
     else:
         shape = (model.chunk_frames, *model.latent_shape)
-        x = noise(seed, plan.chunk, 0, shape).to(model.device)
+        x = on_device(noise(seed, plan.chunk, 0, shape), model.device)
         for step, sigma in enumerate(sigmas):
             with phase(f"pass_{step}"):
-                clean = x - sigma * model.denoise(x, step, of_chunk, memory)
+                clean = x - sigma * passes.denoise(x, step, of_chunk)
             if step + 1 < len(sigmas):
                 next_sigma = sigmas[step + 1]
-                x = (1 - next_sigma) * clean + next_sigma * noise(seed, plan.chunk, step + 1, shape).to(model.device)
+                fresh = on_device(noise(seed, plan.chunk, step + 1, shape), model.device)
+                x = (1 - next_sigma) * clean + next_sigma * fresh
     with phase("clean_pass"):
-        model.denoise(clean, len(sigmas), of_chunk, memory)
+        passes.denoise(clean, len(sigmas), of_chunk)
     return clean

@@ -24,6 +24,7 @@ from ..memory.world_memory import WorldMemory
 from . import wan
 from .checkpoint import StoredTensor, check_fields
 from .denoiser import Denoiser, Model
+from .from_host import on_device
 from .rollout import Controls
 
 WEIGHTS = Path(__file__).parent / "weights" / "small_world"
@@ -114,6 +115,7 @@ class _OfRollout(NamedTuple):
     world_to_first: np.ndarray  # [4, 4]
     noise_levels: tuple[float, ...]
     levels: list[_Level] | None  # with hoisting
+    camera: torch.Tensor | None  # of the chunk in the making, [num_layers, 2, tokens, dim], with hoisting
 
 
 class _OfChunk(NamedTuple):
@@ -121,7 +123,6 @@ class _OfChunk(NamedTuple):
 
     rollout: _OfRollout
     rays: torch.Tensor  # [tokens, ray channels]
-    camera: torch.Tensor | None  # [num_layers, 2, tokens, dim], with hoisting
 
 
 class SmallWorld(Denoiser):
@@ -168,8 +169,11 @@ class SmallWorld(Denoiser):
         """Modulation for each noise level. Raises ValueError when conditions are given: it knows none."""
         if conditions is not None:
             raise ValueError(f"SmallWorld: conditions must be None, got {conditions!r:.60}")
-        levels = [self._level(sigma) for sigma in noise_levels] if self.hoist else None
-        return _OfRollout(np.linalg.inv(first_pose), tuple(noise_levels), levels)
+        levels = camera = None
+        if self.hoist:
+            levels = [self._level(sigma) for sigma in noise_levels]
+            camera = self._camera_buffer()
+        return _OfRollout(np.linalg.inv(first_pose), tuple(noise_levels), levels, camera)
 
     def prepare_chunk(self, of_rollout: _OfRollout, start_frame: int, controls: Controls) -> _OfChunk:
         """Scale and shift that each layer's camera injection applies to the chunk's tokens.
@@ -180,8 +184,10 @@ class SmallWorld(Denoiser):
             raise ValueError("SmallWorld: intrinsics must be [n, 4] or [4], got None")
         rays = pluecker_map(of_rollout.world_to_first @ controls.poses, controls.intrinsics, self.config.grid)
         features = ray_features(torch.from_numpy(rays).flatten(0, 2), self.config.ray_octaves)
-        features = features.to(self.device, self.dtype)
-        return _OfChunk(of_rollout, features, self._camera(features) if self.hoist else None)
+        features = on_device(features.to(self.dtype), self.device)
+        if self.hoist:
+            self._camera(features, of_rollout.camera)
+        return _OfChunk(of_rollout, features)
 
     def denoise(self, latents: torch.Tensor, step: int, of_chunk: _OfChunk, memory: WorldMemory) -> torch.Tensor:
         """Flow of latents [chunk_frames, channels, height, width] at noise_levels[step]; both fp32.
@@ -190,11 +196,10 @@ class SmallWorld(Denoiser):
         """
         of_rollout = of_chunk.rollout
         level = of_rollout.levels[step] if self.hoist else self._level(of_rollout.noise_levels[step])
-        camera = of_chunk.camera if self.hoist else self._camera(of_chunk.rays)
+        camera = of_rollout.camera if self.hoist else self._camera(of_chunk.rays, self._camera_buffer())
         x = wan.embed_patches(self.patch_embedding, wan.patchify(latents))
         for layer, block in enumerate(self.blocks):
-            x = block.attend(x, level.modulation[layer], memory, layer)
-            x = block.inject_camera(x, *camera[layer])
+            x = block.attend_and_move(x, level.modulation[layer], memory, layer, *camera[layer])
             x = block.feed_forward(x, level.modulation[layer])
         clean = wan.unpatchify(self.head(x, level.head), self.config.grid)
         return (latents - clean) / (level.sigma or 1.0)
@@ -208,10 +213,14 @@ class SmallWorld(Denoiser):
         modulation = torch.stack([block.modulated_by(projected) for block in self.blocks])
         return _Level(sigma, modulation, self.head.modulated_by(embedded[0]))
 
-    def _camera(self, features: torch.Tensor) -> torch.Tensor:
-        """Scale and shift of every layer, [num_layers, 2, tokens, dim]."""
+    def _camera_buffer(self) -> torch.Tensor:
+        config = self.config
+        tokens = config.chunk_frames * math.prod(config.grid)
+        return torch.empty(config.num_layers, 2, tokens, config.dim, dtype=self.dtype, device=self.device)
+
+    def _camera(self, features: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Scale and shift of every layer, written to `out` [num_layers, 2, tokens, dim]."""
         camera = self.embed_rays(features)
-        out = camera.new_empty(self.config.num_layers, 2, *camera.shape)
         for block, of_block in zip(self.blocks, out, strict=True):
             block.camera_scale_shift(camera, out=of_block)
         return out

@@ -8,19 +8,59 @@ rows and columns in that order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..memory.world_memory import WorldMemory
+from .fp8 import quantized
 
 PATCH = (1, 2, 2)  # frames, rows and columns of latents in a token
 # What is held in fp32 whatever the model's dtype, by a part of its name.
 FP32_PARAMETERS = ("time_embedding.", "time_projection.", "head.", "norm3.", "modulation")
 # The layers that write into the residual stream of a block.
 RESIDUAL_LAYERS = ("self_attn.o", "cross_attn.o", "ffn.2")
+
+
+class Elementwise(NamedTuple):
+    """What stands between the matrix products of a block; see `EAGER` and `compiled`."""
+
+    normed: Callable[..., torch.Tensor]
+    gated: Callable[..., torch.Tensor]
+    gated_and_moved: Callable[..., torch.Tensor]
+    gelu: Callable[[torch.Tensor], torch.Tensor]
+    quantized: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    return modulated_norm(x, scale, shift, eps).to(dtype)
+
+
+def _gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(x, y, gate)
+
+
+def _gated_and_moved(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    return moved(torch.addcmul(x, y, gate), scale, shift)
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+EAGER = Elementwise(_normed, _gated, _gated_and_moved, _gelu, quantized)
+
+
+@lru_cache
+def compiled() -> Elementwise:
+    """Each as one kernel, by torch.compile: less rounding in between, so results differ in their last digits."""
+    return Elementwise(*(torch.compile(function, fullgraph=True, dynamic=False) for function in EAGER))
 
 
 class RMSNorm(nn.Module):
@@ -78,6 +118,8 @@ class Block(nn.Module):
     feed-forward.
     """
 
+    elementwise = EAGER
+
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -93,20 +135,22 @@ class Block(nn.Module):
 
     def attend(self, x: torch.Tensor, modulation: torch.Tensor, memory: WorldMemory, layer: int) -> torch.Tensor:
         """Self-attention: x + gate * self_attn(norm(x) * (1 + scale) + shift)."""
-        shift, scale, gate = modulation[:3]
-        y = self.self_attn(modulated_norm(x, scale, shift, self.eps).to(self.dtype), memory, layer)
-        return torch.addcmul(x, y, gate)
+        return self.elementwise.gated(x, self._attended(x, modulation, memory, layer), modulation[2])
 
     def feed_forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """Feed-forward: x + gate * ffn(norm(x) * (1 + scale) + shift)."""
         shift, scale, gate = modulation[3:]
-        y = self.ffn(modulated_norm(x, scale, shift, self.eps).to(self.dtype))
-        return torch.addcmul(x, y, gate)
+        hidden = self.ffn[0](self.elementwise.normed(x, scale, shift, self.eps, self.dtype))
+        return self.elementwise.gated(x, self.ffn[2](self.elementwise.gelu(hidden)), gate)
+
+    def _attended(self, x: torch.Tensor, modulation: torch.Tensor, memory: WorldMemory, layer: int) -> torch.Tensor:
+        shift, scale, _ = modulation[:3]
+        return self.self_attn(self.elementwise.normed(x, scale, shift, self.eps, self.dtype), memory, layer)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the linear layers."""
-        return self.ffn[0].weight.dtype
+        """Of what goes into the linear layers and comes out."""
+        return self.ffn[0].bias.dtype
 
 
 class TextBlock(Block):
@@ -119,8 +163,8 @@ class TextBlock(Block):
 
     def cross_attend(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Cross-attention: x + cross_attn(norm3(x))."""
-        normed = modulated_norm(x, self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), self.eps)
-        return x + self.cross_attn(normed.to(self.dtype), keys, values)
+        weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
+        return x + self.cross_attn(self.elementwise.normed(x, weight, bias, self.eps, self.dtype), keys, values)
 
 
 class CameraBlock(Block):
@@ -135,11 +179,18 @@ class CameraBlock(Block):
         """Scale (without the 1) and shift of the camera embedding [tokens, dim], into out [2, tokens, dim]."""
         hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
         for layer, into in zip((self.cam_scale_layer, self.cam_shift_layer), out, strict=True):
-            torch.addmm(layer.bias, hidden, layer.weight.T, out=into)
+            if isinstance(layer, nn.Linear):
+                torch.addmm(layer.bias, hidden, layer.weight.T, out=into)
+            else:
+                into.copy_(layer(hidden))
 
-    def inject_camera(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """(1 + scale) * x + shift in fp32, where 1 + scale would lose digits in the model's dtype."""
-        return x + torch.addcmul(shift, x, scale)
+    def attend_and_move(
+        self, x: torch.Tensor, modulation: torch.Tensor, memory: WorldMemory, layer: int,
+        scale: torch.Tensor, shift: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """`attend`, then the camera's injection, see `moved`."""
+        attended = self._attended(x, modulation, memory, layer)
+        return self.elementwise.gated_and_moved(x, attended, modulation[2], scale, shift)
 
 
 class Head(nn.Module):
@@ -161,6 +212,11 @@ class Head(nn.Module):
         """x [tokens, dim] fp32, modulation as of `modulated_by` -> [tokens, 2 * 2 * channels] in the head's dtype."""
         shift, scale = modulation
         return self.head(modulated_norm(x, scale, shift, self.eps).to(self.head.weight.dtype))
+
+
+def moved(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """(1 + scale) * x + shift in fp32, where 1 + scale would lose digits in the model's dtype."""
+    return x + torch.addcmul(shift, x, scale)
 
 
 def modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:

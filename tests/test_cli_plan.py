@@ -1,0 +1,284 @@
+"""worldkv plan: its numbers are those of the memory and the model, and the README's rows are its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli_rollout_models import SMALL
+from test_memory_sizes import bytes_of
+
+from worldkv_kernels.actions import Actions
+from worldkv_kernels.cli import main, plan
+from worldkv_kernels.cli.plan_activations import _NoMemory, activations
+from worldkv_kernels.models.lingbot_config import LingBotConfig
+from worldkv_kernels.models.lingbot_world_fast import LingBotWorldFast
+from worldkv_kernels.models.matrix_game_2 import MatrixGame2
+from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
+from worldkv_kernels.models.rollout import Controls
+from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
+from worldkv_kernels.trajectory import DEFAULT_INTRINSICS
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+CARDS = "24,48,80,141"
+
+
+def planned(capsys, *arguments: str) -> dict:
+    assert main(["plan", *arguments, "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def row_of(result: dict, gpu: str, ratio: float, bank: str) -> dict:
+    (row,) = (r for r in result["rows"] if (r["gpu"], r["keep_ratio"], r["bank"]) == (gpu, ratio, bank))
+    return row
+
+
+# --- what fits ---
+
+
+@pytest.mark.parametrize(
+    "model, config, seconds",
+    [("lingbot_world_fast", LingBotConfig.fast(), 0.75), ("matrix_game_2", MatrixGameConfig.universal(), None)],
+)
+def test_one_chunk_more_would_not_fit(model, config, seconds, capsys):
+    result = planned(capsys, "--model", model, "--gpu", "24,80,61GiB", "--host", "40")
+    fixed, host = sum(result["fixed_bytes"].values()), 40 * GIB * 15 // 16
+    assert result["host"] == {"name": "40 GB", "bytes": host}
+    assert {row["gpu"]: row["gpu_bytes"] for row in result["rows"]} == {
+        "24 GB": 24 * GIB * 15 // 16, "80 GB": 80 * GIB * 15 // 16, "61 GiB free": 61 * GIB,
+    }  # fmt: skip
+    assert len(result["rows"]) == 3 * 3 * 2
+    fitting = [row for row in result["rows"] if row["fits"]]
+    assert {row["bank"] for row in fitting} == {"device", "host"}
+    for row in result["rows"]:
+        memory = config.memory(keep_ratio=row["keep_ratio"], bank=row["bank"])
+        least = memory.bytes(bank_chunks=6)
+        if not row["fits"]:
+            assert fixed + least.device > row["gpu_bytes"] or least.host > host
+            assert row["device_bytes"] == fixed + least.device and row["video_frames"] is row["seconds"] is None
+            continue
+        sizes = memory.bytes(bank_chunks=row["bank_chunks"])
+        assert (row["device_bytes"], row["host_bytes"]) == (fixed + sizes.device, sizes.host)
+        assert row["memory_bytes"] == sizes.parts
+        assert row["device_bytes"] <= row["gpu_bytes"] and row["host_bytes"] <= host
+        more = memory.bytes(bank_chunks=row["bank_chunks"] + 1)
+        assert row["is_most"] == (row["bank_chunks"] == 341)
+        assert row["is_most"] or fixed + more.device > row["gpu_bytes"] or more.host > host
+        assert row["video_frames"] == 12 * row["bank_chunks"]
+        assert row["seconds"] == (seconds and seconds * row["bank_chunks"])
+
+
+def test_without_host_memory_said_a_host_bank_holds_all(capsys):
+    row = row_of(planned(capsys, "--model", "matrix_game_2", "--gpu", "24"), "24 GB", 0.25, "host")
+    assert (row["bank_chunks"], row["is_most"], row["video_frames"]) == (341, True, 4092)
+    assert row["host_bytes"] == MatrixGameConfig().memory(bank="host").bytes(bank_chunks=341).host
+
+
+def test_what_to_change_makes_it_fit(capsys):
+    result = planned(capsys, "--model", "lingbot-world-fast", "--gpu", "80", "--keep-ratio", "1", "--host", "64")
+    fixed, changes = sum(result["fixed_bytes"].values()), row_of(result, "80 GB", 1, "device")["changes"]
+    assert [{n: v for n, v in c.items() if not n.endswith("_bytes")} for c in changes] == [
+        {"keep_ratio": 0.5}, {"retrieved_chunks": 5, "bank_chunks": 5}, {"recent_frames": 3}
+    ]  # fmt: skip
+    for change in changes:
+        fields = {n: v for n, v in change.items() if not n.endswith("_bytes")}
+        sizes = LingBotConfig().memory(**{"bank_chunks": 6, "keep_ratio": 1, **fields}).bytes()
+        assert change["device_bytes"] == fixed + sizes.device <= 75 * GIB
+    options = ["--retrieved-chunks", "5", "--keep-ratio", "1", "--host", "64"]
+    followed = planned(capsys, "--model", "lingbot_world_fast", "--gpu", "80", *options)
+    assert row_of(followed, "80 GB", 1, "device")["bank_chunks"] == 5
+
+
+def test_the_text_says_what_the_document_does(capsys):
+    arguments = ["plan", "--model", "lingbot_world_fast", "--gpu", "24,48,80", "--host", "128"]
+    result = planned(capsys, *arguments[1:])
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "a chunk 3 of them, 12 video frames, 0.75 s at 16 frames a second" in text
+    lines = [line.split() for line in text.splitlines()]
+    for row in result["rows"]:
+        found = [str(row["bank_chunks"]), f"{row['video_frames']:,}", f"{row['seconds']:.1f}"] if row["fits"] else (
+            ["does", "not", "fit", "-", "-"])  # fmt: skip
+        sizes = [f"{row[name] / GIB:.1f}" for name in ("device_bytes", "gpu_bytes", "host_bytes")]
+        assert [*row["gpu"].split(), row["bank"], f"{row['keep_ratio']:g}", *found, *sizes] in lines
+    for part in ("weights", "activations"):
+        assert [part, f"{result['fixed_bytes'][part] / GIB:.1f}", "GiB"] in lines
+    taken = sum(result["fixed_bytes"].values()) / GIB
+    assert f"24 GB: {taken:.1f} GiB before any memory are too much; another --variant" in text
+    assert f"48 GB: {45 - taken:.1f} GiB are left for a memory; no one change is enough, nor are all of these: " in text
+    assert "80 GB, device bank, keep_ratio 1: enough would be keep_ratio=0.5 (29.1 GiB) or retrieved_chunks=5" in text
+    assert "15/16 of so many GiB" in text and "not measured on a GPU" in text
+
+
+def test_what_else_is_on_the_card_and_other_sizes_are_counted(capsys):
+    plain = planned(capsys, "--model", "matrix_game_2", "--gpu", "24", "--keep-ratio", "1")
+    other = planned(capsys, "--model", "matrix_game_2", "--gpu", "24", "--keep-ratio", "1", "--other", "2.5")
+    assert other["fixed_bytes"] == {**plain["fixed_bytes"], "other": 2.5 * GIB}
+    each = MatrixGameConfig().memory(keep_ratio=1)
+    each = each.bytes(bank_chunks=8).device - each.bytes(bank_chunks=7).device
+    rows = [row_of(result, "24 GB", 1, "device") for result in (plain, other)]
+    assert abs((rows[0]["bank_chunks"] - rows[1]["bank_chunks"]) * each - 2.5 * GIB) < each
+    wide = planned(capsys, "--model", "matrix_game_2", "--gpu", "24", "--dtype", "float32", "--grid", "11,20")
+    assert wide["model"]["grid"] == [11, 20] and wide["fixed_bytes"]["weights"] > 1.9 * plain["fixed_bytes"]["weights"]
+    slots = planned(capsys, "--model", "matrix_game_2", "--gpu", "24", "--device-slots", "13", "--sink-frames", "3",
+                    "--recent-frames", "6", "--retrieved-chunks", "4")  # fmt: skip
+    assert slots["memory"] == dict(device_slots=13, sink_frames=3, recent_frames=6, retrieved_chunks=4)
+    assert row_of(slots, "24 GB", 0.25, "host")["memory_bytes"] == (
+        MatrixGameConfig().memory(bank="host", bank_chunks=341, **slots["memory"]).bytes().parts
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "wan"], "--model must be one of small_world, lingbot_world_fast, matrix_game_2, got 'wan'"),
+        (["--variant", "fast2"], "--variant must be one of fast, v2-14b, v2-1.3b for lingbot_world_fast, got 'fast2'"),
+        (["--gpu", "80,"], "--gpu must be a size such as 80 .* or 79GiB .*, above 0 and at most 1048576, got ''"),
+        (["--gpu", "0"], "--gpu must be a size .*, got '0'"),
+        (["--gpu", "-80"], "--gpu must be a size .*, got '-80'"),
+        (["--gpu", "80TB"], "--gpu must be a size .*, got '80TB'"),
+        (["--gpu", "9999999"], "--gpu must be a size .*, got '9999999'"),
+        (["--host", "much"], "--host must be a size .*, got 'much'"),
+        (["--keep-ratio", "0.5,2"], "--keep-ratio must be numbers above 0 and at most 1, .*, got '0.5,2'"),
+        (["--keep-ratio", "half"], "--keep-ratio must be numbers above 0 and at most 1, .*, got 'half'"),
+        (["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        (["--other", "-1"], "--other must be from 0 to 1048576 GiB, got -1.0"),
+        (["--other", "nan"], "--other must be from 0 to 1048576 GiB, got nan"),
+        (["--retrieved-chunks", "342"], "--retrieved-chunks must be at most 341, .* number, got 342"),
+        (["--sink-frames", "1025"], "--sink-frames must be at most 1024, .* number, got 1025"),
+        (
+            ["--device-slots", "5", "--retrieved-chunks", "6"],
+            "--device-slots must be at least --retrieved-chunks 6, got 5",
+        ),
+        (["--json", "nope/x.json"], "--json must be a file that can be written, got 'nope/x.json': .*"),
+    ],
+)
+def test_errors(arguments, message, capsys):
+    given = {"--model": "lingbot_world_fast", "--gpu": "80", **dict(zip(arguments[::2], arguments[1::2], strict=True))}
+    assert main(["plan", *(f"{name}={value}" for name, value in given.items())]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(f"worldkv plan: {message}\n", err), err
+
+
+def test_it_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan"])
+    assert ended.value.code == 2 and "the following arguments are required: --model, --gpu" in capsys.readouterr().err
+
+
+def test_it_takes_no_memory_and_little_time():
+    """A model of 35 GiB, in a process of less than one."""
+    code = (
+        "import resource, sys, time, torch\n"
+        "from worldkv_kernels.cli import main\n"
+        "began = time.process_time()\n"
+        "status = main(['plan', '--model', 'lingbot_world_fast', '--gpu', '80'])\n"
+        "most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "print('took', time.process_time() - began, most, torch.cuda.is_initialized())\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    seconds, most, used_gpu = re.search(r"took (\S+) (\S+) (\S+)", done.stdout).groups()
+    assert float(seconds) < 20 and int(most) < 2 * GIB and used_gpu == "False"
+
+
+# --- weights and activations ---
+
+MODELS = [
+    (SmallWorld, SmallWorldConfig(num_layers=2)),
+    (LingBotWorldFast, SMALL["lingbot_world_fast"]["fast"]),
+    (MatrixGame2, SMALL["matrix_game_2"]["universal"]),
+]
+IDS = [made_of.__name__ for made_of, _ in MODELS]
+
+
+@pytest.mark.parametrize("made_of, config", MODELS, ids=IDS)
+def test_held_is_what_the_model_keeps(made_of, config):
+    """Of a model that is computed, counted by walking what it prepares for a rollout and its first chunk."""
+    model = made_of.random(config, device="cpu", dtype=torch.float32)
+    frames = config.chunk_frames
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    actions = Actions(np.zeros((9, 2), np.float32), np.zeros((9, 4), np.float32)) if made_of is MatrixGame2 else None
+    controls = Controls(poses, np.tile(DEFAULT_INTRINSICS, (frames, 1)), actions)
+    with torch.no_grad():
+        of_rollout = model.prepare_rollout(None, poses[0], (*model.sigmas, 0.0))
+        of_chunk = model.prepare_chunk(of_rollout, 0, controls)
+    kept = bytes_of([of_rollout, of_chunk, torch.empty(frames, *model.latent_shape)])
+    on_meta = activations(made_of(config, device="meta", dtype=torch.float32))
+    assert on_meta.held == kept
+    assert activations(model, "cpu").held >= kept
+
+
+@pytest.mark.parametrize("made_of, config", MODELS, ids=IDS)
+def test_a_pass_takes_as_much_however_deep_the_model_is(made_of, config):
+    deep = made_of.Config(**{**vars(config), "num_layers": 6})
+    shallow, deep = (activations(made_of(c, device="meta", dtype=torch.bfloat16)) for c in (config, deep))
+    assert shallow.passing == deep.passing > 0 and shallow.held < deep.held
+    hidden = config.chunk_frames * config.grid[0] * config.grid[1] * config.ffn_dim * 2  # of the feed-forward, in bf16
+    assert shallow.passing >= 2 * hidden  # before the activation function and after it
+
+
+def test_a_pass_takes_what_the_profiler_sees():
+    """PyTorch's own record of what the CPU's allocator gave and took back, over one pass of a model without text."""
+    config = SmallWorldConfig(num_layers=3, grid=(16, 16))
+    model = SmallWorld.random(config, device="cpu", dtype=torch.float32)
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    with torch.no_grad():
+        of_rollout = model.prepare_rollout(None, poses[0], (*model.sigmas, 0.0))
+        of_chunk = model.prepare_chunk(of_rollout, 0, Controls(poses, np.tile(DEFAULT_INTRINSICS, (3, 1))))
+        latents = torch.zeros(3, *model.latent_shape)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model.denoise(latents, 0, of_chunk, _NoMemory(2, 64))
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    counted = activations(SmallWorld(config, device="meta", dtype=torch.float32)).passing
+    assert most > 0 and counted == pytest.approx(most, rel=0.1)
+
+
+def test_weights_are_those_of_the_model(capsys):
+    result = planned(capsys, "--model", "matrix_game_2", "--variant", "templerun", "--gpu", "24")
+    model = MatrixGame2(MatrixGameConfig.templerun(), device="meta", dtype=torch.bfloat16)
+    assert result["fixed_bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
+    passes = activations(model)
+    assert result["activations"]["held"] == passes.held and result["activations"]["passing"] == passes.passing
+    assert result["fixed_bytes"]["activations"] == passes.held + 2 * passes.passing + GIB
+
+
+# --- README ---
+
+README_MODELS = {"LingBot-World-Fast": "lingbot_world_fast", "Matrix-Game-2.0": "matrix_game_2"}
+
+
+def test_the_rows_of_the_readme_are_what_the_command_says(capsys):
+    readme = (ROOT / "README.md").read_text()
+    (command,) = set(re.findall(r"worldkv plan --model \S+ (--gpu \S+ --host \d+)", readme))
+    assert command == f"--gpu {CARDS} --host 128"
+    rows = {
+        tuple(cells[:2]): cells[2:]
+        for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines())
+        if cells[0] in README_MODELS and cells[1].endswith(" GB")
+    }
+    wanted = {}
+    for name, model in README_MODELS.items():
+        result = planned(capsys, "--model", model, *command.split())
+        for card in CARDS.split(","):
+            found = [row_of(result, f"{card} GB", ratio, bank) for bank in plan.BANKS for ratio in (1, 0.5, 0.25)]
+            wanted[name, f"{card} GB"] = [readme_cell(row) for row in found]
+    assert rows == wanted
+
+
+def readme_cell(row: dict) -> str:
+    if not row["fits"]:
+        return "-"
+    seconds = f", {row['seconds']:.0f} s" if row["seconds"] is not None else ""
+    return f"{row['bank_chunks']}{seconds}"

@@ -1,0 +1,118 @@
+"""Sizes: what a memory takes, part by part to the byte, worked out of its config before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..window import table_shapes
+from .arena import arena_bytes
+from .config import MemoryConfig
+from .plan import capacity, ring_chunks
+from .pool import Pool
+
+_FP32, _INT32, _INT64 = 4, 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBytes:
+    """Bytes that a WorldMemory allocates, by part.
+
+    On its device: `sink`, `recent`, `gap` (chunks that are whole but unattended) and `current` chunks; `bank`, the
+    banked chunks, or of a bank in host memory the slots that are a cache of it; `tables` of the window; `scratch`,
+    which is queries, what compress_chunk says of a chunk, and its position; `rotations`, the rope's table, which the
+    first `attend` makes. In host memory: `host_bank`, the arena with its page, and `host_tables`, the window's, both
+    page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses that a policy remembers.
+    """
+
+    sink: int
+    recent: int
+    gap: int
+    current: int
+    bank: int
+    tables: int
+    scratch: int
+    rotations: int
+    host_bank: int
+    host_tables: int
+
+    @property
+    def device(self) -> int:
+        return sum(size for part, size in self.parts.items() if not part.startswith("host_"))
+
+    @property
+    def host(self) -> int:
+        return self.host_bank + self.host_tables
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return asdict(self)
+
+    def on(self, device_type: str) -> dict[str, int]:
+        """Bytes by kind of memory, "cpu" and that of the device, where the device may be a CPU."""
+        if device_type == "cpu":
+            return {"cpu": self.device + self.host}
+        return {device_type: self.device, "cpu": self.host}
+
+
+def most_chunks(config: MemoryConfig, places: int | None = None) -> int:
+    """How many chunks a rollout can have: for the rope's positions or, in mode "full", for the pool's `places`."""
+    rope = config.make_rope()
+    most = rope.max_position // config.chunk_frames if rope else sys.maxsize
+    return min(most, places) if config.mode == "full" and places is not None else most
+
+
+def pool_slots(config: MemoryConfig, places: int) -> list[tuple[int, int]]:
+    """The pool's slots, (tokens, count): of the sink, of the ring of whole chunks, and of the bank of `places`."""
+    bank = (config.host_bank_slots if config.bank == "host" else places) if config.has_bank else 0
+    ring = ring_chunks(config, most_chunks(config, places))
+    return [(config.chunk_tokens, config.sink_chunks), (config.chunk_tokens, ring), (config.banked_tokens, bank)]
+
+
+def window_capacity(config: MemoryConfig, places: int) -> int:
+    """Of the window's tables, in tiles."""
+    return capacity(config, most_chunks(config, places))
+
+
+def arena_shape(config: MemoryConfig, places: int) -> tuple[int, ...]:
+    """Of the arena of a bank in host memory."""
+    return (places, config.num_layers, 2, config.banked_tokens, config.num_heads, config.head_dim)
+
+
+def place_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
+    """What one more of `bank_chunks` takes, but for the tables."""
+    if config.has_bank and config.bank == "host":
+        return math.prod(arena_shape(config, 1)) * dtype.itemsize
+    return _slot_bytes(config, config.banked_tokens if config.has_bank else config.chunk_tokens, dtype)
+
+
+def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> MemoryBytes:
+    """Of a memory whose bank, or pool in mode "full", has room for `places` chunks; unused in other modes."""
+    (_, sink), (_, ring), (_, bank) = pool_slots(config, places)
+    whole = _slot_bytes(config, config.chunk_tokens, dtype)
+    on_host = config.has_bank and config.bank == "host"
+    rope = config.make_rope()
+    shapes = table_shapes(
+        window_capacity(config, places), rope if config.turns_segments else None, config.weighs_segments
+    )
+    tables = sum(math.prod(shape) * of_table.itemsize for shape, of_table in shapes.values())
+    queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize
+    return MemoryBytes(
+        sink=sink * whole,
+        recent=(ring - 1 - config.gap_chunks) * whole,
+        gap=config.gap_chunks * whole,
+        current=whole,
+        bank=bank * _slot_bytes(config, config.banked_tokens, dtype),
+        tables=tables,
+        scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + 2 * _INT64,
+        rotations=rope.max_position * rope.head_dim * _FP32 if rope else 0,
+        host_bank=arena_bytes(arena_shape(config, places), dtype) if on_host else 0,
+        host_tables=tables,
+    )
+
+
+def _slot_bytes(config: MemoryConfig, tokens: int, dtype: torch.dtype) -> int:
+    return Pool.slot_bytes(tokens, config.num_layers, config.num_heads, config.head_dim, dtype)
