@@ -43,7 +43,7 @@ def _turned_keys(
 @triton.jit
 def gather_window_kernel(
     k_ptr, v_ptr, tiles_ptr, tail_rows_ptr, ranges_ptr, turns_ptr, k_out_ptr, v_out_ptr, lengths_ptr,
-    q_len, num_rows_out, stride_k_row, stride_k_head, stride_v_row, stride_v_head, stride_out_row,
+    q_len, stride_k_row, stride_k_head, stride_v_row, stride_v_head, stride_out_row,
     HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_SHIFT: tl.constexpr, TURNED_PAIRS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def gather_window_kernel(
         tl.store(lengths_ptr + 1, q_len)
         tl.store(lengths_ptr + 2, 0)
         tl.store(lengths_ptr + 3, num_rows)
-    end = tl.minimum((tl.cdiv(num_rows, TILE) + 1) * TILE, num_rows_out)
+    end = (tl.cdiv(num_rows, TILE) + 1) * TILE  # the grid ends with the tensors
     if block * BLOCK_ROWS >= end:
         return
 
@@ -146,7 +146,7 @@ def gather_window(
         raise ValueError(_wrong("turns", wanted, turns))
     block_rows = 32 if has_shift or k_pool.dtype is torch.float32 else 64  # at most 100 registers or so
     gather_window_kernel[(TILE_ROWS * capacity // block_rows, heads)](
-        k_pool, v_pool, tiles, tail_rows, ranges, turns, k, v, lengths, q_len, TILE_ROWS * capacity,
+        k_pool, v_pool, tiles, tail_rows, ranges, turns, k, v, lengths, q_len,
         k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1), heads * head_dim,
         HEAD_DIM=head_dim, BLOCK_ROWS=block_rows, HAS_SHIFT=has_shift, TURNED_PAIRS=turned_pairs, TILE=TILE_ROWS,
         num_warps=4, enable_fp_fusion=True,

@@ -439,6 +439,8 @@ def test_inputs_that_want_a_gradient_are_refused_and_taken_without_one():
         segment_attention(q, pool, pool, window)
     with torch.no_grad():
         assert segment_attention(q, pool, pool, window).shape == q.shape
+    with pytest.raises(ValueError, match="q must be without requires_grad"):  # what was taken without one, too
+        segment_attention(q, pool, pool, window)
 
 
 def rows_of(pool, first=0, step=1):
