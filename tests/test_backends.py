@@ -1,6 +1,7 @@
 """The choice of a backend: availability, the first-use check, the fallback, and what doctor says."""
 
 import json
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -375,6 +376,19 @@ def test_doctor_names_every_backend_and_why(tmp_path, capsys):
     assert "serves" in printed
     assert all(f["keys"] in printed and f["backend"] in ATTENTION.backends for f in findings["shapes"])
     assert len({(f["model"], f["extra"]) for f in findings["shapes"]}) == 12
+
+
+def test_doctor_says_what_serves_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "doctor.json"
+    assert main(["doctor", "--device", "cpu", "--json", str(path)]) == 0
+    findings = json.loads(path.read_text())
+    of_attention = {f["backend"]: f for f in findings["backends"] if f["op"] == "segment_attention"}
+    assert list(of_attention) == ["cuda", "triton", "sdpa", "reference"]
+    assert of_attention["sdpa"]["why"] == "serves" and of_attention["reference"]["why"] == "a better one serves"
+    assert {(f["extra"] == "mass", f["backend"]) for f in findings["shapes"]} == {(False, "sdpa"), (True, "reference")}
+    assert re.search(r"segment_attention +sdpa +takes it +serves", capsys.readouterr().out)
+    checked, disagreement = doctor._check(ATTENTION, CPU, "sdpa")
+    assert checked == len([kind for kind in ATTENTION.kinds if not kind[4]]) and disagreement is None
 
 
 def test_doctor_says_how_each_shape_is_launched(monkeypatch):
