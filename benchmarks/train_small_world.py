@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from worldkv_kernels import WorldMemory, worlds
 from worldkv_kernels.journeys import MODES, psnr, travel, truth, turn_and_return
 from worldkv_kernels.models import wan
+from worldkv_kernels.models.checkpoint import write_tensors
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig, pluecker_map, ray_features
 from worldkv_kernels.rope import Rope3D
 
@@ -351,15 +351,8 @@ class Training:
 def write_weights(model: SmallWorld, folder: Path) -> None:
     """config.json, and the parameters as bf16 in model.safetensors."""
     (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-    header, blobs, at = {}, [], 0
-    for name, weight in model.state_dict().items():
-        blob = weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [at, at + len(blob)]}
-        blobs.append(blob)
-        at += len(blob)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(blobs))
+    weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", weights)
 
 
 def table(models: Mapping[str, SmallWorld]) -> dict[str, dict[str, float]]:

@@ -346,8 +346,11 @@ def test_kinds_of_attention_that_the_cuda_kernel_takes(dtype):
 
 
 def test_kernels_with_weights_are_proven_by_themselves(tmp_path, monkeypatch):
-    """The list of the repository is of kernels that a GPU has run; those with weights are not among them."""
+    """A proof of the kernels without them, such as the list of an older version holds, says nothing of those."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    older = tmp_path / "older.json"
+    older.write_text('{"cuda": {"segment_attention": ["sm_90"]}}')
+    monkeypatch.setattr(proven, "REPOSITORY_LIST", older)
     monkeypatch.setenv("WORLDKV_SELF_CHECK", "0")
     monkeypatch.setattr(proven, "architecture", lambda device: "sm_90")
     monkeypatch.setitem(ATTENTION.backends, "cuda", Backend(lambda: None))

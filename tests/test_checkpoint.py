@@ -376,3 +376,25 @@ def test_what_a_model_reads_off_a_checkpoint_may_be_of_any_shape(tmp_path, model
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json|checkpoint"):
         model.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
+
+
+def test_tensors_written_are_those_read(tmp_path):
+    file = tmp_path / "some.safetensors"
+    tensors = {
+        "a": torch.randn(3, 5).half(), "odd": torch.randn(7).double(), "b.c": torch.randn(2, 4).T.bfloat16(),
+        "one": torch.tensor(4.0), "none": torch.empty(0, 3),
+    }  # fmt: skip
+    for _ in range(2):  # the second time over the first
+        checkpoint.write_tensors(file, tensors)
+        got = checkpoint.read_tensors(file)
+        assert list(got) == list(tensors)
+        assert all(got[name].dtype == x.dtype and torch.equal(got[name], x) for name, x in tensors.items())
+        assert [path.name for path in tmp_path.iterdir()] == ["some.safetensors"]
+    (header,) = struct.unpack("<Q", file.read_bytes()[:8])
+    assert header % 8 == 0
+    checkpoint.write_tensors(file, {"empty": torch.empty(0)})
+    assert checkpoint.read_tensors(file)["empty"].shape == (0,)
+    write(file, {"x": torch.randn(2)}, pad=3)
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))
+    with pytest.raises(ValueError, match="must hold F64, F32, F16, BF16, got x I32"):
+        checkpoint.read_tensors(file)

@@ -113,7 +113,7 @@ def test_the_text_says_what_the_document_does(capsys):
     assert f"24 GB: {taken:.1f} GiB before any memory are too much; another --variant" in text
     assert f"48 GB: {45 - taken:.1f} GiB are left for a memory; no one change is enough, nor are all of these: " in text
     assert "80 GB, device bank, keep_ratio 1: enough would be keep_ratio=0.5 (29.1 GiB) or retrieved_chunks=5" in text
-    assert "15/16 of so many GiB" in text and "not measured on a GPU" in text
+    assert "15/16 of so many GiB" in text and "an H100 held 4.6 GiB in a pass" in text
 
 
 def test_what_else_is_on_the_card_and_other_sizes_are_counted(capsys):

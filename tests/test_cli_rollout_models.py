@@ -18,6 +18,7 @@ from worldkv_kernels.cli import main, report, rollout_models
 from worldkv_kernels.memory import pool
 from worldkv_kernels.models import wan
 from worldkv_kernels.models.action_module import ActionConfig
+from worldkv_kernels.models.checkpoint import read_tensors, write_tensors
 from worldkv_kernels.models.lingbot_camera import longest_step
 from worldkv_kernels.models.lingbot_config import LingBotConfig
 from worldkv_kernels.models.lingbot_world_fast import LingBotConditions, LingBotWorldFast
@@ -111,6 +112,48 @@ def test_matrix_game_by_actions(small, tmp_path, capsys):
     assert (sizes["num_layers"], sizes["grid"], sizes["actions"]["keyboard_dim"]) == (2, [1, 2], 4)
     assert (sizes["parameters"], sizes["weight_bytes"]) == (count, 4 * count)
     assert LEFT_AND_BACK in "".join(ElementTree.parse(picture).getroot().itertext())
+
+
+def test_fp8_halves_the_linear_layers(small, tmp_path, capsys):
+    options = [*MATRIX, "--actions", LEFT_AND_BACK, "--modes", "sliding", "--chunks", "2"]
+    assert main(["rollout", *options, "--fp8"]) == 2
+    assert "--fp8 must go with --dtype bfloat16, got float32" in capsys.readouterr().err
+    plain = rolled(tmp_path, *options, "--dtype", "bfloat16")["model"]
+    near = rolled(tmp_path, *options, "--dtype", "bfloat16", "--fp8")["model"]
+    assert (plain["fp8"], near["fp8"], near["compiled"]) == (False, True, False)
+    assert near["parameters"] == plain["parameters"] and near["weight_bytes"] < plain["weight_bytes"]
+
+
+def test_encoded_conditions_go_in_and_latents_come_out(small, tmp_path, capsys):
+    config = SMALL["lingbot_world_fast"]["fast"]
+    given = {"text": torch.randn(2, 8), "image": torch.randn(20, 4, 2, 4)}
+    write_tensors(tmp_path / "given.safetensors", given)
+    options = [*LINGBOT, "--modes", "sliding,full", "--chunks", "2", "--trajectory", "right*24,left*24"]
+    kept = tmp_path / "latents.safetensors"
+    rolled(tmp_path, *options, "--conditions", str(tmp_path / "given.safetensors"), "--save-latents", str(kept))
+    model = LingBotWorldFast.random(config, device="cpu", dtype=torch.float32)
+    poses, intrinsics = latent_poses(load("right*24,left*24"))
+    conditions = LingBotConditions(**given, translation_scale=longest_step(poses))
+    saved = read_tensors(kept)
+    assert list(saved) == ["full", "sliding"]
+    for mode, latents in saved.items():
+        memory = WorldMemory(model.config.memory(mode=mode, bank_chunks=2), dtype=torch.float32)
+        made = rollout(model, memory, poses[:6], intrinsics[:6], conditions=conditions)
+        assert latents.shape == (6, 16, 2, 4)
+        assert torch.allclose(latents, torch.cat([chunk.latents for chunk in made]), atol=1e-5)
+    for arguments, said in (
+        (
+            ["--model", "small_world"],
+            "--conditions must go with --model lingbot_world_fast or matrix_game_2, got small",
+        ),
+        (MATRIX, "--conditions must hold image_tokens or image_latents or both, got text, image"),
+    ):
+        assert main(["rollout", *arguments, "--conditions", str(tmp_path / "given.safetensors")]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["rollout", *LINGBOT, "--conditions", str(tmp_path / "none.safetensors")]) == 2
+    assert "--conditions must be a .safetensors file: checkpoint: must be an existing" in capsys.readouterr().err
+    assert main(["rollout", *LINGBOT, "--save-latents", str(tmp_path / "x.pt")]) == 2
+    assert "--save-latents must end in .safetensors" in capsys.readouterr().err
 
 
 def test_matrix_game_is_the_models_own_rollout(small, tmp_path):

@@ -2,15 +2,19 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, relative_error
 
 from worldkv_kernels import WorldMemory
+from worldkv_kernels.actions import Actions
 from worldkv_kernels.models import wan
 from worldkv_kernels.models.fp8 import Fp8Linear, quantized, to_fp8
 from worldkv_kernels.models.lingbot_config import LingBotConfig
 from worldkv_kernels.models.lingbot_world_fast import LingBotWorldFast
+from worldkv_kernels.models.matrix_game_2 import MatrixGame2
+from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 from worldkv_kernels.models.rollout import rollout
 from worldkv_kernels.trajectory import latent_poses, load
 
@@ -77,6 +81,34 @@ def test_layers_whose_sides_the_product_does_not_take_stay():
     layers = torch.nn.Sequential(torch.nn.Linear(24, 64), torch.nn.Linear(64, 32)).bfloat16()
     assert to_fp8("here", layers, quantized) == 1
     assert isinstance(layers[1], Fp8Linear) and type(layers[0]) is torch.nn.Linear
+
+
+def test_action_modules_stay_as_they_are():
+    config = MatrixGameConfig(
+        num_layers=2,
+        num_heads=2,
+        head_dim=64,
+        grid=(2, 3),
+        ffn_dim=160,
+        image_tokens=5,
+        image_dim=32,
+        action_layers=(0,),
+    )
+    model = MatrixGame2.random(config, device=DEVICE, dtype=torch.bfloat16)
+    actions = Actions(np.full((33, 2), 0.1), np.zeros((33, 4)))
+
+    def latents():
+        memory = WorldMemory(model.config.memory(mode="sliding"), device=DEVICE, dtype=model.dtype)
+        made = rollout(model, memory, POSES, INTRINSICS, actions=actions, graph=False)
+        return torch.cat([chunk.latents.cpu() for chunk in made])
+
+    want = latents()
+    model.to_fp8()
+    kinds = {name: type(m) for name, m in model.blocks[0].named_modules() if isinstance(m, torch.nn.Linear | Fp8Linear)}
+    assert {name for name, kind in kinds.items() if kind is torch.nn.Linear} == {
+        name for name in kinds if name.startswith("action_model.")
+    }  # fmt: skip
+    assert Fp8Linear in kinds.values() and 1e-3 < relative_error(latents(), want) < 0.1
 
 
 @pytest.mark.skipif(not shutil.which("g++") and DEVICE.type == "cpu", reason="torch.compile needs a compiler on a CPU")

@@ -35,7 +35,7 @@ RULE = (
 _OTHERWISE = "another --variant, a smaller --grid or a larger GPU"
 _ESTIMATE = (
     "counted on tensors without storage, a pass twice, as CUDA graphs hold what it takes once more, and 1 GiB for "
-    "libraries assumed; not measured on a GPU"
+    "libraries assumed; an H100 held 4.6 GiB in a pass of LingBot-World-Fast at 480 x 832, where this counts 4.8"
 )
 
 

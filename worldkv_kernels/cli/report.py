@@ -217,7 +217,8 @@ def different_files(**paths: str | None) -> None:
             continue
         other = named.setdefault(Path(path).resolve(), argument)
         if other != argument:
-            raise ValueError(f"--{argument} must be another file than --{other}, got {path!r} for both")
+            first, second = (name.replace("_", "-") for name in (argument, other))
+            raise ValueError(f"--{first} must be another file than --{second}, got {path!r} for both")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from ..memory.config import MODES, ORDERS, MemoryConfig
 from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.world_memory import WorldMemory
+from ..models.checkpoint import write_tensors
 from ..models.rollout import RolloutChunk, WorldModel, rollout
 from ..ops.all import check_every_backend
 from ..ops.compress_chunk import RULES
@@ -78,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="PATH",
         help="also write everything measured, chunk by chunk, as one JSON document; - for stdout")  # fmt: skip
     add("--picture", metavar="FILE.svg", help="draw which chunks worldkv attended to")
+    add("--save-latents", metavar="FILE.safetensors",
+        help="write the latents, [frames, channels, height, width] in float32 for each mode, by its name")  # fmt: skip
     report.add_quiet(parser)
 
 
@@ -99,7 +102,9 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--graph must go with a GPU, got --device {device}")
     modes = _modes(args.modes)
     report.writable("--picture", args.picture, [".svg"])
-    report.different_files(picture=args.picture, json=args.json)
+    report.writable("--save-latents", args.save_latents, [".safetensors"])
+    report.different_files(picture=args.picture, json=args.json, save_latents=args.save_latents)
+    args.given = rollout_models.read_conditions(args)
     if args.picture is not None and "worldkv" not in modes:
         raise ValueError(f"--picture must go with --modes that include worldkv, got {args.modes!r}")
     default = "float32" if device.type == "cpu" else "bfloat16"
@@ -119,6 +124,7 @@ def _run(args: argparse.Namespace) -> int:
     along = motion.until(chunks * config.chunk_frames)
     results: dict[str, dict[str, Any]] = {}
     yardstick: list[torch.Tensor] = []
+    kept: dict[str, torch.Tensor] = {}
     revisits: list[Revisit] = []
     stopped: BaseException | None = None
     try:
@@ -127,6 +133,9 @@ def _run(args: argparse.Namespace) -> int:
             made, banked = _made(mode, model, memory, along, args)
             latents = [chunk.latents.cpu() for chunk in made]
             yardstick = latents if mode == "full" else yardstick
+            if args.save_latents is not None:
+                kept[mode] = torch.cat(latents)
+                write_tensors(args.save_latents, kept)
             errors = [_relative_error(*pair) for pair in zip(latents, yardstick, strict=True)] if yardstick else None
             results[mode] = _result(made, banked, errors, memory, args.stride or STRIDE)
             del memory  # the next one may need its room
@@ -141,6 +150,8 @@ def _run(args: argparse.Namespace) -> int:
             raise
         stopped = error  # raised again when the modes that are complete have been written
 
+    if args.save_latents is not None:
+        report.note(f"wrote {args.save_latents}")
     report.write_json(args.json, {
         "command": "rollout",
         "machine": {**report.machine(device), "threads": args.threads},

@@ -17,11 +17,11 @@ import torch
 
 from ..actions import SCALES, ActionIntegrator, Actions, ActionScales, parse_actions
 from ..memory.pool import free_bytes
-from ..models.checkpoint import read_config, read_layout
+from ..models.checkpoint import read_config, read_layout, read_tensors
 from ..models.lingbot_camera import longest_step
 from ..models.lingbot_config import LingBotConfig
 from ..models.lingbot_world_fast import LingBotConditions, LingBotWorldFast
-from ..models.matrix_game_2 import MatrixGame2
+from ..models.matrix_game_2 import MatrixGame2, MatrixGameConditions
 from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
 from ..models.small_world import WEIGHTS, SmallWorld, SmallWorldConfig
@@ -92,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", metavar="FOLDER",
         help="a folder with .safetensors files, of the other models the published checkpoint (default: the trained "
              "weights of small_world that come with the package)")  # fmt: skip
+    add("--conditions", metavar="FILE",
+        help="a .safetensors file of the encoded prompt and image: text and image of lingbot_world_fast, image_tokens "
+             "and image_latents of matrix_game_2, in the shapes of their conditions (default: stand-ins)")  # fmt: skip
+    add("--compile", action="store_true", help="a block's norms, gates and residuals by torch.compile, one kernel each")
+    add("--fp8", action="store_true", help="linear layers in FP8, for bfloat16 on Hopper and newer GPUs")
     add("--layers", type=report.integer(1), help="so many instead of all; with --random alone")
     add("--grid", type=grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--trajectory", metavar="FOLDER|MOVES",
@@ -189,7 +194,10 @@ def check_weights(args: argparse.Namespace, config: Config, device: torch.device
 def make_model(
     args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[WorldModel, dict[str, Any]]:
-    """The model, and what its weights are, ready for JSON. Raises as from_pretrained does."""
+    """The model, and what its weights are, ready for JSON. Raises as from_pretrained does, and ValueError for FP8 in
+    another dtype than bfloat16."""
+    if args.fp8 and dtype != torch.bfloat16:
+        raise ValueError(f"--fp8 must go with --dtype bfloat16, got {str(dtype).removeprefix('torch.')}")
     options = dict(device=device, dtype=dtype)
     made_of = _CLASSES[args.model]
     count, _ = count_weights(args.model, config, dtype)
@@ -199,20 +207,48 @@ def make_model(
             model = made_of.random(config, args.seed, **options)
         else:
             model = made_of.from_pretrained(_folder(args), config=config, **options)
+        if args.compile:
+            model.compile_elementwise()
+        if args.fp8:
+            model.to_fp8()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    parameters = list(model.parameters())
+    stored = list(model.state_dict().values())
     return model, {
         "weights": weights_name(args),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "weight_bytes": sum(parameter.nbytes for parameter in parameters),
+        "parameters": count,
+        "weight_bytes": sum(tensor.nbytes for tensor in stored),
+        "compiled": args.compile,
+        "fp8": args.fp8,
         "seconds_to_load": time.perf_counter() - started,
     }
 
 
 def conditions(args: argparse.Namespace, poses: np.ndarray) -> Any:
-    """Of the rollout: stand-ins for prompt and image; and the scale that LingBot-World takes a clip's steps in."""
-    return LingBotConditions(translation_scale=longest_step(poses)) if args.model == "lingbot_world_fast" else None
+    """Of the rollout: what the file of --conditions holds, else stand-ins for prompt and image; and the scale that
+    LingBot-World takes a clip's steps in."""
+    given = dict(args.given)
+    if args.model == "lingbot_world_fast":
+        return LingBotConditions(**given, translation_scale=longest_step(poses))
+    return MatrixGameConditions(**given) if given else None
+
+
+def read_conditions(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The tensors of --conditions. Raises ValueError where there are others than the model's conditions, or none."""
+    if args.conditions is None:
+        return {}
+    wanted = {
+        "lingbot_world_fast": ("text", "image"), "matrix_game_2": ("image_tokens", "image_latents")
+    }.get(args.model)  # fmt: skip
+    if wanted is None:
+        raise ValueError(f"--conditions must go with --model lingbot_world_fast or matrix_game_2, got {args.model}")
+    try:
+        given = read_tensors(args.conditions)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--conditions must be a .safetensors file: {error}") from error
+    if not given or not set(given) <= set(wanted):
+        raise ValueError(f"--conditions must hold {' or '.join(wanted)} or both, got {', '.join(given) or 'nothing'}")
+    return given
 
 
 def on_meta(name: str, config: Config, dtype: torch.dtype) -> WorldModel:

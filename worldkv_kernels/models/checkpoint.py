@@ -6,6 +6,7 @@ import json
 import math
 import os
 import reprlib
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +127,42 @@ def load_parameters(
             if stored.file == file and name in targets:
                 with torch.no_grad():
                     targets[name].copy_(_tensor(mapped, stored))
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of one .safetensors file by name, on the CPU, copied.
+
+    Raises as read_layout, and ValueError on a dtype other than F64, F32, F16 and BF16.
+    """
+    layout = read_layout(path)
+    strange = [f"{name} {stored.dtype}" for name, stored in layout.items() if stored.dtype not in _DTYPES]
+    if strange:
+        raise ValueError(f"checkpoint: {path} must hold {', '.join(_DTYPES)}, got {abbreviated(strange)}")
+    size = max((stored.end for stored in layout.values()), default=0)
+    if not size:
+        return {name: torch.empty(s.shape, dtype=_DTYPES[s.dtype], device="cpu") for name, s in layout.items()}
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    return {name: _tensor(mapped, stored).clone() for name, stored in layout.items()}
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One .safetensors file of these tensors, in their order; it takes an older one's place when it is complete."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]
+        }  # fmt: skip
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    unfinished.replace(path)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

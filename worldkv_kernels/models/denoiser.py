@@ -36,6 +36,7 @@ class Denoiser(nn.Module, ABC):
 
     Config: ClassVar[Any]
     fp32_parameters: ClassVar[Sequence[str]] = wan.FP32_PARAMETERS  # parts of their names
+    kept_by_fp8: ClassVar[Sequence[str]] = ()  # children of a block that to_fp8 leaves as they are
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__}.to_fp8: dtype must be torch.bfloat16, got {self.dtype}")
         elementwise = wan.compiled() if self.device.type == "cuda" else wan.EAGER
         for block in self.blocks:
-            fp8.to_fp8(f"{type(self).__name__}.to_fp8", block, elementwise.quantized)
+            fp8.to_fp8(f"{type(self).__name__}.to_fp8", block, elementwise.quantized, self.kept_by_fp8)
 
     def pass_key(self, of_chunk: Any) -> Hashable:
         """As of WorldModel: passes are alike in all chunks, if what they read lies where it lay.

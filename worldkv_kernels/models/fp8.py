@@ -5,7 +5,7 @@ As torchao's and vLLM's dynamic row-wise FP8. A weight takes half of bf16's byte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -50,16 +50,19 @@ class Fp8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def to_fp8(op: str, module: nn.Module, quantize: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> int:
+def to_fp8(
+    op: str, module: nn.Module, quantize: Callable[..., tuple[torch.Tensor, torch.Tensor]], keep: Sequence[str] = ()
+) -> int:
     """Replace every bf16 nn.Linear inside `module` whose sides are multiples of 16; returns how many.
 
-    Raises ValueError where torch or the GPU has no such product, or none is bf16.
+    What lies in a child named in `keep` stays. Raises ValueError where the GPU has no such product, or none is bf16.
     """
     linears = [
         (owner, name, child)
-        for owner in module.modules()
+        for path, owner in module.named_modules()
         for name, child in owner.named_children()
-        if isinstance(child, nn.Linear)
+        if path.partition(".")[0] not in keep
+        and isinstance(child, nn.Linear)
         and child.weight.dtype == torch.bfloat16
         and child.in_features % _FEWEST == child.out_features % _FEWEST == 0
     ]

@@ -96,6 +96,7 @@ class MatrixGame2(Denoiser):
 
     Config = MatrixGameConfig
     fp32_parameters = ()
+    kept_by_fp8 = ("action_model",)  # which reads parts of its weights, and is small
 
     def _blocks(self) -> Iterable[wan.TextBlock]:
         return (_block(self.config, layer) for layer in range(self.config.num_layers))
