@@ -42,6 +42,8 @@ from worldkv_kernels.ops.segment_attention import BACKENDS
 TILE_ROWS = 128
 MOST_SCORES = 2**28  # held at once by the check
 EXTRAS = ("rebase", "mass", "lse")  # what is asked for on top
+# Ours, beside the rivals "sdpa flash", "sdpa cudnn" and so on: it gathers by itself.
+NAMES = {"sdpa": "sdpa backend"}
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,22 @@ class Inputs:
 def our_backends(case: Case, device: torch.device) -> list[str]:
     """Those that run here and take the case's numbers."""
     kind = (case.dtype, case.head_dim, 0, False, False, False, True, True)
-    return [name for name in ours("segment_attention", device) if BACKENDS.backends[name].unsupported(kind) is None]
+    mine = {name: BACKENDS.backends[name] for name in ours("segment_attention", device)}
+    return [n for n, backend in mine.items() if not (backend.unsupported(kind) or backend.unsupported_on(device, kind))]
+
+
+def our_variants(case: Case, device: torch.device) -> list[tuple[str, str]]:
+    """Backend and extra of each."""
+    return [
+        (backend, extra)
+        for backend in our_backends(case, device)
+        for extra in ("", *EXTRAS)
+        if (backend, extra) != ("sdpa", "mass")
+    ]
+
+
+def name_of(backend: str, extra: str) -> str:
+    return f"{NAMES.get(backend, backend)} {extra}".strip()
 
 
 def our_variant(inputs: Inputs, backend: str, extra: str) -> Variant:
@@ -352,7 +369,8 @@ def our_variant(inputs: Inputs, backend: str, extra: str) -> Variant:
 
     limit = ERROR_LIMITS[inputs.case.dtype]
     counts = inputs.counts(lse=lse, mass=mass)
-    return Variant(f"{backend} {extra}".strip(), lambda: run, check, limit, **counts, base=backend if extra else None)
+    base = name_of(backend, "") if extra else None
+    return Variant(name_of(backend, extra), lambda: run, check, limit, **counts, base=base)
 
 
 def _sdpa(inputs: Inputs, kernel: SDPBackend, gather: bool) -> Run:
@@ -387,7 +405,7 @@ def sdpa_kernels(device: torch.device) -> dict[str, SDPBackend]:
 
 def variants_of(case: Case, device: torch.device, own: Collection[str] = ()) -> dict[str, bool]:
     """The names of a case's variants, and whether each is a rival, without making any."""
-    mine = [f"{backend} {extra}".strip() for backend in our_backends(case, device) for extra in ("", *EXTRAS)]
+    mine = [name_of(backend, extra) for backend, extra in our_variants(case, device)]
     sdpa = [f"{name}{gather}" for gather in ("", " gather") for name in sdpa_kernels(device)]
     return dict.fromkeys(mine, False) | dict.fromkeys([*sdpa, *RIVALS, *own], True)
 
@@ -416,7 +434,7 @@ def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = 
         return Variant(name, make, check, limit, **inputs.counts(), rival=True)
 
     kernels = sdpa_kernels(device)
-    variants = [our_variant(inputs, b, extra) for b in our_backends(case, device) for extra in ("", *EXTRAS)]
+    variants = [our_variant(inputs, backend, extra) for backend, extra in our_variants(case, device)]
     variants += [
         rival(f"{name} gather" if gather else name, partial(_sdpa, inputs, kernel, gather), limit)
         for gather in (False, True)

@@ -193,11 +193,12 @@ def trace_file() -> str | Path | None:
 
 
 def ours(op: str, device: torch.device) -> list[str]:
-    """The op's backends that can run here: the kernels on a GPU, the reference on a CPU."""
+    """The op's backends that can run here: the kernels on a GPU, and on a CPU what `auto` takes there."""
     # The package's attribute of the same name is the function, hence not getattr.
-    known = importlib.import_module(f"worldkv_kernels.ops.{op}").BACKENDS.backends
+    table = importlib.import_module(f"worldkv_kernels.ops.{op}").BACKENDS
+    known = table.backends
     if device.type == "cpu":
-        return ["reference"]
+        return [name for name in table.on_cpu if known[name].unavailable(device) is None]
     return [name for name, backend in known.items() if name != "reference" and backend.unavailable(device) is None]
 
 

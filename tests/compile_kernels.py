@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-from worldkv_kernels.kernels import compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels.kernels import compress_chunk, gather_window, norm_rope_append, segment_attention
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -155,6 +155,25 @@ def attention_launches():
         )  # fmt: skip
 
 
+def gather_launches():
+    for dtype, head_dim, shift in [
+        (torch.bfloat16, 128, False), (torch.bfloat16, 128, True), (torch.float16, 64, True), (torch.float32, 128, True)
+    ]:  # fmt: skip
+        pool = torch.empty(50_000, 40, head_dim, dtype=dtype, device="meta")
+        gathered = torch.empty(400 * 128, 40, head_dim, dtype=dtype, device="meta")
+        shapes = ((400, 2), (400 * 128, 2), (401, 4))
+        tables = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
+        turns = torch.empty(400, head_dim // 2 - 2 * (head_dim // 6), 2, device="meta")
+        lengths = torch.empty(2, 2, dtype=torch.int32, device="meta")
+        yield (
+            f"{str(dtype)[6:]} {head_dim}{' shift' * shift}",
+            partial(
+                gather_window.gather_window, pool, pool, *tables, turns, gathered, gathered, lengths, q_len=4680,
+                has_shift=shift,
+            ),
+        )  # fmt: skip
+
+
 def append_launches():
     for dtype, heads, head_dim, weight, rope in [
         (torch.bfloat16, 40, 128, True, True), (torch.bfloat16, 12, 128, True, True),
@@ -201,7 +220,7 @@ def main(archs: list[int]) -> None:
     for arch in archs:
         for module in (segment_attention, compress_chunk):
             module.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
-        for launch_list in (attention_launches, append_launches, compress_launches):
+        for launch_list in (attention_launches, gather_launches, append_launches, compress_launches):
             for case, launch in launch_list():
                 with intercepted_launches() as launches:
                     launch()

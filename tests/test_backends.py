@@ -1,8 +1,10 @@
 """The choice of a backend: availability, the first-use check, the fallback, and what doctor says."""
 
 import json
+import re
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from conftest import DEVICE
 from worldkv_kernels import Rope3D, Segment, Window, segment_attention
 from worldkv_kernels.cli import doctor, main
 from worldkv_kernels.ops import cuda, proven
-from worldkv_kernels.ops.backends import Backend, OpBackends, on_current_device
+from worldkv_kernels.ops.backends import Backend, Cannot, OpBackends, on_current_device
 from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS
 from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND
 from worldkv_kernels.ops.segment_attention import BACKENDS as ATTENTION
@@ -118,6 +120,93 @@ def corrupted(run, spoil):
         spoil(tensors)
 
     return wrong
+
+
+def test_a_backend_is_forced_where_an_op_has_it(op, monkeypatch):
+    monkeypatch.setenv("WORLDKV_BACKEND", "reference")
+    assert op.choose("auto", GPU, KIND) is op.runs["reference"] and op.name("auto", GPU, KIND) == "reference"
+    assert op.choose("triton", GPU, KIND) is op.runs["triton"]  # what a call names goes first
+    monkeypatch.setenv("WORLDKV_BACKEND", "sdpa")
+    assert op.choose("auto", GPU, KIND) is op.runs["triton"]  # it has none
+    for name in ("auto", ""):
+        monkeypatch.setenv("WORLDKV_BACKEND", name)
+        assert op.choose("auto", GPU, KIND) is op.runs["triton"]
+    monkeypatch.setenv("WORLDKV_BACKEND", "tpu")
+    wanted = "WORLDKV_BACKEND must be auto or one of 'cuda', 'triton', 'sdpa', 'reference', got 'tpu'"
+    for name in (op.name, op.choose):
+        with pytest.raises(ValueError, match=wanted):
+            name("auto", GPU, KIND)
+    op.backends["triton"] = Backend(lambda: op.runs["triton"], unsupported=lambda kind: "it takes fp16 alone")
+    op.forget()
+    monkeypatch.setenv("WORLDKV_BACKEND", "triton")
+    with pytest.raises(ValueError, match="some_op: backend must be able to run this on cuda:0, got 'triton': it takes"):
+        op.choose("auto", GPU, KIND)
+
+
+def test_an_unmodified_call_takes_the_forced_backend(monkeypatch):
+    ran = []
+    for name in ("sdpa", "reference"):
+        run = ATTENTION.run(name)
+        monkeypatch.setitem(
+            ATTENTION.loaded, name, lambda *x, run=run, name=name, **y: ran.append(name) or run(*x, **y)
+        )
+    monkeypatch.setenv("WORLDKV_SELF_CHECK", "0")
+    ATTENTION.forget()
+    pool, window = torch.randn(128, 2, 64), Window([Segment(0, 100)], device=CPU)
+    for name in ("", "reference", "sdpa"):
+        monkeypatch.setenv("WORLDKV_BACKEND", name)
+        segment_attention(pool[:3], pool, pool, window)
+    assert ran == ["sdpa", "reference", "sdpa"]
+    monkeypatch.setenv("WORLDKV_BACKEND", "sdpa")
+    with pytest.raises(ValueError, match="got 'sdpa': PyTorch's attention gives no softmax weight"):
+        segment_attention(pool[:3], pool, pool, window, return_mass=True)
+    ATTENTION.forget()
+
+
+def test_strict_makes_an_error_of_a_fallback(op, monkeypatch):
+    monkeypatch.setenv("WORLDKV_STRICT", "1")
+    passes = "some_op: WORLDKV_STRICT=1, and auto passes over {} on cuda:0: "
+    with pytest.raises(RuntimeError, match=passes.format("cuda") + "no run has proven it on sm_90"):
+        op.choose("auto", GPU, KIND)
+    op.backends["cuda"] = Backend(lambda: None, lambda device: "the extension is not built")
+    with pytest.raises(RuntimeError, match=passes.format("cuda") + "the extension is not built"):
+        op.choose("auto", GPU, KIND)
+    op.backends["cuda"] = Backend(lambda: None, lambda device: Cannot("it is for another card"))
+    assert op.choose("auto", GPU, KIND) is op.runs["triton"]
+    op.backends["cuda"] = Backend(lambda: None, unsupported=lambda kind: "it takes fp16 alone")
+    op.forget()
+    assert op.choose("auto", GPU, KIND) is op.runs["triton"]
+    op.runs["triton"] = op.writes(1.1)
+    op.loaded.clear()
+    op.forget()
+    with pytest.warns(UserWarning, match="is not used"), pytest.raises(RuntimeError, match="triton on cuda:0: its out"):
+        op.choose("auto", GPU, KIND)
+    monkeypatch.setenv("WORLDKV_STRICT", "0")
+    assert op.choose("auto", GPU, KIND) is op.runs["reference"]
+    monkeypatch.setenv("WORLDKV_STRICT", "1")
+    with pytest.raises(RuntimeError, match="triton on cuda:0: its out differs"):  # once chosen, too
+        op.choose("auto", GPU, KIND)
+    assert op.choose("reference", GPU, KIND) is op.runs["reference"]
+
+
+def test_what_no_installation_changes_is_no_fallback(monkeypatch):
+    """On a CPU, of every op; a planted wrong kernel is one."""
+    monkeypatch.setenv("WORLDKV_STRICT", "1")
+    for table in (ATTENTION, APPEND, COMPRESS):
+        for kind in table.kinds[:4]:
+            table.choose("auto", CPU, kind)
+    kind = (torch.float32, 64, 0, False, False, False, True, True)
+    monkeypatch.setitem(ATTENTION.loaded, "sdpa", corrupted(ATTENTION.run("sdpa"), lambda x: x[OUT].mul_(1.05)))
+    ATTENTION.forget()
+    refused = "passes over sdpa on cpu: its out differs"
+    with pytest.warns(UserWarning, match="the sdpa kernel is not used"), pytest.raises(RuntimeError, match=refused):
+        ATTENTION.choose("auto", CPU, kind)
+    monkeypatch.setitem(
+        ATTENTION.backends, "sdpa", replace(ATTENTION.backends["sdpa"], unavailable=lambda device: "torch has none")
+    )
+    with pytest.raises(RuntimeError, match="passes over sdpa on cpu: torch has none"):
+        ATTENTION.choose("auto", CPU, kind)
+    ATTENTION.forget()
 
 
 OUT, LSE, MASS = 9, 10, 11  # places among segment_attention's tensors
@@ -290,6 +379,19 @@ def test_doctor_names_every_backend_and_why(tmp_path, capsys):
     assert "serves" in printed
     assert all(f["keys"] in printed and f["backend"] in ATTENTION.backends for f in findings["shapes"])
     assert len({(f["model"], f["extra"]) for f in findings["shapes"]}) == 12
+
+
+def test_doctor_says_what_serves_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "doctor.json"
+    assert main(["doctor", "--device", "cpu", "--json", str(path)]) == 0
+    findings = json.loads(path.read_text())
+    of_attention = {f["backend"]: f for f in findings["backends"] if f["op"] == "segment_attention"}
+    assert list(of_attention) == ["cuda", "triton", "sdpa", "reference"]
+    assert of_attention["sdpa"]["why"] == "serves" and of_attention["reference"]["why"] == "a better one serves"
+    assert {(f["extra"] == "mass", f["backend"]) for f in findings["shapes"]} == {(False, "sdpa"), (True, "reference")}
+    assert re.search(r"segment_attention +sdpa +takes it +serves", capsys.readouterr().out)
+    checked, disagreement = doctor._check(ATTENTION, CPU, "sdpa")
+    assert checked == len([kind for kind in ATTENTION.kinds if not kind[4]]) and disagreement is None
 
 
 def test_doctor_says_how_each_shape_is_launched(monkeypatch):

@@ -111,12 +111,14 @@ def test_segments_are_scattered_over_aligned_slots(load, lengths):
 
 def test_a_backend_is_timed_on_the_numbers_that_it_takes(load, monkeypatch):
     bench = load("bench_segment_attention")
-    monkeypatch.setattr(bench, "ours", lambda op, device: ["cuda", "reference"])
+    monkeypatch.setattr(bench, "ours", lambda op, device: ["cuda", "sdpa", "reference"])
     half, full = bench.SMALL_CASES[-1], bench.SMALL_CASES[0]
     assert (half.dtype, full.dtype) == (torch.float16, torch.float32)
     extras = ["", " rebase", " mass", " lse"]
-    for case, mine in ((half, ["cuda", "reference"]), (full, ["reference"])):
+    dense = ["sdpa backend", "sdpa backend rebase", "sdpa backend lse"]  # without mass
+    for case, mine in ((half, ["cuda"]), (full, [])):
         wanted = [f"{name}{extra}" for name in mine for extra in extras]
+        wanted += [*dense, *(f"reference{extra}" for extra in extras)]
         assert [name for name, rival in bench.variants_of(case, CPU).items() if not rival] == wanted
         assert [v.name for v in bench.prepare(case, CPU).variants if not v.rival] == wanted
 

@@ -128,7 +128,7 @@ def test_variants_are_picked_by_name_or_first_words(load, words, left):
 def test_case_and_only_leave_what_they_name(tmp_path):
     figures = bench(tmp_path, "all", "--small", "--case", "float16$", "--only", "ours,eager,sdpa flash")
     assert [(f["bench"], f["variant"]) for f in figures if f["base"] is None] == [
-        ("segment_attention", "reference"), ("segment_attention", "sdpa flash"),
+        ("segment_attention", "sdpa backend"), ("segment_attention", "reference"), ("segment_attention", "sdpa flash"),
         ("norm_rope_append", "reference"), ("norm_rope_append", "eager"), ("compress_chunk", "reference"),
     ]  # fmt: skip
     assert all(f["case"].endswith("float16") for f in figures)

@@ -1,6 +1,7 @@
 """Which backend is the fastest for a shape: what the automatic choice makes of measurements, and that these exist."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +102,20 @@ def test_where_it_is_measured_faster_it_serves(op, gpu):
     assert chosen(op, Size(3, 700)) == "cuda" and chosen(op, Size(9, 700)) == "triton"
 
 
+def test_another_backend_may_be_the_fastest(op, gpu):
+    """Such as "sdpa", which otherwise comes after both kernels, and needs no proof."""
+    op.backends = {**op.backends, "sdpa": Backend(lambda: lambda out: op.ran.append("sdpa") or out.fill_(1.0))}
+    assert op.order(GPU) == ["triton", "cuda", "sdpa", "reference"]
+    gpu(replace(entry(), backend="sdpa"))
+    assert op.order(GPU, Size(5, 700)) == ["sdpa", "triton", "cuda", "reference"] and chosen(op, Size(5, 700)) == "sdpa"
+    assert (
+        op.order(GPU, Size(9, 700)) == ["triton", "cuda", "sdpa", "reference"] and chosen(op, Size(9, 700)) == "triton"
+    )
+    assert op.slower(GPU, Size(5, 700)) == "not measured faster than triton on sm_90"  # the CUDA kernel
+    gpu(replace(entry(), backend="sdpa", architecture="sm_100"), entry(keys=(500, 600)))
+    assert op.order(GPU, Size(5, 550)) == ["cuda", "triton", "sdpa", "reference"]
+
+
 def test_a_fast_kernel_that_is_not_proven_or_not_right_does_not_serve(op, gpu):
     gpu(entry())
     assert chosen(op) == "triton" and "no run has proven it" in op.passed_over("cuda", GPU, KIND)
@@ -179,6 +194,12 @@ def test_doctor_says_which_kernel_a_shape_gets_and_why(gpu, monkeypatch):
 # --- the table itself ---
 
 
+def extra_of(variant, backend):
+    """What is asked of a backend on top: "rebase" of "cuda rebase"; None of another backend's variant."""
+    name, extra = variant[: len(backend)], variant[len(backend) :]
+    return extra.strip() if name == backend and extra[:1] in ("", " ") else None
+
+
 def fault(entry, root=ROOT):
     """What is wrong with an entry of segment_attention: each figure has to be one of its shapes, and the fastest of
     the backends'. None where nothing is."""
@@ -189,8 +210,9 @@ def fault(entry, root=ROOT):
         path, _, number = name.partition(":")
         figures = [json.loads(line) for line in (root / path).read_text().splitlines()]
         figure = figures[int(number) - 1]
-        backend, _, extra = figure["variant"].partition(" ")
-        if (figure["bench"], backend, figure["status"]) != ("segment_attention", "cuda", "timed"):
+        name_there = {"sdpa": "sdpa backend"}.get(entry.backend, entry.backend)
+        extra = extra_of(figure["variant"], name_there)
+        if extra is None or (figure["bench"], figure["status"]) != ("segment_attention", "timed"):
             return f"{name} is no figure of the kernel"
         numbers = figure["shape"]
         turned = numbers["head_dim"] // 2 - 2 * (numbers["head_dim"] // 6) if extra == "rebase" else 0
@@ -202,7 +224,8 @@ def fault(entry, root=ROOT):
             f for f in figures
             if f["bench"] == figure["bench"] and not f["is_rival"]
             and (f["case"], f["status"]) == (figure["case"], "timed")
-            and f["variant"] != figure["variant"] and f["variant"].partition(" ")[2] == extra
+            and f["variant"] != figure["variant"]
+            and extra in (extra_of(f["variant"], other) for other in ("cuda", "triton", "sdpa backend", "reference"))
         ]  # fmt: skip
         if not others or any(f["us"] <= figure["us"] for f in others):
             return f"{name} does not show it as the fastest"
@@ -226,6 +249,7 @@ def test_every_entry_has_figures_that_show_it():
         ({"case": "another"}, {}, "does not show it as the fastest"),
         ({"variant": "cuda rebase"}, {}, "is of another shape"),
         ({"variant": "triton"}, {}, "is no figure of the kernel"),
+        ({"variant": "sdpa backend"}, {}, "is no figure of the kernel"),
         ({"status": "wrong"}, {}, "is no figure of the kernel"),
         ({}, {"heads": (41, 80)}, "is of another shape"),
         ({}, {"keys": (0, 1000)}, "is of another shape"),
@@ -251,3 +275,15 @@ def test_an_entry_without_such_figures_is_found(tmp_path, changes, ranges, wante
     assert found is None if wanted is None else found.endswith(wanted)
     del held["keys"]
     assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",)), tmp_path) is not None
+
+
+def test_an_entry_of_sdpa_needs_lines_of_the_backend(tmp_path):
+    shape = {"heads": 40, "queries": 4680, "tokens": 32_760, "head_dim": 128}
+    common = {"bench": "segment_attention", "case": "a case", "status": "timed", "is_rival": False, "shape": shape}
+    times = {"triton": 100.0, "cuda": 90.0, "sdpa backend lse": 70.0, "sdpa backend": 80.0}
+    lines = [{**common, "variant": variant, "us": us} for variant, us in times.items()]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, False, False)), strict=True))
+    assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",), "sdpa"), tmp_path) is None
+    assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:2",), "sdpa"), tmp_path).endswith("the kernel")
+    assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:2",)), tmp_path).endswith("as the fastest")

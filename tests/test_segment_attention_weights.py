@@ -16,6 +16,7 @@ from test_segment_attention import (
     check,
     dtype_of,
     exact_scores,
+    extras,
     limits,
     make_pool,
     make_window,
@@ -27,6 +28,7 @@ from worldkv_kernels.window import MAX_LOG_WEIGHT
 
 WEIGHTED = (torch.float16, 64, 0, False, False, True, True, True)  # a kind of problem
 BACKEND_NAMES = [name for name in backends(BACKENDS) if BACKENDS.backends[name].unsupported(WEIGHTED) is None]
+MASS_BACKENDS = [name for name in BACKEND_NAMES if name != "sdpa"]  # which has no mass
 # Tail rows of all of them lie in one block of a kernel, or two; full tiles lie between and before.
 SEGMENTS = [
     Segment(0, 7, log_weight=-2.5), Segment(10, 140, log_weight=math.log(2)), Segment(160, 1, log_weight=8.0),
@@ -53,15 +55,16 @@ def shifted_too(segments, shifted):
 @given(segments=segment_lists, seed=st.integers(0, 1000), shifted=st.booleans())
 def test_random_windows_match_float64(backend, segments, seed, shifted):
     segments = segments if shifted else [s._replace(time_shift=0) for s in segments]
-    *_, mass = check(backend, 1 + seed % 40, 2, 64, segments, seed=seed, **EXTRAS)
-    assert (mass.sum(1) - 1).abs().max() <= 1e-5
+    *_, last = check(backend, 1 + seed % 40, 2, 64, segments, seed=seed, **extras(backend))
+    if backend in MASS_BACKENDS:
+        assert (last.sum(1) - 1).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_tails_of_several_segments_in_a_block(backend, head_dim, shifted):
-    check(backend, 33, 2, head_dim, shifted_too(SEGMENTS, shifted), **EXTRAS)
+    check(backend, 33, 2, head_dim, shifted_too(SEGMENTS, shifted), **extras(backend))
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
@@ -70,10 +73,13 @@ def test_log_2_is_the_segment_named_twice(backend):
     twice = [s._replace(log_weight=0.0) for s in (once[0], once[1], once[1], once[2], once[2])]
     k, v, generator = make_pool(600, 2, 64, once, dtype_of(backend))
     q = torch.randn(20, 2, 64, generator=generator).to(DEVICE, k.dtype)
-    out, lse, mass = segment_attention(q, k, v, make_window(once, 64), backend=backend, **EXTRAS)
-    want, want_lse, want_mass = segment_attention(q, k, v, make_window(twice, 64), backend=backend, **EXTRAS)
+    out, lse, *mass = segment_attention(q, k, v, make_window(once, 64), backend=backend, **extras(backend))
+    want, want_lse, *want_mass = segment_attention(q, k, v, make_window(twice, 64), backend=backend, **extras(backend))
     assert relative_error(out, want) <= (1e-6 if k.dtype == torch.float32 else 1e-3)
     assert relative_error(lse, want_lse) <= 1e-6
+    if backend not in MASS_BACKENDS:
+        return
+    (mass,), (want_mass,) = mass, want_mass
     summed = torch.stack([want_mass[:, 0], want_mass[:, 1:3].sum(1), want_mass[:, 3:].sum(1)], dim=1)
     assert relative_error(mass, summed) <= 1e-6
 
@@ -89,10 +95,10 @@ def test_what_lies_far_below_the_best_score_keeps_its_digits_in_fp16(backend, nu
     q = torch.randn(9, 1, 64, generator=generator)
     q[..., 0], k[:300, :, 0], k[300:, :, 0] = 8.0, 16.0, 0.0
     q, k, v = (x.to(DEVICE, torch.float16) for x in (q, k, v))
-    got = segment_attention(q, k, v, make_window(segments, 64), backend=backend, **EXTRAS)
+    got = segment_attention(q, k, v, make_window(segments, 64), backend=backend, **extras(backend))
     wanted = brute_force(q, k, v, segments)
     assert 0.2 <= wanted[2].min() <= 0.5
-    for have, want, limit in zip(got, wanted, (1e-3, 2e-6, 2e-6), strict=True):
+    for have, want, limit in zip(got, wanted, (1e-3, 2e-6, 2e-6), strict=False):
         assert relative_error(have, want) <= limit
 
 
@@ -104,18 +110,19 @@ def test_weights_act_among_equal_scores_of_any_size(backend, size, shifted):
     q, k, v = exact_scores(600)
     scale = size / (64 * 100003)
     window = Window(SEGMENTS, device=DEVICE, rope=ROPES[64] if shifted else None, weighted=True)
-    got = segment_attention(q, k, v, window, scale=scale, backend=backend, **EXTRAS)
-    for have, want in zip(got, brute_force(q, k, v, SEGMENTS, scale), strict=True):
+    got = segment_attention(q, k, v, window, scale=scale, backend=backend, **extras(backend))
+    for have, want in zip(got, brute_force(q, k, v, SEGMENTS, scale)[: len(got)], strict=True):
         assert relative_error(have, want) <= 2e-6
-    assert (got[2].sum(1) - 1).abs().max() <= 1e-6
+    if backend in MASS_BACKENDS:
+        assert (got[2].sum(1) - 1).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("scale", [None, 1e-9, 1e25])
 def test_the_largest_numbers_of_half_precision(backend, scale):
     q, k, v = exact_scores(600, torch.float16)
-    got = segment_attention(q, k, v, make_window(SEGMENTS, 64), scale=scale, backend=backend, **EXTRAS)
-    for have, want, limit in zip(got, brute_force(q, k, v, SEGMENTS, scale), (1e-3, 2e-6, 2e-6), strict=True):
+    got = segment_attention(q, k, v, make_window(SEGMENTS, 64), scale=scale, backend=backend, **extras(backend))
+    for have, want, limit in zip(got, brute_force(q, k, v, SEGMENTS, scale), (1e-3, 2e-6, 2e-6), strict=False):
         assert relative_error(have, want) <= limit
 
 
@@ -131,9 +138,9 @@ def test_where_a_kernel_changes_its_scale_lse_is_right(backend, key, below, firs
     q[..., 0], k[..., 0] = 128.0, key
     scale = (2.0**28 - below) / (128 * key) * math.log(2)
     q, k = (x.to(DEVICE, torch.float16) for x in (q, k))
-    _, lse, mass = segment_attention(q, k, k, make_window(segments, 64), scale=scale, backend=backend, **EXTRAS)
-    _, want_lse, want_mass = brute_force(q, k, k, segments, scale)
-    assert relative_error(lse, want_lse) <= 2e-6 and relative_error(mass, want_mass) <= 2e-6
+    got = segment_attention(q, k, k, make_window(segments, 64), scale=scale, backend=backend, **extras(backend))
+    for have, want in zip(got[1:], brute_force(q, k, k, segments, scale)[1 : len(got)], strict=True):
+        assert relative_error(have, want) <= 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
@@ -142,7 +149,7 @@ def test_where_a_kernel_changes_its_scale_lse_is_right(backend, key, below, firs
 def test_roundings_of_the_maximum_do_not_add_up(monkeypatch, backend, sign, equal):
     """Products with log2(e) of 1.5 * 2**27, 16 apart: of weights of 0, 9 and 4.5 to base 2 in turn 9 becomes 16, and
     4.5 nothing. Sums of all would end in zeros or infinities, were not each rounding made up for by the next."""
-    if backend != "reference":  # one walk over all of the window
+    if backend not in ("reference", "sdpa"):  # one walk over all of the window
         kernel = pytest.importorskip("worldkv_kernels.kernels.segment_attention", reason="triton is not installed")
         monkeypatch.setattr(kernel, "deal", lambda *_: kernel.Deal(1, 0, 1))
     logs = [sign * x * math.log(2) for x in (0.0, -9.0, -4.5)] * 17
@@ -156,8 +163,8 @@ def test_roundings_of_the_maximum_do_not_add_up(monkeypatch, backend, sign, equa
     v = torch.randn(k.shape, generator=generator)
     scale = 1.5 * 2.0**27 / 2**10 * math.log(2)
     q, k, v = (x.to(DEVICE, torch.float16) for x in (q, k, v))
-    got = segment_attention(q, k, v, make_window(segments, 64), scale=scale, backend=backend, **EXTRAS)
-    for have, want, limit in zip(got, brute_force(q, k, v, segments, scale), (1e-3, 4e-6, 4e-6), strict=True):
+    got = segment_attention(q, k, v, make_window(segments, 64), scale=scale, backend=backend, **extras(backend))
+    for have, want, limit in zip(got, brute_force(q, k, v, segments, scale), (1e-3, 4e-6, 4e-6), strict=False):
         assert relative_error(have, want) <= limit
 
 
@@ -188,9 +195,9 @@ def test_update_in_place_is_what_the_next_call_reads(backend, shifted):
     rotated = [s._replace(log_weight=given[i - 1].log_weight) for i, s in enumerate(given)]
     for chosen in (given, rotated, given[::-1], [s._replace(log_weight=0.0) for s in given], given[:1]):
         window.update(chosen)
-        got = segment_attention(q, k, v, window, backend=backend, **EXTRAS)
+        got = segment_attention(q, k, v, window, backend=backend, **extras(backend))
         of_out, of_sums = limits(k.dtype, given)
-        for have, want, limit in zip(got, brute_force(q, k, v, chosen), (of_out, of_sums, of_sums), strict=True):
+        for have, want, limit in zip(got, brute_force(q, k, v, chosen), (of_out, of_sums, of_sums), strict=False):
             assert relative_error(have, want) <= limit
     assert addresses == [t.data_ptr() for t in window.tables]
 
@@ -210,12 +217,12 @@ def test_same_bits_wherever_the_segments_lie_and_every_time(backend, shift):
         k, v = pool.to(DEVICE, q.dtype)
         window = make_window([Segment(s, n, shift, w) for s, n, w in zip(starts, lengths, logs, strict=True)], 64)
         for _ in range(10):
-            outputs = segment_attention(q, k, v, window, backend=backend, **EXTRAS)
+            outputs = segment_attention(q, k, v, window, backend=backend, **extras(backend))
             results.append(torch.cat([x.flatten() for x in outputs]))
     assert len(results) == 20 and all(torch.equal(results[0], result) for result in results)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKEND_NAMES if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in MASS_BACKENDS if name != "reference"])
 @pytest.mark.parametrize("captured", [2, 9])
 def test_mass_of_a_replay_with_other_segments_stays_inside(backend, captured):
     """What a captured graph does when the window changed: mass sized for `captured` segments, seven in the tables."""
@@ -255,13 +262,13 @@ def test_a_replay_sees_new_weights_on_a_gpu(backend):
     k, v, generator = make_pool(600, 2, 128, SEGMENTS, torch.float16)
     q = torch.randn(200, 2, 128, generator=generator).to(DEVICE, torch.float16)
     window = Window(SEGMENTS, device=DEVICE, weighted=True)
-    segment_attention(q, k, v, window, backend=backend, **EXTRAS)
+    segment_attention(q, k, v, window, backend=backend, **extras(backend))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = segment_attention(q, k, v, window, backend=backend, **EXTRAS)
+        got = segment_attention(q, k, v, window, backend=backend, **extras(backend))
     window.update([s._replace(log_weight=-s.log_weight) for s in SEGMENTS])
     graph.replay()
-    for have, want in zip(got, brute_force(q, k, v, window.segments), strict=True):
+    for have, want in zip(got, brute_force(q, k, v, window.segments)[: len(got)], strict=True):
         assert relative_error(have, want) <= 2e-3
 
 

@@ -80,7 +80,7 @@ def _check(op: OpBackends, device: torch.device, name: str) -> tuple[int, str | 
     backend = op.backends[name]
     if name == "reference" or backend.unavailable(device):
         return 0, None
-    kinds = [kind for kind in op.kinds if backend.unsupported(kind) is None]
+    kinds = [kind for kind in op.kinds if backend.why_not(device, kind) is None]
     progress = Progress(f"{op.op} {name}", len(kinds))
     for checked, kind in enumerate(kinds, 1):
         disagreement = op.disagreement(name, device, kind)
@@ -147,7 +147,7 @@ def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
 
 def _launch(backend: str, device: torch.device, shape: Shape) -> str:
     """How a backend launches segment_attention of a shape in bf16."""
-    if backend == "reference":
+    if backend in ("reference", "sdpa"):
         return "-"
     from ..kernels import segment_attention as kernel
 

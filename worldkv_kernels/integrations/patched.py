@@ -16,7 +16,7 @@ from torch import nn
 from ..checks import DTYPES, check_backend, describe
 from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
-from ..ops.all import OPS
+from ..ops.all import EVERY_BACKEND
 from ..tracing import untraced
 from .chunks import Chunks
 
@@ -304,8 +304,8 @@ def check_choices(op: str, dtype: torch.dtype | None, backend: str | None) -> No
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"{op}.enable: dtype must be bfloat16, float16, float32 or None, got {dtype}")
     check_backend(f"{op}.enable", backend)
-    if backend is not None and any(backend not in each.backends for each in OPS):
-        raise ValueError(f"{op}.enable: backend must be one of {', '.join(OPS[0].backends)}, got {backend!r}")
+    if backend is not None and backend not in EVERY_BACKEND:
+        raise ValueError(f"{op}.enable: backend must be one of {', '.join(EVERY_BACKEND)}, got {backend!r}")
 
 
 def _attention_of(attention: nn.Module, layer: int, chunks: Chunks) -> Callable[..., torch.Tensor]:

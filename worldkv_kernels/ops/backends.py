@@ -1,11 +1,21 @@
 """Which implementation of an op runs: the rule, the first-use check, and what `worldkv doctor` reports.
 
-On a CPU `auto` is the reference. On a GPU it is a CUDA kernel where one is built and proven for the
-architecture, then Triton, then the reference. An op may put the CUDA kernel after Triton but for shapes
-for which it has been measured faster: which is right and which is fast are two questions. The first
-automatic use of a kernel in a process, per device and kind of problem, compares it with the reference
-on a small case; on disagreement the next backend serves, with one warning and a mark in the report.
+On a CPU `auto` is PyTorch's own attention where an op has that (`OpBackends.on_cpu`), then the reference.
+On a GPU it is a CUDA kernel where one is built and proven for the architecture, then Triton, then
+PyTorch's own, then the reference. An op may put the CUDA kernel after Triton but for shapes for which it
+has been measured faster: which is right and which is fast are two questions. The first automatic use of a
+kernel in a process, per device and kind of problem, compares it with the reference on a small case; on
+disagreement the next backend serves, with one warning and a mark in the report.
 WORLDKV_SELF_CHECK=0 switches this off.
+
+WORLDKV_BACKEND=<name> stands for that name in calls with backend=None or "auto" of every op that has such a
+backend; others keep `auto`. As when it is asked for by name, it is an error where it cannot run.
+
+WORLDKV_STRICT=1 makes an error, with its reason, of each fallback of `auto`: a backend before the serving
+one that is missing (not installed, not built, not loadable, or not in this torch), that no run has proven on
+this architecture, or that disagreed on first use or failed. No fallback is what no installation changes
+(`Cannot`): a backend that is not for such a device, as CUDA is not for a CPU, or not for such a problem, as
+CUDA is not for fp32; nor is the order of what is measured faster.
 """
 
 from __future__ import annotations
@@ -27,6 +37,26 @@ Run = Callable[..., None]
 Kind = tuple  # what selects a compiled variant: the dtype first, then sizes and flags
 
 
+NAMES = ("cuda", "triton", "sdpa", "reference")  # of all ops
+
+
+class Cannot(str):
+    """A reason that no installation changes: the device, or the kind of problem, is not what a backend is for."""
+
+
+def forced() -> str | None:
+    """The backend of WORLDKV_BACKEND, None where it says none. Raises ValueError on a name that no op has."""
+    name = os.environ.get("WORLDKV_BACKEND") or None
+    if name is not None and name != "auto" and name not in NAMES:
+        raise ValueError(f"WORLDKV_BACKEND must be auto or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return None if name == "auto" else name
+
+
+def strict() -> bool:
+    """Whether a fallback of `auto` is an error: WORLDKV_STRICT=1."""
+    return os.environ.get("WORLDKV_STRICT") == "1"
+
+
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton cannot run on `device`; None when it can."""
     try:
@@ -37,22 +67,28 @@ def triton_unavailable(device: torch.device) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "triton on a CPU needs TRITON_INTERPRET=1 before the first import"
     if device.type != "cuda" or torch.version.hip:
-        return f"triton {triton.__version__} is supported here on NVIDIA GPUs only"
+        return Cannot(f"triton {triton.__version__} is supported here on NVIDIA GPUs only")
     capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"compute capability {capability} is below 8.0"
+    return None if capability >= (8, 0) else Cannot(f"compute capability {capability} is below 8.0")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: how to load it, why it cannot run on a device, and why not on a kind of problem."""
+    """One implementation: how to load it, why it cannot run on a device, why not on a kind of problem anywhere, and why
+    not on a kind of problem on a device."""
 
     load: Callable[[], Run]
     unavailable: Callable[[torch.device], str | None] = lambda device: None
     unsupported: Callable[[Kind], str | None] = lambda kind: None
+    unsupported_on: Callable[[torch.device, Kind], str | None] = lambda device, kind: None
 
     def why_not(self, device: torch.device, kind: Kind | None) -> str | None:
         """The reason that it cannot run, or None."""
-        return self.unavailable(device) or (self.unsupported(kind) if kind is not None else None)
+        reason = self.unavailable(device)
+        if reason or kind is None:
+            return reason
+        reason = self.unsupported(kind) or self.unsupported_on(device, kind)
+        return Cannot(reason) if reason else None
 
 
 @dataclass
@@ -63,8 +99,8 @@ class OpBackends:
     that kind, the same on every device, and returns its outputs by name. `tolerance(kind)` is for outputs of
     the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`. `proven_as(kind)` is the name of a
     kind's CUDA kernel in the lists of what is proven, the op's own where None: kernels younger than the op's proof have
-    another. Where there is a `typical_shape`, a
-    named tuple of integers, `auto` takes the CUDA kernel before Triton only for shapes of faster.py.
+    another. On a CPU `auto` takes those of `on_cpu` alone. Where there is a `typical_shape`, a
+    named tuple of integers, `auto` takes another backend before Triton only for shapes of faster.py.
     """
 
     op: str
@@ -72,11 +108,14 @@ class OpBackends:
     small_case: Callable[[torch.device, Kind], Callable[[Run], dict[str, torch.Tensor]]]
     tolerance: Callable[[Kind], float]
     kinds: tuple[Kind, ...]
+    on_cpu: tuple[str, ...] = ("reference",)
     typical_shape: Any = None
     proven_as: Callable[[Kind], str] | None = None
     loaded: dict[str, Run] = field(default_factory=dict)
     checked: dict[tuple[str, str, Kind], str | None] = field(default_factory=dict)
-    chosen: dict[tuple[str, torch.device, Kind, frozenset[str] | None], Run] = field(default_factory=dict)
+    chosen: dict[tuple[str, torch.device, Kind, frozenset[tuple[str, str]] | None, bool], Run] = field(
+        default_factory=dict
+    )
 
     def run(self, name: str) -> Run:
         """The implementation called `name`, loaded on first use."""
@@ -86,7 +125,9 @@ class OpBackends:
 
     def choose(self, requested: str, device: torch.device, kind: Kind, shape: Any = None) -> Run:
         """The implementation to run: `requested`, or with "auto" the first in `order` that is available and agrees."""
-        key = (requested, device, kind, self._faster_on(shape))  # of a shape, all that matters
+        if requested == "auto":
+            requested = self._forced()
+        key = (requested, device, kind, self._faster_on(shape), strict())  # of a shape, all that matters
         run = self.chosen.get(key)
         if run is None:
             run = self.run(self.name(requested, device, kind, shape))
@@ -97,7 +138,9 @@ class OpBackends:
     def name(self, requested: str, device: torch.device, kind: Kind, shape: Any = None) -> str:
         """What `choose` runs, by name."""
         if requested == "auto":
-            return next(name for name in self.order(device, shape) if self.passed_over(name, device, kind) is None)
+            requested = self._forced()
+        if requested == "auto":
+            return self._first(device, kind, shape)
         if requested not in self.backends:
             names = ", ".join(repr(name) for name in self.backends)
             raise ValueError(f"{self.op}: backend must be None or one of {names}, got {requested!r}")
@@ -106,20 +149,39 @@ class OpBackends:
             raise ValueError(f"{self.op}: backend must be able to run this on {device}, got {requested!r}: {reason}")
         return requested
 
+    def _forced(self) -> str:
+        name = forced()
+        return name if name in self.backends else "auto"
+
+    def _first(self, device: torch.device, kind: Kind, shape: Any) -> str:
+        for name in self.order(device, shape):
+            reason = self.passed_over(name, device, kind)
+            if reason is None:
+                break
+            if strict() and not isinstance(reason, Cannot):
+                passes = f"WORLDKV_STRICT=1, and auto passes over {name} on {device}"
+                raise RuntimeError(f"{self.op}: {passes}: {reason}")
+        return name
+
     def order(self, device: torch.device, shape: Any = None) -> list[str]:
         """All backends, the fastest first; the reference is the last."""
-        if self.slower(device, shape) is None:
+        if self._faster_on(shape) is None or device.type != "cuda":
             return list(self.backends)
-        return sorted(self.backends, key=lambda name: (name == "reference", name == "cuda"))
+        fastest = self._fastest(device, shape)
+        last = ["triton", "cuda", "sdpa", "reference"]  # what is not measured
+        return sorted(self.backends, key=lambda name: (name not in fastest, last.index(name)))
 
     def slower(self, device: torch.device, shape: Any = None) -> str | None:
         """Why the CUDA kernel comes after Triton for a shape, the typical one by default; None where it does not."""
-        architectures = self._faster_on(shape)
-        if architectures is None or device.type != "cuda" or proven.architecture(device) in architectures:
+        if self._faster_on(shape) is None or device.type != "cuda" or "cuda" in self._fastest(device, shape):
             return None
         return f"not measured faster than triton on {proven.architecture(device)}"
 
-    def _faster_on(self, shape: Any) -> frozenset[str] | None:
+    def _fastest(self, device: torch.device, shape: Any) -> list[str]:
+        on = proven.architecture(device)
+        return [backend for architecture, backend in self._faster_on(shape) or () if architecture == on]
+
+    def _faster_on(self, shape: Any) -> frozenset[tuple[str, str]] | None:
         if self.typical_shape is None:
             return None
         return faster_on(self.op, self.typical_shape if shape is None else shape)
@@ -138,15 +200,15 @@ class OpBackends:
         reason = self.backends[name].why_not(device, kind)
         if reason or name == "reference":
             return reason
-        if device.type == "cpu":
-            return "auto takes the reference on a CPU"
+        if device.type == "cpu" and name not in self.on_cpu:
+            return Cannot(f"auto takes {' or '.join(self.on_cpu)} on a CPU".replace("reference", "the reference"))
         if name == "cuda" and not proven.is_proven(self.proof(kind), device):
             return f"no run has proven it on {proven.architecture(device)} (worldkv doctor --prove)"
         if kind is None or os.environ.get("WORLDKV_SELF_CHECK") == "0":
             return None
         key = (name, str(device), kind)
         if key not in self.checked:
-            if torch.cuda.is_current_stream_capturing():
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None  # a graph being captured can run no check; the next call outside one does
             self.checked[key] = self.disagreement(name, device, kind)
             if self.checked[key]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .backends import Cannot
+
 _EXTENSION = f"{__package__.rpartition('.')[0]}._cuda"  # of this copy of the package, whatever its name
 _NOTE = Path(__file__).parents[1] / "_cuda_missing.txt"  # what setup.py says of an extension that it did not build
 _MAX_APPEND_COLUMNS = 8192  # of a row that a block of csrc/append holds in its registers
@@ -38,7 +40,7 @@ def missing() -> str | None:
 def unavailable(device: torch.device) -> str | None:
     """Why the extension's kernels cannot run on `device`; None when they can."""
     if device.type != "cuda":
-        return "it needs a GPU"
+        return Cannot("it needs a GPU")
     reason = missing()
     if reason:
         return reason
@@ -57,7 +59,7 @@ def attention_unavailable(device: torch.device) -> str | None:
         return reason
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
-        return f"it is for compute capability 9.0, not {major}.{minor}"
+        return Cannot(f"it is for compute capability 9.0, not {major}.{minor}")
     if "90a" not in architectures():
         return f"the extension is built for {', '.join(architectures())}, not 90a"
     try:

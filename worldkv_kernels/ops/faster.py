@@ -1,7 +1,8 @@
-"""For which shapes a CUDA kernel has been measured to be the fastest backend: the half of `auto` that is about speed.
+"""For which shapes a backend has been measured to be the fastest: the half of `auto` that is about speed.
 
 That a kernel is right is for proven.py to say, and does not make it the faster one. Of an op with shapes, `auto` puts
-"cuda" before "triton" only where a figure in benchmarks/results shows it. Asked for by name it runs in any case.
+"cuda", or "sdpa", before "triton" only where a figure in benchmarks/results shows it. Asked for by name it runs in any
+case.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Faster:
-    """On `architecture`, such as "sm_90", the CUDA kernel of `op` is the fastest for shapes whose numbers, each by
+    """On `architecture`, such as "sm_90", `backend` of `op` is the fastest for shapes whose numbers, each by
     itself, lie in `ranges`: from and to, for every field of the op's shape.
 
     `figures` are the lines that show it, such as "benchmarks/results/h200.jsonl:17", and ranges are those of their
-    shapes: in between the kernel is taken to be faster as well, and for fp16 as for bf16. Keys fill a window's
+    shapes: in between the backend is taken to be faster as well, and for fp16 as for bf16. Keys fill a window's
     capacity, in whole tiles a segment: the most may be 5 % above what was attended to.
     """
 
@@ -26,6 +27,7 @@ class Faster:
     architecture: str
     ranges: Mapping[str, tuple[int, int]]
     figures: tuple[str, ...]
+    backend: str = "cuda"
 
     def holds(self, shape: Any) -> bool:
         return all(lowest <= getattr(shape, name) <= highest for name, (lowest, highest) in self.ranges.items())
@@ -64,6 +66,7 @@ FASTER: tuple[Faster, ...] = (
 
 
 @lru_cache(maxsize=1024)  # an op asks in every call
-def faster_on(op: str, shape: Any) -> frozenset[str]:
-    """The architectures on which the CUDA kernel of `op` is the fastest for `shape`, a named tuple of integers."""
-    return frozenset(entry.architecture for entry in FASTER if entry.op == op and entry.holds(shape))
+def faster_on(op: str, shape: Any) -> frozenset[tuple[str, str]]:
+    """The architectures, each with the backend of `op` that is the fastest there for `shape`, a named tuple of
+    integers."""
+    return frozenset((entry.architecture, entry.backend) for entry in FASTER if entry.op == op and entry.holds(shape))

@@ -23,7 +23,7 @@ from ..checks import (
 from ..reference.segment_attention import segment_attention as reference
 from ..rope import Rope3D
 from ..window import TILE_ROWS, Segment, Window
-from . import cuda
+from . import cuda, sdpa
 from .backends import (
     NAMESPACE,
     Backend,
@@ -93,11 +93,11 @@ def segment_attention(
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Attend every query to every token of a window over a KV pool, without gathering it.
+    """Attend every query to every token of a window over a KV pool, where it lies, or gathered for PyTorch's.
 
     out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h] + w_j) v[j, h] over the window's tokens j, where
     R(d_j) turns a key by its segment's time shift (the query is turned instead, back from the original q
-    for each segment, and rounded once to its dtype), and w_j is its segment's log_weight.
+    for each segment, and rounded once to its dtype; in "sdpa" a copy of the key), and w_j is its segment's log_weight.
 
     Args:
         q: [q_len, heads, head_dim], bf16, fp16 or fp32, 1 to 128 heads, head_dim 64 or 128, dense in head_dim.
@@ -110,24 +110,29 @@ def segment_attention(
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
-        backend: "reference", "triton", "cuda" (bf16 and fp16 on Hopper, where tokens, rows and heads of q and the pools
-            start on multiples of 16 bytes and those of out on multiples of 4), or None for the automatic choice.
+        backend: "reference", "triton", "sdpa" (the window gathered, and PyTorch's own attention over it; without
+            mass, and on a GPU without log weights, bf16 and fp16), "cuda" (bf16 and fp16 on Hopper, where tokens, rows
+            and heads of q and the pools start on multiples of 16 bytes and those of out on multiples of 4), or None for
+            the automatic choice.
 
     Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
     q; K and V of one head_dim; no gradients.
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). q . k and softmax in fp32; from q . k on their
-    size costs no digit, up to 1e38 with the scale, which no fp16 reaches. Deterministic: on one device and in a window
-    of one capacity, the same segments in the same order give the same bits wherever their rows lie. Does not
-    synchronise, except for the reference on a GPU. On a GPU it takes scratch from torch's caching allocator, at most
-    about 0.5 MiB a processor, and for the mass 8 bytes a query, head and segment (16 in CUDA), in a last round that is
-    cut once a part. Works in a CUDA graph; `window.update` then changes what a replay reads, while mass keeps the
-    number of segments that it was captured with (later ones are left out, missing ones get zero).
+    size costs no digit, up to 1e38 with the scale, which no fp16 reaches: sdpa on a CPU, whose scores lose digits from
+    512 on, leaves them to the reference, and has then run in vain; on a GPU it is as exact as PyTorch's kernel.
+    Deterministic: on one device and in a window of one capacity, the same segments in the same order give the same bits
+    wherever their rows lie. Does not synchronise, except for the reference on a GPU, and sdpa in its first call there.
+    On a GPU it takes scratch from torch's caching allocator, at most about 0.5 MiB a processor, and for the mass 8
+    bytes a query, head and segment (16 in CUDA), in a last round that is cut once a part; sdpa takes K and V of the
+    window's capacity. Works in a CUDA graph, sdpa after a call outside one; `window.update` then changes what a replay
+    reads, while mass keeps the number of segments that it was captured with (later ones are left out, missing ones get
+    zero).
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
     and strides), and on a backend that is unknown or unavailable. torch.ops.worldkv.segment_attention, which takes the
-    window's tables, raises the same; the reference also on tables that name rows outside the pool.
+    window's tables, raises the same; the reference, and sdpa on a CPU, also on tables that name rows outside the pool.
     """
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
@@ -172,7 +177,17 @@ def _run(
     scale: float, has_shift: bool, has_weight: bool, backend: str,
 ) -> None:  # fmt: skip
     tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
-    _check(q, k_pool, v_pool, *tables, out, lse, mass, scale, has_shift, has_weight)
+    given = (q, k_pool, v_pool, *tables, out, lse, mass)
+    layouts = [x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in given]
+    key = (has_shift, has_weight, torch.is_grad_enabled(), *layouts)
+    if key not in _FIT:
+        _check_layouts(*given, has_shift, has_weight)
+        if len(_FIT) == _MOST_FIT:
+            _FIT.clear()
+        _FIT.add(key)
+    check_scale(_OP, "scale", scale)
+    outputs = {name: x for name, x in (("out", out), ("lse", lse), ("mass", mass)) if x is not None}
+    check_apart(_OP, outputs, {"q": q, "k_pool": k_pool, "v_pool": v_pool})
     q_len, heads, head_dim = q.shape
     layout = (
         _rows_in_order(k_pool, v_pool),
@@ -186,12 +201,17 @@ def _run(
         run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift, has_weight=has_weight)
 
 
-def _check(
+# What `_check_layouts` has let pass, all that it looks at: in steady state an op would look at twelve tensors anew in
+# every call, which on a CPU is a tenth of a small window's attention.
+_FIT: set[tuple] = set()
+_MOST_FIT = 4096
+
+
+def _check_layouts(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
     tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor,
     turns: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
-    lse: torch.Tensor | None, mass: torch.Tensor | None,
-    scale: float, has_shift: bool, has_weight: bool,
+    lse: torch.Tensor | None, mass: torch.Tensor | None, has_shift: bool, has_weight: bool,
 ) -> None:  # fmt: skip
     """What every call needs, also one of torch.ops.worldkv. What is in the tables is for the reference to say."""
     check_tensor(_OP, "q", q, ("q_len", "heads", "head_dim"))
@@ -216,18 +236,13 @@ def _check(
             raise bad_value(_OP, "turns", f"[{capacity}, 1 to {head_dim // 2} pairs, 2]", turns)
     if has_weight:
         check_tensor(_OP, "weights", weights, (capacity,), like=q, dtypes=(torch.float32,))
-    outputs = {"out": out}
     check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
     if lse is not None:
         check_tensor(_OP, "lse", lse, (heads, q_len), like=q, dtypes=(torch.float32,), inner=2)
-        outputs["lse"] = lse
     if mass is not None:
         check_tensor(_OP, "mass", mass, (heads, "segments"), like=q, dtypes=(torch.float32,), inner=0)
         if mass.shape[1] < 1:
             raise bad_value(_OP, "mass", f"[{heads}, segments >= 1]", mass)
-        outputs["mass"] = mass
-    check_scale(_OP, "scale", scale)
-    check_apart(_OP, outputs, {"q": q, "k_pool": k_pool, "v_pool": v_pool})
 
 
 def _rows_in_order(*pools: torch.Tensor) -> bool:
@@ -296,8 +311,10 @@ BACKENDS = OpBackends(
     backends={
         "cuda": Backend(lambda: cuda.segment_attention, cuda.attention_unavailable, cuda.attention_unsupported),
         "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
+        "sdpa": Backend(lambda: sdpa.segment_attention, sdpa.unavailable, sdpa.unsupported, sdpa.unsupported_on),
         "reference": Backend(lambda: exact(reference)),
     },
+    on_cpu=("sdpa", "reference"),
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
     kinds=tuple(

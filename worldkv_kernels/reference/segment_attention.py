@@ -38,10 +38,7 @@ def segment_attention(
     segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
     lengths = [len(rows) for rows in segments]
     rows = torch.cat(segments)
-    lowest, highest = map(int, rows.aminmax())
-    if lowest < 0 or highest >= len(k_pool):
-        wanted = f"rows of the pool, from 0 to {len(k_pool) - 1}"
-        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {lowest} to {highest}")
+    check_rows(*map(int, rows.aminmax()), len(k_pool))
     rows = rows.to(q.device)
     of_rows = None  # the natural logarithm of each row's weight
     if has_weight:
@@ -89,15 +86,27 @@ def _segment_rows(
     tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor
 ) -> list[torch.Tensor]:
     """The pool rows of each segment, in order."""
-    num = int(num_segments)
-    if not 1 <= num < len(ranges):
-        raise ValueError(f"segment_attention: num_segments must hold 1 to {len(ranges) - 1}, got {num}")
+    num = check_num_segments(num_segments, ranges)
     tiles, tail_rows = tiles[:, 0].cpu(), tail_rows[:, 0].cpu()
     segments = []
     for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + num].tolist():
         full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS, dtype=torch.int64, device="cpu")
         segments.append(torch.cat([full.flatten(), tail_rows[tail_lo:tail_hi]]))
     return segments
+
+
+def check_num_segments(num_segments: torch.Tensor, ranges: torch.Tensor) -> int:
+    """How many segments the tables hold."""
+    num = int(num_segments)
+    if not 1 <= num < len(ranges):
+        raise ValueError(f"segment_attention: num_segments must hold 1 to {len(ranges) - 1}, got {num}")
+    return num
+
+
+def check_rows(lowest: int, highest: int, pool_rows: int) -> None:
+    if lowest < 0 or highest >= pool_rows:
+        wanted = f"rows of the pool, from 0 to {pool_rows - 1}"
+        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {lowest} to {highest}")
 
 
 def _scores(queries: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,257 @@
+"""segment_attention by gathering the window's K and V, and PyTorch's own attention over them.
+
+Keys are turned in the gathered copy, not the query for each segment: PyTorch then runs once, not once a shift with a
+merge after it, and turning a copy costs a few per cent of that. A turned key is rounded once to its dtype, as the
+turned query is in the other backends.
+
+On a CPU log weights are an additive mask. On a GPU a kernel gathers, and PyTorch's attention takes the number of rows
+from the device, so that a captured graph serves later windows; it takes no mask then, and so no log weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..reference.segment_attention import check_num_segments, check_rows
+from ..reference.segment_attention import segment_attention as reference
+from ..window import TILE_ROWS
+from .backends import exact, triton_unavailable
+
+# Scores, with the scale, whose last bits in fp32 are worth 6e-5 of a weight. PyTorch multiplies by the scale before it
+# takes differences, so what is larger is left to the reference.
+_LARGE = 512.0
+_BY_HEADS = 2048  # rows from which on attention gains more by heads that are dense than gathering them so costs
+_WITHIN = np.arange(TILE_ROWS, dtype=np.int32)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why PyTorch's attention cannot serve on `device`; None when it can."""
+    if device.type == "cpu":
+        has = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+        return None if has else f"torch {torch.__version__} has no flash attention for CPUs"
+    reason = triton_unavailable(device)  # which gathers
+    if reason is None and not _kernels(device):
+        return f"torch {torch.__version__} has no attention with lengths on the device"
+    return reason
+
+
+def unsupported(kind: tuple) -> str | None:
+    """Why it cannot serve a kind of segment_attention anywhere; None when it can."""
+    if kind[4]:
+        return "PyTorch's attention gives no softmax weight on each segment; the other backends do"
+    return None
+
+
+def unsupported_on(device: torch.device, kind: tuple) -> str | None:
+    """Why it cannot serve a kind of segment_attention on `device`; None when it can."""
+    if device.type == "cpu":
+        return None
+    if kind[0] == torch.float32:
+        return "PyTorch's attention with lengths on the device takes bfloat16 and float16, not torch.float32"
+    if kind[5]:
+        return "PyTorch's attention with lengths on the device takes no log weights"
+    return None
+
+
+def segment_attention(*tensors: torch.Tensor | None, scale: float, has_shift: bool, has_weight: bool) -> None:
+    """What the op's other implementations take; `mass` is None."""
+    run = _on_cpu if tensors[0].device.type == "cpu" else _on_gpu
+    run(*tensors, scale=scale, has_shift=has_shift, has_weight=has_weight)
+
+
+def _on_cpu(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    tiles: torch.Tensor,
+    tail_rows: torch.Tensor,
+    ranges: torch.Tensor,
+    num_segments: torch.Tensor,
+    turns: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    mass: None,
+    *,
+    scale: float,
+    has_shift: bool,
+    has_weight: bool,
+) -> None:
+    """PyTorch's log-sum-exp, which it always computes, is as large as a query's largest score, or up to
+    log(rows) larger: it says where scores are too large for PyTorch's order of operations, or have overflowed."""
+    num = check_num_segments(num_segments, ranges)
+    _, num_full, _, num_tail = ranges[0].tolist()
+    full, tail = tiles.numpy()[:num_full], tail_rows.numpy()[:num_tail]
+    # Full tiles first: fewer steps than segment by segment, and the order is the same wherever segments lie.
+    rows = np.concatenate([(full[:, :1] + _WITHIN).ravel(), tail[:, 0]])
+    if num == 1 and not has_shift and (rows[1:] - rows[:-1] == 1).all():
+        check_rows(int(rows[0]), int(rows[-1]), len(k_pool))
+        k, v = (pool[rows[0] : rows[0] + len(rows)].transpose(0, 1) for pool in (k_pool, v_pool))
+    else:
+        index = torch.from_numpy(rows)
+        try:
+            k, v = _gathered(k_pool, index), _gathered(v_pool, index)
+        except IndexError:
+            check_rows(int(rows.min()), int(rows.max()), len(k_pool))
+            raise
+    mask = None
+    if has_shift or has_weight:
+        segments = torch.from_numpy(np.concatenate([full[:, 1].repeat(TILE_ROWS), tail[:, 1]]))
+        if has_shift:
+            _turn(k, turns.index_select(0, segments))
+        if has_weight:
+            mask = (weights.index_select(0, segments) * math.log(2)).expand(1, 1, len(q), len(rows))
+    found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale
+    )
+    if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE:  # NaN is not, either
+        tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
+        options = dict(scale=scale, has_shift=has_shift, has_weight=has_weight)
+        exact(reference)(q, k_pool, v_pool, *tables, out, lse, None, **options)
+        return
+    out.copy_(found[0].transpose(0, 1))
+    if lse is not None:
+        lse.copy_(log_sum[0])
+
+
+def _gathered(pool: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[heads, rows, head_dim], a copy."""
+    if len(rows) < _BY_HEADS:
+        return pool.index_select(0, rows).transpose(0, 1)
+    heads, head_dim = pool.shape[1:]
+    gathered = torch.empty((heads, len(rows), head_dim), dtype=pool.dtype, device=pool.device)
+    for head in range(heads):
+        torch.index_select(pool[:, head], 0, rows, out=gathered[head])
+    return gathered
+
+
+def _turn(k: torch.Tensor, turns: torch.Tensor) -> None:
+    """Turn keys [heads, rows, head_dim] in place, by the cosines and sines [rows, pairs, 2] of their rows."""
+    turning = k[..., : 2 * turns.shape[1]]
+    pairs = torch.view_as_complex(turning.float().unflatten(-1, (-1, 2)))
+    pairs *= torch.view_as_complex(turns)
+    if k.dtype != torch.float32:  # fp32 was turned where it lies
+        turning.copy_(torch.view_as_real(pairs).flatten(-2))
+
+
+# --- on a GPU ---
+
+
+def _cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor, scale: float, lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [q_len, heads, head_dim] and lse [heads, q_len] over as many of k's rows as the last number of `of_k`."""
+    found = torch.ops.aten._cudnn_attention_forward(
+        q.contiguous(), k, v, None, of_q, of_k, len(q), len(k), lse, 0.0, False, False, scale=scale
+    )
+    return found[0], found[1].squeeze(-1).transpose(0, 1) if lse else found[1]
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor, scale: float, lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _cudnn."""
+    found = torch.ops.aten._flash_attention_forward(q, k, v, of_q, of_k, len(q), len(k), 0.0, False, False, scale=scale)
+    return found[0], found[1]
+
+
+_Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+_found: dict[tuple[torch.device, torch.dtype, int], _Kernel] = {}
+
+
+def _kernels(device: torch.device) -> list[_Kernel]:
+    """PyTorch's kernels that take lengths from the device, the fastest first. cuDNN's are for Hopper and newer."""
+    aten, takes = torch.ops.aten, []
+    if torch.cuda.get_device_capability(device) >= (9, 0) and _takes_lengths(aten, "_cudnn_attention_forward"):
+        takes.append(_cudnn)
+    if _takes_lengths(aten, "_flash_attention_forward"):
+        takes.append(_flash)
+    return takes
+
+
+def _takes_lengths(aten: object, name: str) -> bool:
+    if not hasattr(aten, name):
+        return False
+    return {"cum_seq_q", "cum_seq_k"} <= {argument.name for argument in getattr(aten, name).default._schema.arguments}
+
+
+def _kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> _Kernel:
+    """The first of `_kernels` that runs here and keeps to the lengths: a torch may be built without one of them.
+
+    Tried once; that reads results, which no capture allows.
+    """
+    key = (device, dtype, head_dim)
+    if key not in _found:
+        if torch.cuda.is_current_stream_capturing():
+            wanted = f"called once outside a capture, with {dtype} and head_dim {head_dim}, before it is captured"
+            raise RuntimeError(f"segment_attention: sdpa must be {wanted}: it tries PyTorch's kernels then")
+        reasons = {}
+        for kernel in _kernels(device):
+            reasons[kernel.__name__[1:]] = reason = _fault(kernel, device, dtype, head_dim)
+            if reason is None:
+                _found[key] = kernel
+                break
+        else:
+            tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise RuntimeError(f"segment_attention: no kernel of torch {torch.__version__} serves sdpa here: {tried}")
+    return _found[key]
+
+
+def _fault(kernel: _Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What is wrong with a kernel's attention over the first 130 of 512 rows, NaN from row 384 on; None if nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(n, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        for n in (70, 512, 512)
+    )
+    k[130:384], v[130:384] = 0.0, 0.0
+    k[384:], v[384:] = math.nan, math.nan
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k[:130].float()) * head_dim**-0.5
+    want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[:130].float())
+    of_q, of_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (70, 130))
+    try:
+        out, lse = kernel(*(x.to(device) for x in (q, k, v)), of_q, of_k, head_dim**-0.5, True)
+        out, lse = out.float().cpu(), lse.cpu()
+    except Exception as error:  # what it lacks, such as a build without cuDNN
+        return f"it failed on a small case: {type(error).__name__}: {error}"
+    for name, got, right in (("out", out, want), ("lse", lse, scores.logsumexp(-1))):
+        if got.shape != right.shape or not (got - right).norm() <= 2e-2 * right.norm():
+            return f"its {name} is wrong"
+    return None
+
+
+def _on_gpu(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    tiles: torch.Tensor,
+    tail_rows: torch.Tensor,
+    ranges: torch.Tensor,
+    num_segments: torch.Tensor,
+    turns: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    mass: None,
+    *,
+    scale: float,
+    has_shift: bool,
+    has_weight: bool,
+) -> None:
+    """Into scratch of the window's capacity. Large scores are PyTorch's to deal with: looking would synchronise."""
+    from ..kernels.gather_window import gather_window
+
+    kernel = _kernel(q.device, q.dtype, q.shape[2])
+    k, v = torch.empty((2, TILE_ROWS * len(tiles), *k_pool.shape[1:]), dtype=q.dtype, device=q.device)
+    lengths = torch.empty((2, 2), dtype=torch.int32, device=q.device)
+    gather_window(k_pool, v_pool, tiles, tail_rows, ranges, turns, k, v, lengths, q_len=len(q), has_shift=has_shift)
+    if q.data_ptr() % 16 or any(stride * q.element_size() % 16 for stride in q.stride()[:2]):
+        q = q.clone(memory_format=torch.contiguous_format)  # they load 16 bytes at a time
+    found, log_sum = kernel(q, k, v, *lengths, scale, lse is not None)
+    out.copy_(found)
+    if lse is not None:
+        lse.copy_(log_sum)
