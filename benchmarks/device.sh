@@ -221,7 +221,7 @@ run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
         "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,first_and_large,graphs}.py \
-        "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,segment_attention,segment_attention_triton,segment_attention_weights}.py
+        "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,segment_attention,segment_attention_sdpa,segment_attention_triton,segment_attention_weights}.py
     stage "tests of models" 60 "${pytest[@]}" "$root"/tests/test_{models_small_world,models_matrix_game_2,small_world_memory}.py \
         -m "slow or not slow" -k "half_precision or dtype or remembers or draws"
 }

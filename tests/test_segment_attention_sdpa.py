@@ -127,7 +127,7 @@ def test_a_pool_of_any_strides(no_reference):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="of a CPU")
-@pytest.mark.parametrize("size", [400.0, 600.0, 1e7, 1e30])
+@pytest.mark.parametrize("size", [50.0, 100.0, 1e7, 1e30])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_scores_are_left_to_the_reference(monkeypatch, size, sign):
     """With their own sign: all scores near the size, or near minus the size."""
@@ -139,14 +139,14 @@ def test_large_scores_are_left_to_the_reference(monkeypatch, size, sign):
     window = make_window([Segment(0, 200), Segment(260, 40)], 64)
     given = dict(scale=size / (64 * 100003), return_lse=True)
     got = segment_attention(q, k, v, window, backend="sdpa", **given)
-    assert bool(calls) == (size > 512)
+    assert bool(calls) == (size > 64)
     wanted = segment_attention(q, k, v, window, backend="reference", **given)
     for have, want in zip(got, wanted, strict=True):
-        assert relative_error(have, want) <= (0.0 if calls else 1e-4)
+        assert relative_error(have, want) <= (0.0 if calls else 1e-5)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="of a CPU")
-@pytest.mark.parametrize("scale", [2.0, 10.0])
+@pytest.mark.parametrize("scale", [0.25, 1.0])
 def test_below_that_it_is_as_exact_as_the_reference(no_reference, scale):
     q, k, v, window = problem()
     q *= 0.125
@@ -238,8 +238,8 @@ def test_what_it_does_not_take_is_named(change, error, wanted):
     assert wanted in str(caught.value)
 
 
-def plain(q, k, v, of_q, of_k, scale, lse, *, ignores=False):
-    """What PyTorch's kernels compute, in plain PyTorch."""
+def plain(q, k, v, of_q, of_k, scale, *, ignores=False):
+    """What PyTorch's flash attention computes, in plain PyTorch."""
     n = len(k) if ignores else int(of_k[1])
     assert all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     assert of_q.tolist() == [0, len(q)] and of_k[0] == 0
@@ -249,16 +249,14 @@ def plain(q, k, v, of_q, of_k, scale, lse, *, ignores=False):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The way of a GPU on this machine: kernels run in Triton's interpreter, and `stand_in` are PyTorch's."""
-    kernels = [plain]
-    monkeypatch.setattr(sdpa, "_kernels", lambda device: kernels)
-    monkeypatch.setattr(sdpa, "_found", {})
+    """The way of a GPU on this machine: the gather runs in Triton's interpreter, and `plain` is PyTorch's attention."""
+    monkeypatch.setattr(sdpa, "_flash", plain)
+    monkeypatch.setattr(sdpa, "_faults", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    yield kernels
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for a GPU")
-def test_the_way_of_a_gpu_with_plain_kernels(stand_in):
+def test_the_way_of_a_gpu_with_plain_attention(stand_in):
     segments = [Segment(260, 130, 7), Segment(3, 5, -2)]
     k, v, generator = make_pool(500, 2, 64, segments, torch.float16)
     q = torch.randn(9, 2, 64, generator=generator).half()
@@ -286,16 +284,20 @@ def lacks_the_lse(*args):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for a GPU")
-def test_a_kernel_that_is_wrong_or_missing_is_not_taken(stand_in):
-    wrong = {ignores_the_lengths: "its out is wrong", is_not_built: "RuntimeError: not compiled", lacks_the_lse: "lse"}
-    for kernel, reason in wrong.items():
-        sdpa._found.clear()
-        stand_in[:] = [kernel, plain]
-        assert sdpa._kernel(CPU, torch.float16, 64) is plain
-        stand_in[:] = [kernel]
-        assert sdpa._kernel(CPU, torch.float16, 64) is plain  # tried once
-        with pytest.raises(RuntimeError, match=f"serves sdpa here: .*{reason}"):
-            sdpa._kernel(CPU, torch.float16, 128)
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        (ignores_the_lengths, "its out is wrong"),
+        (is_not_built, "RuntimeError: not compiled"),
+        (lacks_the_lse, "its lse"),
+    ],
+)
+def test_attention_that_is_wrong_or_missing_is_not_taken(stand_in, monkeypatch, wrong, reason):
+    sdpa._check(CPU, torch.float16, 64)
+    monkeypatch.setattr(sdpa, "_flash", wrong)
+    sdpa._check(CPU, torch.float16, 64)  # tried once
+    with pytest.raises(RuntimeError, match=f"cannot serve sdpa here: .*{reason}"):
+        sdpa._check(CPU, torch.float16, 128)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for a GPU")
@@ -304,59 +306,40 @@ def test_in_a_capture_nothing_is_tried(stand_in, monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"sdpa must be called once outside a capture, with .*float16 and head_dim 64"
     ):
-        sdpa._kernel(CPU, torch.float16, 64)
-    sdpa._found[CPU, torch.float16, 64] = plain
-    assert sdpa._kernel(CPU, torch.float16, 64) is plain
+        sdpa._check(CPU, torch.float16, 64)
+    sdpa._faults[CPU, torch.float16, 64] = None
+    sdpa._check(CPU, torch.float16, 64)
 
 
-def test_which_kernels_torch_has_for_a_gpu(monkeypatch):
+def test_what_torch_has_for_a_gpu(monkeypatch):
     device = torch.device("cuda:0")
     monkeypatch.setattr(sdpa, "triton_unavailable", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert sdpa._kernels(device) == [sdpa._cudnn, sdpa._flash] and sdpa.unavailable(device) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert sdpa._kernels(device) == [sdpa._flash]
-    monkeypatch.setattr(sdpa, "_takes_lengths", lambda *_: False)
+    assert sdpa.unavailable(device) is None
+    monkeypatch.setattr(sdpa, "_takes_lengths", lambda: False)
     assert "has no attention with lengths on the device" in sdpa.unavailable(device)
     assert "not torch.float32" in sdpa.unsupported_on(device, (torch.float32, *KIND[1:]))
     assert "no log weights" in sdpa.unsupported_on(device, (torch.float16, *KIND[1:5], True, True, True))
     assert sdpa.unsupported_on(device, (torch.float16, *KIND[1:])) is None
 
 
-def test_both_calls_fit_the_schemas_of_torch():
-    """On the meta device: names, number and kinds of arguments, and of flash the shapes that come back; torch knows
-    those of cuDNN's attention on a GPU alone, and says so once it has read the arguments."""
+def test_the_call_fits_the_schema_of_torch():
+    """On the meta device: names, number and kinds of arguments, and the shapes that come back."""
     q, k = (torch.empty(n, 2, 64, dtype=torch.float16, device="meta") for n in (9, 256))
     lengths = torch.empty(2, 2, dtype=torch.int32, device="meta")
-    out, lse = sdpa._flash(q, k, k, *lengths, 0.125, True)
+    out, lse = sdpa._flash(q, k, k, *lengths, 0.125)
     assert out.shape == q.shape and lse.shape == (2, 9)
-    with pytest.raises(NotImplementedError, match="Meta tensors"):
-        sdpa._cudnn(q, k, k, *lengths, 0.125, True)
 
 
 # --- on a GPU ---
 
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda" or sdpa.unavailable(DEVICE) is not None, reason="needs a GPU")
-KERNELS = [sdpa._cudnn, sdpa._flash]
-
-
-@pytest.fixture
-def taken(request, monkeypatch):
-    """One of PyTorch's kernels; skipped where it is for other cards."""
-    kernel = request.param
-    if kernel not in sdpa._kernels(DEVICE):
-        pytest.skip(f"{kernel.__name__} is for other cards")
-    monkeypatch.setattr(sdpa, "_kernels", lambda device: [kernel])
-    monkeypatch.setattr(sdpa, "_found", {})
-    return kernel
 
 
 @on_gpu
-@pytest.mark.parametrize("taken", KERNELS, indirect=True, ids=lambda kernel: kernel.__name__[1:])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_against_float64_on_a_gpu(taken, dtype, head_dim, shifted):
+def test_against_float64_on_a_gpu(dtype, head_dim, shifted):
     segments = [Segment(700, 300, 5), Segment(3, 1), Segment(130, 256, -40), Segment(400, 90)]
     segments = [s if shifted else s._replace(time_shift=0) for s in segments]
     for q_len in (1, 129, 880):
@@ -373,8 +356,7 @@ def test_against_float64_on_a_gpu(taken, dtype, head_dim, shifted):
 
 
 @on_gpu
-@pytest.mark.parametrize("taken", KERNELS, indirect=True, ids=lambda kernel: kernel.__name__[1:])
-def test_a_replay_sees_the_window_as_it_is_then(taken):
+def test_a_replay_sees_the_window_as_it_is_then():
     segments = [Segment(700, 300, 5), Segment(3, 1), Segment(130, 256, -40)]
     k, v, generator = make_pool(1100, 3, 128, segments, torch.bfloat16)
     q = torch.randn(200, 3, 128, generator=generator).to(DEVICE, torch.bfloat16)

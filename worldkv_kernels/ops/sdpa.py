@@ -4,14 +4,13 @@ Keys are turned in the gathered copy, not the query for each segment: PyTorch th
 merge after it, and turning a copy costs a few per cent of that. A turned key is rounded once to its dtype, as the
 turned query is in the other backends.
 
-On a CPU log weights are an additive mask. On a GPU a kernel gathers, and PyTorch's attention takes the number of rows
-from the device, so that a captured graph serves later windows; it takes no mask then, and so no log weights.
+On a CPU log weights are an additive mask. On a GPU a kernel gathers, and PyTorch's flash attention takes the number of
+rows from the device, so that a captured graph serves later windows; it takes no mask then, and so no log weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,9 +20,10 @@ from ..reference.segment_attention import segment_attention as reference
 from ..window import TILE_ROWS
 from .backends import exact, triton_unavailable
 
-# Scores, with the scale, whose last bits in fp32 are worth 6e-5 of a weight. PyTorch multiplies by the scale before it
-# takes differences, so what is larger is left to the reference.
-_LARGE = 512.0
+# PyTorch multiplies by the scale before it takes differences, which costs a weight 6e-8 of the score's size. Past these
+# scores, where that is more than fp32's products lose in any case, or a hundredth of a 16-bit weight's rounding, the
+# reference serves.
+_LARGE = {torch.float32: 64.0, torch.bfloat16: 512.0, torch.float16: 512.0}
 _BY_HEADS = 2048  # rows from which on attention gains more by heads that are dense than gathering them so costs
 _WITHIN = np.arange(TILE_ROWS, dtype=np.int32)
 
@@ -34,7 +34,7 @@ def unavailable(device: torch.device) -> str | None:
         has = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
         return None if has else f"torch {torch.__version__} has no flash attention for CPUs"
     reason = triton_unavailable(device)  # which gathers
-    if reason is None and not _kernels(device):
+    if reason is None and not _takes_lengths():
         return f"torch {torch.__version__} has no attention with lengths on the device"
     return reason
 
@@ -108,7 +108,7 @@ def _on_cpu(
     found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale
     )
-    if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE:  # NaN is not, either
+    if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE[q.dtype]:  # NaN is not, either
         tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
         options = dict(scale=scale, has_shift=has_shift, has_weight=has_weight)
         exact(reference)(q, k_pool, v_pool, *tables, out, lse, None, **options)
@@ -141,68 +141,40 @@ def _turn(k: torch.Tensor, turns: torch.Tensor) -> None:
 # --- on a GPU ---
 
 
-def _cudnn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor, scale: float, lse: bool
+# PyTorch's cuDNN attention takes lengths too, but under torch 2.11 on an H100 it invalidates a capture, and outside of
+# one it builds its plan anew in every call.
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [q_len, heads, head_dim] and lse [heads, q_len] over as many of k's rows as the last number of `of_k`."""
-    found = torch.ops.aten._cudnn_attention_forward(
-        q.contiguous(), k, v, None, of_q, of_k, len(q), len(k), lse, 0.0, False, False, scale=scale
-    )
-    return found[0], found[1].squeeze(-1).transpose(0, 1) if lse else found[1]
-
-
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor, scale: float, lse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As _cudnn."""
     found = torch.ops.aten._flash_attention_forward(q, k, v, of_q, of_k, len(q), len(k), 0.0, False, False, scale=scale)
     return found[0], found[1]
 
 
-_Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-_found: dict[tuple[torch.device, torch.dtype, int], _Kernel] = {}
+_faults: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
 
 
-def _kernels(device: torch.device) -> list[_Kernel]:
-    """PyTorch's kernels that take lengths from the device, the fastest first. cuDNN's are for Hopper and newer."""
-    aten, takes = torch.ops.aten, []
-    if torch.cuda.get_device_capability(device) >= (9, 0) and _takes_lengths(aten, "_cudnn_attention_forward"):
-        takes.append(_cudnn)
-    if _takes_lengths(aten, "_flash_attention_forward"):
-        takes.append(_flash)
-    return takes
+def _takes_lengths() -> bool:
+    packet = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    names = {argument.name for argument in packet.default._schema.arguments} if packet is not None else set()
+    return {"cum_seq_q", "cum_seq_k"} <= names
 
 
-def _takes_lengths(aten: object, name: str) -> bool:
-    if not hasattr(aten, name):
-        return False
-    return {"cum_seq_q", "cum_seq_k"} <= {argument.name for argument in getattr(aten, name).default._schema.arguments}
-
-
-def _kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> _Kernel:
-    """The first of `_kernels` that runs here and keeps to the lengths: a torch may be built without one of them.
-
-    Tried once; that reads results, which no capture allows.
-    """
+def _check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise RuntimeError where flash attention does not run here or does not keep to the lengths: a torch may be built
+    without it. Tried once; that reads results, which no capture allows."""
     key = (device, dtype, head_dim)
-    if key not in _found:
+    if key not in _faults:
         if torch.cuda.is_current_stream_capturing():
             wanted = f"called once outside a capture, with {dtype} and head_dim {head_dim}, before it is captured"
-            raise RuntimeError(f"segment_attention: sdpa must be {wanted}: it tries PyTorch's kernels then")
-        reasons = {}
-        for kernel in _kernels(device):
-            reasons[kernel.__name__[1:]] = reason = _fault(kernel, device, dtype, head_dim)
-            if reason is None:
-                _found[key] = kernel
-                break
-        else:
-            tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise RuntimeError(f"segment_attention: no kernel of torch {torch.__version__} serves sdpa here: {tried}")
-    return _found[key]
+            raise RuntimeError(f"segment_attention: sdpa must be {wanted}: it tries PyTorch's attention then")
+        _faults[key] = _fault(device, dtype, head_dim)
+    if _faults[key]:
+        raise RuntimeError(f"segment_attention: torch {torch.__version__} cannot serve sdpa here: {_faults[key]}")
 
 
-def _fault(kernel: _Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What is wrong with a kernel's attention over the first 130 of 512 rows, NaN from row 384 on; None if nothing."""
+def _fault(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What is wrong with flash attention over the first 130 of 512 rows, NaN from row 384 on; None if nothing."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(n, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
@@ -214,9 +186,9 @@ def _fault(kernel: _Kernel, device: torch.device, dtype: torch.dtype, head_dim: 
     want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[:130].float())
     of_q, of_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (70, 130))
     try:
-        out, lse = kernel(*(x.to(device) for x in (q, k, v)), of_q, of_k, head_dim**-0.5, True)
+        out, lse = _flash(*(x.to(device) for x in (q, k, v)), of_q, of_k, head_dim**-0.5)
         out, lse = out.float().cpu(), lse.cpu()
-    except Exception as error:  # what it lacks, such as a build without cuDNN
+    except Exception as error:  # what it lacks
         return f"it failed on a small case: {type(error).__name__}: {error}"
     for name, got, right in (("out", out, want), ("lse", lse, scores.logsumexp(-1))):
         if got.shape != right.shape or not (got - right).norm() <= 2e-2 * right.norm():
@@ -245,13 +217,13 @@ def _on_gpu(
     """Into scratch of the window's capacity. Large scores are PyTorch's to deal with: looking would synchronise."""
     from ..kernels.gather_window import gather_window
 
-    kernel = _kernel(q.device, q.dtype, q.shape[2])
+    _check(q.device, q.dtype, q.shape[2])
     k, v = torch.empty((2, TILE_ROWS * len(tiles), *k_pool.shape[1:]), dtype=q.dtype, device=q.device)
     lengths = torch.empty((2, 2), dtype=torch.int32, device=q.device)
     gather_window(k_pool, v_pool, tiles, tail_rows, ranges, turns, k, v, lengths, q_len=len(q), has_shift=has_shift)
     if q.data_ptr() % 16 or any(stride * q.element_size() % 16 for stride in q.stride()[:2]):
-        q = q.clone(memory_format=torch.contiguous_format)  # they load 16 bytes at a time
-    found, log_sum = kernel(q, k, v, *lengths, scale, lse is not None)
+        q = q.clone(memory_format=torch.contiguous_format)  # it loads 16 bytes at a time
+    found, log_sum = _flash(q, k, v, *lengths, scale)
     out.copy_(found)
     if lse is not None:
         lse.copy_(log_sum)
