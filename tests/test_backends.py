@@ -2,18 +2,21 @@
 
 import json
 import re
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.backend_registration
 from conftest import DEVICE
 
 from worldkv_kernels import Rope3D, Segment, Window, segment_attention
 from worldkv_kernels.cli import doctor, main
 from worldkv_kernels.ops import cuda, proven
-from worldkv_kernels.ops.backends import Backend, Cannot, OpBackends, on_current_device
+from worldkv_kernels.ops.backends import LIBRARY, Backend, Cannot, OpBackends, on_current_device
 from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS
 from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND
 from worldkv_kernels.ops.segment_attention import BACKENDS as ATTENTION
@@ -290,6 +293,33 @@ def test_the_gpu_of_the_tensors_is_made_current(monkeypatch):
     with on_current_device(GPU), on_current_device(torch.device("cpu")):
         pass
     assert entered == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("op", [ATTENTION, APPEND, COMPRESS], ids=lambda op: op.op)
+def test_ops_are_there_on_devices_of_every_kind(op):
+    """No such device is here: torch's own table of kernels stands for it. Gradients and fakes are as on a CPU."""
+    name = f"{LIBRARY.ns}::{op.op}"
+    for key in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1", "Meta"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key), key
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")  # the fake, before what is for any device
+    for key in ("AutogradCPU", "AutogradPrivateUse1", "CompositeImplicitAutograd"):
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    other = torch.device("xpu")
+    assert op.name("auto", other, op.kinds[0]) == "reference"
+    assert all(name == "reference" or backend.unavailable(other) for name, backend in op.backends.items())
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch lets no device be made in Python",
+)
+def test_the_ops_run_on_a_device_that_is_neither_a_cpu_nor_a_gpu():
+    program = Path(__file__).parent / "other_device.py"
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "10 outputs on stand_in:0 of the same bits; segment_attention: q must be without requires_grad" in done.stdout
+    )
 
 
 def test_the_extension_says_what_it_lacks(monkeypatch):

@@ -28,7 +28,9 @@ def readable(tensor: torch.Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or (debug() and not torch.cuda.is_current_stream_capturing())
+    if tensor.device.type == "cpu":
+        return True
+    return debug() and not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def describe(value: object) -> str:
@@ -124,17 +126,17 @@ def check_backend(op: str, backend: object) -> None:
         raise bad_type(op, "backend", "None or a name", backend)
 
 
-def as_device(op: str, device: object) -> torch.device:
+def as_device(op: str, device: object, *, only: tuple[str, ...] | None = ("cpu", "cuda")) -> torch.device:
     """The device of tensors made on `device`: "cuda" becomes "cuda:0". Raises ValueError where torch can make none, or
-    the ops have no kernel."""
-    wanted = "'cpu' or a CUDA device that torch can use here"
+    it is none of the `only` types; None is any whose tensors hold numbers."""
+    wanted = f"'cpu' or a {'CUDA ' * (only is not None)}device that torch can use here"
     try:
         found = torch.empty(0, dtype=torch.uint8, device=device).device
     except TypeError as error:
         raise bad_type(op, "device", wanted, device) from error
     except (RuntimeError, AssertionError) as error:  # what torch without CUDA raises, and CUDA without a GPU
         raise ValueError(f"{op}: device must be {wanted}, got {device!r}: {str(error).splitlines()[0]}") from error
-    if found.type not in ("cpu", "cuda"):
+    if found.type == "meta" or (only is not None and found.type not in only):
         raise bad_value(op, "device", wanted, device)
     return found
 

@@ -92,7 +92,7 @@ class Window:
         if self.capacity > _MAX_TILES:
             raise bad_value("Window", "capacity", f"at most {_MAX_TILES} tiles of 128 rows", self.capacity)
         self._check_capacity(checked)
-        self.device = as_device("Window", device)
+        self.device = as_device("Window", device, only=None)
         self.rope = rope
         self.has_shift = rope is not None
         self.has_weight = weighted

@@ -131,7 +131,7 @@ class OpBackends:
         run = self.chosen.get(key)
         if run is None:
             run = self.run(self.name(requested, device, kind, shape))
-            if device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+            if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                 self.chosen[key] = run
         return run
 
@@ -256,7 +256,9 @@ def exact(reference: Run) -> Run:
     """The reference outside the caller's autocast, which would have its products in 16 bits."""
 
     def run(*tensors: torch.Tensor | None, **options: object) -> None:
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        kind = tensors[0].device.type
+        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with off:  # a device may have none
             reference(*tensors, **options)
 
     return run
@@ -310,6 +312,6 @@ def register(schema: str, implementation: Callable[..., None]) -> None:
     if defined:
         return
     LIBRARY.define(schema)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, lambda *args: IMPLEMENTATIONS[name](*args), key)
+    # Of every device that torch has: where no kernel of ours runs, the reference does.
+    LIBRARY.impl(name, lambda *args: IMPLEMENTATIONS[name](*args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", lambda *args: None, lib=LIBRARY)
