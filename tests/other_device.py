@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import worldkv_kernels
+from worldkv_kernels.checks import as_device
 
 _setup_privateuseone_for_python_backend("stand_in")
 DEVICE = torch.device("stand_in", 0)
@@ -90,6 +91,11 @@ def main():
     got = outputs(there_from, DEVICE, None)
     for have, want in zip(got, wanted, strict=True):
         assert type(have) is There and have.device == DEVICE and torch.equal(have.here, want)
+    try:  # of a memory nobody has said so
+        as_device("WorldMemory", DEVICE)
+        raise AssertionError("a memory on a device of another kind")
+    except ValueError as error:
+        assert "WorldMemory: device must be 'cpu' or a CUDA device" in str(error)
     pool = there_from(torch.zeros(30, 2, 64))
     window = worldkv_kernels.Window([(0, 9)], device=DEVICE)
     wants_gradient = there_from(torch.zeros(3, 2, 64)).requires_grad_()
