@@ -120,14 +120,14 @@ def segment_attention(
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). q . k and softmax in fp32; from q . k on their
     size costs no digit, up to 1e38 with the scale, which no fp16 reaches: sdpa on a CPU, whose scores lose digits from
-    512 on, leaves them to the reference, and has then run in vain; on a GPU it is as exact as PyTorch's kernel.
-    Deterministic: on one device and in a window of one capacity, the same segments in the same order give the same bits
-    wherever their rows lie. Does not synchronise, except for the reference on a GPU, and sdpa in its first call there.
-    On a GPU it takes scratch from torch's caching allocator, at most about 0.5 MiB a processor, and for the mass 8
-    bytes a query, head and segment (16 in CUDA), in a last round that is cut once a part; sdpa takes K and V of the
-    window's capacity. Works in a CUDA graph, sdpa after a call outside one; `window.update` then changes what a replay
-    reads, while mass keeps the number of segments that it was captured with (later ones are left out, missing ones get
-    zero).
+    64 on in fp32, 512 in 16 bits, leaves them to the reference, and has then run in vain; on a GPU it is as exact as
+    PyTorch's kernel. Deterministic: on one device and in a window of one capacity, the same segments in the same order
+    give the same bits wherever their rows lie. Does not synchronise, except for the reference on a GPU, and sdpa in its
+    first call there. On a GPU it takes scratch from torch's caching allocator, at most about 0.5 MiB a processor, and
+    for the mass 8 bytes a query, head and segment (16 in CUDA), in a last round that is cut once a part; sdpa takes K
+    and V of the window's capacity. Works in a CUDA graph, sdpa after a call outside one; `window.update` then changes
+    what a replay reads, while mass keeps the number of segments that it was captured with (later ones are left out,
+    missing ones get zero).
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
