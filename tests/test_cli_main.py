@@ -164,3 +164,9 @@ def test_a_photograph_is_not_overwritten(tmp_path, capsys):
     assert main(["recall", "--device", "cpu", "--image", str(photograph), "--picture", str(photograph)]) == 2
     assert "--picture must be another file than --image" in capsys.readouterr().err
     assert photograph.read_bytes() == before
+
+
+def test_a_backend_of_the_environment_that_is_none_is_told_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setenv("WORLDKV_BACKEND", "cudnn")
+    assert main(["recall"]) == 2
+    assert capsys.readouterr().err.startswith("worldkv recall: WORLDKV_BACKEND must be auto or one of 'cuda', 'triton'")

@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> int:
                 subparser.set_defaults(run=command.run)
         args = parser.parse_args(argv)
         said = f"worldkv {args.command}"
+        from ..ops.backends import forced
         from . import report
 
+        forced()  # a backend that there is not is no fault of any argument
         report.begin(quiet=getattr(args, "quiet", False))
         report.writable("--json", args.json)  # of every command, so that none works for nothing
         status = args.run(args)
