@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.actions import MOUSE_STEP, Actions, video_frames
-from worldkv_kernels.memory.pool import Pool
+from worldkv_kernels.memory.room import least_chunks, most_bank_chunks
 from worldkv_kernels.models.lingbot_config import LingBotConfig
 from worldkv_kernels.models.lingbot_world_fast import LingBotWorldFast
 from worldkv_kernels.models.matrix_game_2 import MatrixGame2
@@ -170,13 +170,11 @@ def make_memory(mode: str, model: WorldModel, chunks: int, *, backend: str | Non
 def _fitting(config: MemoryConfig, model: WorldModel) -> int:
     """How many chunks the bank, or the pool of mode "full", can hold in the device's free memory; at least one."""
     torch.cuda.empty_cache()
-    sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim, dtype=model.dtype)
-    whole = Pool.slot_bytes(config.chunk_tokens, **sizes)
     free = torch.cuda.mem_get_info(model.device)[0] - _MARGIN
-    if config.mode == "full":
-        return max(1, free // whole)
-    free -= (config.sink_chunks + config.recent_chunks + config.gap_chunks + 1) * whole
-    return max(_RETRIEVED, free // Pool.slot_bytes(config.banked_tokens, **sizes))
+    least = least_chunks(config)
+    return (
+        most_bank_chunks(replace(config, bank_chunks=least), model.dtype, lambda sizes: sizes.device <= free) or least
+    )
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **options: Any) -> int:

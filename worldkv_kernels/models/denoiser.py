@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -166,6 +167,12 @@ class Denoiser(nn.Module, ABC):
         """The config that a config.json and the checkpoint's tensors describe."""
 
     # --- what a subclass uses ---
+
+    def _camera_buffer(self) -> torch.Tensor:
+        """For scale and shift of every layer's camera injection, [num_layers, 2, tokens, dim]."""
+        config = self.config
+        tokens = config.chunk_frames * math.prod(config.grid)
+        return torch.empty(config.num_layers, 2, tokens, config.dim, dtype=self.dtype, device=self.device)
 
     def _image_conditions(self, image: torch.Tensor | None) -> torch.Tensor:
         """Mask and encoded image as [frames, condition_channels, height, width], from channels first.

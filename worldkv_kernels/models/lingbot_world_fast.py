@@ -200,11 +200,6 @@ class LingBotWorldFast(Denoiser):
             block.camera_scale_shift(camera, out=of_block)
         return out
 
-    def _camera_buffer(self) -> torch.Tensor:
-        config = self.config
-        tokens = config.chunk_frames * math.prod(config.grid)
-        return torch.empty(config.num_layers, 2, tokens, config.dim, dtype=self.dtype, device=self.device)
-
     def _held_keys(self, start_frame: int, controls: Controls) -> np.ndarray | None:
         """Of the chunk's latent frames, [chunk_frames, 4]; None for control by camera."""
         if self.config.control == "camera":

@@ -217,11 +217,6 @@ class SmallWorld(Denoiser):
         modulation = torch.stack([block.modulated_by(projected) for block in self.blocks])
         return _Level(sigma, modulation, self.head.modulated_by(embedded[0]))
 
-    def _camera_buffer(self) -> torch.Tensor:
-        config = self.config
-        tokens = config.chunk_frames * math.prod(config.grid)
-        return torch.empty(config.num_layers, 2, tokens, config.dim, dtype=self.dtype, device=self.device)
-
     def _camera(self, features: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Scale and shift of every layer, written to `out` [num_layers, 2, tokens, dim]."""
         camera = self.embed_rays(features)

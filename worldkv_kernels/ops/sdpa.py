@@ -57,13 +57,7 @@ def unsupported_on(device: torch.device, kind: tuple) -> str | None:
     return None
 
 
-def segment_attention(*tensors: torch.Tensor | None, scale: float, has_shift: bool, has_weight: bool) -> None:
-    """What the op's other implementations take; `mass` is None."""
-    run = _on_cpu if tensors[0].device.type == "cpu" else _on_gpu
-    run(*tensors, scale=scale, has_shift=has_shift, has_weight=has_weight)
-
-
-def _on_cpu(
+def segment_attention(
     q: torch.Tensor,
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
@@ -75,14 +69,25 @@ def _on_cpu(
     weights: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    mass: None,
+    mass: torch.Tensor | None,
     *,
     scale: float,
     has_shift: bool,
     has_weight: bool,
 ) -> None:
+    """What the op's other implementations take; `mass` is None."""
+    tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
+    run = _on_cpu if q.device.type == "cpu" else _on_gpu
+    run(q, k_pool, v_pool, tables, out, lse, scale=scale, has_shift=has_shift, has_weight=has_weight)
+
+
+def _on_cpu(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, tables: tuple[torch.Tensor, ...],
+    out: torch.Tensor, lse: torch.Tensor | None, *, scale: float, has_shift: bool, has_weight: bool,
+) -> None:  # fmt: skip
     """PyTorch's log-sum-exp, which it always computes, is as large as a query's largest score, or up to
     log(rows) larger: it says where scores are too large for PyTorch's order of operations, or have overflowed."""
+    tiles, tail_rows, ranges, num_segments, turns, weights = tables
     num = check_num_segments(num_segments, ranges)
     _, num_full, _, num_tail = ranges[0].tolist()
     full, tail = tiles.numpy()[:num_full], tail_rows.numpy()[:num_tail]
@@ -109,7 +114,6 @@ def _on_cpu(
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale
     )
     if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE[q.dtype]:  # NaN is not, either
-        tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
         options = dict(scale=scale, has_shift=has_shift, has_weight=has_weight)
         exact(reference)(q, k_pool, v_pool, *tables, out, lse, None, **options)
         return
@@ -197,26 +201,13 @@ def _fault(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | Non
 
 
 def _on_gpu(
-    q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    tiles: torch.Tensor,
-    tail_rows: torch.Tensor,
-    ranges: torch.Tensor,
-    num_segments: torch.Tensor,
-    turns: torch.Tensor,
-    weights: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    mass: None,
-    *,
-    scale: float,
-    has_shift: bool,
-    has_weight: bool,
-) -> None:
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, tables: tuple[torch.Tensor, ...],
+    out: torch.Tensor, lse: torch.Tensor | None, *, scale: float, has_shift: bool, has_weight: bool,
+) -> None:  # fmt: skip
     """Into scratch of the window's capacity. Large scores are PyTorch's to deal with: looking would synchronise."""
     from ..kernels.gather_window import gather_window
 
+    tiles, tail_rows, ranges, _, turns, _ = tables
     _check(q.device, q.dtype, q.shape[2])
     k, v = torch.empty((2, TILE_ROWS * len(tiles), *k_pool.shape[1:]), dtype=q.dtype, device=q.device)
     lengths = torch.empty((2, 2), dtype=torch.int32, device=q.device)
