@@ -77,10 +77,17 @@ def test_warming_up_changes_nothing(options, monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = made(plain := make(device, **options), eager(plain))
     memory = make(device, **options)
+    for layer in range(LAYERS):
+        for pool in memory.pools(layer):
+            pool.fill_(torch.nan)  # as storage that is not initialised may hold
     with monkeypatch.context() as patched:
         for op in OPS:
             patched.setattr(op, "choose", noting(of_warm_up, op))
         memory.warm_up()
+    first = memory.begin_chunk(POSES[:3]).segments[-1][2].first_row
+    memory.abort_chunk()
+    for layer in range(LAYERS):
+        assert not any(pool[first : first + TOKENS].any() for pool in memory.pools(layer))
     with monkeypatch.context() as patched:
         for op in OPS:
             patched.setattr(op, "choose", noting(of_chunks, op))

@@ -172,10 +172,10 @@ def test_what_a_chunk_prepares_elsewhere_is_seen_by_the_comparison(monkeypatch):
 def test_a_rollout_may_go_on_outside_of_the_mode_that_it_began_in():
     model = make("small_world")
     memory = WorldMemory(model.config.memory(mode="sliding"), device=DEVICE, dtype=model.dtype)
-    rolled = rollout(model, memory, POSES[:12], INTRINSICS[:12])
-    with torch.inference_mode():
-        next(rolled)
-    assert len(list(rolled)) == 3
+    rolled = rollout(model, memory, POSES[:12], INTRINSICS[:12], graph=True)
+    with torch.inference_mode():  # a chunk of kernels, and one that is captured
+        next(rolled), next(rolled)
+    assert len(list(rolled)) == 2
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU has graphs")
