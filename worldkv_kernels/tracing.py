@@ -26,6 +26,7 @@ def untraced(function: Function, recursive: bool = True) -> Function:
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **options)
             disabled = torch.compiler.disable(function, recursive)
+            torch._dynamo.eval_frame.skip_code(call.__code__)  # nor is this frame compiled, anew for each function
         return disabled(*args, **options)
 
     return cast(Function, call)

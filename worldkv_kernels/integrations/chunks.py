@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +15,7 @@ from ..actions import as_actions, video_frames
 from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
+from ..ops.backends import NAMESPACE, register
 from ..poses import as_intrinsics, as_poses, convention_hint
 from ..tracing import untraced
 
@@ -67,6 +70,7 @@ class Chunks:
         self.memory: WorldMemory | None = None if of_config else memory
         self._name = name
         self._inside = False
+        self._names = _names_for(self)
         self._controls = _Controls(name, self.config, poses, intrinsics, actions)
         self._forget()
 
@@ -122,7 +126,6 @@ class Chunks:
             self._inside = False
         self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
 
-    @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
     def attend(
         self,
         layer: int,
@@ -133,17 +136,29 @@ class Chunks:
         k_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """WorldMemory.attend, inside a pass. Raises RuntimeError outside one, else what WorldMemory.attend raises and
-        TypeError or ValueError when q is not of the memory's dtype and device."""
-        memory = self.memory
-        if not self._inside:
-            raise RuntimeError(f"{self._name}: self-attention must run inside the model's forward, got a call outside")
-        if q.dtype != memory.dtype:
-            raise TypeError(f"{self._name}: the memory's dtype must be that of q, {q.dtype}, got {memory.dtype}")
-        if q.device != memory.device:
-            raise ValueError(f"{self._name}: the model must be on the memory's device {memory.device}, got {q.device}")
-        attended = memory.attend(layer, q, k, v, q_weight, k_weight)
-        self._attended.add(layer)
-        return attended
+        TypeError or ValueError when q is not of the memory's dtype and device.
+
+        For torch.compile it is one op, at which no graph ends, and which holds no memory: it finds this object by a
+        number. What it raises then comes when the compiled pass runs.
+        """
+        return self.of_layer(layer)(q, k, v, q_weight, k_weight)
+
+    def of_layer(self, layer: int) -> Callable[..., torch.Tensor]:
+        """`attend` of one layer. One that is made before anything is traced is no reason to compile each layer anew."""
+        named = self._names[layer] if type(layer) is int and 0 <= layer < len(self._names) else None
+
+        def attend(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            q_weight: torch.Tensor | None = None,
+            k_weight: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            if named is not None and torch.compiler.is_compiling():
+                return NAMESPACE.attend(q, k, v, q_weight, k_weight, named, self.config.num_heads)
+            return self._attend(layer, q, k, v, q_weight, k_weight)
+
+        return attend
 
     def finish(self) -> None:
         """End the current chunk, when no pass over a next one will. Does nothing when there is none.
@@ -180,6 +195,29 @@ class Chunks:
         return self.memory
 
     # --- parts of the above ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_names"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._names = _names_for(self)
+
+    @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
+    def _attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        memory = self.memory
+        if not self._inside:
+            raise RuntimeError(f"{self._name}: self-attention must run inside the model's forward, got a call outside")
+        if q.dtype != memory.dtype:
+            raise TypeError(f"{self._name}: the memory's dtype must be that of q, {q.dtype}, got {memory.dtype}")
+        if q.device != memory.device:
+            raise ValueError(f"{self._name}: the model must be on the memory's device {memory.device}, got {q.device}")
+        attended = memory.attend(layer, q, k, v, q_weight, k_weight)
+        self._attended.add(layer)
+        return attended
 
     @property
     def _done(self) -> int:
@@ -356,3 +394,43 @@ def _is_zero(timestep: object) -> bool:
 
 def _identity(stream: object) -> int | None:
     return None if stream is None else id(stream)
+
+
+_NUMBERS = itertools.count()
+_BY_NUMBER: weakref.WeakValueDictionary[int, Chunks] = weakref.WeakValueDictionary()
+
+
+def _names_for(chunks: Chunks) -> list[torch.Tensor]:
+    """What tells the op of a traced pass whose layer it is, one a layer: [2] on the CPU, the number and the layer.
+
+    Tensors, since on numbers a compiled block would depend, and be compiled anew for each layer.
+    """
+    number = next(_NUMBERS)
+    _BY_NUMBER[number] = chunks
+    layers = range(chunks.config.num_layers)
+    return [torch.tensor([number, layer], dtype=torch.int64, device="cpu") for layer in layers]
+
+
+def _attend_of_named(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    named: torch.Tensor, heads: int,
+) -> torch.Tensor:  # fmt: skip
+    number, layer = named.tolist()
+    chunks = _BY_NUMBER.get(number)
+    if chunks is None:
+        raise RuntimeError("self-attention must run while its model is enabled, got a compiled pass of one that is not")
+    return chunks._attend(layer, q, k, v, q_weight, k_weight)
+
+
+def _attended_like(q: torch.Tensor, k: Any, v: Any, q_weight: Any, k_weight: Any, named: Any, heads: int) -> Any:
+    return q.new_empty((q.shape[0], heads, q.shape[-1] // heads))
+
+
+# That it writes `named` is not so, but lets the compiler neither drop a call, nor make one of two, nor change their
+# order: of what a call does write, the memory, it sees nothing.
+register(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor(a!) named, int heads) -> Tensor",
+    _attend_of_named,
+    fake=_attended_like,
+    tags=(torch.Tag.cudagraph_unsafe,),  # a graph that does not call the memory is not to be replayed
+)

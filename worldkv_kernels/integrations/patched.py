@@ -310,10 +310,11 @@ def check_choices(op: str, dtype: torch.dtype | None, backend: str | None) -> No
 
 def _attention_of(attention: nn.Module, layer: int, chunks: Chunks) -> Callable[..., torch.Tensor]:
     """The forward of one layer's self-attention, x [1, tokens, dim] -> [1, tokens, dim]; the rest is the memory's."""
+    attend = chunks.of_layer(layer)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         q, k, v = attention.q(x)[0], attention.k(x)[0], attention.v(x)[0]
-        out = chunks.attend(layer, q, k, v, _weight(attention.norm_q), _weight(attention.norm_k))
+        out = attend(q, k, v, _weight(attention.norm_q), _weight(attention.norm_k))
         return attention.o(out.flatten(1)[None])
 
     return forward

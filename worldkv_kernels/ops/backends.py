@@ -298,20 +298,26 @@ LIBRARY = globals().get("LIBRARY") or _library()  # kept by a reload in place: t
 NAMESPACE = getattr(torch.ops, LIBRARY.ns)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = globals().get("IMPLEMENTATIONS") or {}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = globals().get("IMPLEMENTATIONS") or {}
 
 
-def register(schema: str, implementation: Callable[..., None]) -> None:
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any] = lambda *args: None,
+    tags: tuple[torch.Tag, ...] = (),
+) -> None:
     """Define NAMESPACE.<op>, or where its module is reloaded in place, let the op run the new code.
 
-    The ops only write into tensors they are given, so the fake does nothing.
+    The fake that does nothing is that of the ops that only write into tensors they are given.
     """
     name = schema.split("(", 1)[0]
     defined = name in IMPLEMENTATIONS
     IMPLEMENTATIONS[name] = ranged(name)(implementation)
     if defined:
         return
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=tags)
     # Of every device that torch has: where no kernel of ours runs, the reference does.
     LIBRARY.impl(name, lambda *args: IMPLEMENTATIONS[name](*args), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{LIBRARY.ns}::{name}", lambda *args: None, lib=LIBRARY)
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
