@@ -11,6 +11,7 @@ PACKAGE = Path(worldkv_kernels.__file__).parent
 GROUND_FLOOR = {
     "checks": set(),
     "ranges": set(),
+    "replays": set(),
     "rope": {"checks"},
     "tracing": set(),
     "lazy": set(),
