@@ -35,7 +35,7 @@ def rotated(x, grid, freqs, start_frame):
     ).unbind(1)
     factors = torch.cat([time[start_frame + frame], rows[row], columns[column]], dim=1)  # [tokens, pairs]
     numbers = torch.view_as_complex(x.double().unflatten(-1, (pairs, 2)).contiguous())
-    return torch.view_as_real(numbers * factors[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(numbers * factors[:, None].to(x.device)).flatten(-2).to(x.dtype)
 
 
 def attention(q, k, v):
@@ -295,7 +295,8 @@ class WanModelFast(nn.Module):
         assert tokens <= seq_len
 
         half = self.freq_dim // 2
-        angles = t.double()[:, None] * torch.tensor([10000.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
+        frequencies = torch.tensor([10000.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
+        angles = t.double()[:, None] * frequencies.to(t.device)  # from the host in each pass, as published
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).float()[:, None].expand(-1, tokens, -1)
         e = wide(self.time_embedding[2], F.silu(wide(self.time_embedding[0], sinusoids)))
         e0 = wide(self.time_projection[1], F.silu(e)).unflatten(2, (6, self.dim))

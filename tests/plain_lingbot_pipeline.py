@@ -114,13 +114,13 @@ class WanI2VFast:
     def __init__(self, model):
         self.model = model
 
-    def caches(self, kv_size, dtype):
+    def caches(self, kv_size, dtype, device="cpu"):
         config = self.model.config
         head_dim = config.dim // config.num_heads
         self_caches = [
             {
-                "k": torch.zeros(1, kv_size, config.num_heads, head_dim, dtype=dtype),
-                "v": torch.zeros(1, kv_size, config.num_heads, head_dim, dtype=dtype),
+                "k": torch.zeros(1, kv_size, config.num_heads, head_dim, dtype=dtype, device=device),
+                "v": torch.zeros(1, kv_size, config.num_heads, head_dim, dtype=dtype, device=device),
                 "global_end_index": torch.tensor([0]),
                 "local_end_index": torch.tensor([0]),
             }
@@ -132,8 +132,9 @@ class WanI2VFast:
     @torch.no_grad()
     def generate(self, *arguments, **options):
         """Clean latents [16, frames, height, width]; arguments as those of `passes`."""
-        self.dtype = self.model.blocks[0].self_attn.v.weight.dtype
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+        weight = self.model.blocks[0].self_attn.v.weight
+        self.dtype = weight.dtype
+        with torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             return self.passes(*arguments, **options)
 
     def passes(
@@ -163,7 +164,7 @@ class WanI2VFast:
         for block in self.model.blocks:
             block.local_attn_size = block.self_attn.local_attn_size = window
             block.self_attn.sink_size = sink_size
-        kv_cache, crossattn_cache = self.caches(kv_size, self.dtype)
+        kv_cache, crossattn_cache = self.caches(kv_size, self.dtype, y.device)
         clean_chunks = []
         for chunk, first in enumerate(range(0, frames, chunk_size)):
             kwargs = {
@@ -181,11 +182,11 @@ class WanI2VFast:
             shape = (self.model.out_dim, chunk_size, height, width)
             latent = noise(chunk, 0, shape)
             for step, (sigma, timestep) in enumerate(sampler):
-                flow = self.model(x=[latent], t=torch.tensor([timestep], dtype=torch.float64), **kwargs)[0]
+                flow = self.model(x=[latent], t=torch.tensor([timestep], dtype=torch.float64).to(y.device), **kwargs)[0]
                 clean = latent - sigma * flow
                 if step + 1 < len(sampler):
                     next_sigma = sampler[step + 1][0]
                     latent = (1 - next_sigma) * clean + next_sigma * noise(chunk, step + 1, shape)
             clean_chunks.append(clean)
-            self.model(x=[clean], t=torch.tensor([0.0], dtype=torch.float64), **kwargs)
+            self.model(x=[clean], t=torch.tensor([0.0], dtype=torch.float64).to(y.device), **kwargs)
         return torch.cat(clean_chunks, dim=1)

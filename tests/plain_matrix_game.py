@@ -281,7 +281,7 @@ class CausalWanModel(nn.Module):
 
         half = self.freq_dim // 2
         frequencies = torch.tensor([10000.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
-        angles = t.double()[..., None] * frequencies
+        angles = t.double()[..., None] * frequencies.to(t.device)  # from the host in each pass, as published
         e = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
         e0 = self.time_projection(e).unflatten(2, (6, self.dim))
         context = self.img_emb(visual_context)

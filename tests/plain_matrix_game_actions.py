@@ -15,7 +15,7 @@ ROWS_A_FRAME = 4  # video frames, and so rows of actions, in a latent frame
 def turned(x, angles):
     """x [..., tokens, heads, dim], its pairs (2i, 2i + 1) turned by angles [tokens, dim / 2], in float64."""
     numbers = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-    factors = torch.polar(torch.ones_like(angles), angles)[:, None]
+    factors = torch.polar(torch.ones_like(angles), angles)[:, None].to(x.device)
     return torch.view_as_real(numbers * factors).flatten(-2).to(x.dtype)
 
 

@@ -21,8 +21,8 @@ class FlowMatchScheduler:
 
     def sigma(self, timestep):
         """Of the level nearest to each of timestep [n], as [n, 1, 1, 1]."""
-        nearest = (self.timesteps[None] - timestep[:, None]).abs().argmin(dim=1)
-        return self.sigmas[nearest].reshape(-1, 1, 1, 1)
+        nearest = (self.timesteps[None] - timestep.cpu()[:, None]).abs().argmin(dim=1)
+        return self.sigmas[nearest].reshape(-1, 1, 1, 1).to(timestep.device)
 
     def add_noise(self, original_samples, noise, timestep):
         sigma = self.sigma(timestep)
@@ -115,7 +115,7 @@ class CausalInferencePipeline(nn.Module):
 
     def inference(self, noise, conditional_dict, initial_latent=None, return_latents=True, mode="universal"):
         """Clean latents [batch, 16, frames, height, width]; those of initial_latent come first, as they are."""
-        self._initialize(len(noise), noise.dtype)
+        self._initialize(len(noise), noise.dtype, noise.device)
         blocks = [noise] if initial_latent is None else [initial_latent, noise]
         given = 0 if initial_latent is None else initial_latent.shape[2]
         output = torch.zeros_like(torch.cat(blocks, dim=2))
@@ -125,7 +125,7 @@ class CausalInferencePipeline(nn.Module):
             if start_frame < given:
                 clean = initial_latent[:, :, frames]
                 condition = cond_current(conditional_dict, start_frame, self.num_frame_per_block, mode=mode)
-                self._pass(clean, condition, torch.zeros(len(noise), 1), start_frame)
+                self._pass(clean, condition, torch.zeros(len(noise), 1, device=noise.device), start_frame)
             else:
                 block = noise[:, :, start_frame - given : start_frame - given + self.num_frame_per_block]
                 clean = self._block(block, self._condition(conditional_dict, start_frame, mode), start_frame)
@@ -142,13 +142,13 @@ class CausalInferencePipeline(nn.Module):
 
     def _block(self, noisy_input, condition, start_frame):
         """The denoising passes and the clean one, all at the same place."""
-        frames = torch.ones(noisy_input.shape[0], noisy_input.shape[2])
+        frames = torch.ones(noisy_input.shape[0], noisy_input.shape[2], device=noisy_input.device)
         for index, current_timestep in enumerate(self.denoising_step_list):
             denoised_pred = self._pass(noisy_input, condition, frames * current_timestep, start_frame)
             if index < len(self.denoising_step_list) - 1:
                 flat = denoised_pred.transpose(1, 2).flatten(0, 1)  # [batch * frames, 16, height, width]
                 fresh = self.draw(start_frame // self.num_frame_per_block, index + 1, flat)
-                next_timestep = self.denoising_step_list[index + 1].expand(len(flat))
+                next_timestep = self.denoising_step_list[index + 1].to(flat.device).expand(len(flat))
                 noisy = self.scheduler.add_noise(flat, fresh, next_timestep)
                 noisy_input = noisy.unflatten(0, (len(denoised_pred), -1)).transpose(1, 2)
         self._pass(denoised_pred, condition, frames * self.args.context_noise, start_frame)
@@ -166,7 +166,7 @@ class CausalInferencePipeline(nn.Module):
             current_start=start_frame * self.frame_seq_length,
         )[1]
 
-    def _initialize(self, batch, dtype):
+    def _initialize(self, batch, dtype, device="cpu"):
         """New, empty caches."""
         attention = self.generator.model.blocks[0].self_attn
         window = self.local_attn_size
@@ -175,10 +175,10 @@ class CausalInferencePipeline(nn.Module):
         def empty(rows, length, heads, dim):
             return [
                 {
-                    "k": torch.zeros(rows, length, heads, dim, dtype=dtype),
-                    "v": torch.zeros(rows, length, heads, dim, dtype=dtype),
-                    "global_end_index": torch.tensor([0]),
-                    "local_end_index": torch.tensor([0]),
+                    "k": torch.zeros(rows, length, heads, dim, dtype=dtype, device=device),
+                    "v": torch.zeros(rows, length, heads, dim, dtype=dtype, device=device),
+                    "global_end_index": torch.tensor([0], device=device),
+                    "local_end_index": torch.tensor([0], device=device),
                 }
                 for _ in range(self.num_transformer_blocks)
             ]

@@ -32,10 +32,11 @@ def recorded(function):
         function()
 
     def replay():
-        for func, args, kwargs, made in recorder.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+        with torch.autocast("cpu", enabled=False):  # what was recorded is what autocast had made of it
+            for func, args, kwargs, made in recorder.calls:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
     return replay

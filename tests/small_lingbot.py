@@ -38,7 +38,13 @@ def pipeline_noise(chunk, step, shape):
 def generate(model, frames=FRAMES, *, pipe=None, **options):
     """Latents [frames, channels, height, width] of the pipeline's own code."""
     sampler = [(sigma, 1000 * sigma) for sigma in SIGMAS]
-    arguments = TEXT, IMAGE[:, :frames], CAMERA[:, :, :frames], pipeline_noise, sampler
+    device = model.blocks[0].self_attn.v.weight.device
+    given = (x.to(device) for x in (TEXT, IMAGE[:, :frames], CAMERA[:, :, :frames]))
+
+    def drawn(*place):
+        return pipeline_noise(*place).to(device)
+
+    arguments = *given, drawn, sampler
     return (pipe or pipeline.WanI2VFast(model)).generate(*arguments, **options).transpose(0, 1)
 
 
@@ -51,9 +57,9 @@ class KeepsItsCaches(pipeline.WanI2VFast):
 
     kept = None
 
-    def caches(self, kv_size, dtype):
+    def caches(self, *sizes):
         if self.kept is None:
-            self.kept = super().caches(kv_size, dtype)
+            self.kept = super().caches(*sizes)
         for cache in self.kept[0]:
             cache["global_end_index"], cache["local_end_index"] = torch.tensor([0]), torch.tensor([0])
         for cache in self.kept[1]:

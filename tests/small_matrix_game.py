@@ -49,7 +49,7 @@ def plain_model(variant="universal", window=6, *, layers=LAYERS, frame_tokens=FR
 
 def draw(chunk, step, like):
     """The rollouts' noise before a step, for the pipeline."""
-    return noise(0, chunk, step, like.shape)
+    return noise(0, chunk, step, like.shape).to(like.device)
 
 
 def first_noise(chunks):
@@ -102,4 +102,6 @@ def pipeline(model, kind=CausalInferencePipeline, kv_cache_frames=None, frame_to
 @torch.no_grad()
 def latents(pipe, given, chunks, mode="universal"):
     """What a pipeline makes: [frames, 16, height, width]."""
-    return pipe.inference(first_noise(chunks), given, mode=mode)[0].transpose(0, 1)
+    device = pipe.generator.model.head.head.weight.device
+    given = {name: rows.to(device) for name, rows in given.items()}
+    return pipe.inference(first_noise(chunks).to(device), given, mode=mode)[0].transpose(0, 1)

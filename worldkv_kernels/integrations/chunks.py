@@ -68,6 +68,7 @@ class Chunks:
         of_config = isinstance(memory, MemoryConfig)
         self.config: MemoryConfig = memory if of_config else memory.config
         self.memory: WorldMemory | None = None if of_config else memory
+        self.begun = 0  # chunks, of all rollouts
         self._name = name
         self._inside = False
         self._names = _names_for(self)
@@ -159,6 +160,16 @@ class Chunks:
             return self._attend(layer, q, k, v, q_weight, k_weight)
 
         return attend
+
+    def replayed(self) -> None:
+        """Say that all layers' self-attention of this pass was a CUDA graph's, as WorldMemory.replayed does."""
+        self.memory.replayed()
+        self._attended.update(range(self.memory.config.num_layers))
+
+    @property
+    def current(self) -> int | None:
+        """The chunk that is begun and not ended."""
+        return self._chunk
 
     def finish(self) -> None:
         """End the current chunk, when no pass over a next one will. Does nothing when there is none.
@@ -298,6 +309,7 @@ class Chunks:
 
     def _begin(self, chunk: int, controls: dict[str, Any], stream: object) -> None:
         self.memory.begin_chunk(**controls)
+        self.begun += 1
         self._chunk, self._stream, self._broken_off = chunk, _identity(stream), False
         self._of_first = [] if chunk else [*self._of_first, stream]
 

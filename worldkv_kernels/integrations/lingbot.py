@@ -92,6 +92,7 @@ def enable(
     grid: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    graph: bool | None = False,
     **fields: Any,
 ) -> LingBotMemory:
     """Put a memory in the place of a model's KV cache. The mode is the config's: "worldkv", "full", "sliding", ...
@@ -128,14 +129,25 @@ def enable(
         dtype: of the keys and values; None for autocast's where the first forward runs under it, else that of the q
             projection's weight.
         backend: of the ops, see segment_attention.
+        graph: True makes passes of the model CUDA graphs, for which the host launches one thing a pass: the first chunk
+            is made of kernels, the second captured, the third compared with its replays bit for bit, later ones are
+            replays. RuntimeError, which drops the chunk, where a pass cannot be captured or a replay differs, with the
+            reason; ValueError where the model is not on a GPU, or wrapped or sharded. None: so where that can be; where
+            not, one warning, and passes go on as without. False: no graphs. They hold the memory of a pass's
+            intermediate results, and copies of its arguments. See integrations.passes for what a pass may do, and
+            `.replayed_passes`. By its code the published pass can be one, as `generate` of version 1 (a43bec7)
+            and 2 (2648877) calls WanModelFast; no run has shown it. It reads nothing on the host but what lies there;
+            what it makes there (`sinusoidal_embedding_1d`'s arange, the lengths in `flash_attention`) is the same in
+            each pass. An earlier or other pipeline that does not pass `cross_attn_first_call` has passes that cannot:
+            WanCrossAttention then reads `crossattn_cache["is_init"].item()`.
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(poses)`, `.finish()`,
-    `.disable()`; a context manager that disables at its end. Raises before anything is changed: TypeError when the
-    model is not of the published class, the config no MemoryConfig or fields are given beside one; ValueError when the
-    config does not agree with the model, a grid is in pixels, or the poses are missing or wrong; RuntimeError when the
-    model is enabled already, something else has replaced its attention, or it runs in sequence parallel on more than
-    one device.
+    `.replayed_passes`, `.disable()`; a context manager that disables at its end. Raises before anything is changed:
+    TypeError when the model is not of the published class, the config no MemoryConfig or fields are given beside one;
+    ValueError when the config does not agree with the model, a grid is in pixels, or the poses are missing or wrong;
+    RuntimeError when the model is enabled already, something else has replaced its attention, or it runs in sequence
+    parallel on more than one device.
     """
     wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
@@ -147,7 +159,7 @@ def enable(
     patched.check_choices(_OP, dtype, backend)
     chunks = Chunks(_OP, config, poses, intrinsics)
     return LingBotMemory(
-        _OP, wrapper, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend,
+        _OP, wrapper, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend, graph=graph,
         signature=inspect.signature(model.forward),
     )  # fmt: skip
 

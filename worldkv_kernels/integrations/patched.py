@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
@@ -18,6 +19,7 @@ from ..memory.config import MemoryConfig
 from ..memory.world_memory import WorldMemory
 from ..ops.all import EVERY_BACKEND
 from ..tracing import untraced
+from . import passes
 from .chunks import Chunks
 
 ATTENTION = "CausalWanSelfAttention"
@@ -44,6 +46,7 @@ class PatchedModel:
         keep_grid: bool,
         dtype: torch.dtype | None,
         backend: str | None,
+        graph: bool | None,
         signature: inspect.Signature,
     ) -> None:
         """`model` as the pipeline calls it, perhaps a wrapper, its `attentions`, `chunks` still without a memory.
@@ -54,6 +57,12 @@ class PatchedModel:
         self._attentions = attentions
         self._chunks = chunks
         self._keep_grid, self._dtype, self._backend = keep_grid, dtype, backend
+        self._graph, self._signature = graph, signature
+        self._passes: passes.Passes | None = None  # where there are graphs
+        no_graphs = passes.why_not(model, self._model)
+        if graph and no_graphs:
+            raise ValueError(f"{op}.enable: graph must be None or False where {no_graphs}, got True")
+        self._may_be_graphs = graph is not False and no_graphs is None
         self._patch_size = tuple(self._model.patch_size)
         self._released: list[tuple[weakref.ref[torch.Tensor], torch.Size]] = []
         self._originals: list[tuple[nn.Module, Any]] = []
@@ -71,6 +80,11 @@ class PatchedModel:
         """WorldMemory.stats; a chunk whose clean pass (timestep 0) is done counts, which synchronises. Raises
         RuntimeError before the first forward."""
         return self._chunks.stats()
+
+    @property
+    def replayed_passes(self) -> int:
+        """Passes that were replays of a CUDA graph, over the present memory; see enable's `graph`."""
+        return self._passes.replayed if self._passes is not None else 0
 
     def finish(self) -> None:
         """Make the current chunk history, where no clean pass and no next chunk will tell that it is done."""
@@ -96,7 +110,7 @@ class PatchedModel:
             tensor = released()
             if tensor is not None and not tensor.numel():
                 tensor.resize_(shape).fill_(torch.nan)
-        self._released = []
+        self._released, self._passes = [], None
         self._chunks.check_used()
 
     def __repr__(self) -> str:
@@ -151,10 +165,21 @@ class PatchedModel:
                 f"{self._op}: the model must stay on {memory.device} in {memory.dtype} for all of a rollout, where its "
                 f"memory is, got {device} and {dtype}"
             )
-        memory = None  # and with the next line the room of the one before is free, before the new one needs it
+        no_graphs = passes.why_not_on(device)
+        if self._graph and no_graphs:
+            raise ValueError(f"{self._op}: graph must be None or False where {no_graphs}, got True")
+        memory = self._passes = None  # and with the next line the room of the one before is free, for the new one
         self._chunks.take(None)
         config = replace(self._chunks.config, grid=grid)
         self._chunks.take(WorldMemory(config, device=device, dtype=dtype, backend=self._backend))
+        if self._may_be_graphs and no_graphs is None:
+            insists = bool(self._graph)
+            self._passes = passes.Passes(self._op, self._model, self._chunks, self._signature, insists=insists)
+
+    @untraced
+    def _give_up_graphs(self) -> None:
+        given_up, self._passes = self._passes, None
+        given_up.give_up(passes.COMPILED)
 
     def _check_enabled(self, op: str) -> None:
         if not self._originals:
@@ -182,12 +207,17 @@ class PatchedModel:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = _by_name(signature, args, kwargs)
             self._check_forward(given)
+            compiles = "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback()
+            if self._passes is not None and compiles:
+                self._give_up_graphs()
             caches = given.get("kv_cache")
             stream = caches[0] if caches else None
             with self._chunks.model_pass(given.get("current_start", 0), timestep=given.get("t"), stream=stream):
                 for cache in caches or ():
                     self._release(cache)
-                return original(*args, **kwargs)
+                if self._passes is None:
+                    return original(*args, **kwargs)
+                return self._passes.run(original, args, kwargs, self._chunks.current)
 
         return untraced(forward, recursive=False)  # the original may be compiled, this may not
 
