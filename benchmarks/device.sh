@@ -212,7 +212,7 @@ conformance() {
     fi
 }
 
-pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=10 -p no:cacheprovider)
+pytest=("$python" -m pytest -c "$root/pyproject.toml" -q --maxfail=40 -p no:cacheprovider)
 processes=$(nproc)
 [ "$processes" -gt 12 ] && processes=12
 "$python" -c "import xdist" 2>/dev/null && pytest+=(-n "$processes")

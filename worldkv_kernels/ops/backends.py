@@ -198,10 +198,11 @@ class OpBackends:
     def passed_over(self, name: str, device: torch.device, kind: Kind = None) -> str | None:
         """Why `auto` does not take `name` on `device`; None when it may. With a `kind`, checks it on first use."""
         reason = self.backends[name].why_not(device, kind)
+        if device.type == "cpu" and name not in self.on_cpu:
+            takes = " or ".join(self.on_cpu).replace("reference", "the reference")
+            return Cannot(reason or f"auto takes {takes} on a CPU")
         if reason or name == "reference":
             return reason
-        if device.type == "cpu" and name not in self.on_cpu:
-            return Cannot(f"auto takes {' or '.join(self.on_cpu)} on a CPU".replace("reference", "the reference"))
         if name == "cuda" and not proven.is_proven(self.proof(kind), device):
             return f"no run has proven it on {proven.architecture(device)} (worldkv doctor --prove)"
         if kind is None or os.environ.get("WORLDKV_SELF_CHECK") == "0":
