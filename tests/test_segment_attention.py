@@ -15,7 +15,6 @@ from worldkv_kernels.ops import cuda
 from worldkv_kernels.ops.segment_attention import BACKENDS
 
 
-
 def serves(backend, dtype, has_weight=False):
     """Whether a backend takes a kind of problem here, where CUDA runs on a CPU too."""
     kind, of_backend = (dtype, 64, 0, False, False, has_weight, True, True), BACKENDS.backends[backend]
