@@ -16,7 +16,7 @@ _FEWEST = 16  # columns and rows of a weight that the kernel takes are multiples
 
 
 class Rounded(NamedTuple):
-    """What x [rows, columns] is about the product of: E4M3 `values` like x, and the fp32 `scale` [rows, 1] of each row."""
+    """E4M3 `values` and the fp32 `scale` [rows, 1] of each row: their product is about x [rows, columns]."""
 
     values: torch.Tensor
     scale: torch.Tensor
