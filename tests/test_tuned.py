@@ -103,6 +103,7 @@ TRITON = dict(triton=100.0, cuda=150.0, sdpa=200.0)
         ([measured(**SDPA), measured(9024, **SDPA, heads=9)], Size(8, 5000, False), FIXED),
         ([measured(**SDPA), measured(5024, **TRITON), measured(9024, **SDPA)], Size(8, 7000, False), FIXED),
         ([measured(9024, **SDPA), measured(**SDPA, has_mass=True)], Size(8, 5000, False), FIXED),
+        ([measured(**SDPA), measured(9024, triton=200.0, sdpa=100.0)], Size(8, 5000, False), FIXED),
         # Not of this installation, or this card.
         ([replace(measured(**SDPA), torch="2.11.1")], Size(8, 1024, False), ["sdpa", "triton", "cuda", "reference"]),
         ([replace(measured(**SDPA), torch="2.1.0")], Size(8, 1024, False), FIXED),
@@ -144,6 +145,8 @@ def test_the_machine_goes_before_the_repository(op, monkeypatch, us, order, by):
     assert op.order(GPU, Size(8, 5000, False)) == FIXED[1::-1] + FIXED[2:]
     if us is TRITON:
         assert op.slower(GPU, shape) == "measured slower than triton on this machine"
+    keep(measured(30_000, triton=100.0, cuda=100.5, sdpa=200.0))
+    assert op.slower(GPU, Size(8, 30_000, False)) == "not measured faster than triton on sm_89"
     assert op.slower(GPU, Size(8, 20_000, False)) == "not measured faster than triton on sm_89"
 
 
@@ -174,9 +177,10 @@ def test_a_file_holds_cards_by_name(op, monkeypatch):
 def test_a_shape_measured_again_takes_the_place_of_its_own(op):
     first, other = measured(**SDPA), measured(2048, **SDPA)
     again = replace(measured(**TRITON), date="2026-12-01T00:00:00+00:00", dtype="float16")
-    assert tuned.record(CARD, [first, other]) == tuned.user_file()
-    tuned.record(CARD, [again, measured(**SDPA, has_mass=True), replace(first, op="other_op")])
-    assert tuned.read()[CARD] == [other, again, measured(**SDPA, has_mass=True), replace(first, op="other_op")]
+    of_another = replace(first, op="other_op")
+    assert tuned.record(CARD, [first, other, of_another]) == tuned.user_file()
+    tuned.record(CARD, [again, measured(**SDPA, has_mass=True)])
+    assert tuned.read()[CARD] == [other, of_another, again, measured(**SDPA, has_mass=True)]
 
 
 def test_what_is_chosen_is_chosen_anew_in_the_process_that_measures(op):
