@@ -11,6 +11,7 @@ takes what `worldkv bench segment_attention` takes.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,11 +38,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from worldkv_kernels import Rope3D, Segment, Window, segment_attention
+from worldkv_kernels.ops.backends import Backend
 from worldkv_kernels.ops.segment_attention import BACKENDS
 
 TILE_ROWS = 128
 MOST_SCORES = 2**28  # held at once by the check
-EXTRAS = ("rebase", "mass", "lse")  # what is asked for on top
+EXTRAS = ("rebase", "mass", "lse", "weights")  # what is asked for on top
+LOG_WEIGHT = math.log(2)  # of each retrieved segment, with "weights"
 # Ours, beside the rivals "sdpa flash", "sdpa cudnn" and so on: it gathers by itself.
 NAMES = {"sdpa": "sdpa backend"}
 
@@ -262,19 +265,20 @@ def exact_attention(
     wide = torch.float32 if q.is_cuda else torch.float64
     q_len, heads, head_dim = q.shape
     lengths = [s.num_rows for s in segments]
+    weights = torch.cat([torch.full((s.num_rows,), s.log_weight, dtype=wide, device=q.device) for s in segments])
     out = torch.empty(q.shape, dtype=wide, device=q.device)
     lse = torch.empty((heads, q_len), dtype=wide, device=q.device)
     mass = torch.zeros((heads, len(segments)), dtype=wide, device=q.device)
     step = max(1, MOST_SCORES // sum(lengths))
     for head in range(heads):
         keys, values = [], []
-        for first, count, shift, _ in segments:
+        for first, count, shift, *_ in segments:
             k = k_pool[first : first + count, head].to(wide)
             keys.append(turned_keys(k, rope, shift) if shift else k)
             values.append(v_pool[first : first + count, head].to(wide))
         k, v = torch.cat(keys), torch.cat(values)
         for start in range(0, q_len, step):
-            scores = q[start : start + step, head].to(wide) @ k.T * head_dim**-0.5
+            scores = torch.addmm(weights, q[start : start + step, head].to(wide), k.T, alpha=head_dim**-0.5)
             lse[head, start : start + step] = scores.logsumexp(dim=1)
             p = scores.softmax(dim=1)
             out[start : start + step, head] = p @ v
@@ -299,17 +303,25 @@ class Inputs:
         self.q.normal_(generator=generator)
         self.out = torch.empty_like(self.q)
         self.rope = Rope3D(case.head_dim)
+        self.weighted = [
+            plain._replace(log_weight=LOG_WEIGHT if shifted.time_shift else 0.0)
+            for plain, shifted in zip(self.plain, self.shifted, strict=True)
+        ]
+        plain = Window(self.plain, device=device)
         self.windows = {
-            False: Window(self.plain, device=device), True: Window(self.shifted, device=device, rope=self.rope)
-        }  # fmt: skip
+            **dict.fromkeys(("", *EXTRAS), plain),
+            "rebase": Window(self.shifted, device=device, rope=self.rope),
+            "weights": Window(self.weighted, device=device, weighted=True),
+        }  # by what is asked for on top
         self.index = torch.cat(
             [torch.arange(first, first + count, dtype=torch.int64, device="cpu") for first, count, *_ in self.plain]
         ).to(device)
         self.exact = cache(self._exact)
         self.gathered = cache(self._gathered)
 
-    def _exact(self, rebase: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return exact_attention(self.q, self.k_pool, self.v_pool, self.shifted if rebase else self.plain, self.rope)
+    def _exact(self, extra: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        segments = {"rebase": self.shifted, "weights": self.weighted}.get(extra, self.plain)
+        return exact_attention(self.q, self.k_pool, self.v_pool, segments, self.rope)
 
     def _gathered(self) -> list[torch.Tensor]:
         """q, K and V as [1, heads, length, head_dim], contiguous."""
@@ -328,21 +340,15 @@ class Inputs:
         }  # fmt: skip
 
 
-def our_backends(case: Case, device: torch.device) -> list[str]:
-    """Those that run here and take the case's numbers."""
-    kind = (case.dtype, case.head_dim, 0, False, False, False, True, True)
-    mine = {name: BACKENDS.backends[name] for name in ours("segment_attention", device)}
-    return [n for n, backend in mine.items() if not (backend.unsupported(kind) or backend.unsupported_on(device, kind))]
-
-
 def our_variants(case: Case, device: torch.device) -> list[tuple[str, str]]:
-    """Backend and extra of each."""
-    return [
-        (backend, extra)
-        for backend in our_backends(case, device)
-        for extra in ("", *EXTRAS)
-        if (backend, extra) != ("sdpa", "mass")
-    ]
+    """Backend and extra of each that runs here and takes the case's numbers."""
+    mine = {name: BACKENDS.backends[name] for name in ours("segment_attention", device)}
+
+    def takes(backend: Backend, extra: str) -> bool:
+        kind = (case.dtype, case.head_dim, 0, False, extra == "mass", extra == "weights", True, True)
+        return not (backend.unsupported(kind) or backend.unsupported_on(device, kind))
+
+    return [(name, extra) for name, backend in mine.items() for extra in ("", *EXTRAS) if takes(backend, extra)]
 
 
 def name_of(backend: str, extra: str) -> str:
@@ -351,11 +357,11 @@ def name_of(backend: str, extra: str) -> str:
 
 def our_variant(inputs: Inputs, backend: str, extra: str) -> Variant:
     """segment_attention by a backend, alone or with one of EXTRAS on top."""
-    rebase, lse, mass = extra == "rebase", extra == "lse", extra == "mass"
+    lse, mass = extra == "lse", extra == "mass"
 
     def run(i: int) -> Any:
         return segment_attention(
-            inputs.q, inputs.k_pool, inputs.v_pool, inputs.windows[rebase], return_lse=lse, return_mass=mass,
+            inputs.q, inputs.k_pool, inputs.v_pool, inputs.windows[extra], return_lse=lse, return_mass=mass,
             out=inputs.out, backend=backend,
         )  # fmt: skip
 
@@ -363,7 +369,7 @@ def our_variant(inputs: Inputs, backend: str, extra: str) -> Variant:
         inputs.out.fill_(float("nan"))
         result = run(0)
         got = result if isinstance(result, tuple) else (result,)
-        exact_out, exact_lse, exact_mass = inputs.exact(rebase)
+        exact_out, exact_lse, exact_mass = inputs.exact(extra if extra in ("rebase", "weights") else "")
         want = [exact_out, *([exact_lse] if lse else []), *([exact_mass] if mass else [])]
         return worst(relative_error(g, w) for g, w in zip(got, want, strict=True))
 
@@ -429,7 +435,7 @@ def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = 
             if getattr(out, "shape", None) != inputs.q.shape:
                 got = list(out.shape) if isinstance(out, torch.Tensor) else out
                 raise TypeError(f"run must return a tensor {list(inputs.q.shape)}, got {got!r:.60}")
-            return relative_error(out, inputs.exact(False)[0])
+            return relative_error(out, inputs.exact("")[0])
 
         return Variant(name, make, check, limit, **inputs.counts(), rival=True)
 

@@ -193,8 +193,9 @@ def test_strict_makes_an_error_of_a_fallback(op, monkeypatch):
 
 
 def test_what_no_installation_changes_is_no_fallback(monkeypatch):
-    """On a CPU, of every op; a planted wrong kernel is one."""
+    """On a CPU, of every op, Triton without its interpreter included; a planted wrong kernel is one."""
     monkeypatch.setenv("WORLDKV_STRICT", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for table in (ATTENTION, APPEND, COMPRESS):
         for kind in table.kinds[:4]:
             table.choose("auto", CPU, kind)

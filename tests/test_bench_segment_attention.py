@@ -114,8 +114,8 @@ def test_a_backend_is_timed_on_the_numbers_that_it_takes(load, monkeypatch):
     monkeypatch.setattr(bench, "ours", lambda op, device: ["cuda", "sdpa", "reference"])
     half, full = bench.SMALL_CASES[-1], bench.SMALL_CASES[0]
     assert (half.dtype, full.dtype) == (torch.float16, torch.float32)
-    extras = ["", " rebase", " mass", " lse"]
-    dense = ["sdpa backend", "sdpa backend rebase", "sdpa backend lse"]  # without mass
+    extras = ["", " rebase", " mass", " lse", " weights"]
+    dense = [f"sdpa backend{extra}" for extra in extras if extra != " mass"]
     for case, mine in ((half, ["cuda"]), (full, [])):
         wanted = [f"{name}{extra}" for name in mine for extra in extras]
         wanted += [*dense, *(f"reference{extra}" for extra in extras)]

@@ -159,10 +159,12 @@ def test_a_replay_that_differs_is_not_used_and_leaves_nothing(monkeypatch, given
 def test_what_a_chunk_prepares_elsewhere_is_seen_by_the_comparison(monkeypatch):
     model = make("small_world")
     want, prepare = made(model, False, 5), model.prepare_chunk
+    kept = []  # else a chunk's lies where that of the chunk before has been
 
     def elsewhere(of_rollout, *rest):
         of_chunk = prepare(of_rollout, *rest)
-        return of_chunk._replace(rollout=of_rollout._replace(camera=of_rollout.camera.clone()))
+        kept.append(of_rollout.camera.clone())
+        return of_chunk._replace(rollout=of_rollout._replace(camera=kept[-1]))
 
     monkeypatch.setattr(model, "prepare_chunk", elsewhere)
     with pytest.warns(UserWarning, match="the replay of a pass differs from the pass"):

@@ -14,8 +14,15 @@ from worldkv_kernels import Rope3D, Segment, Window, segment_attention
 from worldkv_kernels.ops import cuda
 from worldkv_kernels.ops.segment_attention import BACKENDS
 
+
+def serves(backend, dtype, has_weight=False):
+    """Whether a backend takes a kind of problem here, where CUDA runs on a CPU too."""
+    kind, of_backend = (dtype, 64, 0, False, False, has_weight, True, True), BACKENDS.backends[backend]
+    return of_backend.unsupported(kind) is None and of_backend.unsupported_on(DEVICE, kind) is None
+
+
 BACKEND_NAMES = backends(BACKENDS)
-FP32_BACKENDS = [name for name in BACKEND_NAMES if name != "cuda"]  # which takes 16 bits alone
+FP32_BACKENDS = [name for name in BACKEND_NAMES if serves(name, torch.float32)]  # others take 16 bits alone
 MASS_BACKENDS = [name for name in BACKEND_NAMES if name != "sdpa"]  # which has no mass
 FUZZ = int(os.environ.get("WORLDKV_FUZZ") or (60 if DEVICE.type == "cuda" else 12))  # random windows a backend
 ROPES = {head_dim: Rope3D(head_dim) for head_dim in (64, 128)}
@@ -23,7 +30,7 @@ ROPES = {head_dim: Rope3D(head_dim) for head_dim in (64, 128)}
 
 def dtype_of(backend):
     """What a backend is held against float64 in: fp32, or fp16 where it takes no fp32."""
-    return torch.float16 if backend == "cuda" else torch.float32
+    return torch.float32 if backend in FP32_BACKENDS else torch.float16
 
 
 def extras(backend):
@@ -256,6 +263,8 @@ def test_scores_of_any_size(backend, size):
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("scale", [None, 1e-9, 1e25])
 def test_the_largest_numbers_of_half_precision(backend, scale):
+    if backend == "sdpa" and DEVICE.type == "cuda" and scale != 1e-9:
+        pytest.skip("PyTorch's kernel scales scores before it subtracts the largest: at 1e10 nothing of them is left")
     segments = [Segment(0, 200), Segment(260, 40), Segment(210, 1)]
     q, k, v = exact_scores(300, torch.float16)
     got = segment_attention(q, k, v, make_window(segments, 64), scale=scale, backend=backend, **extras(backend))

@@ -20,14 +20,14 @@ from test_segment_attention import (
     limits,
     make_pool,
     make_window,
+    serves,
 )
 
 from worldkv_kernels import Segment, Window, segment_attention
 from worldkv_kernels.ops.segment_attention import BACKENDS
 from worldkv_kernels.window import MAX_LOG_WEIGHT
 
-WEIGHTED = (torch.float16, 64, 0, False, False, True, True, True)  # a kind of problem
-BACKEND_NAMES = [name for name in backends(BACKENDS) if BACKENDS.backends[name].unsupported(WEIGHTED) is None]
+BACKEND_NAMES = [name for name in backends(BACKENDS) if serves(name, torch.float16, has_weight=True)]
 MASS_BACKENDS = [name for name in BACKEND_NAMES if name != "sdpa"]  # which has no mass
 # Tail rows of all of them lie in one block of a kernel, or two; full tiles lie between and before.
 SEGMENTS = [

@@ -129,21 +129,24 @@ class Denoiser(nn.Module, ABC):
         """
         for module in self.modules():
             if isinstance(module, wan.Block):
-                module.elementwise = wan.compiled()
+                module.compiled = True
 
     def to_fp8(self) -> None:
         """Make the blocks' linear layers FP8 (E4M3), a scale a row of the weight and a token, in place and for good.
 
         Half the bytes of these weights and, on an H100, half the time of their products; what it costs in accuracy
-        docs/models.md says. On a GPU the rounding of their inputs is compiled, as by `compile_elementwise`: kernel by
-        kernel it takes longer than the products save. Raises ValueError for a dtype other than bfloat16, and on a GPU
-        below compute capability 9.0.
+        docs/models.md says. On a GPU `compile_elementwise` is part of it: rounding kernel by kernel takes longer than
+        the products save. Raises ValueError for a dtype other than bfloat16, and on a GPU below compute capability 9.0.
         """
         if self.dtype != torch.bfloat16:
             raise ValueError(f"{type(self).__name__}.to_fp8: dtype must be torch.bfloat16, got {self.dtype}")
-        elementwise = wan.compiled() if self.device.type == "cuda" else wan.EAGER
+        on_gpu = self.device.type == "cuda"
+        quantize = wan.elementwise(on_gpu, True).quantized
         for block in self.blocks:
-            fp8.to_fp8(f"{type(self).__name__}.to_fp8", block, elementwise.quantized, self.kept_by_fp8)
+            fp8.to_fp8(f"{type(self).__name__}.to_fp8", block, quantize, self.kept_by_fp8)
+            block.in_fp8 = all(isinstance(layer, fp8.Fp8Linear) for layer in block.after_elementwise())
+        if on_gpu:
+            self.compile_elementwise()
 
     # --- what a subclass says ---
 

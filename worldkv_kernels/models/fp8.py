@@ -6,6 +6,7 @@ As torchao's and vLLM's dynamic row-wise FP8. A weight takes half of bf16's byte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,23 +15,29 @@ _LARGEST = 448.0  # of E4M3
 _FEWEST = 16  # columns and rows of a weight that the kernel takes are multiples of it
 
 
-def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, columns] as E4M3 and the fp32 scale [rows, 1] of each row, x being about their product. A row's largest
-    number is kept exactly, up to the scale's rounding; a row of zeros has scale 1."""
+class Rounded(NamedTuple):
+    """E4M3 `values` and the fp32 `scale` [rows, 1] of each row: their product is about x [rows, columns]."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+
+def quantized(x: torch.Tensor) -> Rounded:
+    """A row's largest number is kept exactly, up to the scale's rounding; a row of zeros has scale 1."""
     largest = x.abs().amax(dim=1, keepdim=True).float()
     scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-    return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
+    return Rounded((x.float() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale)
 
 
 class Fp8Linear(nn.Module):
-    """nn.Linear with an FP8 weight. Inputs [tokens, in_features] in bf16; result in bf16.
+    """nn.Linear with an FP8 weight. Inputs [tokens, in_features] in bf16, or rounded already; result in bf16.
 
     Args:
         linear: with a bf16 weight, both sides multiples of 16.
-        quantize: what rounds the inputs, as `quantized` does.
+        quantize: what rounds inputs that are not, as `quantized` does.
     """
 
-    def __init__(self, linear: nn.Linear, quantize: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(self, linear: nn.Linear, quantize: Callable[[torch.Tensor], Rounded]) -> None:
         super().__init__()
         weight, scale = quantized(linear.weight)
         self.register_buffer("weight", weight)
@@ -39,10 +46,10 @@ class Fp8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._quantize = quantize
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded, scale = self._quantize(x)
+    def forward(self, x: torch.Tensor | Rounded) -> torch.Tensor:
+        values, scale = x if isinstance(x, Rounded) else self._quantize(x)
         return torch._scaled_mm(
-            rounded, self.weight.T, scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=x.dtype,
+            values, self.weight.T, scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )  # fmt: skip
 
@@ -50,9 +57,7 @@ class Fp8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def to_fp8(
-    op: str, module: nn.Module, quantize: Callable[..., tuple[torch.Tensor, torch.Tensor]], keep: Sequence[str] = ()
-) -> int:
+def to_fp8(op: str, module: nn.Module, quantize: Callable[[torch.Tensor], Rounded], keep: Sequence[str] = ()) -> int:
     """Replace every bf16 nn.Linear inside `module` whose sides are multiples of 16; returns how many.
 
     What lies in a child named in `keep` stays. Raises ValueError where the GPU has no such product, or none is bf16.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..memory.world_memory import WorldMemory
-from .fp8 import quantized
+from .fp8 import Rounded, quantized
 
 PATCH = (1, 2, 2)  # frames, rows and columns of latents in a token
 # What is held in fp32 whatever the model's dtype, by a part of its name.
@@ -28,13 +28,13 @@ RESIDUAL_LAYERS = ("self_attn.o", "cross_attn.o", "ffn.2")
 
 
 class Elementwise(NamedTuple):
-    """What stands between the matrix products of a block; see `EAGER` and `compiled`."""
+    """What stands between the matrix products of a block; see `elementwise`."""
 
-    normed: Callable[..., torch.Tensor]
+    normed: Callable[..., torch.Tensor | Rounded]
     gated: Callable[..., torch.Tensor]
     gated_and_moved: Callable[..., torch.Tensor]
-    gelu: Callable[[torch.Tensor], torch.Tensor]
-    quantized: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    gelu: Callable[[torch.Tensor], torch.Tensor | Rounded]
+    quantized: Callable[[torch.Tensor], Rounded]
 
 
 def _normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
@@ -55,18 +55,31 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-EAGER = Elementwise(_normed, _gated, _gated_and_moved, _gelu, quantized)
+def _normed_in_fp8(*arguments: Any) -> Rounded:
+    return quantized(_normed(*arguments))
+
+
+def _gelu_in_fp8(x: torch.Tensor) -> Rounded:
+    return quantized(_gelu(x))
+
+
+_EAGER = Elementwise(_normed, _gated, _gated_and_moved, _gelu, quantized)
+_IN_FP8 = _EAGER._replace(normed=_normed_in_fp8, gelu=_gelu_in_fp8)
 
 
 @lru_cache
-def compiled() -> Elementwise:
-    """Each as one kernel, by torch.compile: less rounding in between, so results differ in their last digits.
+def elementwise(compiled: bool, in_fp8: bool) -> Elementwise:
+    """Eager, or each as one kernel by torch.compile: less rounding in between, so results differ in their last digits.
+    In FP8, what goes into linear layers is rounded where it is made.
 
     A shape is compiled for by itself: a model has up to three of each, a process may have many models, and torch's own
     limit, 8 of a function, is an error past it.
     """
+    functions = _IN_FP8 if in_fp8 else _EAGER
+    if not compiled:
+        return functions
     torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
-    return Elementwise(*(torch.compile(function, fullgraph=True, dynamic=False) for function in EAGER))
+    return Elementwise(*(torch.compile(function, fullgraph=True, dynamic=False) for function in functions))
 
 
 class RMSNorm(nn.Module):
@@ -124,7 +137,8 @@ class Block(nn.Module):
     feed-forward.
     """
 
-    elementwise = EAGER
+    # What `elementwise` is made for, see Denoiser.compile_elementwise and to_fp8.
+    compiled = in_fp8 = False
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -154,8 +168,16 @@ class Block(nn.Module):
         return self.self_attn(self.elementwise.normed(x, scale, shift, self.eps, self.dtype), memory, layer)
 
     @property
+    def elementwise(self) -> Elementwise:
+        return elementwise(self.compiled, self.in_fp8)
+
+    def after_elementwise(self) -> tuple[nn.Module, ...]:
+        """The linear layers whose inputs `normed` and `gelu` make."""
+        return (self.self_attn.q, self.self_attn.k, self.self_attn.v, self.ffn[0], self.ffn[2])
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Of what goes into the linear layers and comes out."""
+        """Of what goes into the linear layers, but in FP8, and comes out."""
         return self.ffn[0].bias.dtype
 
 
@@ -171,6 +193,9 @@ class TextBlock(Block):
         """Cross-attention: x + cross_attn(norm3(x))."""
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
         return x + self.cross_attn(self.elementwise.normed(x, weight, bias, self.eps, self.dtype), keys, values)
+
+    def after_elementwise(self) -> tuple[nn.Module, ...]:
+        return (*super().after_elementwise(), self.cross_attn.q)
 
 
 class CameraBlock(Block):
