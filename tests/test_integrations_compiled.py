@@ -13,8 +13,7 @@ from small_lingbot import POSES, TOKENS, WORLDKV
 from torch._dynamo.utils import counters
 
 from worldkv_kernels import MemoryConfig, WorldMemory
-from worldkv_kernels.integrations import chunks as chunks_module
-from worldkv_kernels.integrations import matrix_game
+from worldkv_kernels.integrations import matrix_game, named
 from worldkv_kernels.integrations.chunks import Chunks
 from worldkv_kernels.ops.backends import NAMESPACE
 
@@ -148,10 +147,10 @@ def test_its_errors_are_those_of_attend():
             attend(*qkv()[:, :17])
         with chunks.model_pass(0), pytest.raises(ValueError, match="layer must be from 0 to 1, got 2"):
             chunks.attend(2, *qkv())
-        named = make()._names[0]
+        of_none = make()._names[0]
         gc.collect()
         with pytest.raises(RuntimeError, match="must run while its model is enabled, got a compiled pass of one"):
-            ATTEND(*qkv(), None, None, named, 2)
+            ATTEND(*qkv(), None, None, of_none, 2)
 
 
 def test_compiled_code_holds_no_memory_of_a_model_that_is_disabled():
@@ -160,11 +159,11 @@ def test_compiled_code_holds_no_memory_of_a_model_that_is_disabled():
     for block in model.blocks:
         block.compile(fullgraph=True, backend=graphs)
     small_lingbot.generate(model, 9, pipe=Plain(model))
-    kept, count = weakref.ref(handle.memory), len(chunks_module._BY_NUMBER)
+    kept, count = weakref.ref(handle.memory), len(named._BY_NUMBER)
     handle.disable()
     del handle
     gc.collect()
-    assert graphs.made and kept() is None and len(chunks_module._BY_NUMBER) < count
+    assert graphs.made and kept() is None and len(named._BY_NUMBER) < count
     handle = small_lingbot.enable(model)  # and the next one is found by the code compiled for it
     small_lingbot.generate(model, 9, pipe=Plain(model))
     assert handle.stats()["chunks"] == 3

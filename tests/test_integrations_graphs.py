@@ -4,12 +4,12 @@ import gc
 import weakref
 
 import pytest
+import recorded_pass
 import small_lingbot
 import small_matrix_game
 import torch
 from conftest import DEVICE
 from plain_matrix_game_pipeline import CausalInferencePipeline
-from recorded_pass import recorded
 
 from worldkv_kernels.actions import parse_actions
 from worldkv_kernels.integrations import lingbot, matrix_game, passes
@@ -40,7 +40,7 @@ BANKS = pytest.mark.parametrize(
 def stand_in(monkeypatch):
     if not ON_GPU:
         monkeypatch.setattr(passes, "why_not_on", lambda device: None)
-        monkeypatch.setattr(passes, "_capture_on", lambda device: recorded)
+        monkeypatch.setattr(passes, "_capture_on", lambda device: recorded_pass.recorded)
 
 
 class Lingbot:
@@ -316,6 +316,16 @@ def test_what_a_pass_brings_from_the_host_must_not_change(monkeypatch, changes):
         wanted = case.latents()
     with case.enable(True) as handle:
         assert torch.equal(case.latents(), wanted) and handle.replayed_passes == STEPS * (CHUNKS - 2)
+
+
+def test_what_the_memory_reads_to_check_it_is_no_reason(monkeypatch):
+    """It reads nothing in a capture, which the stand-in for one does not tell."""
+    monkeypatch.setenv("WORLDKV_DEBUG", "1")
+    monkeypatch.setattr(recorded_pass, "READS", ())
+    case = Lingbot()
+    with case.enable(True) as handle:
+        case.latents(6)
+        assert handle.replayed_passes == STEPS * 4
 
 
 def test_a_pass_that_writes_its_arguments_is_none_to_capture():

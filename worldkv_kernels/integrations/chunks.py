@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +13,9 @@ from ..actions import as_actions, video_frames
 from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
-from ..ops.backends import NAMESPACE, register
 from ..poses import as_intrinsics, as_poses, convention_hint
 from ..tracing import untraced
+from .named import attend_named, names_for
 
 
 class Chunks:
@@ -71,7 +69,7 @@ class Chunks:
         self.begun = 0  # chunks, of all rollouts
         self._name = name
         self._inside = False
-        self._names = _names_for(self)
+        self._names = names_for(self)
         self._controls = _Controls(name, self.config, poses, intrinsics, actions)
         self._forget()
 
@@ -156,7 +154,7 @@ class Chunks:
             k_weight: torch.Tensor | None = None,
         ) -> torch.Tensor:
             if named is not None and torch.compiler.is_compiling():
-                return NAMESPACE.attend(q, k, v, q_weight, k_weight, named, self.config.num_heads)
+                return attend_named(q, k, v, q_weight, k_weight, named, self.config.num_heads)
             return self._attend(layer, q, k, v, q_weight, k_weight)
 
         return attend
@@ -212,7 +210,7 @@ class Chunks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._names = _names_for(self)
+        self._names = names_for(self)
 
     @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
     def _attend(
@@ -406,43 +404,3 @@ def _is_zero(timestep: object) -> bool:
 
 def _identity(stream: object) -> int | None:
     return None if stream is None else id(stream)
-
-
-_NUMBERS = itertools.count()
-_BY_NUMBER: weakref.WeakValueDictionary[int, Chunks] = weakref.WeakValueDictionary()
-
-
-def _names_for(chunks: Chunks) -> list[torch.Tensor]:
-    """What tells the op of a traced pass whose layer it is, one a layer: [2] on the CPU, the number and the layer.
-
-    Tensors, since on numbers a compiled block would depend, and be compiled anew for each layer.
-    """
-    number = next(_NUMBERS)
-    _BY_NUMBER[number] = chunks
-    layers = range(chunks.config.num_layers)
-    return [torch.tensor([number, layer], dtype=torch.int64, device="cpu") for layer in layers]
-
-
-def _attend_of_named(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
-    named: torch.Tensor, heads: int,
-) -> torch.Tensor:  # fmt: skip
-    number, layer = named.tolist()
-    chunks = _BY_NUMBER.get(number)
-    if chunks is None:
-        raise RuntimeError("self-attention must run while its model is enabled, got a compiled pass of one that is not")
-    return chunks._attend(layer, q, k, v, q_weight, k_weight)
-
-
-def _attended_like(q: torch.Tensor, k: Any, v: Any, q_weight: Any, k_weight: Any, named: Any, heads: int) -> Any:
-    return q.new_empty((q.shape[0], heads, q.shape[-1] // heads))
-
-
-# That it writes `named` is not so, but lets the compiler neither drop a call, nor make one of two, nor change their
-# order: of what a call does write, the memory, it sees nothing.
-register(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor(a!) named, int heads) -> Tensor",
-    _attend_of_named,
-    fake=_attended_like,
-    tags=(torch.Tag.cudagraph_unsafe,),  # a graph that does not call the memory is not to be replayed
-)

@@ -101,17 +101,17 @@ def enable(
             reason; ValueError where the model is not on a GPU, or wrapped or sharded. None: so where that can be; where
             not, one warning, and passes go on as without. False: no graphs. They hold the memory of a pass's
             intermediate results, and copies of its arguments. See integrations.passes for what a pass may do, and
-            `.replayed_passes`. The published passes cannot be: ActionModule.forward reads the place in its
-            caches on the host (`kv_cache_mouse["global_end_index"].item()`), writes into those caches, and turns by
+            `.replayed_passes`. The published passes cannot be: ActionModule.forward reads the place in its caches on
+            the host (`kv_cache_mouse["global_end_index"].item()`), writes into those caches, and turns by
             `start_frame`, a number of the host that differs in each chunk; and the pipelines pass actions that grow
             with each chunk. A model whose blocks have no action module can, given no actions.
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(...)`, `.finish()`,
-    `.disable()`; a context manager that disables at its end. Raises before anything is changed: TypeError when the
-    model is not of the published class, the config no MemoryConfig or fields are given beside one; ValueError when the
-    config does not agree with the model, a grid is in pixels, or what retrieval needs is missing or wrong; RuntimeError
-    when the model is enabled already or something else has replaced its attention.
+    `.replayed_passes`, `.disable()`; a context manager that disables at its end. Raises before anything is changed:
+    TypeError when the model is not of the published class, the config no MemoryConfig or fields are given beside one;
+    ValueError when the config does not agree with the model, a grid is in pixels, or what retrieval needs is missing or
+    wrong; RuntimeError when the model is enabled already or something else has replaced its attention.
     """
     wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)

@@ -65,10 +65,10 @@ class Passes:
         def kernels() -> Any:
             return forward(*args, **kwargs)
 
+        if self._replays.on:
+            self._follow()
         if not self._replays.on:
-            return kernels()
-        self._follow()
-        if not self._replays.on:
+            self._inputs.clear()
             return kernels()
         tensors: list[torch.Tensor] = []
         given = self._given(args, kwargs)

@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 UPLOADS_DIFFER = "a pass copies other numbers from the host than in the pass before"
 _ATEN = torch.ops.aten
 _READS = (_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.equal.default)
-_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 
 
 class Watch(TorchDispatchMode):
     """Around a pass: `reason` says what a graph of it could not do, `uploads` is what it copies from host to device.
 
-    Operations that read the device on the host, or write into `arguments`, are reasons. With `known`, the uploads of
-    the pass before and their copies on the device, a capture takes those in their place; RuntimeError where they
-    differ.
+    Operations that read the device on the host, or write into `arguments`, are reasons; not this package's own, which
+    under WORLDKV_DEBUG=1 looks at values, but in no capture. With `known`, the uploads of the pass before and their
+    copies on the device, a capture takes those in their place; RuntimeError where they differ.
     """
 
     def __init__(
@@ -41,15 +41,17 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         source = _uploaded(func, args, kwargs, self._device)
-        if source is not None:
-            args = self._upload(func, args, source)
-        if self.reason is None and _reads(func, args, kwargs, self._device):
-            self.reason = f"{func} reads the device on the host{_line_of(sys._getframe(1))}"
-        if self.reason is None and any(_storage(one) in self._arguments for one in _written(func, args, kwargs)):
-            self.reason = f"{func} writes into an argument{_line_of(sys._getframe(1))}"
+        if source is not None and not _is_ours(sys._getframe(1)):
+            args = self._upload(args, source)
+        if self.reason is None:
+            does = "reads the device on the host" if _reads(func, args, kwargs, self._device) else None
+            if any(_storage(one) in self._arguments for one in _written(func, args, kwargs)):
+                does = does or "writes into an argument"
+            if does is not None and not _is_ours(sys._getframe(1)):
+                self.reason = f"{func} {does}{_line_of(sys._getframe(1))}"
         return func(*args, **kwargs)
 
-    def _upload(self, func: Any, args: tuple, source: torch.Tensor) -> tuple:
+    def _upload(self, args: tuple, source: torch.Tensor) -> tuple:
         """The arguments of a copy to the device, of the host's tensor or of what is there already."""
         if self._known is None:
             self.uploads.append(source.detach().clone())
@@ -119,7 +121,14 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _is_the_models(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
-    return not name.startswith(_NOT_THE_MODEL) and not name.startswith("<")
+    return not name.startswith((_TORCH, _OURS, "<"))
+
+
+def _is_ours(frame: FrameType | None) -> bool:
+    """Whether an operation is called by this package, if by way of torch."""
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, "<")):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_OURS)
 
 
 def _line_of(frame: FrameType | None) -> str:

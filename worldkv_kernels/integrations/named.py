@@ -1,0 +1,52 @@
+"""Chunks.attend as one op of torch's, for torch.compile: what it writes and where is hidden from the compiler."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+
+from ..ops.backends import NAMESPACE, register
+
+_NUMBERS = globals().get("_NUMBERS") or itertools.count()  # kept by a reload in place, as the op is
+_BY_NUMBER: weakref.WeakValueDictionary[int, Any] = globals().get("_BY_NUMBER", weakref.WeakValueDictionary())
+
+
+def names_for(chunks: Any) -> list[torch.Tensor]:
+    """What tells the op whose layer it is, for each layer of a Chunks: [2] on the CPU, its number and the layer.
+
+    Tensors, since on numbers a compiled block would depend, and be compiled anew for each layer.
+    """
+    number = next(_NUMBERS)
+    _BY_NUMBER[number] = chunks
+    layers = range(chunks.config.num_layers)
+    return [torch.tensor([number, layer], dtype=torch.int64, device="cpu") for layer in layers]
+
+
+def _attend_of_named(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    named: torch.Tensor, heads: int,
+) -> torch.Tensor:  # fmt: skip
+    """Chunks._attend."""
+    number, layer = named.tolist()
+    chunks = _BY_NUMBER.get(number)
+    if chunks is None:
+        raise RuntimeError("self-attention must run while its model is enabled, got a compiled pass of one that is not")
+    return chunks._attend(layer, q, k, v, q_weight, k_weight)
+
+
+def _attended_like(q: torch.Tensor, k: Any, v: Any, q_weight: Any, k_weight: Any, named: Any, heads: int) -> Any:
+    return q.new_empty((q.shape[0], heads, q.shape[-1] // heads))
+
+
+# That it writes `named` is not so, but lets the compiler neither drop a call, nor make one of two, nor change their
+# order: of what a call does write, the memory, it sees nothing.
+register(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor(a!) named, int heads) -> Tensor",
+    _attend_of_named,
+    fake=_attended_like,
+    tags=(torch.Tag.cudagraph_unsafe,),  # a graph that does not call the memory is not to be replayed
+)
+attend_named = NAMESPACE.attend
