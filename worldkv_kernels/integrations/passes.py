@@ -57,7 +57,7 @@ class Passes:
         self._capture = _capture_on(self._device)
         self._places: list[tuple[dict[str, Any], str]] = []
         self._addresses: list[int] = []
-        self._begin_anew()
+        self.forget()
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], chunk: int) -> Any:
         """forward(*args, **kwargs), or a replay of it; inside a pass of the chunks over `chunk`."""
@@ -85,7 +85,7 @@ class Passes:
             if not self._inputs:
                 self.give_up("the arguments have other shapes or values in each chunk")
                 return kernels()
-            self._begin_anew()
+            self.forget()
         self._now = tensors
         return self._replays.made(
             kind,
@@ -97,23 +97,24 @@ class Passes:
 
     def give_up(self, reason: str) -> None:
         """Go on without graphs; RuntimeError where the user insists."""
-        self._begin_anew()
+        self.forget()
         self._replays.give_up(reason)
 
-    # --- parts of the above ---
-
-    def _begin_anew(self) -> None:
+    def forget(self) -> None:
+        """Begin anew, with no graph; what the graphs held is free."""
         self._replays.forget()
         self._inputs: dict[Hashable, _Inputs] = {}  # of the kinds that are captured
         self._uploads: dict[Hashable, list[torch.Tensor]] = {}  # of each kind, in its last pass
         self._never: dict[Hashable, str] = {}  # kinds that no graph can stand for, and why
         self._now: list[torch.Tensor] = []
 
+    # --- parts of the above ---
+
     def _follow(self) -> None:
         """Begin anew if a tensor of the model's is elsewhere than it was."""
         if self._addresses and self._addresses == _addresses(self._places):
             return
-        self._begin_anew()
+        self.forget()
         if any(_is_compiled(module) for module in self._model.modules()):
             self.give_up(COMPILED)
         self._places = _places(self._model)

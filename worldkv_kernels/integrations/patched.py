@@ -110,7 +110,8 @@ class PatchedModel:
             tensor = released()
             if tensor is not None and not tensor.numel():
                 tensor.resize_(shape).fill_(torch.nan)
-        self._released, self._passes = [], None
+        self._released = []
+        self._forget_passes()
         self._chunks.check_used()
 
     def __repr__(self) -> str:
@@ -168,13 +169,19 @@ class PatchedModel:
         no_graphs = passes.why_not_on(device)
         if self._graph and no_graphs:
             raise ValueError(f"{self._op}: graph must be None or False where {no_graphs}, got True")
-        memory = self._passes = None  # and with the next line the room of the one before is free, for the new one
+        self._forget_passes()
+        memory = None  # and with the next line the room of the one before is free, before the new one needs it
         self._chunks.take(None)
         config = replace(self._chunks.config, grid=grid)
         self._chunks.take(WorldMemory(config, device=device, dtype=dtype, backend=self._backend))
         if self._may_be_graphs and no_graphs is None:
             insists = bool(self._graph)
             self._passes = passes.Passes(self._op, self._model, self._chunks, self._signature, insists=insists)
+
+    def _forget_passes(self) -> None:
+        if self._passes is not None:
+            self._passes.forget()
+        self._passes = None
 
     @untraced
     def _give_up_graphs(self) -> None:
