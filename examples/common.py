@@ -43,9 +43,10 @@ def check(parser, args, *, of_repo, of_weights):
         missing = next((file for file in files if not (folder / file).exists()), None)
         if missing is not None:
             parser.error(f"{name} must be a folder with {missing}, got {folder}, which has none")
-    if args.out.suffix != ".mp4":
-        parser.error(f"--out must end in .mp4, got {args.out}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out.suffix != ".mp4" or args.out.is_dir():
+        parser.error(f"--out must be a file whose name ends in .mp4, got {args.out}")
+    folder = args.out.parent
+    read(parser, "--out", lambda out: folder.mkdir(parents=True, exist_ok=True), args.out, "in a folder of its own")
 
 
 def read(parser, argument, how, source, wanted):
