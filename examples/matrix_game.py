@@ -104,10 +104,10 @@ def make(game, image, actions, variant):
     given = {
         "cond_concat": torch.cat([mask, encoded], dim=1),
         "visual_context": game.vae.clip.encode_video(image).to(device, dtype),
-        "keyboard_cond": torch.as_tensor(actions.keyboard)[None].to(device, dtype),
+        "keyboard_cond": torch.from_numpy(actions.keyboard)[None].to(device, dtype),
     }
     if actions.mouse is not None:
-        given["mouse_cond"] = torch.as_tensor(actions.mouse)[None].to(device, dtype)
+        given["mouse_cond"] = torch.from_numpy(actions.mouse)[None].to(device, dtype)
     noise = torch.randn(encoded.shape, device=device, dtype=dtype)
     parts = game.pipeline.inference(noise=noise, conditional_dict=given, mode=variant)
     video = torch.cat(parts, dim=1)[0].float()  # [frames, 3, height, width], -1 to 1

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 STAND_INS = {"lingbot": stand_in_lingbot, "matrix_game": stand_in_matrix_game}
 MADE = {"lingbot": stand_in_lingbot.PIPELINES, "matrix_game": stand_in_matrix_game.GAMES}
 WEIGHTS = {"lingbot": "lingbot-world-base-cam", "matrix_game": "Matrix-Game-2.0"}
-THERE_AND_BACK = "right*32,left*32"  # 65 video frames, 17 latent frames, 5 chunks
+THERE_AND_BACK = "right*34,left*30"  # 65 video frames, 17 latent frames, 5 chunks
 LOOK = "L*30,J*30"  # 61 rows, 16 latent frames, 5 chunks
 CONTROLS = {"lingbot": ["--prompt", "A room.", "--trajectory", THERE_AND_BACK], "matrix_game": ["--actions", LOOK]}
 FRAMES = 4 * 15 - 3
@@ -102,6 +102,7 @@ def test_lingbot_makes_what_the_pipeline_makes_with_the_memory_enabled(run, enab
     (pipe,), ((options, handle),) = stand_in_lingbot.PIPELINES, enabled
     assert pipe.local_attn_size == 0  # no room for the cache that it stands in for
     assert (options["bank"], options["bank_chunks"]) == ("device", None)
+    assert np.array_equal(options["poses"], lingbot.latent_poses(trajectory.load(THERE_AND_BACK).poses, FRAMES + 8))
     out, *numbers = LINE.fullmatch(capsys.readouterr().out.splitlines()[-1]).groups()
     stats = handle.stats()
     keys = ("chunks", "chunks_banked", "chunks_dropped", "chunks_retrieved")
@@ -121,7 +122,7 @@ def test_lingbot_without_the_memory_is_the_published_pipeline(run, enabled, tmp_
     assert capsys.readouterr().out.endswith(" s; without a memory\n")
 
 
-def test_lingbot_takes_frames_and_a_folder_of_poses(run, tmp_path):
+def test_lingbot_takes_frames_and_a_folder_of_poses(run, enabled, tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
     camera = trajectory.load(THERE_AND_BACK)
@@ -129,6 +130,7 @@ def test_lingbot_takes_frames_and_a_folder_of_poses(run, tmp_path):
     np.save(folder / "intrinsics.npy", camera.intrinsics[0])
     made = run("lingbot", "--frames", "40", controls=["--prompt", "A room.", "--trajectory", "clip"])
     assert made.shape[1] == 33
+    assert np.array_equal(enabled[0][0]["poses"], lingbot.latent_poses(camera.poses, 40))
     assert np.array_equal(made, lingbot_by_hand(tmp_path, enable=True, video_frames=40))
 
 
