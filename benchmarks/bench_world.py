@@ -51,9 +51,13 @@ class Seen(NamedTuple):
 
 
 @cache
-def _model(weights: str) -> SmallWorld:
+def _model(weights: str, numbers: str) -> SmallWorld:
     torch.set_num_threads(1)
-    return SmallWorld.from_pretrained(weights, device="cpu", dtype=torch.float32)
+    dtype = torch.float32 if numbers == "fp32" else torch.bfloat16
+    model = SmallWorld.from_pretrained(weights, device="cpu", dtype=dtype)
+    if numbers == "fp8":
+        model.to_fp8()
+    return model
 
 
 @cache
@@ -66,14 +70,15 @@ def _world(photograph: bool, number: int) -> torch.Tensor:
 
 def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
     """One memory in one world of a study."""
-    model, world, journey = _model(weights), _world(study.photographs, number), study.journey(number)
+    model = _model(weights, memory.numbers)
+    world, journey = _world(study.photographs, number), study.journey(number)
     chunks = len(journey.poses) // _CHUNK
     options = dict(memory.options)
     if isinstance(options.get("retrieval"), RandomRetrieval):
         options["retrieval"] = RandomRetrieval(number)  # each world its own draw
     config = model.config.memory(**{"bank_chunks": chunks, **options})
     with pruning(memory.prune, seed=number):
-        of_memory = WorldMemory(config, device="cpu", dtype=torch.float32)
+        of_memory = WorldMemory(config, device="cpu", dtype=model.dtype)
         trip = travel(model, of_memory, world, journey, seed=number, sigmas=memory.sigmas)
     again = list(journey.seen_again())
     want = truth(world, journey)
@@ -99,7 +104,7 @@ def line_of(study: Study, memory: Memory, seen: list[Seen], base: list[Seen]) ->
         "bench": BENCH, "case": study.name, "variant": memory.name, "asks": study.asks, "worlds": len(seen),
         "options": {name: value if isinstance(value, int | float | str) else type(value).__name__
                     for name, value in memory.options.items()},
-        "prune": memory.prune, "sigmas": memory.sigmas, "against": study.against,
+        "prune": memory.prune, "sigmas": memory.sigmas, "numbers": memory.numbers, "against": study.against,
         "psnr_db": float(of_worlds.mean()), "standard_error": error(of_worlds), "difference": against,
         "ssim": float(np.mean([of.ssim for of in seen])), "tokens_attended": float(np.mean([of.tokens for of in seen])),
         "kept_bytes": max(of.kept_bytes for of in seen), "psnr_db_per_world": of_worlds.round(3).tolist(),

@@ -8,7 +8,8 @@
 # --check              tests that use the GPU                                      (at most 4 minutes)
 # --ops                benches of norm_rope_append, compress_chunk and prefetch    (4)
 # --segment_attention  what a GPU has to do for it (conformance.py, for sm_90), tests of it in CUDA, its bench     (5)
-# --tune               which launch configuration of segment_attention is the fastest                         (5)
+# --tune               which backend of segment_attention is the fastest (worldkv tune, not kept), and which
+#                      launch configuration                                              (7)
 # --sanitize           every kernel once under memcheck, racecheck and synccheck   (6)
 # --fuzz               1000 random windows on each backend of segment_attention, 300 more in CUDA                  (8)
 # --models             rollouts of the models and a pass of each, LingBot's published path with a few layers  (8)
@@ -16,8 +17,8 @@
 #                      on this kind of card with the code as it is
 #
 # --dry   on a CPU, small cases; the environment it runs in is left as it is. Proves that the script works.
-# OUT     folder for <gpu>-<date>.jsonl, .log, .clocks.csv and stages.tsv; benchmarks/results by default, with --dry a
-#         new temporary folder
+# OUT     folder for <gpu>-<date>.jsonl, .log, .clocks.csv, .tune.json and stages.tsv; benchmarks/results by default, with
+#         --dry a new temporary folder
 # PYTHON  the interpreter; python3 by default
 # BUDGET  seconds in all, 530 by default; no stage runs past it. What found no time left can be asked for by itself.
 # WORLDKV_COMMIT  the commit to record where the folder is no git repository
@@ -277,7 +278,12 @@ do_segment_attention() {
 }
 
 do_tune() {
-    [ "$dry" = 1 ] && export TRITON_INTERPRET=1
+    if [ "$dry" = 1 ]; then
+        export TRITON_INTERPRET=1
+    else
+        stage "worldkv tune" 120 env XDG_CACHE_HOME="$scratch/cache" \
+            "$python" -m worldkv_kernels tune --json "$out/$name.tune.json"
+    fi
     stage tune 300 "$python" "$root/benchmarks/tune_segment_attention.py" --jsonl "$results" "${small[@]+"${small[@]}"}"
 }
 

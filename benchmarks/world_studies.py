@@ -28,6 +28,7 @@ class Memory:
     options: Mapping[str, Any] = field(default_factory=dict)
     prune: str = ""  # a control of the rule "similarity": the tokens that stay are "random" or the "most alike"
     sigmas: tuple[float, ...] | None = None  # noise levels of the denoising passes; None for the model's
+    numbers: str = "fp32"  # that model and memory are in, "bf16", or "fp8": bf16 with linear layers in FP8
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,8 @@ STUDIES = [
           [Memory("defaults"),
            *[Memory(", ".join(f"{name}={value}" for name, value in changes.items()), changes)
              for changes in DEFAULTS]]),
+    Study("numbers", "What do fewer bits of the model cost?",
+          [Memory(numbers, numbers=numbers) for numbers in ("fp32", "bf16", "fp8")]),
     Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),

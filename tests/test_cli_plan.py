@@ -112,10 +112,25 @@ def test_the_text_says_what_the_document_does(capsys):
     for part in ("weights", "activations"):
         assert [part, f"{result['fixed_bytes'][part] / GIB:.1f}", "GiB"] in lines
     taken = sum(result["fixed_bytes"].values()) / GIB
-    assert f"24 GB: {taken:.1f} GiB before any memory are too much; another --variant" in text
+    assert f"24 GB: {taken:.1f} GiB before any memory are too much; --fp8, another --variant" in text
     assert f"48 GB: {45 - taken:.1f} GiB are left for a memory; no one change is enough, nor are all of these: " in text
     assert "80 GB, device bank, keep_ratio 1: enough would be keep_ratio=0.5 (29.1 GiB) or retrieved_chunks=5" in text
     assert "15/16 of so many GiB" in text and "an H100 held 4.6 GiB in a pass" in text
+
+
+def test_linear_layers_in_fp8_take_half(capsys):
+    wide, narrow = (
+        planned(capsys, "--model", "lingbot_world_fast", "--gpu", "80", *of) for of in ((), ("--fp8",))
+    )  # fmt: skip
+    assert 0.5 < narrow["fixed_bytes"]["weights"] / wide["fixed_bytes"]["weights"] < 0.52
+    assert narrow["fixed_bytes"]["activations"] == wide["fixed_bytes"]["activations"]
+    assert (narrow["model"]["fp8"], wide["model"]["fp8"]) == (True, False)
+    assert row_of(narrow, "80 GB", 0.5, "device")["bank_chunks"] > row_of(wide, "80 GB", 0.5, "device")["bank_chunks"]
+    assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "24", "--fp8"]) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16, linear layers in FP8: 18,544.3 million parameters" in out and "too much; another --variant" in out
+    assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "24", "--fp8", "--dtype", "float16"]) == 2
+    assert "--fp8 must go with --dtype bfloat16, got float16" in capsys.readouterr().err
 
 
 def test_what_else_is_on_the_card_and_other_sizes_are_counted(capsys):

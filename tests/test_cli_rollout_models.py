@@ -6,6 +6,7 @@ import json
 import re
 import time
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -392,6 +393,24 @@ def test_weights_are_counted_without_being_made(layers):
     parameters = list(model.parameters())
     want = (sum(one.numel() for one in parameters), sum(one.nbytes for one in parameters))
     assert rollout_models.count_weights("lingbot_world_fast", config, torch.bfloat16) == want
+
+
+def test_weights_in_fp8_are_counted_as_they_were_on_a_gpu():
+    config = dataclasses.replace(SMALL["lingbot_world_fast"]["fast"], num_layers=50)
+    model = LingBotWorldFast(config, device="meta", dtype=torch.bfloat16)
+    count = sum(one.numel() for one in model.parameters())
+    model.to_fp8()
+    want = (count, sum(one.nbytes for one in model.state_dict().values()))
+    assert rollout_models.count_weights("lingbot_world_fast", config, torch.bfloat16, True) == want
+    lines = (
+        (Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200-20261127-043302.jsonl")
+        .read_text()
+        .splitlines()
+    )
+    held = {line["variant"]: line["bytes_by_kind"]["weights"] for line in map(json.loads, lines)}
+    for variant, fp8 in (("worldkv", False), ("worldkv_fp8", True)):
+        counted = rollout_models.count_weights("lingbot_world_fast", LingBotConfig.fast(), torch.bfloat16, fp8)
+        assert counted[1] == held[variant]
 
 
 def test_slow_weights_say_so(small, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import torch
 from worldkv_kernels.cli import doctor
 from worldkv_kernels.ops import faster, proven
 from worldkv_kernels.ops.backends import Backend, OpBackends
-from worldkv_kernels.ops.faster import FASTER, Faster, faster_on
+from worldkv_kernels.ops.faster import FASTER, Faster
 from worldkv_kernels.ops.segment_attention import BACKENDS as ATTENTION
 from worldkv_kernels.ops.segment_attention import Shape
 
@@ -36,14 +36,14 @@ def gpu(monkeypatch, tmp_path):
 
     def measured(*entries):
         monkeypatch.setattr(faster, "FASTER", entries)
-        faster_on.cache_clear()
+        faster.forget()
 
     measured()
     proven._lists.cache_clear()
     yield measured
     monkeypatch.undo()
     proven._lists.cache_clear()
-    faster_on.cache_clear()
+    faster.forget()
 
 
 @pytest.fixture
@@ -106,13 +106,13 @@ def test_another_backend_may_be_the_fastest(op, gpu):
     """Such as "sdpa", which otherwise comes after both kernels, and needs no proof."""
     op.backends = {**op.backends, "sdpa": Backend(lambda: lambda out: op.ran.append("sdpa") or out.fill_(1.0))}
     assert op.order(GPU) == ["triton", "cuda", "sdpa", "reference"]
-    gpu(replace(entry(), backend="sdpa"))
+    gpu(replace(entry(), backends=("sdpa",)))
     assert op.order(GPU, Size(5, 700)) == ["sdpa", "triton", "cuda", "reference"] and chosen(op, Size(5, 700)) == "sdpa"
     assert (
         op.order(GPU, Size(9, 700)) == ["triton", "cuda", "sdpa", "reference"] and chosen(op, Size(9, 700)) == "triton"
     )
     assert op.slower(GPU, Size(5, 700)) == "not measured faster than triton on sm_90"  # the CUDA kernel
-    gpu(replace(entry(), backend="sdpa", architecture="sm_100"), entry(keys=(500, 600)))
+    gpu(replace(entry(), backends=("sdpa",), on="sm_100"), entry(keys=(500, 600)))
     assert op.order(GPU, Size(5, 550)) == ["cuda", "triton", "sdpa", "reference"]
 
 
@@ -203,14 +203,15 @@ def extra_of(variant, backend):
 def fault(entry, root=ROOT):
     """What is wrong with an entry of segment_attention: each figure has to be one of its shapes, and the fastest of
     the backends'. None where nothing is."""
-    if set(entry.ranges) != set(Shape._fields) or not entry.figures:
-        return "a field without a range, or no figure"
+    if set(entry.ranges) != set(Shape._fields) or not entry.figures or len(entry.backends) != 1 or entry.date:
+        return "a field without a range, no figure, or not of one backend"
     shapes = []
     for name in entry.figures:
         path, _, number = name.partition(":")
         figures = [json.loads(line) for line in (root / path).read_text().splitlines()]
         figure = figures[int(number) - 1]
-        name_there = {"sdpa": "sdpa backend"}.get(entry.backend, entry.backend)
+        (backend,) = entry.backends
+        name_there = {"sdpa": "sdpa backend"}.get(backend, backend)
         extra = extra_of(figure["variant"], name_there)
         if extra is None or (figure["bench"], figure["status"]) != ("segment_attention", "timed"):
             return f"{name} is no figure of the kernel"
@@ -284,6 +285,6 @@ def test_an_entry_of_sdpa_needs_lines_of_the_backend(tmp_path):
     lines = [{**common, "variant": variant, "us": us} for variant, us in times.items()]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, False, False)), strict=True))
-    assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",), "sdpa"), tmp_path) is None
-    assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:2",), "sdpa"), tmp_path).endswith("the kernel")
+    assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",), ("sdpa",)), tmp_path) is None
+    assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:2",), ("sdpa",)), tmp_path).endswith("the kernel")
     assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:2",)), tmp_path).endswith("as the fastest")

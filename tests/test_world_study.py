@@ -111,3 +111,12 @@ def test_the_training_reached_what_is_shipped():
     assert steps[-1]["minutes"] < 90
     for name, of in table["psnr_db"].items():
         assert abs(of["fp32"] - of["bf16"]) < 0.1, name
+
+
+def test_what_fewer_bits_of_the_model_cost():
+    """As docs/models.md says of each kind of numbers."""
+    lines = (RESULTS.parent / "cpu-20261127-small-world-numbers.jsonl").read_text().splitlines()
+    costs = {line["numbers"]: line["difference"] for line in map(json.loads, lines)}
+    said = " ".join((ROOT / "docs" / "models.md").read_text().split())
+    fp8, bf16 = (f"{abs(of['db']):.2f} ± {of['standard_error']:.2f} dB" for of in (costs["fp8"], costs["bf16"]))
+    assert f"it costs {fp8} of the views seen again, and bf16 {bf16}" in said and costs["fp8"]["db"] < 0

@@ -16,6 +16,7 @@ COMMANDS = {
     "rollout": "a model over a camera trajectory or a player's actions: speed, bytes, tokens, what was retrieved",
     "bench": "each op beside its rivals, against this machine's own ceilings; or two result files side by side",
     "plan": "what a model and its memory take of a GPU, and how much of a world fits, before anything is allocated",
+    "tune": "which backend of segment_attention is the fastest on this machine's GPU, for auto to take",
     "doctor": "what this machine has, and which backend each op would use, and why",
 }
 

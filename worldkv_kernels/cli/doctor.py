@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
 
-from ..ops import cuda, proven
+from ..ops import cuda, proven, tuned
 from ..ops.all import OPS, SEGMENT_ATTENTION
 from ..ops.backends import OpBackends
 from ..ops.segment_attention import Shape
@@ -63,11 +64,19 @@ def run(args: argparse.Namespace) -> int:
     rows = [[f["op"], f["backend"], "takes it" if f["auto"] else "-", f["why"]] for f in findings]
     print(f"\n{table(columns, rows, left=4)}", file=out)
     shapes = _shapes(device)
-    rows = [[f["model"], f["keys"], f["extra"] or "-", f["backend"], f["why"] or "-", f["how"]] for f in shapes]
-    columns = ["segment_attention of", "heads x queries x keys", "and", "by", "passed over", "how"]
-    print(f"\n{table(columns, rows, left=6)}", file=out)
+    rows = [
+        [f["model"], f["keys"], f["extra"] or "-", f["backend"], f["evidence"], f["why"] or "-", f["how"]]
+        for f in shapes
+    ]
+    columns = ["segment_attention of", "heads x queries x keys", "and", "by", "evidence", "passed over", "how"]
+    print(f"\n{table(columns, rows, left=7)}", file=out)
+    unused = _unused(device)
+    for reason, count in unused.items():
+        print(f"\nof worldkv tune, {count} measurements of this card do not count: {reason}", file=out)
     disagree = [f for f in findings if f["disagreement"]]
-    write_json(args.json, {"command": "doctor", "machine": where, "backends": findings, "shapes": shapes})
+    write_json(
+        args.json, {"command": "doctor", "machine": where, "backends": findings, "shapes": shapes, "unused": unused}
+    )
     return 1 if disagree else 0
 
 
@@ -114,6 +123,12 @@ def _slower(op: OpBackends, device: torch.device, name: str, shape: Shape | None
     return op.slower(device, shape) if name == "cuda" else None
 
 
+def _unused(device: torch.device) -> dict[str, int]:
+    """How many of this card's measurements are kept and say nothing of this installation, by the reason."""
+    kept = tuned.read().get(torch.cuda.get_device_name(device), []) if device.type == "cuda" else []
+    return dict(Counter(reason for reason in map(tuned.unusable, kept) if reason is not None))
+
+
 def _shapes(device: torch.device) -> list[dict[str, Any]]:
     """All of `_shape`; on a GPU each kernel is compiled and checked, if this process has not yet."""
     wanted = [(model, extra) for model in SHAPES for extra in ("", "rebase", "mass", "weights")]
@@ -125,7 +140,8 @@ def _shapes(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
-    """Which backend attends over a model's window in bf16, why none that could before it, and how it is launched."""
+    """Which backend attends over a model's window in bf16, on whose evidence, why none that could before it, and how
+    it is launched."""
     heads, q_len, keys = SHAPES[model]
     has_shift, has_mass, has_weight = (extra == name for name in ("rebase", "mass", "weights"))
     turned_pairs = Rope3D(128).pairs[0] if has_shift else 0
@@ -140,6 +156,7 @@ def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
     }
     return {
         "model": model, "keys": f"{heads} x {q_len} x {keys}", "extra": extra, "backend": backend,
+        "evidence": op.evidence(backend, device, shape),
         "why": "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason),
         "how": _launch(backend, device, shape),
     }  # fmt: skip

@@ -35,7 +35,8 @@ RULE = (
 _OTHERWISE = "another --variant, a smaller --grid or a larger GPU"
 _ESTIMATE = (
     "counted on tensors without storage, a pass twice, as CUDA graphs hold what it takes once more, and 1 GiB for "
-    "libraries assumed; an H100 held 4.6 GiB in a pass of LingBot-World-Fast at 480 x 832, where this counts 4.8"
+    "libraries assumed; an H100 held 4.6 GiB in a pass of LingBot-World-Fast at 480 x 832, where this counts 4.8, and "
+    "an H200 4.9 in FP8, which counts as much"
 )
 
 
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device-slots", type=report.integer(1), help="of a bank in host memory (default: --retrieved-chunks + 2)")
     add("--grid", type=rollout_models.grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--dtype", default="bfloat16", help=f"{', '.join(_DTYPES)} (default: %(default)s)")
+    add("--fp8", action="store_true", help="linear layers in FP8, as of worldkv rollout --fp8")
     add("--other", type=report.number, default=0.0, metavar="GIB",
         help="of the GPU's memory for what else is there, such as the text encoder and the video's autoencoder "
              "(default: %(default)s)")  # fmt: skip
@@ -86,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.other <= _MOST_GIB:
         raise ValueError(f"--other must be from 0 to {_MOST_GIB} GiB, got {args.other}")
     dtype, config = _DTYPES[args.dtype], rollout_models.model_config(args)
+    rollout_models.check_fp8(args.fp8, dtype)
     memories = [_memory(args, config, ratio, bank) for ratio in _ratios(args.keep_ratio) for bank in BANKS]
 
-    parameters, weights = rollout_models.count_weights(args.model, config, dtype)
+    parameters, weights = rollout_models.count_weights(args.model, config, dtype, args.fp8)
     passes = activations(rollout_models.on_meta(args.model, config, dtype))
     fixed = {
         "weights": weights,
@@ -102,12 +105,13 @@ def run(args: argparse.Namespace) -> int:
     say(_introduction(args, config, parameters))
     say("\n" + _parts(memories, dtype, fixed))
     say("\n" + _table(rows))
-    for note in _notes(rows, gpus, fixed):
+    otherwise = _OTHERWISE if args.fp8 or dtype != torch.bfloat16 else f"--fp8, {_OTHERWISE}"
+    for note in _notes(rows, gpus, fixed, otherwise):
         say(note)
     say(f"\n{RULE}\nActivations: {_ESTIMATE}. Banked chunks are those besides sink, recent and current ones.")
     report.write_json(args.json, {
         "command": "plan",
-        "model": {"name": args.model, "variant": args.variant, **asdict(config), "dtype": args.dtype,
+        "model": {"name": args.model, "variant": args.variant, **asdict(config), "dtype": args.dtype, "fp8": args.fp8,
                   "parameters": parameters, "video_frames_of_a_chunk": STRIDE * config.chunk_frames,
                   "video_fps": _VIDEO_FPS.get(args.model)},
         "memory": {name: getattr(memories[0], name) for name in _OPTIONS},
@@ -211,9 +215,10 @@ def _row(
 def _introduction(args: argparse.Namespace, config: Config, parameters: int) -> str:
     frames, (height, width) = STRIDE * config.chunk_frames, config.grid
     seconds = _chunk_seconds(args.model, config)
+    numbers = f"{args.dtype}, linear layers in FP8" if args.fp8 else args.dtype
     plays = f", {seconds:g} s at {_VIDEO_FPS[args.model]} frames a second" if seconds else ""
     return (
-        f"{args.model}, {args.variant}, {args.dtype}: {parameters / 1e6:,.1f} million parameters; a latent frame is "
+        f"{args.model}, {args.variant}, {numbers}: {parameters / 1e6:,.1f} million parameters; a latent frame is "
         f"{height} x {width} tokens, a chunk {config.chunk_frames} of them, {frames} video frames{plays}"
     )
 
@@ -247,17 +252,17 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return report.table(columns, cells, left=2)
 
 
-def _notes(rows: list[dict[str, Any]], gpus: list[Room], fixed: dict[str, int]) -> list[str]:
+def _notes(rows: list[dict[str, Any]], gpus: list[Room], fixed: dict[str, int], otherwise: str) -> list[str]:
     """What does not fit, and what to change: once where it is the same for a whole GPU."""
     taken, told = sum(fixed.values()), []
     for gpu in gpus:
         of_gpu = [row for row in rows if row["gpu"] == gpu.name]
         if taken > gpu.bytes:
-            told.append(f"{gpu.name}: {byte_size(taken)} before any memory are too much; {_OTHERWISE}")
+            told.append(f"{gpu.name}: {byte_size(taken)} before any memory are too much; {otherwise}")
         elif not any(row["fits"] or row["changes"] for row in of_gpu):
             least = min(of_gpu, key=lambda row: row["device_bytes"])
             left = f"{byte_size(gpu.bytes - taken)} are left for a memory"
-            told.append(f"{gpu.name}: {left}; {least['instead']}; {_OTHERWISE}")
+            told.append(f"{gpu.name}: {left}; {least['instead']}; {otherwise}")
         else:
             told += [
                 f"{gpu.name}, {row['bank']} bank, keep_ratio {row['keep_ratio']:g}: {row['instead']}"

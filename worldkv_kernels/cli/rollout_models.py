@@ -191,13 +191,18 @@ def check_weights(args: argparse.Namespace, config: Config, device: torch.device
         )
 
 
+def check_fp8(fp8: bool, dtype: torch.dtype) -> None:
+    """Raise ValueError where linear layers cannot be made FP8."""
+    if fp8 and dtype != torch.bfloat16:
+        raise ValueError(f"--fp8 must go with --dtype bfloat16, got {str(dtype).removeprefix('torch.')}")
+
+
 def make_model(
     args: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[WorldModel, dict[str, Any]]:
     """The model, and what its weights are, ready for JSON. Raises as from_pretrained does, and ValueError for FP8 in
     another dtype than bfloat16."""
-    if args.fp8 and dtype != torch.bfloat16:
-        raise ValueError(f"--fp8 must go with --dtype bfloat16, got {str(dtype).removeprefix('torch.')}")
+    check_fp8(args.fp8, dtype)
     options = dict(device=device, dtype=dtype)
     made_of = _CLASSES[args.model]
     count, _ = count_weights(args.model, config, dtype)
@@ -257,13 +262,17 @@ def on_meta(name: str, config: Config, dtype: torch.dtype) -> WorldModel:
 
 
 @cache
-def count_weights(name: str, config: Config, dtype: torch.dtype) -> tuple[int, int]:
-    """How many parameters a model has, and their bytes, from its sizes alone."""
+def count_weights(name: str, config: Config, dtype: torch.dtype, fp8: bool = False) -> tuple[int, int]:
+    """How many parameters a model has, and their bytes, in FP8 where it is made so, from its sizes alone."""
     counted = replace(config, num_layers=min(config.num_layers, _COUNTED_LAYERS))
     model = on_meta(name, counted, dtype)
     more = config.num_layers - counted.num_layers
-    whole, last = list(model.parameters()), list(model.blocks[-1].parameters())
-    count = sum(of.numel() for of in whole) + more * sum(of.numel() for of in last)
+    count = sum(of.numel() for of in model.parameters()) + more * sum(
+        of.numel() for of in model.blocks[-1].parameters()
+    )
+    if fp8:
+        model.to_fp8()
+    whole, last = (module.state_dict().values() for module in (model, model.blocks[-1]))
     return count, sum(of.nbytes for of in whole) + more * sum(of.nbytes for of in last)
 
 

@@ -2,10 +2,10 @@
 
 On a CPU `auto` is PyTorch's own attention where an op has that (`OpBackends.on_cpu`), then the reference.
 On a GPU it is a CUDA kernel where one is built and proven for the architecture, then Triton, then
-PyTorch's own, then the reference. An op may put the CUDA kernel after Triton but for shapes for which it
-has been measured faster: which is right and which is fast are two questions. The first automatic use of a
-kernel in a process, per device and kind of problem, compares it with the reference on a small case; on
-disagreement the next backend serves, with one warning and a mark in the report.
+PyTorch's own, then the reference. An op may have the order by what has been measured, on this machine or in
+the repository: which is right and which is fast are two questions. The first automatic use of a kernel in a
+process, per device and kind of problem, compares it with the reference on a small case; on disagreement the
+next backend serves, with one warning and a mark in the report.
 WORLDKV_SELF_CHECK=0 switches this off.
 
 WORLDKV_BACKEND=<name> stands for that name in calls with backend=None or "auto" of every op that has such a
@@ -30,8 +30,7 @@ from typing import Any
 import torch
 
 from ..ranges import ranged
-from . import proven
-from .faster import faster_on
+from . import faster, proven
 
 Run = Callable[..., None]
 Kind = tuple  # what selects a compiled variant: the dtype first, then sizes and flags
@@ -100,7 +99,7 @@ class OpBackends:
     the kind's dtype, see `differs`. `kinds` are typical ones, for `worldkv doctor`. `proven_as(kind)` is the name of a
     kind's CUDA kernel in the lists of what is proven, the op's own where None: kernels younger than the op's proof have
     another. On a CPU `auto` takes those of `on_cpu` alone. Where there is a `typical_shape`, a
-    named tuple of integers, `auto` takes another backend before Triton only for shapes of faster.py.
+    named tuple of integers, the order on a GPU is faster.py's.
     """
 
     op: str
@@ -113,7 +112,7 @@ class OpBackends:
     proven_as: Callable[[Kind], str] | None = None
     loaded: dict[str, Run] = field(default_factory=dict)
     checked: dict[tuple[str, str, Kind], str | None] = field(default_factory=dict)
-    chosen: dict[tuple[str, torch.device, Kind, frozenset[tuple[str, str]] | None, bool], Run] = field(
+    chosen: dict[tuple[str, torch.device, Kind, tuple[faster.Faster, ...] | None, bool], Run] = field(
         default_factory=dict
     )
 
@@ -127,7 +126,7 @@ class OpBackends:
         """The implementation to run: `requested`, or with "auto" the first in `order` that is available and agrees."""
         if requested == "auto":
             requested = self._forced()
-        key = (requested, device, kind, self._faster_on(shape), strict())  # of a shape, all that matters
+        key = (requested, device, kind, self._known(device, shape), strict())  # of a shape, all that matters
         run = self.chosen.get(key)
         if run is None:
             run = self.run(self.name(requested, device, kind, shape))
@@ -165,26 +164,28 @@ class OpBackends:
 
     def order(self, device: torch.device, shape: Any = None) -> list[str]:
         """All backends, the fastest first; the reference is the last."""
-        if self._faster_on(shape) is None or device.type != "cuda":
-            return list(self.backends)
-        fastest = self._fastest(device, shape)
-        last = ["triton", "cuda", "sdpa", "reference"]  # what is not measured
-        return sorted(self.backends, key=lambda name: (name not in fastest, last.index(name)))
+        known = self._known(device, shape)
+        return list(self.backends) if known is None else faster.in_order(self.backends, device, known)
 
     def slower(self, device: torch.device, shape: Any = None) -> str | None:
         """Why the CUDA kernel comes after Triton for a shape, the typical one by default; None where it does not."""
-        if self._faster_on(shape) is None or device.type != "cuda" or "cuda" in self._fastest(device, shape):
+        known, order = self._known(device, shape), self.order(device, shape)
+        if known is None or order.index("cuda") < order.index("triton"):
             return None
-        return f"not measured faster than triton on {proven.architecture(device)}"
+        return faster.slower(device, known)
 
-    def _fastest(self, device: torch.device, shape: Any) -> list[str]:
-        on = proven.architecture(device)
-        return [backend for architecture, backend in self._faster_on(shape) or () if architecture == on]
+    def evidence(self, name: str, device: torch.device, shape: Any = None) -> str:
+        """On whose word `name` serves a shape, the typical one by default, where it does."""
+        if self._forced() != "auto":
+            return "WORLDKV_BACKEND"
+        known = self._known(device, shape)
+        return "fixed order" if known is None else faster.evidence(name, device, known)
 
-    def _faster_on(self, shape: Any) -> frozenset[tuple[str, str]] | None:
-        if self.typical_shape is None:
+    def _known(self, device: torch.device, shape: Any) -> tuple[faster.Faster, ...] | None:
+        """What faster.py has for a shape; None where the order is always the same."""
+        if self.typical_shape is None or device.type != "cuda":
             return None
-        return faster_on(self.op, self.typical_shape if shape is None else shape)
+        return faster.faster_on(self.op, self.typical_shape if shape is None else shape)
 
     def forget(self) -> None:
         """Drop what this process has learned, so that the next call chooses and checks anew."""

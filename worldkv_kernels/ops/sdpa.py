@@ -11,6 +11,8 @@ rows from the device, so that a captured graph serves later windows; it takes no
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,26 +92,19 @@ def _on_cpu(
     tiles, tail_rows, ranges, num_segments, turns, weights = tables
     num = check_num_segments(num_segments, ranges)
     _, num_full, _, num_tail = ranges[0].tolist()
-    full, tail = tiles.numpy()[:num_full], tail_rows.numpy()[:num_tail]
-    # Full tiles first: fewer steps than segment by segment, and the order is the same wherever segments lie.
-    rows = np.concatenate([(full[:, :1] + _WITHIN).ravel(), tail[:, 0]])
-    if num == 1 and not has_shift and (rows[1:] - rows[:-1] == 1).all():
-        check_rows(int(rows[0]), int(rows[-1]), len(k_pool))
-        k, v = (pool[rows[0] : rows[0] + len(rows)].transpose(0, 1) for pool in (k_pool, v_pool))
+    index, segments, first, last, adjoin = _rows(
+        tiles.numpy()[:num_full].tobytes(), tail_rows.numpy()[:num_tail].tobytes()
+    )
+    check_rows(first, last, len(k_pool))
+    if adjoin and num == 1 and not has_shift:
+        k, v = (pool[first : last + 1].transpose(0, 1) for pool in (k_pool, v_pool))
     else:
-        index = torch.from_numpy(rows)
-        try:
-            k, v = _gathered(k_pool, index), _gathered(v_pool, index)
-        except IndexError:
-            check_rows(int(rows.min()), int(rows.max()), len(k_pool))
-            raise
+        k, v = _gathered(k_pool, index), _gathered(v_pool, index)
     mask = None
-    if has_shift or has_weight:
-        segments = torch.from_numpy(np.concatenate([full[:, 1].repeat(TILE_ROWS), tail[:, 1]]))
-        if has_shift:
-            _turn(k, turns.index_select(0, segments))
-        if has_weight:
-            mask = (weights.index_select(0, segments) * math.log(2)).expand(1, 1, len(q), len(rows))
+    if has_shift:
+        _turn(k, turns.index_select(0, segments))
+    if has_weight:
+        mask = (weights.index_select(0, segments) * math.log(2)).expand(1, 1, len(q), len(index))
     found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale
     )
@@ -120,6 +115,27 @@ def _on_cpu(
     out.copy_(found[0].transpose(0, 1))
     if lse is not None:
         lse.copy_(log_sum[0])
+
+
+class _Rows(NamedTuple):
+    """The rows of a window, int32."""
+
+    index: torch.Tensor
+    segments: torch.Tensor  # of each row
+    first: int
+    last: int
+    adjoin: bool  # one after the other
+
+
+@lru_cache(maxsize=8)  # every layer of every pass over a chunk asks for one window's
+def _rows(tiles: bytes, tail_rows: bytes) -> _Rows:
+    """Of tables [n, 2], rows and segments: full tiles first, which takes fewer steps than segment by segment, and gives
+    one order wherever the segments lie."""
+    full, tail = (np.frombuffer(table, dtype=np.int32).reshape(-1, 2) for table in (tiles, tail_rows))
+    rows = np.concatenate([(full[:, :1] + _WITHIN).ravel(), tail[:, 0]])
+    segments = np.concatenate([full[:, 1].repeat(TILE_ROWS), tail[:, 1]])
+    adjoin = bool((rows[1:] - rows[:-1] == 1).all())
+    return _Rows(torch.from_numpy(rows), torch.from_numpy(segments), int(rows.min()), int(rows.max()), adjoin)
 
 
 def _gathered(pool: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
