@@ -13,6 +13,8 @@ from plain_matrix_game_pipeline import CausalInferencePipeline
 
 from worldkv_kernels.actions import parse_actions
 from worldkv_kernels.integrations import lingbot, matrix_game, passes
+from worldkv_kernels.integrations.watch import Watch
+from worldkv_kernels.replays import Replays
 from worldkv_kernels.trajectory import latent_poses, load
 
 ON_GPU = DEVICE.type == "cuda"
@@ -400,3 +402,31 @@ def test_a_compiled_model_has_none(whole):
         case.model.blocks[1].compile(backend="eager")
     both(case, "the model is compiled by torch.compile", 3)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_pass_copies_to_the_device_and_reads_there_is_seen_in_any_mode(mode):
+    """On a device without storage. In inference mode torch hands on operations that it has not taken apart."""
+    device, there = torch.device("meta"), torch.zeros(4, device="meta")
+    with mode(), Watch(device, []) as watch:
+        made = torch.arange(4.0, device="cpu").to(device)
+        there.copy_(torch.ones(4, device="cpu"))
+        assert watch.reason is None
+        with pytest.raises(RuntimeError, match="meta"):
+            float((made + there).sum())
+    assert [upload.tolist() for upload in watch.uploads] == [[0, 1, 2, 3], [1, 1, 1, 1]]
+    assert watch.reason.startswith("aten._local_scalar_dense.default reads the device on the host (test_integrations_")
+
+
+def test_graphs_that_begin_anew_have_other_memory_to_share():
+    made = []
+
+    def capture_on():
+        made.append(f"pool {len(made)}")
+        return lambda function: function
+
+    replays = Replays("here", insists=True, capture_on=capture_on)
+    for _ in range(2):
+        replays.capture(print), replays.capture(print)
+        replays.forget()
+    assert made == ["pool 0", "pool 1"]

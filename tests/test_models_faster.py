@@ -43,6 +43,9 @@ def test_rows_are_rounded_to_a_scale_of_their_own():
     # Three bits after the first: half a step is a sixteenth; below 2^-6 of the format, steps are all alike.
     assert (near.abs() <= torch.maximum(x[:3].abs() / 16, largest / 448 * 2**-10) * 1.001).all()
     assert (back[4] - x[4].double()).abs().max() < 1e-6  # powers of two apart: nothing is rounded
+    tiny = torch.tensor([[1e-45, 0.0], [1e-38, -1e-38], [3e-30, 1e-31]], device=DEVICE)
+    rounded, scale = quantized(tiny)
+    assert rounded.float().isfinite().all() and scale[:2].tolist() == [[1.0], [1.0]] and scale[2] < 1e-32
 
 
 @pytest.mark.parametrize("bias", [True, False])

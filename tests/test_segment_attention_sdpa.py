@@ -33,6 +33,7 @@ def problem(dtype=torch.float32, head_dim=64, rows=1100, heads=3, q_len=37, segm
     return q, k, v, Window(segments, device=DEVICE, rope=ROPES[head_dim], weighted=True, **window)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU takes no weights")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("by_heads", [0, 10**6])
@@ -85,7 +86,7 @@ def test_torch_without_it_is_a_reason(monkeypatch):
     assert "has no flash attention for CPUs" in sdpa.unavailable(CPU)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE.type == "cpu" else [torch.bfloat16])
 @pytest.mark.parametrize("first_row", [0, 1, 333])
 def test_one_segment_is_read_where_it_lies_with_the_same_bits(no_reference, monkeypatch, dtype, first_row):
     contents = torch.randn(2, 300, 3, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
@@ -110,6 +111,7 @@ def _gathers_not(*_):
     raise AssertionError("it was gathered")
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU takes no fp32")
 def test_a_pool_of_any_strides(no_reference):
     segments = [Segment(0, 130), Segment(200, 70)]
     k, v, generator = make_pool(300, 6, 64, segments, torch.float32)

@@ -34,16 +34,23 @@ class Replays:
         name: of the caller, for messages.
         insists: RuntimeError where a pass cannot be captured, or its replay differs; else one warning, and passes go on
             without graphs.
+        capture_on: makes what captures, such as capture_on(device).
     """
 
-    def __init__(self, name: str, *, insists: bool) -> None:
+    def __init__(self, name: str, *, insists: bool, capture_on: Callable[[], Capture]) -> None:
         self.on = True
-        self._name, self._insists = name, insists
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._name, self._insists, self._capture_on = name, insists, capture_on
+        self.forget()
 
     def forget(self) -> None:
-        """Begin anew, with no graph."""
-        self._kinds = {}
+        """Begin anew, with no graph. Later ones have other memory to share: what no graph holds any more is gone."""
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._capture: Capture | None = None
+
+    def capture(self, function: Callable[[], None]) -> Replay:
+        if self._capture is None:
+            self._capture = self._capture_on()
+        return self._capture(function)
 
     def made(
         self,

@@ -51,10 +51,10 @@ class Passes:
         self, name: str, model: nn.Module, chunks: Chunks, signature: inspect.Signature, *, insists: bool
     ) -> None:
         self.replayed = 0
-        self._model, self._chunks, self._device = model, chunks, chunks.made().device
+        self._model, self._chunks = model, chunks
+        self._device = device = chunks.made().device
         self._names = list(signature.parameters)
-        self._replays = Replays(name, insists=insists)
-        self._capture = _capture_on(self._device)
+        self._replays = Replays(name, insists=insists, capture_on=lambda: _capture_on(device))
         self._places: list[tuple[dict[str, Any], str]] = []
         self._addresses: list[int] = []
         self.forget()
@@ -186,7 +186,7 @@ class Passes:
                 made.append(forward(*own_args, **own_kwargs))
 
         try:
-            replay = self._capture(one_pass)
+            replay = self._replays.capture(one_pass)
         except RuntimeError as error:
             raise RuntimeError(f"{str(error).splitlines()[0]}{source_line(error)}") from error
         if watch.reason or any(a is not b for a, b in zip(_leaves(mapped), before, strict=True)):

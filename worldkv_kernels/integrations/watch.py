@@ -40,6 +40,11 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # in which torch has not taken it apart yet
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         source = _uploaded(func, args, kwargs, self._device)
         if source is not None and not _is_ours(sys._getframe(1)):
             args = self._upload(args, source)
@@ -126,7 +131,7 @@ def _is_the_models(frame: FrameType) -> bool:
 
 def _is_ours(frame: FrameType | None) -> bool:
     """Whether an operation is called by this package, if by way of torch."""
-    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, "<")):
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__, "<")):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(_OURS)
 

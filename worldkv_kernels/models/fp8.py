@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 _LARGEST = 448.0  # of E4M3
+_LEAST = 2.0**-100  # whose scale has a reciprocal
 _FEWEST = 16  # columns and rows of a weight that the kernel takes are multiples of it
 
 
@@ -23,10 +24,10 @@ class Rounded(NamedTuple):
 
 
 def quantized(x: torch.Tensor) -> Rounded:
-    """A row's largest number is kept exactly, up to the scale's rounding; a row of zeros has scale 1."""
+    """A row's largest number is kept exactly, up to the scale's rounding; a row below 2**-100 is zeros with scale 1."""
     largest = x.abs().amax(dim=1, keepdim=True).float()
-    scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-    return Rounded((x.float() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale)
+    scale = torch.where(largest > _LEAST, largest / _LARGEST, 1.0)
+    return Rounded((x.float() * scale.reciprocal()).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale)
 
 
 class Fp8Linear(nn.Module):

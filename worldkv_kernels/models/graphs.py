@@ -33,12 +33,11 @@ class Passes:
         if graph and reason:
             raise ValueError(f"rollout: graph must be None or False where {reason}, got True")
         self._model, self._memory = model, memory
-        self._replays = Replays("rollout", insists=bool(graph))
+        self._replays = Replays("rollout", insists=bool(graph), capture_on=lambda: _capture_on(model.device))
         self._replays.on = graph is not False and reason is None
         self._key: Hashable = None
         self._seen: Counter[int] = Counter()  # passes at each step since the key changed: one a chunk
         self._latents = self._flow = None
-        self._capture = _capture_on(model.device) if self._replays.on else None
 
     def denoise(self, latents: torch.Tensor, step: int, of_chunk: Any) -> torch.Tensor:
         """The flow, valid until the next call."""
@@ -69,7 +68,7 @@ class Passes:
         def one_pass() -> None:
             self._flow.copy_(self._model.denoise(self._latents, step, of_chunk, self._memory))
 
-        replay = self._capture(one_pass)
+        replay = self._replays.capture(one_pass)
 
         def replayed() -> torch.Tensor:
             self._memory.wait()  # a graph cannot wait for copies outside of it
