@@ -175,6 +175,20 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
 NOT_TAKEN = {
     ("segment_attention", "cuda", "128 fp32 shift"),
     *(
+        ("segment_attention", "sdpa", case)
+        for case in (
+            "128 fp32 shift",
+            "128 half shift mass lse",
+            "64 fp16 mass lse",
+            "128 fp16 mass lse, cut",
+            "128 half weights",
+            "64 half weights shift",
+            "128 half weights mass lse, cut",
+            "64 half weights shift mass lse, cut",
+            "64 half shift mass lse, cut",
+        )
+    ),
+    *(
         ("compress_chunk", "cuda", case)
         for case in ("nearest", "nearest, merged", "fp32, merged", "all kept, merged", "layers, nearest, merged")
     ),

@@ -108,3 +108,13 @@ def test_a_stage_that_runs_too_long_may_still_say_what_it_has(tmp_path):
     done = dry_run_with_a_stub(tmp_path, "--ops", BUDGET="7", SLOW="doctor", ignored=True)
     assert "interrupted, and this is what failed" in done.stdout
     assert "doctor               FAILED: ran past its" in done.stdout
+
+
+def test_what_runs_under_the_sanitizer_agrees_where_no_kernel_needs_a_gpu(load, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    sanitize = load("sanitize")
+    assert sanitize.main(["--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    left = {case for op, backend, case in sanitize.NOT_TAKEN if (op, backend) == ("segment_attention", "sdpa")}
+    of_attention = sanitize.cases(sanitize.torch.device("cpu"))["segment_attention"]
+    assert len(lines) == len(of_attention) - len(left) > 0 and left < set(of_attention)

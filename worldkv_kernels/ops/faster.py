@@ -54,7 +54,7 @@ def _lines(path: str, *lines: int) -> tuple[str, ...]:
     return tuple(f"benchmarks/results/{path}:{line}" for line in lines)
 
 
-_H100 = "nvidia-h100-80gb-hbm3-20261126-174836.jsonl"
+_H100, _H200 = "nvidia-h100-80gb-hbm3-20261126-174836.jsonl", "nvidia-h200-20261127-061700.jsonl"
 
 FASTER: tuple[Faster, ...] = (
     Faster(
@@ -78,6 +78,15 @@ FASTER: tuple[Faster, ...] = (
             "turned_pairs": (0, 12), "has_mass": (0, 1), "has_weight": (0, 0),
         },
         _lines(_H100, 182, 183, 184, 196, 197, 198),
+    ),
+    Faster(
+        "segment_attention",
+        "sm_90",
+        {
+            "heads": (12, 40), "q_len": (2640, 4680), "keys": (13_200, 147_000), "head_dim": (128, 128),
+            "turned_pairs": (0, 0), "has_mass": (0, 0), "has_weight": (1, 1),
+        },
+        _lines(_H200, 2, 8, 14, 20, 26, 32, 38, 44),
     ),
 )  # fmt: skip
 
