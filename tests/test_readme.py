@@ -94,19 +94,22 @@ def test_banked_chunks_take_what_is_said():
         assert all(size in " ".join(page.read_text().split()) for page in (PAGES[0], ROOT / "docs" / "guide.md"))
 
 
-RESULTS = "benchmarks/results/nvidia-h100-80gb-hbm3-20261127-"
+_FIRST, _SECOND, _H200 = "h100-80gb-hbm3-20261127-013059", "h100-80gb-hbm3-20261127-023600", "h200-20261127-043302"
 # Of README's table of rollouts: the row, the column, and the file and line that say it.
 ROLLOUTS = {
-    ("Matrix-Game-2.0, 30 layers, 352 x 640", 1): ("023600", 1),
-    ("Matrix-Game-2.0, 30 layers, 352 x 640", 2): ("023600", 2),
-    ("Matrix-Game-2.0, 30 layers, 352 x 640", 3): ("023600", 4),
-    ("the same, its bank in host memory", 1): ("023600", 3),
-    ("LingBot-World-Fast, 40 layers, 480 x 832", 2): ("013059", 14),
-    ("LingBot-World-Fast, 40 layers, 480 x 832", 3): ("023600", 10),
-    ("8 of its layers", 1): ("023600", 6),
-    ("8 of its layers", 2): ("023600", 7),
-    ("8 of its layers", 3): ("023600", 8),
-    ("8 of its layers, what lies between the products compiled", 1): ("023600", 9),
+    ("Matrix-Game-2.0, 30 layers, 352 x 640", 1): (_SECOND, 1),
+    ("Matrix-Game-2.0, 30 layers, 352 x 640", 2): (_SECOND, 2),
+    ("Matrix-Game-2.0, 30 layers, 352 x 640", 3): (_SECOND, 4),
+    ("the same, its bank in host memory", 1): (_SECOND, 3),
+    ("LingBot-World-Fast, 40 layers, 480 x 832", 2): (_FIRST, 14),
+    ("LingBot-World-Fast, 40 layers, 480 x 832", 3): (_SECOND, 10),
+    ("8 of its layers", 1): (_SECOND, 6),
+    ("8 of its layers", 2): (_SECOND, 7),
+    ("8 of its layers", 3): (_SECOND, 8),
+    ("8 of its layers, what lies between the products compiled", 1): (_SECOND, 9),
+    ("all 40 layers, on an H200", 1): (_H200, 1),
+    ("the same, what lies between the products compiled", 1): (_H200, 2),
+    ("the same, linear layers in FP8, too", 1): (_H200, 3),
 }
 
 
@@ -117,7 +120,7 @@ def test_the_frames_per_second_are_those_of_the_lines():
         if len(cells) == 4:
             table.update({(cells[0], column): cell for column, cell in enumerate(cells) if column and cell})
     for place, (file, line) in ROLLOUTS.items():
-        figure = json.loads((ROOT / f"{RESULTS}{file}.jsonl").read_text().splitlines()[line - 1])
+        figure = json.loads((ROOT / f"benchmarks/results/nvidia-{file}.jsonl").read_text().splitlines()[line - 1])
         digits = len(table[place].partition(".")[2])
         assert figure["bench"] == "rollout" and table[place] == f"{figure['frames_per_second']:.{digits}f}", place
     assert {place for place in table if place[0] in {row for row, _ in ROLLOUTS}} == set(ROLLOUTS)
