@@ -30,7 +30,7 @@ from machine import environment
 from timing import one_thread, percentile
 
 from worldkv_kernels import MemoryConfig, WorldMemory
-from worldkv_kernels.actions import Actions, ActionIntegrator, ActionScales
+from worldkv_kernels.actions import ActionIntegrator, Actions, ActionScales
 from worldkv_kernels.cli.report import note, table
 from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval
 
