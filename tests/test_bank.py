@@ -101,7 +101,7 @@ def test_random_residency(slots, places, steps):
     """Thousands of steps: no chunk leaves the window, no slot too many, no banked chunk lost, and the policy kept."""
     pool = Pool([(3, slots)], num_layers=2, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
     bank = Bank(pool, pool.first_rows[0], tokens=3, places=places, on_host=True, policy=Oldest())
-    cache, plain, banked, next_chunk = bank._cache, PlainCache(slots), [], 0
+    cache, plain, banked, next_chunk, dropped = bank._cache, PlainCache(slots), [], 0, 0
     rows: dict[int, int] = {}  # of the window
 
     def check(chunk: int, row: int) -> None:
@@ -122,7 +122,9 @@ def test_random_residency(slots, places, steps):
                     banked.remove(given_up)
                     if given_up in plain.chunks:
                         plain.remove(given_up)
-                assert bank.dropped[-1] == given_up and (row is None) == (given_up == next_chunk)
+                dropped += 1
+                assert bank.num_dropped == dropped and given_up not in bank
+                assert (row is None) == (given_up == next_chunk)
             if row is not None:
                 plain.add(next_chunk, ())
                 banked.append(next_chunk)
@@ -147,7 +149,7 @@ def test_random_residency(slots, places, steps):
         assert set(plain.window) <= set(cache._cached) and len(set(rows.values())) == len(rows)
         for chunk, row in rows.items():
             check(chunk, row)
-        assert list(bank.descriptions) == banked and len(bank) == len(banked) <= places
+        assert list(bank._place) == banked and len(bank) == len(banked) <= places
     for chunk in banked:
         check(chunk, *bank.fetch([chunk]))
 

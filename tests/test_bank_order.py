@@ -176,7 +176,7 @@ class Play:
         assert sorted(taken + self.cache._free) == list(range(slots))
         places = list(bank._place.values())
         assert sorted(places + bank._free) == list(range(bank.capacity))
-        assert list(bank.descriptions) == list(bank._place)
+        assert list(bank._kept._descriptions) == list(bank._place)
 
     def run(self, num_chunks: int) -> list[tuple]:
         """What was wrong, after so many chunks and a look at all that is banked."""

@@ -53,9 +53,8 @@ def test_prefetch_fills_the_spare_slots_and_no_more():
 
 
 def tiny_choice(memory: WorldMemory, poses: np.ndarray) -> list[int]:
-    policy = PoseRetrieval()
-    candidates = memory._candidates(20, policy.describe(jumps(2, 30)[20], None))
-    chosen = policy.select(policy.describe(poses, None), candidates, 3)
+    coming = memory._coming(20, memory._view.description)
+    chosen = memory._bank.select("", PoseRetrieval().describe(poses, None), 3, first=1, coming=coming)
     return [chunk for chunk in chosen if chunk in memory._bank]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from ..checks import describe, is_integer
+from .kept import keep
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .slots import COUNTS, SlotCache
@@ -34,17 +35,17 @@ class Bank:
         policy: RetrievalPolicy,
     ) -> None:
         self._slots = slots
-        self._policy = policy
+        self._kept = keep(policy, places)
         self._cache = SlotCache(pool, slots, tokens=tokens, num_places=places) if on_host else None
         self.capacity = places
         self.clear()
 
     def clear(self) -> None:
         """Forget everything; keeps the storage."""
-        self.descriptions: dict[int, Any] = {}  # chunk -> what the policy remembers, oldest first
-        self._place: dict[int, int] = {}  # chunk -> slot number on the device, or place in the arena
+        self._kept.clear()
+        self._place: dict[int, int] = {}  # chunk, oldest first -> slot number on the device, or place in the arena
         self._free = list(range(self.capacity - 1, -1, -1))
-        self.dropped: list[int] = []
+        self.num_dropped = 0
         if self._cache is not None:
             self._cache.clear()
 
@@ -75,19 +76,18 @@ class Bank:
         Raises ValueError when the policy gives up a chunk that is not there, TypeError when it gives up what is no
         chunk number; the bank is then as before.
         """
+        self._kept.add(chunk, description)
         if not self._free:
-            given_up = self._policy.drop([*self.descriptions.items(), (chunk, description)])
-            known = [*self._place, chunk]
-            if not is_integer(given_up):
-                raise TypeError(f"end_chunk: the retrieval policy must drop one of {known}, got {describe(given_up)}")
-            if given_up not in known:
-                raise ValueError(f"end_chunk: the retrieval policy must drop one of {known}, got {describe(given_up)}")
-            given_up = operator.index(given_up)
-            self.dropped.append(given_up)
+            try:
+                given_up = self._given_up(chunk)
+            except BaseException:
+                self._kept.remove(chunk)
+                raise
+            self.num_dropped += 1
             if given_up == chunk:
+                self._kept.remove(chunk)
                 return None
             self._forget(given_up)
-        self.descriptions[chunk] = description
         self._place[chunk] = self._free.pop()
         if self._cache is None:
             return self._slots[self._place[chunk]]
@@ -104,23 +104,39 @@ class Bank:
             self._cache.break_off(chunk, self._place[chunk])
         self._forget(chunk)
 
+    def _given_up(self, chunk: int) -> int:
+        """What the policy gives up for `chunk`, checked."""
+        given_up = self._kept.drop()
+        if is_integer(given_up) and (given_up == chunk or given_up in self._place):
+            return operator.index(given_up)
+        error = ValueError if is_integer(given_up) else TypeError
+        known = [*self._place, chunk]
+        raise error(f"end_chunk: the retrieval policy must drop one of {known}, got {describe(given_up)}")
+
     def _forget(self, chunk: int) -> None:
-        del self.descriptions[chunk]
+        self._kept.remove(chunk)
         self._free.append(self._place.pop(chunk))
         if self._cache is not None:
             self._cache.drop(chunk)
 
     # --- into the window ---
 
-    def select(self, op: str, description: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
-        """The policy's choice of up to `budget` candidates, best first, checked; errors name `op`."""
-        known = {chunk for chunk, _ in candidates}
-        selected = self._policy.select(description, candidates, budget)
+    def select(
+        self, op: str, description: Any, budget: int, *, first: int = 0, coming: tuple[int, Any] | None = None
+    ) -> list[int]:
+        """The policy's choice of up to `budget` banked chunks from `first` on, best first, checked; errors name `op`.
+
+        `coming`: a chunk and its description, on offer too.
+        """
+        selected = self._kept.select(description, budget, first, coming)
         chosen = list(selected) if isinstance(selected, Iterable) else [None]
         if not all(map(is_integer, chosen)):
             raise TypeError(f"{op}: the retrieval policy must select a list of chunk numbers, got {describe(selected)}")
         chosen = [operator.index(chunk) for chunk in chosen]
-        if len(chosen) > budget or len(known.intersection(chosen)) != len(chosen):
+        comes = coming[0] if coming is not None else None
+        on_offer = all(chunk == comes or (chunk in self._place and chunk >= first) for chunk in chosen)
+        if len(chosen) > budget or len(set(chosen)) != len(chosen) or not on_offer:
+            known = [chunk for chunk in (*self._place, comes) if chunk is not None and chunk >= first]
             raise ValueError(
                 f"{op}: the retrieval policy must select up to {budget} different chunks of {sorted(known)}, "
                 f"got {chosen}"

@@ -7,8 +7,8 @@ runs on the host, on a few hundred small records; nothing here touches the devic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -71,19 +71,14 @@ class NearestPolicy:
         if not candidates or budget < 1:
             return []
         views = [description for _, description in candidates]
-        to_current = self.distances([current], views, current)[0]
-        to_picked = np.full(len(views), np.inf)
-        free = np.ones(len(views), dtype=bool)
-        picked: list[int] = []
-        while free.any() and len(picked) < budget:
-            bonus = self.diversity * to_picked if picked and self.diversity else 0.0
-            score = np.where(free, to_current - bonus, np.inf)
-            best = _first_of_least(score)
-            picked.append(candidates[best][0])
-            free[best] = False
-            if self.diversity:
-                to_picked = np.minimum(to_picked, self.distances([views[best]], views, current)[0])
-        return picked
+        picked = pick_nearest(
+            self.distances([current], views, current)[0],
+            lambda place: self.distances([views[place]], views, current)[0],
+            np.arange(len(views)),
+            budget,
+            self.diversity,
+        )
+        return [candidates[place][0] for place in picked]
 
     def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
         if len(candidates) == 1:
@@ -94,9 +89,45 @@ class NearestPolicy:
         return candidates[int(pairs[0][closest])][0]
 
 
+def pick_nearest(
+    to_current: np.ndarray, to_others: Callable[[int], np.ndarray], ages: np.ndarray, budget: int, diversity: float
+) -> list[int]:
+    """Places of up to `budget` candidates, as NearestPolicy picks them, from their distances to the current view.
+
+    `to_others` gives those of the candidate at a place to all; `ages` are least for the oldest.
+    """
+    to_picked = np.full(len(to_current), np.inf)
+    free = np.ones(len(to_current), dtype=bool)
+    picked: list[int] = []
+    while free.any() and len(picked) < budget:
+        bonus = diversity * to_picked if picked and diversity else 0.0
+        score = np.where(free, to_current - bonus, np.inf)
+        ties = np.flatnonzero(score <= score.min() + TIE_RESOLUTION)
+        best = int(ties[ages[ties].argmin()])
+        picked.append(best)
+        free[best] = False
+        if diversity:
+            to_picked = np.minimum(to_picked, to_others(best))
+    return picked
+
+
 def _first_of_least(scores: np.ndarray) -> int:
     """Index of the first score that is the least, or within TIE_RESOLUTION of it."""
     return int(np.flatnonzero(scores <= scores.min() + TIE_RESOLUTION)[0])
+
+
+class Scale(NamedTuple):
+    """What differences in place and in angle are divided by; None where that would be noise, and the term is zero."""
+
+    dt: float | None
+    dr: float | None
+
+    def sum(self, dt: np.ndarray, dr: np.ndarray) -> np.ndarray:
+        """Twice the distance by pose."""
+        total = np.zeros_like(dt) if self.dt is None else dt / self.dt
+        if self.dr is not None:
+            total += dr / self.dr
+        return total
 
 
 class PoseRetrieval(NearestPolicy):
@@ -119,15 +150,17 @@ class PoseRetrieval(NearestPolicy):
 
     def distances(self, views: Sequence[np.ndarray], others: Sequence[np.ndarray], current: np.ndarray) -> np.ndarray:
         a, b, now = np.stack(views), np.stack(others), current[None]
-        extent = max(np.abs(poses[:, :3, 3]).max() for poses in (a, b, now))
+        angles_now = rotation_angles(now[:, :3, :3], b[:, :3, :3])
+        scale = self.scale(b, squared_distances(now, b).max(), angles_now.max(), a, now)
+        return 0.5 * scale.sum(squared_distances(a, b), rotation_angles(a[:, :3, :3], b[:, :3, :3]))
+
+    def scale(self, poses: np.ndarray, largest_dt: float, largest_dr: float, *others: np.ndarray) -> Scale:
+        """Of these largest differences, where all poses in question [n, 4, 4] set what is noise."""
+        extent = max(np.abs(some[:, :3, 3]).max() for some in (poses, *others))
         noise = max(self.TRANSLATION_NOISE * extent, self.TRANSLATION_FLOOR) ** 2
-        dt = _share(_squared_distances(a, b), _squared_distances(now, b).max(), noise)
-        dr = _share(
-            rotation_angles(a[:, :3, :3], b[:, :3, :3]),
-            rotation_angles(now[:, :3, :3], b[:, :3, :3]).max(),
-            self.ROTATION_NOISE,
+        return Scale(
+            largest_dt if largest_dt > noise else None, largest_dr if largest_dr > self.ROTATION_NOISE else None
         )
-        return 0.5 * dt + 0.5 * dr
 
 
 class ActionRetrieval(PoseRetrieval):
@@ -142,14 +175,9 @@ class ActionRetrieval(PoseRetrieval):
         self.integrator = ActionIntegrator() if integrator is None else integrator
 
 
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Between the positions of poses a [n, 4, 4] and b [m, 4, 4], as [n, m]."""
     return np.square(a[:, None, :3, 3] - b[None, :, :3, 3]).sum(axis=2)
-
-
-def _share(distances: np.ndarray, largest: float, noise: float) -> np.ndarray:
-    """Divided by the largest; zero where that is no more than noise."""
-    return distances / largest if largest > noise else np.zeros_like(distances)
 
 
 def _pair(argument: str, names: str, given: object) -> tuple[float, float]:
@@ -199,7 +227,8 @@ class FovRetrieval(NearestPolicy):
         steps = np.arange(1, samples + 1) * root ** -np.arange(3.0, 0.0, -1.0)[:, None]
         self._v, self._u, depth = (0.5 + steps) % 1.0  # each [samples], from 0 to 1
         self._z = near * (far / near) ** depth
-        self._pose = PoseRetrieval()
+        self.samples = samples
+        self.by_pose = PoseRetrieval()
 
     def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean pose [4, 4], mean intrinsics with the image size [6], frustum points in the world [n, 3]."""
@@ -213,30 +242,35 @@ class FovRetrieval(NearestPolicy):
         return pose, np.array([fx, fy, cx, cy, height, width]), points @ pose[:3, :3].T + pose[:3, 3]
 
     def distances(self, views: Sequence[Any], others: Sequence[Any], current: Any) -> np.ndarray:
-        points_of_views = np.stack([view[2] for view in views])
-        points_of_others = np.stack([other[2] for other in others])
-        overlap = np.empty((len(views), len(others)))
-        for j, other in enumerate(others):
-            overlap[:, j] = self._share_seen(points_of_views, other[0], other[1])
-        for i, view in enumerate(views):
-            overlap[i] += self._share_seen(points_of_others, view[0], view[1])
-        poses = self._pose.distances([view[0] for view in views], [other[0] for other in others], current[0])
-        # Poses order the views that share nothing, behind all that share something.
-        return np.where(overlap > 0, 1.0 - overlap / 2, 1.0 + poses)
+        poses, cameras, points = (np.stack(arrays) for arrays in zip(*others, strict=True))
+        overlap = np.stack([self.overlaps(view, poses, cameras, points) for view in views])
+        by_pose = self.by_pose.distances([view[0] for view in views], list(poses), current[0])
+        return ordered(overlap, by_pose)
+
+    def overlaps(self, view: Any, poses: np.ndarray, cameras: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """Twice the overlap of a description with each of others, [n]: the shares that either sees of the other."""
+        pose, camera, own = view
+        return self._share_seen(points, pose, camera) + self._share_seen(own, poses, cameras)
 
     def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
-        return self._pose.drop([(chunk, description[0]) for chunk, description in candidates])
+        return self.by_pose.drop([(chunk, description[0]) for chunk, description in candidates])
 
     def _share_seen(self, points: np.ndarray, pose: np.ndarray, camera: np.ndarray) -> np.ndarray:
-        fx, fy, cx, cy, height, width = camera
-        local = (points - pose[:3, 3]) @ pose[:3, :3]
+        """Of points [n, samples, 3] or [samples, 3] the share seen by a pose [4, 4] and camera [6], or by each of n."""
+        fx, fy, cx, cy, height, width = np.moveaxis(camera, -1, 0)[..., None]
+        local = (points - pose[..., None, :3, 3]) @ pose[..., :3, :3]
         z = local[..., 2]
         near, far = self.depth_range
         ahead = (z >= near * (1 - 1e-6)) & (z <= far * (1 + 1e-6))
         depth = np.where(ahead, z, 1.0)
         u = local[..., 0] / depth * fx + cx
         v = local[..., 1] / depth * fy + cy
-        return (ahead & (u >= 0) & (u <= width) & (v >= 0) & (v <= height)).mean(axis=1)
+        return (ahead & (u >= 0) & (u <= width) & (v >= 0) & (v <= height)).mean(axis=-1)
+
+
+def ordered(overlap: np.ndarray, by_pose: np.ndarray) -> np.ndarray:
+    """Distances by overlap, given twice; by pose for views that share nothing, behind all that share something."""
+    return np.where(overlap > 0, 1.0 - overlap / 2, 1.0 + by_pose)
 
 
 class OfficialPoseRetrieval:

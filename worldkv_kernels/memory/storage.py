@@ -128,7 +128,7 @@ class Storage:
         return {
             "chunks_banked": banked,
             "bank_capacity": bank.capacity if has_bank else 0,
-            "chunks_dropped": len(bank.dropped) if has_bank else next_chunk - whole,
+            "chunks_dropped": bank.num_dropped if has_bank else next_chunk - whole,
             "device_bytes": self.pool.bytes,
             "kept_bytes": kept_tokens * self._token_bytes,
             **(bank.counts() if has_bank else dict.fromkeys(COUNTS, 0)),

@@ -146,7 +146,9 @@ class WorldMemory:
         start_frame = chunk * config.chunk_frames
         retrieved: list[int] = []
         if self._bank is not None:
-            retrieved = self._bank.select("begin_chunk", view.description, self._candidates(), config.retrieved_chunks)
+            retrieved = self._bank.select(
+                "begin_chunk", view.description, config.retrieved_chunks, first=config.sink_chunks
+            )
             if config.order == "time":
                 retrieved.sort()
             elif config.order == "nearest_last":
@@ -158,7 +160,7 @@ class WorldMemory:
         self._position[1:].fill_(start_frame)
         if self._foresees and self._last_view.poses is not None:
             following = self._views.following(self._last_view, view)
-            self._prefetch("begin_chunk", following, self._candidates(chunk, view.description))
+            self._prefetch("begin_chunk", following, self._coming(chunk, view.description))
         self._view = view
         self._layers_done.clear()
         self._plan = ChunkPlan(chunk, start_frame, tuple(retrieved), segments, self._window.num_tokens)
@@ -185,7 +187,7 @@ class WorldMemory:
         start = self._view.after_actions if begun is not None else None
         chunk = self._next_chunk if begun is None else begun + 1
         view = self._views.of("prefetch", chunk, poses, intrinsics, actions, start)
-        return self._prefetch("prefetch", view.description, self._candidates(begun, self._view.description))
+        return self._prefetch("prefetch", view.description, self._coming(begun, self._view.description))
 
     def wait(self) -> None:
         """Let the current stream wait for all rows of the window: `attend` then waits for none, on any stream.
@@ -407,18 +409,15 @@ class WorldMemory:
                 f"got {os.getpid()}: a forked child has no CUDA"
             )
 
-    def _candidates(self, begun: int | None = None, description: Any = None) -> list[tuple[int, Any]]:
-        """What the next chunk may retrieve. While `begun` is, of that description, what will be banked at its end too,
-        so that what is chosen is not one chunk too old; it comes to lie on the device by itself."""
-        config = self.config
-        candidates = [(c, d) for c, d in self._bank.descriptions.items() if c >= config.sink_chunks]
-        banked = leaving(config, begun) if begun is not None else None
-        if banked is not None:
-            candidates.append((banked, {**self._descriptions, begun: description}[banked]))
-        return candidates
+    def _coming(self, begun: int | None, description: Any) -> tuple[int, Any] | None:
+        """What will be banked when `begun`, of that description, ends, and its description: the next chunk may retrieve
+        it too, so that what is chosen is not one chunk too old; it comes to lie on the device by itself."""
+        banked = leaving(self.config, begun) if begun is not None else None
+        return None if banked is None else (banked, {**self._descriptions, begun: description}[banked])
 
-    def _prefetch(self, op: str, description: Any, candidates: list[tuple[int, Any]]) -> tuple[int, ...]:
-        chosen = self._bank.select(op, description, candidates, self.config.retrieved_chunks)
+    def _prefetch(self, op: str, description: Any, coming: tuple[int, Any] | None) -> tuple[int, ...]:
+        config = self.config
+        chosen = self._bank.select(op, description, config.retrieved_chunks, first=config.sink_chunks, coming=coming)
         return tuple(self._bank.prefetch([chunk for chunk in chosen if chunk in self._bank]))
 
     def _release(self) -> None:
