@@ -21,6 +21,7 @@ from ..poses import mean_pose, rotation_angles
 # would still split equal ones that lie where the rounding turns, such as 1/128.
 TIE_RESOLUTION = 1e-6
 
+_BLOCK_POINTS = 2**14  # seen at once: few enough that what is made of them stays in a core's cache
 _MOST_SAMPLES = 2**16  # of a view; the overlap is then right within .001
 
 
@@ -250,7 +251,13 @@ class FovRetrieval(NearestPolicy):
     def overlaps(self, view: Any, poses: np.ndarray, cameras: np.ndarray, points: np.ndarray) -> np.ndarray:
         """Twice the overlap of a description with each of others, [n]: the shares that either sees of the other."""
         pose, camera, own = view
-        return self._share_seen(points, pose, camera) + self._share_seen(own, poses, cameras)
+        overlap = np.empty(len(poses))
+        step = max(1, _BLOCK_POINTS // self.samples)
+        for start in range(0, len(poses), step):
+            rows = slice(start, start + step)
+            overlap[rows] = self._share_seen(points[rows], pose, camera)
+            overlap[rows] += self._share_seen(own, poses[rows], cameras[rows])
+        return overlap
 
     def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
         return self.by_pose.drop([(chunk, description[0]) for chunk, description in candidates])
