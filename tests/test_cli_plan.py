@@ -112,7 +112,8 @@ def test_the_text_says_what_the_document_does(capsys):
     for part in ("weights", "activations"):
         assert [part, f"{result['fixed_bytes'][part] / GIB:.1f}", "GiB"] in lines
     taken = sum(result["fixed_bytes"].values()) / GIB
-    assert f"24 GB: {taken:.1f} GiB before any memory are too much; --fp8, another --variant" in text
+    assert "24 GB: 34.9 GiB of weights, as they are loaded, are too much; another --variant" in text
+    assert "; --fp8, another --variant, a smaller --grid or a larger GPU" in text  # of 48 GB, which load the weights
     assert f"48 GB: {45 - taken:.1f} GiB are left for a memory; no one change is enough, nor are all of these: " in text
     assert "80 GB, device bank, keep_ratio 1: enough would be keep_ratio=0.5 (29.1 GiB) or retrieved_chunks=5" in text
     assert "15/16 of so many GiB" in text and "an H100 held 4.6 GiB in a pass" in text
@@ -129,6 +130,9 @@ def test_linear_layers_in_fp8_take_half(capsys):
     assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "24", "--fp8"]) == 0
     out = capsys.readouterr().out
     assert "bfloat16, linear layers in FP8: 18,544.3 million parameters" in out and "too much; another --variant" in out
+    small = ("--grid", "16,28", "--retrieved-chunks", "1")  # which would fit, but FP8 is made of what was loaded
+    rows = planned(capsys, "--model", "lingbot_world_fast", "--gpu", "32", "--fp8", *small)["rows"]
+    assert all(row["device_bytes"] < row["gpu_bytes"] and not row["fits"] for row in rows)
     assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "24", "--fp8", "--dtype", "float16"]) == 2
     assert "--fp8 must go with --dtype bfloat16, got float16" in capsys.readouterr().err
 

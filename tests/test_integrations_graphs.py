@@ -204,6 +204,50 @@ def test_weights_that_move_begin_anew_and_others_are_read_where_they_lie():
     assert replayed == [0, 0, 0, once, 2 * once, 2 * once + STEPS * CHUNKS - 1]
 
 
+def test_a_module_that_is_replaced_begins_anew_and_is_let_go():
+    made = {}
+    for graph in (False, True):
+        case = Lingbot()
+        with case.enable(graph) as handle:
+            case.latents()
+            ffn = case.model.blocks[0].ffn
+            other = torch.nn.Linear(ffn[0].in_features, ffn[0].out_features).to(DEVICE, DTYPE).requires_grad_(False)
+            other.weight.copy_(1.5 * ffn[0].weight)
+            other.bias.copy_(ffn[0].bias)
+            replaced, ffn[0] = weakref.ref(ffn[0].weight), other
+            handle.restart(along)
+            made[graph] = case.latents()
+            gc.collect()
+            assert replaced() is None
+    assert torch.equal(made[True], made[False])
+
+
+def test_passes_are_compared_at_another_place_than_they_were_captured_at():
+    """Rollouts of one chunk each, of which all are the first."""
+    case = Lingbot()
+    with case.enable(True) as handle:
+        for _ in range(4):
+            case.latents(1)
+            handle.restart(along)
+        assert handle.replayed_passes == 0
+        case.latents()
+        assert handle.replayed_passes > 0
+
+
+def test_what_passes_were_given_is_let_go():
+    case = Lingbot()
+    with case.enable(True) as handle:
+        case.latents()
+        assert handle._passes._now == []
+
+
+def test_a_model_enabled_in_inference_mode_may_be_called_outside_of_it():
+    case = Lingbot()
+    with torch.inference_mode():
+        handle = case.enable(False)
+    assert not any(name.is_inference() for name in handle._chunks._names)
+
+
 def test_a_model_that_is_cast_gets_other_graphs():
     case = Lingbot()
     other = torch.float32 if ON_GPU else torch.bfloat16

@@ -168,3 +168,22 @@ def test_two_banks_share_a_policy_and_nothing_else():
     one, other = bank_of(policy, 4), bank_of(policy, 4)
     one.row_to_fill(0, np.eye(4))
     assert other.select("test", np.eye(4), 3) == [] and one.select("test", np.eye(4), 3) == [0]
+
+
+def test_a_refused_drop_leaves_what_is_kept():
+    offered = []
+
+    class Refused(OfficialPoseRetrieval):
+        def select(self, current, candidates, budget):
+            offered.append([chunk for chunk, _ in candidates])
+            return []
+
+        def drop(self, candidates):
+            return -1
+
+    bank = bank_of(Refused(), 1)
+    bank.row_to_fill(0, None)
+    with pytest.raises(ValueError, match=r"end_chunk: the retrieval policy must drop one of \[0, 1\], got -1"):
+        bank.row_to_fill(1, None)
+    bank.select("test", None, 1)
+    assert offered == [[0]] and list(bank._place) == [0]

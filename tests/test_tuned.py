@@ -244,6 +244,13 @@ def test_a_damaged_file_is_told_with_its_path_and_left_as_it_is(op, text):
             use()
     assert tuned.user_file().read_text() == text
     op.choose("auto", CPU, KIND)
+    op.choose("triton", GPU, KIND)  # by name
+
+
+def test_a_file_that_cannot_be_read_is_as_none_with_a_warning(op):
+    tuned.user_file().mkdir(parents=True)
+    with pytest.warns(UserWarning, match=f"what tune has kept on this machine is not used: .*{tuned.user_file()}"):
+        assert op.order(GPU, Size(8, 1024, False)) == FIXED
 
 
 def test_fields_of_another_version_hold_for_no_shape(op):

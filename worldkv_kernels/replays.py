@@ -15,11 +15,12 @@ Capture = Callable[[Callable[[], None]], Replay]
 
 @dataclass
 class _Kind:
-    """How far passes of one kind have come: in which chunk they were first made, captured and compared."""
+    """How far passes of one kind have come: in which chunk they were first made, captured and compared, by its number
+    and its place in a rollout."""
 
-    first: int
-    captured: int | None = None
-    compared: int | None = None
+    first: tuple[int, int]
+    captured: tuple[int, int] | None = None
+    compared: tuple[int, int] | None = None
     replayed: Callable[[], Any] | None = None
 
 
@@ -55,7 +56,7 @@ class Replays:
     def made(
         self,
         kind: Hashable,
-        chunk: int,
+        chunk: tuple[int, int],
         kernels: Callable[[], Any],
         capture: Callable[[Any], Callable[[], Any]],
         same: Callable[[Any, Any], bool],
@@ -64,7 +65,8 @@ class Replays:
 
         `capture`, given what `kernels` has made, gives a function that replays and gives what they would; it raises
         RuntimeError where it cannot.
-        Chunks are numbered as the caller likes, only never the same for two.
+        A chunk is its number, never the same for two, and its place in the rollout, which may come again: passes are
+        compared at another place than the one that they were captured at.
         """
         of_kind = self._kinds.setdefault(kind, _Kind(first=chunk))
         if of_kind.compared is not None and of_kind.compared != chunk:
@@ -78,7 +80,7 @@ class Replays:
             except RuntimeError as error:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 self.give_up(f"a pass could not be captured: {reason}", error)
-        elif of_kind.captured is not None and of_kind.captured != chunk:
+        elif of_kind.captured is not None and of_kind.captured[1] != chunk[1]:
             if not same(of_kind.replayed(), made):
                 self.give_up("the replay of a pass differs from the pass")
                 return kernels()  # over what the replay has written

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device-slots", type=report.integer(1), help="of a bank in host memory (default: --retrieved-chunks + 2)")
     add("--grid", type=rollout_models.grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--dtype", default="bfloat16", help=f"{', '.join(_DTYPES)} (default: %(default)s)")
-    add("--fp8", action="store_true", help="linear layers in FP8, as of worldkv rollout --fp8")
+    add("--fp8", action="store_true", help="linear layers in FP8, for compute capability 9.0 and newer")
     add("--other", type=report.number, default=0.0, metavar="GIB",
         help="of the GPU's memory for what else is there, such as the text encoder and the video's autoencoder "
              "(default: %(default)s)")  # fmt: skip
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     rollout_models.check_fp8(args.fp8, dtype)
     memories = [_memory(args, config, ratio, bank) for ratio in _ratios(args.keep_ratio) for bank in BANKS]
 
-    parameters, weights = rollout_models.count_weights(args.model, config, dtype, args.fp8)
+    parameters, loaded = rollout_models.count_weights(args.model, config, dtype)  # FP8 is made of what was loaded
+    weights = rollout_models.count_weights(args.model, config, dtype, args.fp8)[1]
     passes = activations(rollout_models.on_meta(args.model, config, dtype))
     fixed = {
         "weights": weights,
@@ -99,14 +100,16 @@ def run(args: argparse.Namespace) -> int:
         "other": int(args.other * GIB),
     }
     rows = [
-        _row(memory, dtype, gpu, host, fixed, _chunk_seconds(args.model, config)) for gpu in gpus for memory in memories
+        _row(memory, dtype, gpu, host, fixed, loaded, _chunk_seconds(args.model, config))
+        for gpu in gpus
+        for memory in memories
     ]
     say = functools.partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
     say(_introduction(args, config, parameters))
     say("\n" + _parts(memories, dtype, fixed))
     say("\n" + _table(rows))
-    otherwise = _OTHERWISE if args.fp8 or dtype != torch.bfloat16 else f"--fp8, {_OTHERWISE}"
-    for note in _notes(rows, gpus, fixed, otherwise):
+    may_be_fp8 = not args.fp8 and dtype == torch.bfloat16
+    for note in _notes(rows, gpus, fixed, loaded, may_be_fp8):
         say(note)
     say(f"\n{RULE}\nActivations: {_ESTIMATE}. Banked chunks are those besides sink, recent and current ones.")
     report.write_json(args.json, {
@@ -180,13 +183,14 @@ def _row(
     gpu: Room,
     host: Room | None,
     fixed: dict[str, int],
+    loaded: int,
     chunk_seconds: float | None,
 ) -> dict[str, Any]:
     """One memory on one GPU: the largest bank that fits, or what to change for the smallest one to fit."""
     taken = sum(fixed.values())
 
     def fits(sizes: MemoryBytes) -> bool:
-        return taken + sizes.device <= gpu.bytes and (host is None or sizes.host <= host.bytes)
+        return max(loaded, taken + sizes.device) <= gpu.bytes and (host is None or sizes.host <= host.bytes)
 
     chunks = most_bank_chunks(memory, dtype, fits)
     sizes = memory_bytes(memory, dtype, memory.bank_chunks if chunks is None else chunks)
@@ -252,12 +256,17 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return report.table(columns, cells, left=2)
 
 
-def _notes(rows: list[dict[str, Any]], gpus: list[Room], fixed: dict[str, int], otherwise: str) -> list[str]:
+def _notes(
+    rows: list[dict[str, Any]], gpus: list[Room], fixed: dict[str, int], loaded: int, may_be_fp8: bool
+) -> list[str]:
     """What does not fit, and what to change: once where it is the same for a whole GPU."""
     taken, told = sum(fixed.values()), []
     for gpu in gpus:
         of_gpu = [row for row in rows if row["gpu"] == gpu.name]
-        if taken > gpu.bytes:
+        otherwise = f"--fp8, {_OTHERWISE}" if may_be_fp8 and loaded <= gpu.bytes else _OTHERWISE
+        if loaded > gpu.bytes:
+            told.append(f"{gpu.name}: {byte_size(loaded)} of weights, as they are loaded, are too much; {otherwise}")
+        elif taken > gpu.bytes:
             told.append(f"{gpu.name}: {byte_size(taken)} before any memory are too much; {otherwise}")
         elif not any(row["fits"] or row["changes"] for row in of_gpu):
             least = min(of_gpu, key=lambda row: row["device_bytes"])

@@ -14,6 +14,7 @@ _NUMBERS = globals().get("_NUMBERS") or itertools.count()  # kept by a reload in
 _BY_NUMBER: weakref.WeakValueDictionary[int, Any] = globals().get("_BY_NUMBER", weakref.WeakValueDictionary())
 
 
+@torch.inference_mode(False)  # the op could not write what was made in it outside of it
 def names_for(chunks: Any) -> list[torch.Tensor]:
     """What tells the op whose layer it is, for each layer of a Chunks: [2] on the CPU, its number and the layer.
 

@@ -40,7 +40,8 @@ class Passes:
     A pass that reads the device on the host, or writes into its arguments, is none to capture. That is no reason to
     give up where it only comes in chunk 0, as the pass does that fills the text's cache.
 
-    The graphs are of one memory, and of the model's tensors where they lie: where one has moved, all begins anew.
+    The graphs are of one memory, and of the model's tensors where they lie: where one has moved, all begins anew. What
+    else of the model changes after a capture, such as a hook or a number, they do not see.
 
     Args:
         signature: of `forward`'s arguments.
@@ -55,7 +56,6 @@ class Passes:
         self._device = device = chunks.made().device
         self._names = list(signature.parameters)
         self._replays = Replays(name, insists=insists, capture_on=lambda: _capture_on(device))
-        self._places: list[tuple[dict[str, Any], str]] = []
         self._addresses: list[int] = []
         self.forget()
 
@@ -68,7 +68,7 @@ class Passes:
         if self._replays.on:
             self._follow()
         if not self._replays.on:
-            self._inputs.clear()
+            self.forget()
             return kernels()
         tensors: list[torch.Tensor] = []
         given = self._given(args, kwargs)
@@ -87,13 +87,16 @@ class Passes:
                 return kernels()
             self.forget()
         self._now = tensors
-        return self._replays.made(
-            kind,
-            self._chunks.begun,
-            kernels if kind in self._inputs else lambda: self._watched(kernels, kind, given, tensors, chunk),
-            lambda made: self._captured(forward, kind, args, kwargs),
-            _same,
-        )
+        try:
+            return self._replays.made(
+                kind,
+                (self._chunks.begun, chunk),
+                kernels if kind in self._inputs else lambda: self._watched(kernels, kind, given, tensors, chunk),
+                lambda made: self._captured(forward, kind, args, kwargs),
+                _same,
+            )
+        finally:
+            self._now = []
 
     def give_up(self, reason: str) -> None:
         """Go on without graphs; RuntimeError where the user insists."""
@@ -112,13 +115,13 @@ class Passes:
 
     def _follow(self) -> None:
         """Begin anew if a tensor of the model's is elsewhere than it was."""
-        if self._addresses and self._addresses == _addresses(self._places):
+        addresses = _addresses(self._model)
+        if self._addresses and self._addresses == addresses:
             return
         self.forget()
         if any(_is_compiled(module) for module in self._model.modules()):
             self.give_up(COMPILED)
-        self._places = _places(self._model)
-        self._addresses = _addresses(self._places)
+        self._addresses = addresses
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, but for the free ones."""
@@ -241,20 +244,15 @@ def _is_compiled(module: nn.Module) -> bool:
     return isinstance(getattr(module, "_orig_mod", None), nn.Module) or module._compiled_call_impl is not None
 
 
-def _places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where the model keeps its tensors: parameters, buffers and plain attributes, by dict and name."""
+def _addresses(model: nn.Module) -> list[int]:
+    """Of the model's tensors: parameters, buffers and plain attributes of the modules that it has now."""
     return [
-        (kept, name)
+        value.data_ptr()
         for module in model.modules()
         for kept in (module._parameters, module._buffers, module.__dict__)
-        for name, value in kept.items()
+        for value in kept.values()
         if isinstance(value, torch.Tensor)
     ]
-
-
-def _addresses(places: list[tuple[dict[str, Any], str]]) -> list[int]:
-    kept = (values.get(name) for values, name in places)
-    return [value.data_ptr() if isinstance(value, torch.Tensor) else 0 for value in kept]
 
 
 def _modes(device: torch.device) -> tuple[Hashable, ...]:

@@ -54,7 +54,11 @@ class Passes:
         self._seen[step] += 1
         self._new_latents = latents
         return self._replays.made(
-            step, self._seen[step], kernels, lambda flow: self._captured(latents, flow, step, of_chunk), same_bits
+            step,
+            (self._seen[step],) * 2,
+            kernels,
+            lambda flow: self._captured(latents, flow, step, of_chunk),
+            same_bits,
         )
 
     def _captured(

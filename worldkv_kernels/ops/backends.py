@@ -126,7 +126,8 @@ class OpBackends:
         """The implementation to run: `requested`, or with "auto" the first in `order` that is available and agrees."""
         if requested == "auto":
             requested = self._forced()
-        key = (requested, device, kind, self._known(device, shape), strict())  # of a shape, all that matters
+        known = self._known(device, shape) if requested == "auto" else None  # of a shape, all that matters
+        key = (requested, device, kind, known, strict())
         run = self.chosen.get(key)
         if run is None:
             run = self.run(self.name(requested, device, kind, shape))

@@ -7,6 +7,7 @@ That a kernel is right is for proven.py to say, and does not make it the faster 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -115,9 +116,14 @@ def entries_of(card: str, measurements: Iterable[Measurement]) -> list[Faster]:
 
 @cache  # the file is read once: a process keeps to what it has found
 def _of_this_machine() -> tuple[Faster, ...]:
+    try:
+        cards = tuned.read()
+    except OSError as error:  # a home of somebody else's
+        warnings.warn(f"worldkv: what tune has kept on this machine is not used: {error}", stacklevel=2)
+        return ()
     return tuple(
         entry
-        for card, kept in tuned.read().items()
+        for card, kept in cards.items()
         for entry in entries_of(card, [m for m in kept if tuned.unusable(m) is None])
     )
 
