@@ -125,7 +125,7 @@ def go_through(session: Session) -> list[Times]:
 
 def _chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float]:
     """A chunk of zeros; seconds of begin_chunk and of end_chunk."""
-    x = torch.zeros((1, 64), dtype=torch.float32)
+    x = torch.zeros((1, 64), dtype=torch.float32, device="cpu")
     started = time.perf_counter()
     memory.begin_chunk(**camera)
     begun = time.perf_counter()
