@@ -95,13 +95,8 @@ def enable(
         dtype: of the keys and values; None for autocast's where the first forward runs under it, else that of the q
             projection's weight.
         backend: of the ops, see segment_attention.
-        graph: True makes passes of the model CUDA graphs, for which the host launches one thing a pass: the first chunk
-            is made of kernels, the second captured, the third compared with its replays bit for bit, later ones are
-            replays. RuntimeError, which drops the chunk, where a pass cannot be captured or a replay differs, with the
-            reason; ValueError where the model is not on a GPU, or wrapped or sharded. None: so where that can be; where
-            not, one warning, and passes go on as without. False: no graphs. They hold the memory of a pass's
-            intermediate results, and copies of its arguments. See integrations.passes for what a pass may do, and
-            `.replayed_passes`. The published passes cannot be: ActionModule.forward reads the place in its caches on
+        graph: whether passes of the model become CUDA graphs, as integrations.lingbot.enable says. The published passes
+            cannot be: ActionModule.forward reads the place in its caches on
             the host (`kv_cache_mouse["global_end_index"].item()`), writes into those caches, and turns by
             `start_frame`, a number of the host that differs in each chunk; and the pipelines pass actions that grow
             with each chunk. A model whose blocks have no action module can, given no actions.
