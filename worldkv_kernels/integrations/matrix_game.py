@@ -96,10 +96,10 @@ def enable(
             projection's weight.
         backend: of the ops, see segment_attention.
         graph: whether passes of the model become CUDA graphs, as integrations.lingbot.enable says. The published passes
-            cannot be: ActionModule.forward reads the place in its caches on
-            the host (`kv_cache_mouse["global_end_index"].item()`), writes into those caches, and turns by
-            `start_frame`, a number of the host that differs in each chunk; and the pipelines pass actions that grow
-            with each chunk. A model whose blocks have no action module can, given no actions.
+            cannot be: ActionModule.forward reads the place in its caches on the host
+            (`kv_cache_mouse["global_end_index"].item()`), writes into those caches, and turns by `start_frame`, a
+            number of the host that differs in each chunk; and the pipelines pass actions that grow with each chunk. A
+            model whose blocks have no action module can, given no actions.
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(...)`, `.finish()`,
