@@ -138,8 +138,9 @@ def enable(
             `.replayed_passes`. By its code the published pass can be one, as `generate` of version 1 (a43bec7) and 2
             (2648877) calls WanModelFast; a GPU has run its restatement in the tests alone. It reads nothing on the host
             but what lies there; what it makes there (`sinusoidal_embedding_1d`'s arange, the lengths in
-            `flash_attention`) is the same in each pass. An earlier or other pipeline that does not pass `cross_attn_first_call` has passes that
-            cannot: WanCrossAttention then reads `crossattn_cache["is_init"].item()`.
+            `flash_attention`) is the same in each pass. An earlier or other pipeline that does not pass
+            `cross_attn_first_call` has passes that cannot: WanCrossAttention then reads
+            `crossattn_cache["is_init"].item()`.
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(poses)`, `.finish()`,
