@@ -1,7 +1,9 @@
 """segment_attention by PyTorch's own attention over the gathered window: what is particular to it."""
 
+import inspect
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,8 +311,34 @@ def test_in_a_capture_nothing_is_tried(stand_in, monkeypatch):
         RuntimeError, match=r"sdpa must be called once outside a capture, with .*float16 and head_dim 64"
     ):
         sdpa._check(CPU, torch.float16, 64)
-    sdpa._faults[CPU, torch.float16, 64] = None
+    sdpa._faults[CPU, torch.float16, 64, None] = None
     sdpa._check(CPU, torch.float16, 64)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for a GPU")
+def test_another_flash_attention_is_tried_anew(stand_in, monkeypatch):
+    attention = torch.nn.attention
+    if not hasattr(attention, "register_flash_attention_impl"):
+        pytest.skip(f"torch {torch.__version__} takes no other flash attention")
+    sdpa._check(CPU, torch.float16, 64)
+    monkeypatch.setattr(sdpa, "_flash", ignores_the_lengths)
+    attention.register_flash_attention_impl("wrong", register_fn=lambda: SimpleNamespace(remove=lambda: None))
+    attention.activate_flash_attention_impl("wrong")
+    try:
+        with pytest.raises(RuntimeError, match=r"torch \S+ wrong cannot serve sdpa here: its out is wrong"):
+            sdpa._check(CPU, torch.float16, 64)
+    finally:
+        attention.restore_flash_attention_impl()
+    sdpa._check(CPU, torch.float16, 64)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_flash_attn_3_and_4_take_the_place_of_what_is_called(name):
+    """PyTorch's own glue for them, by its signature: no GPU or flash-attn is needed to see that the call fits."""
+    glue = pytest.importorskip(f"torch.nn.attention._{name}")
+    forward = getattr(glue, f"_{name}_flash_attention_forward_impl" + "_default" * (name == "fa3"))
+    tensors = [torch.empty(1, device="meta")] * 5
+    inspect.signature(forward).bind(*tensors, 9, 256, 0.0, False, False, scale=0.125)  # as in sdpa._flash
 
 
 def test_what_torch_has_for_a_gpu(monkeypatch):

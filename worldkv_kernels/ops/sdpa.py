@@ -5,7 +5,8 @@ merge after it, and turning a copy costs a few per cent of that. A turned key is
 turned query is in the other backends.
 
 On a CPU log weights are an additive mask. On a GPU a kernel gathers, and PyTorch's flash attention takes the number of
-rows from the device, so that a captured graph serves later windows; it takes no mask then, and so no log weights.
+rows from the device, so that a captured graph serves later windows; it takes no mask then, and so no log weights. That
+is flash-attn 3 or 4 where torch.nn.attention.activate_flash_attention_impl has put it there: in the same operator.
 """
 
 from __future__ import annotations
@@ -91,11 +92,11 @@ def _on_cpu(
     log(rows) larger: it says where scores are too large for PyTorch's order of operations, or have overflowed."""
     tiles, tail_rows, ranges, num_segments, turns, weights = tables
     num = check_num_segments(num_segments, ranges)
-    _, num_full, _, num_tail = ranges[0].tolist()
+    _, num_full, _, num_tail = ranges.numpy()[0].tolist()
     index, segments, first, last, adjoin = _rows(
         tiles.numpy()[:num_full].tobytes(), tail_rows.numpy()[:num_tail].tobytes()
     )
-    check_rows(first, last, len(k_pool))
+    check_rows(first, last, k_pool.shape[0])
     if adjoin and num == 1 and not has_shift:
         k, v = (pool[first : last + 1].transpose(0, 1) for pool in (k_pool, v_pool))
     else:
@@ -105,16 +106,15 @@ def _on_cpu(
         _turn(k, turns.index_select(0, segments))
     if has_weight:
         mask = (weights.index_select(0, segments) * math.log(2)).expand(1, 1, len(q), len(index))
-    found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale
-    )
+    batch = (q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
+    found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batch, attn_mask=mask, scale=scale)
     if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE[q.dtype]:  # NaN is not, either
         options = dict(scale=scale, has_shift=has_shift, has_weight=has_weight)
         exact(reference)(q, k_pool, v_pool, *tables, out, lse, None, **options)
         return
-    out.copy_(found[0].transpose(0, 1))
+    out.copy_(found.squeeze(0).transpose(0, 1))
     if lse is not None:
-        lse.copy_(log_sum[0])
+        lse.copy_(log_sum.squeeze(0))
 
 
 class _Rows(NamedTuple):
@@ -140,7 +140,7 @@ def _rows(tiles: bytes, tail_rows: bytes) -> _Rows:
 
 def _gathered(pool: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """[heads, rows, head_dim], a copy."""
-    if len(rows) < _BY_HEADS:
+    if rows.shape[0] < _BY_HEADS:
         return pool.index_select(0, rows).transpose(0, 1)
     heads, head_dim = pool.shape[1:]
     gathered = torch.empty((heads, len(rows), head_dim), dtype=pool.dtype, device=pool.device)
@@ -171,7 +171,13 @@ def _flash(
     return found[0], found[1]
 
 
-_faults: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
+_faults: dict[tuple[torch.device, torch.dtype, int, str | None], str | None] = {}
+
+
+def _implementation() -> str | None:
+    """What torch.nn.attention.activate_flash_attention_impl has put in place of PyTorch's own, "FA3" or "FA4"."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return current() if current is not None else None
 
 
 def _takes_lengths() -> bool:
@@ -182,15 +188,16 @@ def _takes_lengths() -> bool:
 
 def _check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raise RuntimeError where flash attention does not run here or does not keep to the lengths: a torch may be built
-    without it. Tried once; that reads results, which no capture allows."""
-    key = (device, dtype, head_dim)
+    without it. Tried once an implementation; that reads results, which no capture allows."""
+    key = (device, dtype, head_dim, _implementation())
     if key not in _faults:
         if torch.cuda.is_current_stream_capturing():
             wanted = f"called once outside a capture, with {dtype} and head_dim {head_dim}, before it is captured"
             raise RuntimeError(f"segment_attention: sdpa must be {wanted}: it tries PyTorch's attention then")
         _faults[key] = _fault(device, dtype, head_dim)
     if _faults[key]:
-        raise RuntimeError(f"segment_attention: torch {torch.__version__} cannot serve sdpa here: {_faults[key]}")
+        by = " ".join(filter(None, (torch.__version__, key[-1])))
+        raise RuntimeError(f"segment_attention: torch {by} cannot serve sdpa here: {_faults[key]}")
 
 
 def _fault(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -178,33 +178,28 @@ def _run(
 ) -> None:  # fmt: skip
     tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
     given = (q, k_pool, v_pool, *tables, out, lse, mass)
-    layouts = [x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in given]
+    layouts = [
+        x if x is None else (x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device, x.requires_grad) for x in given
+    ]
     key = (has_shift, has_weight, torch.is_grad_enabled(), *layouts)
-    if key not in _FIT:
+    known = _KNOWN.get(key)
+    if known is None:
         _check_layouts(*given, has_shift, has_weight)
-        if len(_FIT) == _MOST_FIT:
-            _FIT.clear()
-        _FIT.add(key)
+        if len(_KNOWN) == _MOST_KNOWN:
+            _KNOWN.clear()
+        known = _KNOWN[key] = _kind_and_shape(*given, has_shift, has_weight)
     check_scale(_OP, "scale", scale)
     outputs = {name: x for name, x in (("out", out), ("lse", lse), ("mass", mass)) if x is not None}
     check_apart(_OP, outputs, {"q": q, "k_pool": k_pool, "v_pool": v_pool})
-    q_len, heads, head_dim = q.shape
-    layout = (
-        _rows_in_order(k_pool, v_pool),
-        cuda.attention_aligned(q, k_pool, v_pool, out, tiles, tail_rows, ranges, turns),
-    )
-    turned_pairs = turns.shape[1] if has_shift else 0
-    kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, has_weight, *layout)
-    shape = Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None, has_weight)
-    run = BACKENDS.choose(backend, q.device, kind, shape)
+    run = BACKENDS.choose(backend, q.device, *known)
     with on_current_device(q.device):
         run(q, k_pool, v_pool, *tables, out, lse, mass, scale=scale, has_shift=has_shift, has_weight=has_weight)
 
 
-# What `_check_layouts` has let pass, all that it looks at: in steady state an op would look at twelve tensors anew in
-# every call, which on a CPU is a tenth of a small window's attention.
-_FIT: set[tuple] = set()
-_MOST_FIT = 4096
+# What `_check_layouts` has let pass, by all that it and `_kind_and_shape` look at: in steady state an op would look at
+# twelve tensors anew in every call, which on a CPU is a tenth of a small window's attention.
+_KNOWN: dict[tuple, tuple[tuple, Shape]] = {}
+_MOST_KNOWN = 4096
 
 
 def _check_layouts(
@@ -243,6 +238,23 @@ def _check_layouts(
         check_tensor(_OP, "mass", mass, (heads, "segments"), like=q, dtypes=(torch.float32,), inner=0)
         if mass.shape[1] < 1:
             raise bad_value(_OP, "mass", f"[{heads}, segments >= 1]", mass)
+
+
+def _kind_and_shape(
+    q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
+    tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor,
+    turns: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor | None, mass: torch.Tensor | None, has_shift: bool, has_weight: bool,
+) -> tuple[tuple, Shape]:  # fmt: skip
+    """What a backend is chosen by."""
+    q_len, heads, head_dim = q.shape
+    turned_pairs = turns.shape[1] if has_shift else 0
+    layout = (
+        _rows_in_order(k_pool, v_pool),
+        cuda.attention_aligned(q, k_pool, v_pool, out, tiles, tail_rows, ranges, turns),
+    )
+    kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, has_weight, *layout)
+    return kind, Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None, has_weight)
 
 
 def _rows_in_order(*pools: torch.Tensor) -> bool:
