@@ -12,6 +12,7 @@ GROUND_FLOOR = {
     "checks": set(),
     "ranges": set(),
     "replays": set(),
+    "tensor_file": set(),
     "rope": {"checks"},
     "tracing": set(),
     "lazy": set(),
