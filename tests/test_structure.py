@@ -13,6 +13,7 @@ GROUND_FLOOR = {
     "ranges": set(),
     "replays": set(),
     "tensor_file": set(),
+    "saved": {"__version__", "tensor_file"},
     "rope": {"checks"},
     "tracing": set(),
     "lazy": set(),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import saved
 from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, readable
 from ..ops.all import check_every_backend
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from ..window import Segment, Window
+from . import saving
 from .config import MemoryConfig
 from .plan import ChunkPlan, leaving, pieces, place
-from .retrieval import make_policy
+from .retrieval import RetrievalPolicy, make_policy
 from .storage import Storage
 from .views import View, Views
 
@@ -38,11 +41,10 @@ class WorldMemory:
 
     A memory on a GPU cannot be used in a child that its process forks: RuntimeError.
 
-    Between chunks, a memory on a CPU can be pickled and copied (pickle, copy.deepcopy; torch.load needs
-    weights_only=False); what is loaded goes on bit for bit as the original would. The policy and its descriptions must
-    allow it. A whole rollout needs what is its pipeline's too: the state of the generator of its noise, the caches of
-    the VAE and of the text, the chunk's number. A memory on a GPU raises RuntimeError: streams, events and page-locked
-    memory belong to their process.
+    Between chunks a memory can be saved, loaded on any device, and forked: `save`, `load`, `fork`. A whole rollout
+    needs what is its pipeline's too: see models.rollout.Rollout.save. One on a CPU can also be pickled and copied
+    (pickle, copy.deepcopy), if its policy can; one on a GPU raises RuntimeError: streams, events and page-locked memory
+    belong to their process.
 
     `integrator`, where retrieval is by action, stands at the end of the last chunk of history (in the baselines, which
     retrieve nothing, at the start); it is None for other retrieval.
@@ -326,6 +328,61 @@ class WorldMemory:
         if self._plan is not None:
             self._release()
 
+    # --- from one day to another ---
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a file, from which `load` makes one that goes on bit for bit as this one would.
+
+        A safetensors file of the chunks' keys and values, each tensor with a SHA-256, and of all else as JSON in its
+        metadata: config, policy and its descriptions, counts, integrator. It is written as it is read from the memory,
+        without a second copy, beside the file of that name and in its place when complete: whoever is killed meanwhile
+        leaves the old one. One save at a time to a path. Waits for the device.
+
+        Raises RuntimeError while a chunk is begun, TypeError where a policy object of one's own describes chunks by
+        what is no plain value, array or tensor (or lists, tuples and dictionaries of these), ValueError where `path` is
+        a folder, OSError where the system cannot write.
+        """
+        self._check_between("save")
+        saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of(self))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+        retrieval: RetrievalPolicy | None = None,
+        **changes: Any,
+    ) -> WorldMemory:
+        """The memory that `save` wrote, on any device. Nothing in the file is run or imported.
+
+        Args:
+            device, backend: as of a new one. The dtype is the saved one's.
+            retrieval: the policy object where one was saved that is not of this package: of a class of that name. Its
+                own state is its owner's to bring along. Else None, or one of the same class in place of the saved one.
+            changes: of `bank`, `bank_chunks`, `device_slots` and `prefetch`, fields of MemoryConfig for where rows lie.
+                A bank of "None" chunks, of what fitted, has as many again. More or fewer change only what it drops.
+
+        Which chunks a host bank has on the device is not saved: what comes first is copied anew, and counted so.
+
+        Raises ValueError, naming the file and what is wrong, on one that is no saved memory, of another version,
+        damaged, cut short or that contradicts itself, also where it does not fit the memory that is free or the
+        changes; TypeError on changes of other names.
+        """
+        with saved.Saved("WorldMemory.load", path, saving.KIND) as file:
+            return saving.loaded(cls, file, file.tree, device, backend, retrieval, changes)
+
+    def fork(self) -> WorldMemory:
+        """Another memory, on the same device, that goes on from here as this one does, each on its own.
+
+        It shares nothing that either writes, and only rows that hold something are copied. A policy object of one's own
+        is copied (copy.deepcopy) unless it says that it is `stateless`. Waits for the device. Raises RuntimeError while
+        a chunk is begun, ValueError where a second memory does not fit.
+        """
+        self._check_between("fork")
+        return saving.forked(self)
+
     # --- what is inside ---
 
     @property
@@ -401,6 +458,11 @@ class WorldMemory:
             layer = as_integer(op, "layer", layer)
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
+
+    def _check_between(self, op: str) -> None:
+        self._check_process(op)
+        if self._plan is not None:
+            raise RuntimeError(f"{op}: chunk {self._plan.chunk} must be ended or aborted before, got one that is begun")
 
     def _check_process(self, op: str) -> None:
         if self._process not in (None, os.getpid()):
