@@ -102,11 +102,11 @@ def restore(memory: WorldMemory, tree: dict[str, Any]) -> None:
     bank.count(_count(tree["bank"], "num_dropped"), tree["bank"]["copied"])
 
 
-def loaded(
-    make: Callable[..., WorldMemory], file: Saved, tree: dict[str, Any], device: Any, backend: str | None,
+def new_of(
+    make: Callable[..., WorldMemory], file: Saved, tree: dict[str, Any], *, device: Any, backend: str | None,
     retrieval: RetrievalPolicy | None, changes: dict[str, Any],
 ) -> WorldMemory:  # fmt: skip
-    """The memory of a tree that was read from a file. Raises ValueError naming the file where it is not as saved."""
+    """A new memory for `restore`, of a tree that was read from a file. Raises as WorldMemory.load says."""
     unknown = [name for name in changes if name not in _OF_PLACES]
     if unknown:
         raise TypeError(f"{_OP}: changes must be of {', '.join(_OF_PLACES)}, got {', '.join(unknown)}")
@@ -115,10 +115,7 @@ def loaded(
         if config.bank_chunks is None and has_places(config):
             config = replace(config, bank_chunks=_count(tree, "places"))
         dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}[tree["dtype"]]
-    memory = make(replace(config, **changes), device=device, dtype=dtype, backend=backend)
-    with file.explained():
-        restore(memory, tree)
-    return memory
+    return make(replace(config, **changes), device=device, dtype=dtype, backend=backend)
 
 
 def forked(memory: WorldMemory) -> WorldMemory:

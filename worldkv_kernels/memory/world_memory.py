@@ -342,7 +342,7 @@ class WorldMemory:
         what is no plain value, array or tensor (or lists, tuples and dictionaries of these), ValueError where `path` is
         a folder, OSError where the system cannot write.
         """
-        self._check_between("save")
+        self.check_between("save")
         saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of(self))
 
     @classmethod
@@ -371,7 +371,11 @@ class WorldMemory:
         changes; TypeError on changes of other names.
         """
         with saved.Saved("WorldMemory.load", path, saving.KIND) as file:
-            return saving.loaded(cls, file, file.tree, device, backend, retrieval, changes)
+            options = dict(device=device, backend=backend, retrieval=retrieval, changes=changes)
+            memory = saving.new_of(cls, file, file.tree, **options)
+            with file.explained():
+                saving.restore(memory, file.tree)
+        return memory
 
     def fork(self) -> WorldMemory:
         """Another memory, on the same device, that goes on from here as this one does, each on its own.
@@ -380,7 +384,7 @@ class WorldMemory:
         is copied (copy.deepcopy) unless it says that it is `stateless`. Waits for the device. Raises RuntimeError while
         a chunk is begun, ValueError where a second memory does not fit.
         """
-        self._check_between("fork")
+        self.check_between("fork")
         return saving.forked(self)
 
     # --- what is inside ---
@@ -459,7 +463,8 @@ class WorldMemory:
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
 
-    def _check_between(self, op: str) -> None:
+    def check_between(self, op: str) -> None:
+        """Raise RuntimeError naming `op` while a chunk is begun."""
         self._check_process(op)
         if self._plan is not None:
             raise RuntimeError(f"{op}: chunk {self._plan.chunk} must be ended or aborted before, got one that is begun")
