@@ -141,7 +141,7 @@ def test_what_cannot_go_on_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"resume: trajectory must be of more than the 1 chunks made, got one of 1"):
         resume(file, model, POSES[:3], INTRINSICS[:3])
     small, _ = made("small_world")
-    with pytest.raises(ValueError, match=r"walk.worldkv: model must be one that takes the conditions .* got SmallWorld"):
+    with pytest.raises(ValueError, match=r"walk.worldkv: model must be one that takes .* got SmallWorld"):
         resume(file, small, POSES, INTRINSICS)
     wide = LingBotWorldFast.random(replace(LINGBOT, num_heads=3), device=DEVICE, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"walk.worldkv: memory must be of the model's num_heads=3, got 2"):

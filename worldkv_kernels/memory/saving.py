@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 KIND = "memory"
 _OP = "WorldMemory.load"
-_OF_PLACES = ("bank", "bank_chunks", "device_slots", "prefetch")  # where rows lie: they change no result
+WHERE_ROWS_LIE = ("bank", "bank_chunks", "device_slots", "prefetch")  # of MemoryConfig: they change no result
 # Policies of this package, and what they are made of.
 _POLICIES: dict[type, tuple[str, ...]] = {
     PoseRetrieval: ("diversity",),
@@ -107,9 +107,9 @@ def new_of(
     retrieval: RetrievalPolicy | None, changes: dict[str, Any],
 ) -> WorldMemory:  # fmt: skip
     """A new memory for `restore`, of a tree that was read from a file. Raises as WorldMemory.load says."""
-    unknown = [name for name in changes if name not in _OF_PLACES]
+    unknown = [name for name in changes if name not in WHERE_ROWS_LIE]
     if unknown:
-        raise TypeError(f"{_OP}: changes must be of {', '.join(_OF_PLACES)}, got {', '.join(unknown)}")
+        raise TypeError(f"{_OP}: changes must be of {', '.join(WHERE_ROWS_LIE)}, got {', '.join(unknown)}")
     with file.explained():
         config = config_of(tree["config"], retrieval)
         if config.bank_chunks is None and has_places(config):
