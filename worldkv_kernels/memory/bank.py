@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checks import describe, is_integer
@@ -34,7 +34,7 @@ class Bank:
         on_host: bool,
         policy: RetrievalPolicy,
     ) -> None:
-        self._slots = slots
+        self._slots, self._slot_tokens = slots, tokens
         self._kept = keep(policy, places)
         self._cache = SlotCache(pool, slots, tokens=tokens, num_places=places) if on_host else None
         self.capacity = places
@@ -44,6 +44,8 @@ class Bank:
         """Forget everything; keeps the storage."""
         self._kept.clear()
         self._place: dict[int, int] = {}  # chunk, oldest first -> slot number on the device, or place in the arena
+        self._tokens: dict[int, int] = {}  # chunk -> to how many it was pruned
+        self.pinned: set[int] = set()  # chunks not to be given up, also such as will be banked
         self._free = list(range(self.capacity - 1, -1, -1))
         self.num_dropped = 0
         if self._cache is not None:
@@ -54,6 +56,15 @@ class Bank:
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._place
+
+    @property
+    def tokens(self) -> Mapping[int, int]:
+        """Of each banked chunk."""
+        return self._tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self._tokens.values())
 
     @property
     def settled(self) -> bool:
@@ -70,8 +81,10 @@ class Bank:
 
     # --- into the bank ---
 
-    def row_to_fill(self, chunk: int, description: Any) -> int | None:
+    def row_to_fill(self, chunk: int, description: Any, tokens: int | None = None) -> int | None:
         """Where to prune a chunk to: the first pool row; None when the full bank gives up this very chunk.
+
+        `tokens`: that it will have, at most a slot's; None for as many.
 
         Raises ValueError when the policy gives up a chunk that is not there, TypeError when it gives up what is no
         chunk number; the bank is then as before.
@@ -86,9 +99,11 @@ class Bank:
             self.num_dropped += 1
             if given_up == chunk:
                 self._kept.remove(chunk)
+                self.pinned.discard(chunk)
                 return None
             self._forget(given_up)
         self._place[chunk] = self._free.pop()
+        self._tokens[chunk] = self._slot_tokens if tokens is None else tokens
         if self._cache is None:
             return self._slots[self._place[chunk]]
         return self._cache.slot_to_fill(chunk)
@@ -96,7 +111,7 @@ class Bank:
     def stored(self, chunk: int) -> None:
         """The rows that `row_to_fill` gave are written, of all layers: copy them out."""
         if self._cache is not None:
-            self._cache.save(chunk, self._place[chunk])
+            self._cache.save(chunk, self._place[chunk], self._tokens[chunk])
 
     def break_off(self, chunk: int) -> None:
         """Take back `row_to_fill`, where writing the rows failed; what it dropped stays dropped."""
@@ -104,18 +119,33 @@ class Bank:
             self._cache.break_off(chunk, self._place[chunk])
         self._forget(chunk)
 
+    def pass_over(self, chunk: int) -> None:
+        """Count a chunk as dropped that is not to be banked."""
+        self.num_dropped += 1
+        self.pinned.discard(chunk)
+
+    def forget(self, chunk: int) -> None:
+        """Give up a banked chunk, while no window is requested."""
+        self.num_dropped += 1
+        self.pinned.discard(chunk)
+        self._forget(chunk)
+
     def _given_up(self, chunk: int) -> int:
-        """What the policy gives up for `chunk`, checked."""
-        given_up = self._kept.drop()
-        if is_integer(given_up) and (given_up == chunk or given_up in self._place):
+        """What the policy gives up for `chunk`, checked: none that is pinned. `chunk` itself where all others are."""
+        pinned = self.pinned.intersection((*self._place, chunk)) if self.pinned else ()
+        known = [one for one in (*self._place, chunk) if one not in pinned]
+        if known in ([], [chunk]):
+            return chunk
+        given_up = self._kept.drop(pinned)
+        if is_integer(given_up) and (given_up in self._place or given_up == chunk) and given_up not in pinned:
             return operator.index(given_up)
         error = ValueError if is_integer(given_up) else TypeError
-        known = [*self._place, chunk]
         raise error(f"end_chunk: the retrieval policy must drop one of {known}, got {describe(given_up)}")
 
     def _forget(self, chunk: int) -> None:
         self._kept.remove(chunk)
         self._free.append(self._place.pop(chunk))
+        del self._tokens[chunk]
         if self._cache is not None:
             self._cache.drop(chunk)
 
@@ -153,11 +183,11 @@ class Bank:
             return [self._slots[self._place[chunk]] for chunk in chunks]
         if len(chunks) > len(self._slots):
             raise ValueError(f"Bank: request must be for at most {len(self._slots)} chunks, got {len(chunks)}")
-        return self._cache.request(chunks, self._place)
+        return self._cache.request(chunks, self._place, self._tokens)
 
     def prefetch(self, chunks: list[int]) -> list[int]:
         """Begin to bring in banked chunks for a window to come; returns those that are on the device or on the way."""
-        return list(chunks) if self._cache is None else self._cache.prefetch(chunks, self._place)
+        return list(chunks) if self._cache is None else self._cache.prefetch(chunks, self._place, self._tokens)
 
     def wait_layer(self, layer: int) -> None:
         """Let the current stream wait for what `request` brings in, of one layer."""
