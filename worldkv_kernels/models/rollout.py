@@ -225,7 +225,6 @@ class Rollout(Iterator[RolloutChunk]):
         sigmas, and what the model carries from chunk to chunk. Neither weights nor controls are in it. Raises as
         WorldMemory.save, TypeError also on conditions that are neither the model's own nor plain values and tensors.
         """
-        self.memory.check_between("save")
         conditions, state = self._conditions, None
         if isinstance(conditions, getattr(self.model, "Conditions", ())):
             conditions = {_FIELDS: conditions._asdict()}
@@ -234,7 +233,7 @@ class Rollout(Iterator[RolloutChunk]):
             state = {"first_pose": self._first_pose, "carried": carried}
         number = self.memory.stats()["chunks"]
         tree = {
-            "memory": saving.tree_of(self.memory),
+            "memory": saving.tree_of("save", self.memory),
             "seed": self.seed,
             "sigmas": tuple(map(float, self.sigmas)),
             "conditions": conditions,
