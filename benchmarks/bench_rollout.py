@@ -46,7 +46,8 @@ from traces import ORDER, Breakdown, breakdown, recorded
 
 from worldkv_kernels.cli.report import Progress, note
 from worldkv_kernels.cli.report import table as text_table
-from worldkv_kernels.models.rollout import RolloutChunk, WorldModel, stream
+from worldkv_kernels.models.rollout import Rollout as ModelRollout
+from worldkv_kernels.models.rollout import RolloutChunk, WorldModel
 
 VIDEO_FRAMES = 4  # of a latent frame
 # Two passes a chunk over two chunks, in which every mode attends to the same; random weights let rounding grow.
@@ -93,7 +94,9 @@ class Rollout:
 def roll_out(mode: str, model: WorldModel, memory: Memory, case: RolloutCase) -> Rollout:
     """Time `case.chunks` chunks, then trace one more. Progress on stderr."""
     done, label = Rollout(), f"{case.of}: {mode}"
-    made = stream(model, memory, controls_of(model, case.chunks + 1), graph=False if mode == "worldkv_eager" else None)
+    made = ModelRollout(
+        model, memory, controls_of(model, case.chunks + 1), graph=False if mode == "worldkv_eager" else None
+    )
     progress = Progress(label, case.chunks)
     try:
         for chunk in islice(made, case.chunks):
@@ -116,7 +119,7 @@ def roll_out(mode: str, model: WorldModel, memory: Memory, case: RolloutCase) ->
 
 def first_chunks(model: WorldModel, memory: Memory) -> list[torch.Tensor]:
     """Latents of the chunks that every mode must make alike."""
-    made = [c.latents for c in stream(model, memory, controls_of(model, CHECK_CHUNKS), sigmas=CHECK_SIGMAS)]
+    made = [c.latents for c in ModelRollout(model, memory, controls_of(model, CHECK_CHUNKS), sigmas=CHECK_SIGMAS)]
     memory.reset()
     return made
 
@@ -125,7 +128,7 @@ def warm_up(model: WorldModel, memory: Memory, config: Any) -> None:
     """Compile and check kernels: as many chunks as it takes until one has been pruned and one retrieved."""
     if model.device.type == "cuda":
         chunks = config.sink_chunks + config.recent_chunks + config.gap_chunks + 3
-        for _ in stream(model, memory, controls_of(model, chunks), sigmas=CHECK_SIGMAS):
+        for _ in ModelRollout(model, memory, controls_of(model, chunks), sigmas=CHECK_SIGMAS):
             pass
         memory.reset()
 

@@ -11,7 +11,7 @@ from test_actions import random_actions
 from worldkv_kernels import ActionIntegrator, ActionRetrieval, Actions, ActionScales, PoseRetrieval, WorldMemory
 from worldkv_kernels.actions import parse_actions, video_frames
 from worldkv_kernels.memory.config import MemoryConfig
-from worldkv_kernels.models.rollout import Controls, rollout, stream
+from worldkv_kernels.models.rollout import Controls, Rollout, rollout
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 
 fuzz = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -218,7 +218,7 @@ def test_a_rollout_by_actions_is_one_along_their_poses():
     assert [chunk.plan.retrieved for chunk in want[6:]] == [(4,), (3,), (2,), (1,), (0,)]
     by_actions = list(rollout(model, make_memory(), None, INTRINSICS, actions=LEFT_AND_BACK))
     both = list(rollout(model, make_memory(), poses, INTRINSICS, actions=LEFT_AND_BACK))
-    streamed = stream(model, make_memory(), (
+    streamed = Rollout(model, make_memory(), (
         Controls(None, np.tile(INTRINSICS, (3, 1)), LEFT_AND_BACK.until(video_frames(3 * chunk + 3)))
         for chunk in range(11)
     ))  # fmt: skip
@@ -274,7 +274,7 @@ def test_bad_arguments_are_told_at_the_call(memory, arguments, message):
 
 def test_a_stream_without_poses_or_actions():
     with pytest.raises(ValueError, match="rollout: controls must have poses, or actions that the memory goes by"):
-        next(stream(make_model(), make_memory(), [Controls(None, INTRINSICS)]))
+        next(Rollout(make_model(), make_memory(), [Controls(None, INTRINSICS)]))
     with pytest.raises(ValueError, match="begin_chunk: actions must be of 9 rows in mode 'worldkv', got None"):
         poses = np.tile(np.eye(4), (3, 1, 1))
-        next(stream(make_model(), make_memory(), [Controls(poses, np.tile(INTRINSICS, (3, 1)))]))
+        next(Rollout(make_model(), make_memory(), [Controls(poses, np.tile(INTRINSICS, (3, 1)))]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from worldkv_kernels import WorldMemory
-from worldkv_kernels.models.rollout import Actions, Controls, noise, rollout, stream
+from worldkv_kernels.models.rollout import Actions, Controls, Rollout, noise, rollout
 from worldkv_kernels.models.small_world import SmallWorldConfig
 from worldkv_kernels.trajectory import latent_poses, load
 
@@ -104,7 +104,7 @@ def test_a_stream_asks_for_controls_when_they_are_due():
             asked.append(first)
             yield Controls(POSES[first : first + 3], INTRINSICS[first : first + 3])
 
-    chunks = stream(model, make_memory(model), controls(), seed=5)
+    chunks = Rollout(model, make_memory(model), controls(), seed=5)
     assert not asked
     streamed = [next(chunks)]
     assert asked == [0]
@@ -141,7 +141,7 @@ def test_one_chunk_is_prepared_ahead_and_no_more(monkeypatch):
             happened.append(f"asked for {chunk}")
             yield Controls(POSES[3 * chunk : 3 * chunk + 3], INTRINSICS[:3])
 
-    for chunk in stream(model, make_memory(model), controls()):
+    for chunk in Rollout(model, make_memory(model), controls()):
         happened.append(f"yielded {chunk.plan.chunk}")
         if chunk.plan.chunk == 3:
             assert chunk.seconds == 1.5
@@ -162,7 +162,6 @@ def test_a_chunk_is_yielded_before_the_next_is_begun():
     memory.reset()
     rollout_of_three = rollout(model, memory, POSES[:9], INTRINSICS[:9])
     next(rollout_of_three)
-    rollout_of_three.close()
     assert memory.stats()["chunks"] == 1
     memory.begin_chunk(POSES[3:6])
 

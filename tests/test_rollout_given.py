@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from worldkv_kernels import WorldMemory
-from worldkv_kernels.models.rollout import Controls, noise, rollout, stream
+from worldkv_kernels.models.rollout import Controls, Rollout, noise, rollout
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.worlds import looking
 
@@ -139,7 +139,7 @@ def test_given_to_a_stream(model):
 
     given = given_like(model, 6)
     chunks = []
-    for chunk in stream(model, memory_of(), controls(), given=given, seed=3, sigmas=SIGMAS):
+    for chunk in Rollout(model, memory_of(), controls(), given=given, seed=3, sigmas=SIGMAS):
         chunks.append(chunk)
         assert asked == list(range(len(chunks)))
     assert torch.equal(latents_of(chunks), latents_of(made_by(model, given=given)))
@@ -161,7 +161,7 @@ def test_given_latents_must_be_whole_chunks_of_the_models_shape(model, shape, go
     wanted = re.escape(f"rollout: given must be [n, 4, 4, 6], n a multiple of 3, got {got}")
     with pytest.raises(ValueError, match=wanted):  # at the call, before anything is made
         if by_stream:
-            stream(model, memory_of(), iter([]), given=torch.zeros(shape))
+            Rollout(model, memory_of(), iter([]), given=torch.zeros(shape))
         else:
             rollout(model, memory_of(), POSES, INTRINSICS, given=torch.zeros(shape))
 

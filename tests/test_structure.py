@@ -12,6 +12,8 @@ GROUND_FLOOR = {
     "checks": set(),
     "ranges": set(),
     "replays": set(),
+    "tensor_file": set(),
+    "saved": {"__version__", "tensor_file"},
     "rope": {"checks"},
     "tracing": set(),
     "lazy": set(),

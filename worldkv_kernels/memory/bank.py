@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checks import describe, is_integer
+from ..saved import Rows
 from .kept import keep
 from .pool import Pool
 from .retrieval import RetrievalPolicy
@@ -34,7 +35,7 @@ class Bank:
         on_host: bool,
         policy: RetrievalPolicy,
     ) -> None:
-        self._slots, self._slot_tokens = slots, tokens
+        self._pool, self._slots, self._slot_tokens = pool, slots, tokens
         self._kept = keep(policy, places)
         self._cache = SlotCache(pool, slots, tokens=tokens, num_places=places) if on_host else None
         self.capacity = places
@@ -78,6 +79,44 @@ class Bank:
     def counts(self) -> dict[str, int]:
         """Of a host bank's copies, see WorldMemory.stats; zeros of a bank on the device."""
         return self._cache.counts() if self._cache is not None else dict.fromkeys(COUNTS, 0)
+
+    # --- to be saved ---
+
+    def chunks(self) -> tuple[int, ...]:
+        """Banked ones, oldest first."""
+        return tuple(self._place)
+
+    def description(self, chunk: int) -> Any:
+        """Of a banked chunk, as `row_to_fill` was given it."""
+        return self._kept.description(chunk)
+
+    def held(self, chunk: int) -> Rows:
+        """A banked chunk's K and V, where the bank keeps them, for who has waited for them."""
+        if self._cache is not None:
+            return self._cache.held(self._place[chunk], self._tokens[chunk])
+        return self._pool.held(self._slots[self._place[chunk]], self._tokens[chunk])
+
+    def copied(self) -> dict[str, int] | None:
+        """Counts of a host bank's copies; None of a bank on the device."""
+        return self._cache.copied() if self._cache is not None else None
+
+    def adopt(self, chunk: int, description: Any, tokens: int) -> Rows:
+        """Bank a chunk younger than all that are there, with room for it; returns where its K and V are to be put.
+
+        Raises ValueError where it has more tokens than a slot, or none.
+        """
+        if not 1 <= tokens <= self._slot_tokens:
+            raise ValueError(f"Bank: tokens must be from 1 to {self._slot_tokens}, got {tokens} of chunk {chunk}")
+        self._kept.add(chunk, description)
+        self._place[chunk] = self._free.pop()
+        self._tokens[chunk] = tokens
+        return self.held(chunk)
+
+    def count(self, num_dropped: int, copied: Mapping[str, int] | None) -> None:
+        """Go on counting from here; of a bank that was on the device there is nothing copied to go on from."""
+        self.num_dropped = num_dropped
+        if self._cache is not None and copied is not None:
+            self._cache.count(copied)
 
     # --- into the bank ---
 

@@ -41,6 +41,10 @@ class KeptDescriptions:
     def remove(self, chunk: int) -> None:
         del self._descriptions[chunk]
 
+    def description(self, chunk: int) -> Any:
+        """What was given of a chunk, not to be written to."""
+        return self._descriptions[chunk]
+
     def select(self, current: Any, budget: int, first: int, coming: tuple[int, Any] | None) -> Any:
         """The policy's choice among the chunks from `first` on and one that is `coming`, as it gives it."""
         candidates = [(chunk, description) for chunk, description in self._descriptions.items() if chunk >= first]
@@ -83,9 +87,12 @@ class KeptPoses:
         self._dt[row, row] = self._dr[row, row] = np.inf
         self._count = row + 1
 
+    def description(self, chunk: int) -> Any:
+        """A copy of what was given of a chunk."""
+        return self._poses[self._row(chunk)].copy()
+
     def remove(self, chunk: int) -> None:
-        last = self._count - 1
-        row = int(np.flatnonzero(self._chunks[: last + 1] == chunk)[0])
+        last, row = self._count - 1, self._row(chunk)
         if row != last:
             for array in self._arrays():
                 array[row] = array[last]
@@ -134,6 +141,9 @@ class KeptPoses:
         pairs = (np.ix_(part, rows) for part in parts)
         least = 0.5 * np.concatenate([scale.sum(self._dt[some], self._dr[some]).min(axis=1) for some in pairs])
         return int(chunks[least <= least.min() + TIE_RESOLUTION].min())
+
+    def _row(self, chunk: int) -> int:
+        return int(np.flatnonzero(self._chunks[: self._count] == chunk)[0])
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         """With a row for each chunk."""
@@ -195,6 +205,10 @@ class KeptViews(KeptPoses):
 
     def _describe(self, row: int, description: Any) -> None:
         self._poses[row], self._cameras[row], self._points[row] = description
+
+    def description(self, chunk: int) -> Any:
+        row = self._row(chunk)
+        return tuple(array[row].copy() for array in (self._poses, self._cameras, self._points))
 
     def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
         poses, cameras, points = self._poses[rows], self._cameras[rows], self._points[rows]

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from ..saved import Rows
 from ..window import TILE_ROWS
 
 
@@ -46,6 +47,12 @@ class Pool:
             self.k[:, first:last].zero_()
             self.v[:, first:last].zero_()
         self.rows = rows
+
+    def held(self, first_row: int, tokens: int) -> Rows:
+        """K and V of all layers from a row on, [num_layers, 2, tokens, heads, head_dim]."""
+        rows = slice(first_row, first_row + tokens)
+        pieces = [pool[layer, rows] for layer in range(len(self.k)) for pool in (self.k, self.v)]
+        return Rows(pieces, (len(self.k), 2))
 
     @staticmethod
     def slot_bytes(tokens: int, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> int:

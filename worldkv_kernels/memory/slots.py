@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..ranges import ranged
+from ..saved import Rows
 from ..tracing import untraced
 from .arena import Arena
 from .pool import Pool
@@ -15,6 +16,9 @@ from .streams import COMPUTE, LOAD, SAVE, CopyEngine
 COUNTS = (
     "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
     "prefetched", "prefetch_hits", "prefetch_misses", "host_bytes", "pinned",
+)  # fmt: skip
+_COUNTED = (
+    "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out",
 )  # fmt: skip
 
 
@@ -61,9 +65,15 @@ class SlotCache:
         self._cached: dict[int, int] = {}  # chunk -> slot, least recently used first
         self._free = list(range(len(self._rows) - 1, -1, -1))
         self._unused: set[int] = set()  # prefetched and not asked for yet
-        self.hits = self.misses = self.copies_out = self.prefetched = self.prefetch_hits = self.prefetch_misses = 0
-        self.bytes_in = self.bytes_out = 0
+        self.count(dict.fromkeys(_COUNTED, 0))
         self.release()
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Go on counting from here, see `copied`."""
+        self.hits, self.misses, self.copies_out, self.prefetched, self.prefetch_hits, self.prefetch_misses = (
+            counts[name] for name in _COUNTED[:6]
+        )
+        self.bytes_in, self.bytes_out = counts["bytes_in"], counts["bytes_out"]
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._cached
@@ -174,6 +184,16 @@ class SlotCache:
             self.prefetched, self.prefetch_hits, self.prefetch_misses, self.arena.bytes, int(self.arena.pinned),
         )  # fmt: skip
         return dict(zip(COUNTS, counts, strict=True))
+
+    def copied(self) -> dict[str, int]:
+        """The counts, of which a chunk that was prefetched and not asked for yet was prefetched in vain."""
+        counts = {name: getattr(self, name) for name in _COUNTED}
+        return {**counts, "prefetch_misses": counts["prefetch_misses"] + len(self._unused)}
+
+    def held(self, place: int, tokens: int) -> Rows:
+        """K and V of all layers in the arena, [num_layers, 2, tokens, heads, head_dim], for who has waited for them."""
+        layers = (self._place_views(place, layer, tokens) for layer in range(self._num_layers))
+        return Rows([piece for of_layer in layers for piece in of_layer], (self._num_layers, 2))
 
     # --- parts of the above ---
 

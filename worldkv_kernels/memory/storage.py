@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..ops.compress_chunk import compress_chunk
+from ..saved import Rows
 from ..window import Segment
 from .bank import Bank
 from .config import MemoryConfig
@@ -24,6 +25,7 @@ class Storage:
 
     All of it is allocated here, once, of the sizes that sizes.py works out. `bank` is None in a mode without one.
     `max_chunks`: how many chunks a rollout can have, for the rope's positions or, in mode "full", for the pool.
+    `places`: how many chunks the bank holds, in mode "full" the pool.
     `window_capacity`: tiles of 128 rows that the largest window can take.
 
     Raises ValueError when it does not fit the memory that is free, with the numbers.
@@ -42,7 +44,7 @@ class Storage:
         sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
         self._token_bytes = 2 * config.num_layers * config.num_heads * config.head_dim * dtype.itemsize  # K and V
         banked, on_host = config.banked_tokens, config.has_bank and config.bank == "host"
-        places = bank_places(config, device, dtype)
+        self.places = places = bank_places(config, device, dtype)
         check_room(config, device, dtype, places)
         self.max_chunks = most_chunks(config, places)
         self.window_capacity = window_capacity(config, places)
@@ -59,6 +61,10 @@ class Storage:
         """Of a chunk that is whole: in the sink, recent, or current."""
         sink = self.config.sink_chunks
         return self._sink_rows[chunk] if chunk < sink else self._ring_rows[(chunk - sink) % len(self._ring_rows)]
+
+    def held(self, chunk: int) -> Rows:
+        """K and V of a whole chunk, for who has waited for them."""
+        return self.pool.held(self.first_row(chunk), self.config.chunk_tokens)
 
     def segments(self, pieces: list[Piece]) -> tuple[tuple[str, int, Segment], ...]:
         """The rows of a window's pieces, with their role and chunk; requests the retrieved ones of the bank."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import saved
 from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, check_bool, debug, readable
 from ..ops.all import check_every_backend
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from ..window import Segment, Window
+from . import saving
 from .bank import Bank
 from .config import MemoryConfig, changed
 from .plan import ChunkPlan, leaving, pieces, place
-from .retrieval import make_policy
+from .retrieval import RetrievalPolicy, make_policy
 from .storage import Storage
 from .views import View, Views
 
@@ -41,11 +44,10 @@ class WorldMemory:
 
     A memory on a GPU cannot be used in a child that its process forks: RuntimeError.
 
-    Between chunks, a memory on a CPU can be pickled and copied (pickle, copy.deepcopy; torch.load needs
-    weights_only=False); what is loaded goes on bit for bit as the original would. The policy and its descriptions must
-    allow it. A whole rollout needs what is its pipeline's too: the state of the generator of its noise, the caches of
-    the VAE and of the text, the chunk's number. A memory on a GPU raises RuntimeError: streams, events and page-locked
-    memory belong to their process.
+    Between chunks a memory can be saved, loaded on any device, and forked: `save`, `load`, `fork`. A whole rollout
+    needs what is its pipeline's too: see models.rollout.Rollout.save. One on a CPU can also be pickled and copied
+    (pickle, copy.deepcopy), if its policy can; one on a GPU raises RuntimeError: streams, events and page-locked memory
+    belong to their process.
 
     `integrator`, where retrieval is by action, stands at the end of the last chunk of history (in the baselines, which
     retrieve nothing, at the start); it is None for other retrieval.
@@ -339,6 +341,8 @@ class WorldMemory:
         """
         self._check_process("abort_chunk")
         if self._plan is not None:
+            self._descriptions.pop(self._plan.chunk, None)  # of an end_chunk that failed
+            self._unbanked.discard(self._plan.chunk)
             self._release()
 
     # --- between chunks ---
@@ -378,12 +382,11 @@ class WorldMemory:
         a chunk that is not past, in the sink or dropped already, and in a mode without a bank, TypeError on what is no
         integer.
         """
-        self._check_process("forget")
         bank = self._banking("forget")
         chunk, found = self._location("forget", chunk)
         if found in ("sink", "dropped"):
             raise ValueError(f"forget: chunk must be in the bank or recent, got {chunk}, which is {found}")
-        self._check_between("forget")
+        self.check_between("forget")
         if found == "bank":
             bank.forget(chunk)
         else:
@@ -412,8 +415,7 @@ class WorldMemory:
         ValueError on a value out of range, TypeError on another type, with the memory as before; and what end_chunk
         raises where a chunk is banked: the config is then as before, but what was banked stays in the bank.
         """
-        self._check_process("change")
-        self._check_between("change")
+        self.check_between("change")
         before = self.config
         self._configure(
             changed(
@@ -426,6 +428,65 @@ class WorldMemory:
         except BaseException:
             self._configure(before)
             raise
+
+    # --- from one day to another ---
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a file, from which `load` makes one that goes on bit for bit as this one would.
+
+        A safetensors file of the chunks' keys and values, each tensor with a SHA-256, and of all else as JSON in its
+        metadata: config, policy and its descriptions, counts, integrator. It is written as it is read from the memory,
+        without a second copy, beside the file of that name and in its place when complete: whoever is killed meanwhile
+        leaves the old one. One save at a time to a path. Waits for the device.
+
+        Raises RuntimeError while a chunk is begun, TypeError where a policy object of one's own describes chunks by
+        what is no plain value, array or tensor (or lists, tuples and dictionaries of these), ValueError where `path` is
+        a folder, OSError where the system cannot write.
+        """
+        self.check_between("save")
+        saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of(self))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+        retrieval: RetrievalPolicy | None = None,
+        **changes: Any,
+    ) -> WorldMemory:
+        """The memory that `save` wrote, on any device. Nothing in the file is run or imported.
+
+        Args:
+            device, backend: as of a new one. The dtype is the saved one's.
+            retrieval: the policy object where one was saved that is not of this package: of a class of that name. Its
+                own state is its owner's to bring along. Else None, or one of the same class in place of the saved one.
+            changes: of `bank`, `bank_chunks`, `device_slots` and `prefetch`, fields of MemoryConfig for where rows lie.
+                A bank of "None" chunks, of what fitted, has as many again. More or fewer change only what it drops.
+
+        Which chunks a host bank has on the device is not saved: what comes first is copied anew, and counted so.
+
+        Raises ValueError, naming the file and what is wrong, on one that is no saved memory, of another version,
+        damaged, cut short or that contradicts itself, also where it does not fit the memory that is free or the
+        changes; TypeError on changes of other names.
+        """
+        with saved.Saved("WorldMemory.load", path, saving.KIND) as file:
+            options = dict(device=device, backend=backend, retrieval=retrieval, changes=changes)
+            memory = saving.new_of(cls, file, file.tree, **options)
+            with file.explained():
+                saving.restore(memory, file.tree)
+        return memory
+
+    def fork(self) -> WorldMemory:
+        """Another memory, on the same device, that goes on from here as this one does, each on its own.
+
+        It shares nothing that either writes, and only rows that hold something are copied. A policy object of one's own
+        is copied (copy.deepcopy) unless it says that it is `stateless`. Waits for the device. Raises RuntimeError while
+        a chunk is begun, ValueError where a second memory does not fit.
+        """
+        self.check_between("fork")
+        return saving.forked(self)
 
     # --- what is inside ---
 
@@ -498,6 +559,12 @@ class WorldMemory:
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
 
+    def check_between(self, op: str) -> None:
+        """Raise RuntimeError naming `op` while a chunk is begun."""
+        self._check_process(op)
+        if self._plan is not None:
+            raise RuntimeError(f"{op}: chunk {self._plan.chunk} must be ended or aborted before, got one that is begun")
+
     def _check_process(self, op: str) -> None:
         if self._process not in (None, os.getpid()):
             raise RuntimeError(
@@ -551,12 +618,6 @@ class WorldMemory:
         if self._bank is None:
             raise ValueError(f"{op}: memory must be of mode 'worldkv', which has a bank, got {self.config.mode!r}")
         return self._bank
-
-    def _check_between(self, op: str) -> None:
-        if self._plan is not None:
-            raise RuntimeError(
-                f"{op}: must be called between chunks, got a call while chunk {self._plan.chunk} is begun"
-            )
 
     def _release(self) -> None:
         """No chunk is begun any more; the passes queued so far are all that read its window."""

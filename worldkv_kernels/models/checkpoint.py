@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import reprlib
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LARGEST_HEADER = 100_000_000  # bytes, of the format's own definition
+from ..tensor_file import (
+    DTYPES,
+    LARGEST_HEADER,
+    StoredTensor,
+    Unfinished,
+    abbreviated,
+    header_bytes,
+    parsed,
+    raw,
+    read_header,
+    shown,
+)
+
+_DTYPES = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _LARGEST_SIZE = 2**20  # in a config.json: far beyond any model's, and small enough to multiply
-_MOST_DIMENSIONS = 64  # of a torch tensor
-_SHOWN, _SHOWN_LETTERS = 5, 200  # names in an error, and letters of each
-
-
-class StoredTensor(NamedTuple):
-    """Where a tensor lies."""
-
-    file: Path
-    dtype: str  # the format's name, such as BF16
-    shape: tuple[int, ...]
-    begin: int  # first byte in the file
-    end: int
 
 
 def read_layout(path: str | Path) -> dict[str, StoredTensor]:
@@ -52,17 +49,17 @@ def read_layout(path: str | Path) -> dict[str, StoredTensor]:
         raise ValueError(f"checkpoint: must be an existing folder or .safetensors file, got {path}")
     layout: dict[str, StoredTensor] = {}
     for file in files:
-        for name, stored in _read_header(file).items():
+        for name, stored in read_header("checkpoint", file).tensors.items():
             if name in layout:
                 raise ValueError(
-                    f"checkpoint: {_shown(name)} must be in one file, got it in {layout[name].file.name} and "
+                    f"checkpoint: {shown(name)} must be in one file, got it in {layout[name].file.name} and "
                     f"{file.name} of {file.parent}"
                 )
             layout[name] = stored
     for name, file_name in placed.items():
         if name not in layout or layout[name].file.name != file_name:
             raise ValueError(
-                f"checkpoint: {path / file_name} must hold {_shown(name)} as the index says, got a file without"
+                f"checkpoint: {path / file_name} must hold {shown(name)} as the index says, got a file without"
             )
     if layout and all(name.startswith("model.") for name in layout):
         layout = {name.removeprefix("model."): stored for name, stored in layout.items()}
@@ -147,22 +144,10 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """One .safetensors file of these tensors, in their order; it takes an older one's place when it is complete."""
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    header, at = {}, 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]
-        }  # fmt: skip
-        at += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    with Unfinished(Path(path)) as file:
+        file.write(header_bytes({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, {}))
         for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    unfinished.replace(path)
+            file.write(raw(tensor.detach().cpu().contiguous()))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -218,71 +203,8 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return files, {}
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """Of a file that is: 8 bytes of length (little endian), so much JSON, then the tensors' bytes without a gap."""
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError(f"checkpoint: {file} must start with a safetensors header, got a file of {size} bytes")
-        text = opened.read(length)
-    header = _parsed(f"the header of {file}", text)
-    header.pop("__metadata__", None)
-    layout = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    expected = 8 + length
-    for name, stored in sorted(layout.items(), key=lambda item: (item[1].begin, item[1].end)):
-        wanted = math.prod(stored.shape) * _DTYPES[stored.dtype].itemsize if stored.dtype in _DTYPES else None
-        if stored.begin != expected or stored.end < stored.begin or wanted not in (None, stored.end - stored.begin):
-            raise ValueError(
-                f"checkpoint: {file} must have {_shown(name)} {_shown(stored.dtype)} {list(stored.shape)} from byte "
-                f"{expected} on, got bytes {stored.begin} to {stored.end}"
-            )
-        expected = stored.end
-    if size != expected:
-        raise ValueError(f"checkpoint: {file} must have the {expected} bytes that its header says, got {size}")
-    return layout
-
-
-def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
-    """Of a header whose data begin at byte `start`."""
-    dtype, shape, offsets = (
-        entry.get(field) if isinstance(entry, dict) else None for field in ("dtype", "shape", "data_offsets")
-    )
-    if not (isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
-        raise ValueError(
-            f"checkpoint: the header of {file} must give {_shown(name)} a dtype, a shape and two data_offsets, "
-            f"got {reprlib.repr(entry)}"
-        )
-    return StoredTensor(file, dtype, tuple(shape), start + offsets[0], start + offsets[1])
-
-
-def _are_counts(found: Any) -> bool:
-    few = isinstance(found, list) and len(found) <= _MOST_DIMENSIONS
-    return few and all(type(n) is int and 0 <= n < 2**63 for n in found)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    if size > _LARGEST_HEADER:
-        raise ValueError(f"checkpoint: {path} must be JSON of at most {_LARGEST_HEADER} bytes, got {size}")
-    return _parsed(str(path), path.read_bytes())
-
-
-def _parsed(what: str, text: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"checkpoint: {what} must be JSON, got {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"checkpoint: {what} must be a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _shown(name: str) -> str:
-    return name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}..."
-
-
-def abbreviated(names: Sequence[str]) -> str:
-    """The first few names, for an error."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(_shown, names[:_SHOWN])) + more
+    if size > LARGEST_HEADER:
+        raise ValueError(f"checkpoint: {path} must be JSON of at most {LARGEST_HEADER} bytes, got {size}")
+    return parsed("checkpoint", str(path), path.read_bytes())

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..memory.config import MemoryConfig
-from .checkpoint import abbreviated, check_fields
+from ..tensor_file import abbreviated
+from .checkpoint import check_fields
 from .wan import PATCH
 
 CONTROL_CHANNELS = {"camera": 6, "action": 7}

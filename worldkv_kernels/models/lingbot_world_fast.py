@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..memory.world_memory import WorldMemory
+from ..poses import as_poses
 from . import wan
 from .checkpoint import StoredTensor
 from .denoiser import Denoiser
@@ -84,6 +85,7 @@ class LingBotWorldFast(Denoiser):
     """
 
     Config = LingBotConfig
+    Conditions = LingBotConditions
 
     def _blocks(self) -> Iterable[_Block]:
         config = self.config
@@ -173,6 +175,15 @@ class LingBotWorldFast(Denoiser):
             x = block.cross_attend(x, *keys_values[layer])
             x = block.feed_forward(x, level.modulation[layer])
         return wan.unpatchify(self.head(x, level.head), self.config.grid)
+
+    def carried(self, of_rollout: _OfRollout) -> dict[int, np.ndarray | None]:
+        """The poses that the next chunk's steps may start at."""
+        return dict(of_rollout.last_poses)
+
+    def carry_on(self, of_rollout: _OfRollout, carried: dict[int, np.ndarray | None]) -> None:
+        of_rollout.last_poses.clear()
+        for frame, pose in carried.items():
+            of_rollout.last_poses[frame] = None if pose is None else as_poses(_OP, pose[None])[0]
 
     def pass_key(self, of_chunk: _OfChunk) -> Hashable:
         """All chunks are alike, with hoisting; without it a pass makes some of its conditions itself, on the host."""

@@ -95,6 +95,7 @@ class MatrixGame2(Denoiser):
     """
 
     Config = MatrixGameConfig
+    Conditions = MatrixGameConditions
     fp32_parameters = ()
     kept_by_fp8 = ("action_model",)  # which reads parts of its weights, and is small
 
@@ -181,6 +182,18 @@ class MatrixGame2(Denoiser):
                 x = block.action_model(x, of_layer.until(frames.attended), frames, cache)
             x = block.feed_forward(x, level.modulation[layer])
         return wan.unpatchify(self.head(x, level.head), self.config.grid).float()
+
+    def carried(self, of_rollout: _OfRollout) -> list[tuple[torch.Tensor, ...] | None]:
+        """The action layers' caches."""
+        return [cache if cache is None else tuple(cache) for cache in of_rollout.caches]
+
+    def carry_on(self, of_rollout: _OfRollout, carried: list[tuple[torch.Tensor, ...] | None]) -> None:
+        for cache, held in zip(of_rollout.caches, carried, strict=True):
+            for mine, given in zip(cache or (), held or (), strict=True):
+                if given.shape != mine.shape or given.dtype != mine.dtype:
+                    wanted = f"{mine.dtype} {list(mine.shape)}"
+                    raise ValueError(f"{_OP}: action caches must be {wanted}, got {given.dtype} {list(given.shape)}")
+                mine.copy_(given)
 
     def pass_key(self, of_chunk: _OfChunk) -> Hashable:
         """At the start of a rollout more frames are attended to from chunk to chunk."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory.config import MemoryConfig
+from ..tensor_file import abbreviated
 from .action_module import ROWS, ActionConfig
-from .checkpoint import abbreviated, check_fields
+from .checkpoint import check_fields
 from .lingbot_config import flow_sigmas
 from .wan import PATCH
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from ..actions import ActionIntegrator, Actions, video_frames
+from .. import saved
+from ..actions import ActionIntegrator, Actions, IntegratorState, video_frames
+from ..memory import saving
+from ..memory.retrieval import RetrievalPolicy
 from ..memory.world_memory import ChunkPlan, WorldMemory
 from ..poses import as_intrinsics, as_poses
 from ..ranges import phase
@@ -54,6 +58,10 @@ class _Took:
         return self._start.elapsed_time(self._end) / 1e3 if self._on_gpu else self._end - self._start
 
 
+_KIND = "rollout"
+_FIELDS = "fields of the model's conditions"  # which no dictionary of a user's has for a key
+
+
 class WorldModel(Protocol):
     """What a model offers to `rollout`. What `prepare_*` return is the model's own; rollout only hands it on."""
 
@@ -75,6 +83,13 @@ class WorldModel(Protocol):
         Calls memory.attend once for every layer. State that the model carries from chunk to chunk is a function of the
         last pass over each chunk, so that a chunk may be dropped and begun again.
         """
+
+    def carried(self, of_rollout: Any) -> Any:
+        """What of it the chunks so far have made, plain values, arrays and tensors: to be saved. A model may be without
+        `carried` and `carry_on` where that is nothing."""
+
+    def carry_on(self, of_rollout: Any, carried: Any) -> None:
+        """Put that into what prepare_rollout has made of the same conditions; ValueError where it does not fit."""
 
     def pass_key(self, of_chunk: Any) -> Hashable:
         """Equal for chunks of a rollout whose passes launch the same kernels on the same addresses, so that a captured
@@ -108,7 +123,7 @@ def rollout(
     seed: int = 0,
     sigmas: Sequence[float] | None = None,
     graph: bool | None = None,
-) -> Iterator[RolloutChunk]:
+) -> Rollout:
     """Make the chunks of a trajectory one after the other, and yield each as soon as it is in the memory.
 
     Args:
@@ -118,55 +133,22 @@ def rollout(
         intrinsics: fx, fy, cx, cy in pixels, [n, 4] or [4]; None where neither model nor retrieval needs them.
         actions: of at least the 4 n - 3 video frames; None where neither model nor retrieval needs them.
 
-    Everything else as of `stream`. Raises ValueError also when the poses or intrinsics are misshapen or not rigid,
+    Everything else as of Rollout. Raises ValueError also when the poses or intrinsics are misshapen or not rigid,
     there are too few for one chunk, too few actions, more given frames than chunks are made, or neither poses nor
     actions to integrate.
     """
-    frames = model.chunk_frames
-    if poses is not None:
-        poses = as_poses("rollout", poses)
-        latent_frames = len(poses)
-    elif memory.integrator is None or actions is None:
-        raise ValueError("rollout: poses must be [n, 4, 4], or None with actions that the memory goes by, got None")
-    else:
-        latent_frames = (len(actions.keyboard) + 3) // 4
-    if intrinsics is not None:
-        intrinsics = as_intrinsics("rollout", intrinsics, latent_frames)
-    if latent_frames < frames:
-        source = "actions" if poses is None else "poses"
-        raise ValueError(
-            f"rollout: {source} must be of at least chunk_frames={frames} latent frames, got {latent_frames}"
-        )
-    if given is not None and len(given) > latent_frames // frames * frames:
-        most = latent_frames // frames * frames
+    controls, latent_frames = _along("rollout", model, memory, poses, intrinsics, actions)
+    most = latent_frames // model.chunk_frames * model.chunk_frames
+    if given is not None and len(given) > most:
         raise ValueError(f"rollout: given must be of at most the {most} latent frames of the rollout, got {len(given)}")
-    for name, rows in (actions._asdict() if actions is not None else {}).items():
-        least = video_frames(latent_frames // frames * frames)
-        if rows is not None and len(rows) < least:
-            raise ValueError(f"rollout: actions must have a row for {least} video frames, got {len(rows)} of {name}")
-
-    def controls() -> Iterator[Controls]:
-        for first in range(0, latent_frames - frames + 1, frames):
-            rows = slice(first, first + frames)
-            done = actions.until(video_frames(rows.stop)) if actions is not None else None
-            yield Controls(*(array if array is None else array[rows] for array in (poses, intrinsics)), done)
-
-    return stream(model, memory, controls(), conditions=conditions, given=given, seed=seed, sigmas=sigmas, graph=graph)
+    return Rollout(
+        model, memory, controls(0), conditions=conditions, given=given, seed=seed, sigmas=sigmas, graph=graph
+    )
 
 
-def stream(
-    model: WorldModel,
-    memory: WorldMemory,
-    controls: Iterable[Controls],
-    *,
-    conditions: Any = None,
-    given: torch.Tensor | None = None,
-    seed: int = 0,
-    sigmas: Sequence[float] | None = None,
-    graph: bool | None = None,
-) -> Iterator[RolloutChunk]:
-    """Make a chunk for each of `controls`, asked for when the chunk before is made (on a GPU, when it is queued), and
-    yield it then.
+class Rollout(Iterator[RolloutChunk]):
+    """An iterator that makes a chunk for each of `controls`, asked for when the chunk before is made (on a GPU, when it
+    is queued).
 
     A chunk starts as noise; each pass at sigma gives x0 = x - sigma * flow, and fresh noise takes x0 to the
     next sigma, x = (1 - sigma) * x0 + sigma * noise. The last x0 is the chunk, and one more pass at sigma 0
@@ -193,24 +175,237 @@ def stream(
     before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are
     no whole chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True;
     at a chunk what begin_chunk raises, and RuntimeError where graph is True and a pass cannot be captured.
+
+    `memory` and `seed` are what was given.
     """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        memory: WorldMemory,
+        controls: Iterable[Controls],
+        *,
+        conditions: Any = None,
+        given: torch.Tensor | None = None,
+        seed: int = 0,
+        sigmas: Sequence[float] | None = None,
+        graph: bool | None = None,
+    ) -> None:
+        frames = model.chunk_frames
+        if frames != memory.config.chunk_frames:
+            got = memory.config.chunk_frames
+            raise ValueError(f"rollout: memory must have the model's chunk_frames={frames}, got {got}")
+        if memory.stats()["chunks"]:
+            raise ValueError(f"rollout: memory must be new or reset, got one of {memory.stats()['chunks']} chunks")
+        if seed < 0:
+            raise ValueError(f"rollout: seed must be at least 0, got {seed}")
+        sigmas = model.sigmas if sigmas is None else tuple(sigmas)
+        if not sigmas or sigmas[0] != 1 or min(sigmas) <= 0 or list(sigmas) != sorted(sigmas, reverse=True):
+            raise ValueError(f"rollout: sigmas must start at 1, fall, and stay above 0, got {list(sigmas)}")
+        if given is not None and (tuple(given.shape[1:]) != tuple(model.latent_shape) or len(given) % frames):
+            wanted = ", ".join(map(str, model.latent_shape))
+            raise ValueError(f"rollout: given must be [n, {wanted}], n a multiple of {frames}, got {list(given.shape)}")
+        self.model, self.memory, self.seed, self.sigmas = model, memory, seed, sigmas
+        self._conditions, self._first_pose, self._of_rollout = conditions, None, None
+        # Of no frames, split makes one chunk without any.
+        chunks = [] if given is None else [chunk.float() for chunk in given.split(frames) if len(chunk)]
+        self._given = dict(enumerate(chunks))
+        self._integrator = memory.integrator.fresh() if memory.integrator is not None else None
+        self._integrated = self._integrator and self._integrator.state  # at the end of the last chunk
+        self._passes = Passes(model, memory, graph)
+        self._chunks = self._made(controls)
+
+    def __next__(self) -> RolloutChunk:
+        return next(self._chunks)
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory, and all else that the chunks to come are made from, to a file that `load` reads.
+
+        One file as WorldMemory.save writes it, with the conditions, what is left of the given latents, the seed, the
+        sigmas, and what the model carries from chunk to chunk. Neither weights nor controls are in it. Raises as
+        WorldMemory.save, TypeError also on conditions that are neither the model's own nor plain values and tensors.
+        """
+        self.memory.check_between("save")
+        conditions, state = self._conditions, None
+        if isinstance(conditions, getattr(self.model, "Conditions", ())):
+            conditions = {_FIELDS: conditions._asdict()}
+        if self._of_rollout is not None:
+            carried = getattr(self.model, "carried", lambda of_rollout: None)(self._of_rollout)
+            state = {"first_pose": self._first_pose, "carried": carried}
+        number = self.memory.stats()["chunks"]
+        tree = {
+            "memory": saving.tree_of(self.memory),
+            "seed": self.seed,
+            "sigmas": tuple(map(float, self.sigmas)),
+            "conditions": conditions,
+            "given": {chunk: latents for chunk, latents in self._given.items() if chunk >= number},
+            "integrator": self._integrated and tuple(self._integrated),
+            "state": state,
+        }
+        saved.write("Rollout.save", path, _KIND, tree)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: WorldModel,
+        controls: Iterable[Controls] | Callable[[Rollout], Iterable[Controls]],
+        *,
+        backend: str | None = None,
+        retrieval: RetrievalPolicy | None = None,
+        graph: bool | None = None,
+        **changes: Any,
+    ) -> Rollout:
+        """The rollout that `save` wrote, which goes on bit for bit as it would have, on a device of the same kind.
+
+        Args:
+            model: of the same weights, on the device that the memory is to be on.
+            controls: of the chunks after those made, or a function of the loaded rollout that gives them: of its
+                memory's stats()["chunks"], say. `resume` cuts them out of a trajectory.
+            backend, retrieval, changes: as of WorldMemory.load. graph: as above.
+
+        Raises what WorldMemory.load does, ValueError also where the file is of a model of other sizes.
+        """
+        with saved.Saved("Rollout.load", path, _KIND) as file:
+            tree = file.tree
+            with file.explained():
+                of_memory = tree["memory"]
+                options = {name: tree[name] for name in ("seed", "sigmas")}
+                conditions = tree["conditions"]
+                if isinstance(conditions, dict) and _FIELDS in conditions:
+                    if not hasattr(model, "Conditions"):
+                        got = type(model).__name__
+                        raise ValueError(f"model must be one that takes the conditions of the saved one, got {got}")
+                    conditions = model.Conditions(**conditions[_FIELDS])
+            memory = saving.new_of(
+                WorldMemory, file, of_memory, device=model.device, backend=backend, retrieval=retrieval, changes=changes
+            )
+            with file.explained():
+                made = cls(model, memory, (), conditions=conditions, graph=graph, **options)
+                _check_sizes(model, memory)
+                saving.restore(memory, of_memory)
+                made._restore(tree)
+        made._chunks = made._made(controls(made) if callable(controls) else controls)
+        return made
+
+    def _restore(self, tree: dict[str, Any]) -> None:
+        first, state = self.memory.stats()["chunks"], tree["state"]
+        for chunk, latents in tree["given"].items():
+            if chunk < first or tuple(latents.shape) != (self.model.chunk_frames, *self.model.latent_shape):
+                raise ValueError(f"given must be of chunks after those made, got {chunk} of {list(latents.shape)}")
+        self._given = tree["given"]
+        if self._integrator is not None:
+            self._integrator.restore(IntegratorState(*tree["integrator"]))
+            self._integrated = self._integrator.state
+        if (state is None) != (first == 0):
+            raise ValueError(f"state must be there if and only if chunks were made, got {first} chunks")
+        if state is not None:
+            self._prepare(as_poses("Rollout.load", state["first_pose"][None])[0])
+            if state["carried"] is not None:
+                self.model.carry_on(self._of_rollout, state["carried"])
+
+    def _prepare(self, first_pose: np.ndarray) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._of_rollout = self.model.prepare_rollout(self._conditions, first_pose, (*self.sigmas, 0.0))
+        self._first_pose = first_pose
+
+    def _made(self, controls: Iterable[Controls]) -> Iterator[RolloutChunk]:
+        model, memory, before = self.model, self.memory, None
+        for number, of_one in enumerate(controls, memory.stats()["chunks"]):
+            of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, self._integrator)
+            if self._of_rollout is None:
+                self._prepare(of_one.poses[0])
+            took = _Took(model.device)
+            plan = memory.begin_chunk(**of_memory)
+            try:
+                given = self._given.pop(number, None)
+                latents = _denoised(model, self._passes, plan, self._of_rollout, of_one, given, self.seed, self.sigmas)
+                memory.end_chunk()
+                took.end()
+            except BaseException:
+                memory.abort_chunk()
+                raise
+            self._integrated = self._integrator and self._integrator.state
+            yield RolloutChunk(plan, latents, took)
+            if before is not None:
+                before.wait()
+            before = took
+
+
+def resume(
+    path: str | Path,
+    model: WorldModel,
+    poses: object = None,
+    intrinsics: object = None,
+    *,
+    actions: Actions | None = None,
+    backend: str | None = None,
+    retrieval: RetrievalPolicy | None = None,
+    graph: bool | None = None,
+    **changes: Any,
+) -> Rollout:
+    """Go on with a rollout that was saved (Rollout.save), along the trajectory of which the beginning has been made.
+
+    Args:
+        poses, intrinsics, actions: as of `rollout`, from frame 0 on, as they were; they may go on for longer.
+
+    Everything else as of Rollout.load. Raises also what `rollout` does of them, and ValueError where the first pose is
+    another or no chunk is left to make.
+    """
+
+    def rest(made: Rollout) -> Iterable[Controls]:
+        first = made.memory.stats()["chunks"]
+        controls, latent_frames = _along("resume", model, made.memory, poses, intrinsics, actions)
+        if latent_frames // model.chunk_frames <= first:
+            most = latent_frames // model.chunk_frames
+            raise ValueError(f"resume: trajectory must be of more than the {first} chunks made, got one of {most}")
+        begins = next(iter(controls(0))).poses
+        if first and begins is not None and not np.array_equal(begins[0], made._first_pose):
+            raise ValueError("resume: poses must begin as those of the saved rollout did, got another first pose")
+        return controls(first)
+
+    return Rollout.load(path, model, rest, backend=backend, retrieval=retrieval, graph=graph, **changes)
+
+
+def _along(
+    op: str, model: WorldModel, memory: WorldMemory, poses: object, intrinsics: object, actions: Actions | None
+) -> tuple[Callable[[int], Iterator[Controls]], int]:
+    """The controls from a chunk on along a trajectory, which is checked, and how many latent frames that has."""
     frames = model.chunk_frames
-    if frames != memory.config.chunk_frames:
-        got = memory.config.chunk_frames
-        raise ValueError(f"rollout: memory must have the model's chunk_frames={frames}, got {got}")
-    if memory.stats()["chunks"]:
-        raise ValueError(f"rollout: memory must be new or reset, got one of {memory.stats()['chunks']} chunks")
-    if seed < 0:
-        raise ValueError(f"rollout: seed must be at least 0, got {seed}")
-    sigmas = model.sigmas if sigmas is None else tuple(sigmas)
-    if not sigmas or sigmas[0] != 1 or min(sigmas) <= 0 or list(sigmas) != sorted(sigmas, reverse=True):
-        raise ValueError(f"rollout: sigmas must start at 1, fall, and stay above 0, got {list(sigmas)}")
-    if given is not None and (tuple(given.shape[1:]) != tuple(model.latent_shape) or len(given) % frames):
-        wanted = ", ".join(map(str, model.latent_shape))
-        raise ValueError(f"rollout: given must be [n, {wanted}], n a multiple of {frames}, got {list(given.shape)}")
-    # Of no frames, split makes one chunk without any.
-    chunks_given = [] if given is None else [chunk.float() for chunk in given.split(frames) if len(chunk)]
-    return _chunks(model, memory, controls, conditions, chunks_given, seed, sigmas, Passes(model, memory, graph))
+    if poses is not None:
+        poses = as_poses(op, poses)
+        latent_frames = len(poses)
+    elif memory.integrator is None or actions is None:
+        raise ValueError(f"{op}: poses must be [n, 4, 4], or None with actions that the memory goes by, got None")
+    else:
+        latent_frames = (len(actions.keyboard) + 3) // 4
+    if intrinsics is not None:
+        intrinsics = as_intrinsics(op, intrinsics, latent_frames)
+    if latent_frames < frames:
+        source = "actions" if poses is None else "poses"
+        raise ValueError(f"{op}: {source} must be of at least chunk_frames={frames} latent frames, got {latent_frames}")
+    for name, rows in (actions._asdict() if actions is not None else {}).items():
+        least = video_frames(latent_frames // frames * frames)
+        if rows is not None and len(rows) < least:
+            raise ValueError(f"{op}: actions must have a row for {least} video frames, got {len(rows)} of {name}")
+
+    def controls(first_chunk: int) -> Iterator[Controls]:
+        for first in range(first_chunk * frames, latent_frames - frames + 1, frames):
+            rows = slice(first, first + frames)
+            done = actions.until(video_frames(rows.stop)) if actions is not None else None
+            yield Controls(*(array if array is None else array[rows] for array in (poses, intrinsics)), done)
+
+    return controls, latent_frames
+
+
+def _check_sizes(model: WorldModel, memory: WorldMemory) -> None:
+    """Of a model that says what memory it needs."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "memory"):
+        for name in ("num_layers", "num_heads", "head_dim", "grid", "chunk_frames"):
+            wanted, got = getattr(config.memory(), name), getattr(memory.config, name)
+            if wanted != got:
+                raise ValueError(f"memory must be of the model's {name}={wanted}, got {got}")
 
 
 def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tensor:
@@ -218,39 +413,6 @@ def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tenso
     (state,) = np.random.SeedSequence((seed, chunk, step)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
-
-
-def _chunks(
-    model: WorldModel,
-    memory: WorldMemory,
-    controls: Iterable[Controls],
-    conditions: Any,
-    given: Sequence[torch.Tensor],
-    seed: int,
-    sigmas: tuple[float, ...],
-    passes: Passes,
-) -> Iterator[RolloutChunk]:
-    of_rollout = before = None
-    integrator = memory.integrator.fresh() if memory.integrator is not None else None
-    for number, of_one in enumerate(controls):
-        of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, integrator)
-        if number == 0:
-            with torch.inference_mode(False), torch.no_grad():
-                of_rollout = model.prepare_rollout(conditions, of_one.poses[0], (*sigmas, 0.0))
-        took = _Took(model.device)
-        plan = memory.begin_chunk(**of_memory)
-        try:
-            of_given = given[number] if number < len(given) else None
-            latents = _denoised(model, passes, plan, of_rollout, of_one, of_given, seed, sigmas)
-            memory.end_chunk()
-            took.end()
-        except BaseException:
-            memory.abort_chunk()
-            raise
-        yield RolloutChunk(plan, latents, took)
-        if before is not None:
-            before.wait()
-        before = took
 
 
 def _steered(

@@ -1,0 +1,217 @@
+"""Memories that are saved, loaded and forked go on bit for bit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+from tiny_memory import MODEL, jumps
+
+from worldkv_kernels import WorldMemory
+from worldkv_kernels.actions import ActionIntegrator, Actions
+from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
+from worldkv_kernels.models.checkpoint import read_tensors
+from worldkv_kernels.tensor_file import read_header
+
+INTRINSICS = np.array([100.0, 100.0, 48.0, 32.0])
+POLICIES = {
+    "pose": PoseRetrieval(diversity=0.3),
+    "fov": FovRetrieval(depth_range=(0.5, 9.0), image_size=(64, 96), diversity=0.2, samples=32),
+    "action": ActionRetrieval(ActionIntegrator(layout="templerun")),
+    "official": OfficialPoseRetrieval(),
+}
+
+
+class Newest:
+    """A policy of a user's own, with state and descriptions of several kinds."""
+
+    needs_intrinsics = False
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def describe(self, poses, intrinsics):
+        self.asked += 1
+        return {"mean": poses.mean(axis=0), "tag": (self.asked, "made"), "tensor": torch.tensor([0.5])}
+
+    def select(self, current, candidates, budget):
+        return [chunk for chunk, _ in candidates[-budget:]]
+
+    def drop(self, candidates):
+        return candidates[len(candidates) // 2][0]
+
+
+def config(**fields):
+    return MODEL.memory(**{"retrieved_chunks": 2, "bank_chunks": 4, "recent_frames": 3, **fields})
+
+
+def walk(memory: WorldMemory, first: int, end: int) -> list[torch.Tensor]:
+    """What each layer attended to gave, in chunks of random numbers and poses, or actions."""
+    poses, made = jumps(5, 64), []
+    for chunk in range(first, end):
+        generator = torch.Generator().manual_seed(chunk)
+        if memory.integrator is not None:
+            keys = np.eye(7)[np.random.default_rng(chunk).integers(0, 7, size=12 if chunk else 9)]
+            memory.begin_chunk(actions=Actions(None, keys))
+        else:
+            memory.begin_chunk(poses[chunk], intrinsics=INTRINSICS)
+        for layer in range(memory.config.num_layers):
+            qkv = torch.randn(3, memory.config.chunk_tokens, MODEL.dim, generator=generator).to(DEVICE, memory.dtype)
+            made.append(memory.attend(layer, *qkv).cpu())
+        memory.end_chunk()
+    return made
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def counts(memory: WorldMemory) -> dict:
+    """Of stats, those that the place of rows does not change."""
+    return {name: n for name, n in memory.stats().items() if not name.startswith(("host_", "prefetch", "pinned"))}
+
+
+CONFIGS = {
+    **{name: dict(retrieval=policy) for name, policy in POLICIES.items()},
+    **{mode: dict(mode=mode, bank_chunks=40) for mode in ("full", "sliding", "sink_recent")},
+    "cut frames": dict(sink_frames=4, recent_frames=4, keep_ratio=0.5, merge_pruned=False, prune_rule="similarity"),
+    "faults": dict(unattended_chunks=1, bank_sink=True, rebase_sink=False, order="nearest_first"),
+    "weighted": dict(retrieval="fov", rebase_time=False, retrieved_log_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2, 3, 4, 7, 9, 13])  # empty, sink, recent, first banked, full, drops
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_loaded_or_forked_goes_on_bitwise(name, chunk, tmp_path):
+    memory = WorldMemory(config(**CONFIGS[name]), dtype=torch.float32, device=DEVICE)
+    walk(memory, 0, chunk)
+    memory.save(tmp_path / "walk.worldkv")
+    loaded = WorldMemory.load(tmp_path / "walk.worldkv", device=DEVICE)
+    on_host = WorldMemory.load(tmp_path / "walk.worldkv", device=DEVICE, bank="host", prefetch=False)
+    forked = memory.fork()
+    want = walk(memory, chunk, 20)
+    for other in (loaded, on_host, forked):
+        assert equal(walk(other, chunk, 20), want)
+        assert counts(other) == counts(memory)
+    assert type(loaded.config.retrieval) is type(memory.config.retrieval)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_from_a_host_bank_in_16_bits(dtype, tmp_path):
+    memory = WorldMemory(config(bank="host"), dtype=dtype, device=DEVICE)
+    walk(memory, 0, 11)
+    memory.save(tmp_path / "walk.worldkv")
+    on_device = WorldMemory.load(tmp_path / "walk.worldkv", device=DEVICE, bank="device")
+    again, forked = WorldMemory.load(tmp_path / "walk.worldkv", device=DEVICE), memory.fork()
+    want = walk(memory, 11, 24)
+    for other in (on_device, again, forked):
+        assert other.dtype == dtype and equal(walk(other, 11, 24), want)
+    assert on_device.stats()["host_copies_out"] == 0
+    # What was on the device has to come again; after that all is as it was.
+    for name in ("host_copies_out", "host_bytes_out", "host_bytes"):
+        assert again.stats()[name] == forked.stats()[name] == memory.stats()[name] > 0
+    assert again.stats()["host_misses"] >= memory.stats()["host_misses"]
+
+
+def test_a_fork_shares_nothing_that_is_written():
+    memory = WorldMemory(config(retrieval=Newest()), dtype=torch.float32, device=DEVICE)
+    walk(memory, 0, 8)
+    forks = [memory.fork(), memory.fork()]
+    assert len({id(m.config.retrieval) for m in (memory, *forks)}) == 3
+    for fork in forks:  # each goes its own way, twice as far as its bank and window reach
+        poses = torch.randn(3, 1, generator=torch.Generator().manual_seed(id(fork) % 97))
+        walk(fork, 8 + len(poses), 20)
+    again = memory.fork()
+    assert equal(walk(memory, 8, 20), walk(again, 8, 20))
+    memory.reset()
+    assert forks[0].stats()["chunks"] == 17
+
+
+def test_a_policy_of_ones_own_is_given_anew(tmp_path):
+    file = tmp_path / "own.worldkv"
+    memory = WorldMemory(config(retrieval=Newest()), dtype=torch.float32)
+    walk(memory, 0, 9)
+    memory.save(file)
+    with pytest.raises(ValueError, match=r"retrieval must be a .*Newest, which the memory was saved with, got None"):
+        WorldMemory.load(file)
+    with pytest.raises(ValueError, match=r"retrieval must be a .*Newest, .* got .*PoseRetrieval"):
+        WorldMemory.load(file, retrieval=PoseRetrieval())
+    policy = Newest()
+    policy.asked = memory.config.retrieval.asked
+    loaded = WorldMemory.load(file, retrieval=policy)
+    assert equal(walk(loaded, 9, 16), walk(memory, 9, 16))
+    assert loaded.config.retrieval is policy
+
+    described = WorldMemory(config(retrieval=SpeaksInObjects()), dtype=torch.float32)
+    walk(described, 0, 5)
+    before = file.read_bytes()
+    with pytest.raises(TypeError, match=r"WorldMemory.save: \S+ must be of plain values, .* got SpeaksInObjects"):
+        described.save(file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+class SpeaksInObjects(Newest):
+    def describe(self, poses, intrinsics):
+        return self
+
+
+def test_a_policy_of_the_package_may_be_replaced_by_its_like(tmp_path):
+    file = tmp_path / "pose.worldkv"
+    memory = WorldMemory(config(retrieval="pose"), dtype=torch.float32)
+    walk(memory, 0, 6)
+    memory.save(file)
+    assert WorldMemory.load(file).config.retrieval == "pose"
+    policy = PoseRetrieval(diversity=0.5)
+    assert WorldMemory.load(file, retrieval=policy).config.retrieval is policy
+    with pytest.raises(ValueError, match=r"retrieval must be None or a .*PoseRetrieval, .* got .*FovRetrieval"):
+        WorldMemory.load(file, retrieval=FovRetrieval())
+
+
+def test_what_changes_no_result_may_be_changed(tmp_path):
+    file = tmp_path / "m.worldkv"
+    memory = WorldMemory(config(), dtype=torch.float32)
+    walk(memory, 0, 9)
+    memory.save(file)
+    larger = WorldMemory.load(file, bank_chunks=9, bank="host", device_slots=2, prefetch=False)
+    assert larger.stats()["bank_capacity"] == 9 and larger.stats()["chunks_banked"] == 4
+    assert larger.config == replace(memory.config, bank_chunks=9, bank="host", device_slots=2, prefetch=False)
+    with pytest.raises(ValueError, match=r"m.worldkv: bank must hold up to 3 of the chunks"):
+        WorldMemory.load(file, bank_chunks=3)
+    with pytest.raises(TypeError, match=r"changes must be of bank, bank_chunks, .* got keep_ratio"):
+        WorldMemory.load(file, keep_ratio=0.5)
+
+
+def test_a_bank_of_what_fits_keeps_its_size(monkeypatch, tmp_path):
+    memory = WorldMemory(config(bank_chunks=None), dtype=torch.float32)
+    memory.save(tmp_path / "m")
+    loaded = WorldMemory.load(tmp_path / "m")
+    assert loaded.config.bank_chunks == memory.stats()["bank_capacity"] == memory.fork().config.bank_chunks
+
+
+def test_between_chunks_alone(tmp_path):
+    memory = WorldMemory(config(), dtype=torch.float32)
+    memory.begin_chunk(jumps(0, 1)[0])
+    for call in (memory.fork, lambda: memory.save(tmp_path / "m")):
+        with pytest.raises(RuntimeError, match=r"(save|fork): chunk 0 must be ended or aborted before"):
+            call()
+    memory.abort_chunk()
+    memory.save(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"path must be a file's, got the folder"):
+        memory.save(tmp_path)
+
+
+def test_the_file_is_safetensors_and_says_what_wrote_it(tmp_path):
+    memory = WorldMemory(config(), dtype=torch.bfloat16, device=DEVICE)
+    walk(memory, 0, 6)
+    memory.save(tmp_path / "m.safetensors")
+    layout, metadata = read_header("test", Path(tmp_path / "m.safetensors"))
+    assert metadata["format"] == "worldkv memory" and metadata["version"] == "1"
+    assert "worldkv_kernels 0." in metadata["written_by"] and torch.__version__ in metadata["written_by"]
+    assert layout["whole.0"].shape == (2, 2, 18, 1, 64) and layout["whole.0"].dtype == "BF16"
+    assert set(json.loads(metadata["state"])["sha256"]) == set(layout)
+    k, _ = memory.pools(1)
+    stored = read_tensors(tmp_path / "m.safetensors")["whole.0"]
+    assert torch.equal(stored[1, 0], k[memory.window.segments[0].first_row :][:18].cpu())
