@@ -289,6 +289,19 @@ def test_what_is_kept_side_by_side_gives_up_what_the_policy_would(policy):
             assert list(bank._place) == list(kept)
 
 
+def test_what_is_pinned_far_away_sets_no_scale():
+    from test_kept import bank_of
+
+    policy, poses = PoseRetrieval(), np.tile(np.eye(4), (5, 1, 1))
+    poses[:, 0, 3] = [1e7, 0, 4, 5, 9]
+    bank = bank_of(policy, 4)
+    for chunk in range(4):
+        bank.row_to_fill(chunk, poses[chunk])
+    bank.pinned = {0}
+    bank.row_to_fill(4, poses[4])
+    assert list(bank._place) == [0, 1, 3, 4] and policy.drop(list(enumerate(poses))[1:]) == 2
+
+
 def test_what_is_forgotten_comes_back_no_more():
     config = tiny(bank="host", bank_chunks=9, sink_frames=0, recent_frames=4)
     memory, rollout = make(config), Rollout(config, 0, 9)
