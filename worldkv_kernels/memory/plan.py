@@ -70,6 +70,13 @@ def place(config: MemoryConfig, chunk: int, next_chunk: int) -> str:
     return "unattended" if age <= config.recent_chunks + config.gap_chunks else "left"
 
 
+def whole_before(config: MemoryConfig, next_chunk: int) -> list[int]:
+    """The past chunks that are whole before `next_chunk`: those that have not left."""
+    sink = min(config.sink_chunks, next_chunk)
+    first = 0 if config.mode == "full" else next_chunk - config.recent_chunks - config.gap_chunks
+    return [*range(sink), *range(max(sink, first), next_chunk)]
+
+
 def leaving(config: MemoryConfig, chunk: int) -> int | None:
     """The chunk that is whole while `chunk` is made and has left once that ends; None when none does."""
     oldest = chunk - config.recent_chunks - config.gap_chunks

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..actions import ActionIntegrator, ActionScales, IntegratorState
+from ..actions import ActionIntegrator, ActionScales, IntegratorState, as_state, video_frames
 from ..checks import DTYPES
 from ..poses import as_intrinsics, as_poses
 from ..rope import Rope3D
 from ..saved import Rows, Saved, StoredRows
 from .config import MemoryConfig
-from .plan import place
+from .plan import place, whole_before
 from .retrieval import (
     ActionRetrieval,
     FovRetrieval,
@@ -26,6 +26,7 @@ from .retrieval import (
     make_policy,
 )
 from .room import has_places
+from .slots import COUNTED
 from .views import View
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 KIND = "memory"
 _OP = "WorldMemory.load"
+_MOST_CHUNKS = 2**31 - 1  # of a memory without a rope: frames of so many are numbers of 64 bits
 _OF_PLACES = ("bank", "bank_chunks", "device_slots", "prefetch")  # where rows lie: they change no result
 # Policies of this package, and what they are made of.
 _POLICIES: dict[type, tuple[str, ...]] = {
@@ -48,7 +50,7 @@ def tree_of(memory: WorldMemory) -> dict[str, Any]:
     config, bank = memory.config, memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
-    chunks = range(memory._next_chunk)
+    whole = whole_before(config, memory._next_chunk)
     tree = {
         "config": config_tree(config),
         "places": memory._storage.places,
@@ -58,8 +60,9 @@ def tree_of(memory: WorldMemory) -> dict[str, Any]:
         "retrieved_total": memory._retrieved_total,
         "integrator": None if memory.integrator is None else tuple(memory.integrator.state),
         "last_view": _view_tree(memory._last_view),
-        "descriptions": dict(memory._descriptions),
-        "whole": {c: memory._storage.held(c) for c in chunks if place(config, c, len(chunks)) != "left"},
+        # One of a chunk that was aborted after its pruning failed is not history.
+        "descriptions": {c: memory._descriptions[c] for c in _described(memory, whole)},
+        "whole": {chunk: memory._storage.held(chunk) for chunk in whole},
         "bank": None,
     }
     if bank is not None:
@@ -74,32 +77,40 @@ def tree_of(memory: WorldMemory) -> dict[str, Any]:
 def restore(memory: WorldMemory, tree: dict[str, Any]) -> None:
     """Make a new memory, of the config and dtype that the tree is of, what the one was that it was taken from."""
     config, bank = memory.config, memory._bank
-    memory._next_chunk = count = _count(tree, "next_chunk")
+    count = _count(tree, "next_chunk")
+    most = min(memory._storage.max_chunks, _MOST_CHUNKS)
+    if count > most:
+        raise ValueError(f"{_OP}: next_chunk must be at most {most}, which the config has room for, got {count}")
+    memory._next_chunk = count
     memory._tokens_attended, memory._retrieved_total = _count(tree, "tokens_attended"), _count(tree, "retrieved_total")
+    rows = video_frames(count * config.chunk_frames) if count and config.has_bank else 0
+    state = _state(memory, tree["integrator"], rows)
     if memory.integrator is not None:
-        state = tree["integrator"]
-        memory.integrator.restore(IntegratorState(*map(_integer, state)))
-    memory._last_view = _view(config, tree["last_view"])
-    whole = [chunk for chunk in range(count) if place(config, chunk, count) != "left"]
+        memory.integrator.restore(state)
+    described = _Described(config)
+    memory._last_view = _view(memory, tree["last_view"], described, rows)
+    whole = whole_before(config, count)
     _check_keys("whole", tree["whole"], whole)
     for chunk in whole:
         _put(tree["whole"][chunk], memory._storage.held(chunk))
-    memory._descriptions = tree["descriptions"]
+    _check_keys("descriptions", tree["descriptions"], _described(memory, whole))
+    memory._descriptions = {chunk: described.checked(given) for chunk, given in tree["descriptions"].items()}
     if bank is None:
+        if tree["bank"] is not None:
+            raise ValueError(f"{_OP}: bank must be None in mode {config.mode!r}, got one")
         return
-    described = _Described(config)
-    for chunk, description in memory._descriptions.items():
-        if chunk not in tree["whole"]:
-            raise ValueError(f"{_OP}: descriptions must be of whole chunks, got one of {chunk!r:.60}")
-        described.check(description)
     banked = tree["bank"]["chunks"]
     strangers = [chunk for chunk in banked if not _may_be_banked(config, chunk, count)]
     if strangers or sorted(banked) != list(banked) or len(banked) > bank.capacity:
         raise ValueError(f"{_OP}: bank must hold up to {bank.capacity} of the chunks that have left, got {[*banked]}")
-    for chunk, (description, rows) in banked.items():
-        described.check(description)
-        _put(rows, bank.adopt(chunk, description))
-    bank.count(_count(tree["bank"], "num_dropped"), tree["bank"]["copied"])
+    for chunk, (description, of_chunk) in banked.items():
+        _put(of_chunk, bank.adopt(chunk, described.checked(description)))
+    copied = tree["bank"]["copied"]
+    if copied is not None:
+        if sorted(copied) != sorted(COUNTED):
+            raise ValueError(f"{_OP}: copied must be None or of {', '.join(COUNTED)}, got {copied!r:.200}")
+        copied = {name: _count(copied, name) for name in COUNTED}
+    bank.count(_count(tree["bank"], "num_dropped"), copied)
 
 
 def new_of(
@@ -115,7 +126,8 @@ def new_of(
         if config.bank_chunks is None and has_places(config):
             config = replace(config, bank_chunks=_count(tree, "places"))
         dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}[tree["dtype"]]
-    return make(replace(config, **changes), device=device, dtype=dtype, backend=backend)
+    with file.explained(malformed=()):  # of the caller's arguments, too: a TypeError stays one
+        return make(replace(config, **changes), device=device, dtype=dtype, backend=backend)
 
 
 def forked(memory: WorldMemory) -> WorldMemory:
@@ -151,7 +163,7 @@ def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) ->
 
 
 def rope_tree(rope: Rope3D) -> dict[str, Any]:
-    return {"head_dim": rope.head_dim, "theta": rope.theta, "pairs": rope.pairs}
+    return {name: getattr(rope, name) for name in ("head_dim", "theta", "max_position", "pairs")}
 
 
 def _policy_tree(policy: RetrievalPolicy) -> dict[str, Any]:
@@ -192,18 +204,24 @@ def _name(policy: object) -> str:
 
 
 class _Described:
-    """What descriptions look like: of the policies here, shapes and dtypes of arrays."""
+    """What descriptions look like: of the policies here, shapes and dtypes of arrays, and a pose that is one."""
 
     def __init__(self, config: MemoryConfig) -> None:
         policy = make_policy(config.retrieval)
-        pose = np.tile(np.eye(4), (config.chunk_frames, 1, 1))
         own = type(policy) not in _POLICIES
-        self._wanted = None if own else _layout(policy.describe(pose, np.ones((config.chunk_frames, 4))))
+        self._wanted = None if own else _layout(policy.describe(np.eye(4)[None], np.ones((1, 4))))
+        self._has_pose = isinstance(policy, PoseRetrieval | FovRetrieval)
 
-    def check(self, description: Any) -> None:
+    def checked(self, description: Any) -> Any:
+        """It, if distances can be taken of it; any, of a policy of a user's own."""
+        if self._wanted is None:
+            return description
         got = _layout(description)
-        if self._wanted is not None and got != self._wanted:
+        if got != self._wanted:
             raise ValueError(f"{_OP}: descriptions must be of {self._wanted}, got {got!r:.200}")
+        if self._has_pose:
+            as_poses(_OP, (description if isinstance(description, np.ndarray) else description[0])[None])
+        return description
 
 
 def _layout(description: Any) -> Any:
@@ -218,14 +236,41 @@ def _view_tree(view: View) -> tuple[Any, ...]:
     return *view[:3], None if view.after_actions is None else tuple(view.after_actions)
 
 
-def _view(config: MemoryConfig, tree: Any) -> View:
+def _view(memory: WorldMemory, tree: Any, described: _Described, rows: int) -> View:
+    """Of the last chunk of history, none before the first."""
+    config = memory.config
     poses, intrinsics, description, after = tree
+    if not memory._next_chunk:
+        if any(part is not None for part in tree):
+            raise ValueError(f"{_OP}: last_view must be empty before chunk 0, got one")
+        return View()
+    if config.has_bank and poses is None:
+        raise ValueError(f"{_OP}: last_view must have poses in mode 'worldkv', got none")
+    if not config.has_bank and description is not None:
+        raise ValueError(f"{_OP}: last_view must have no description in mode {config.mode!r}, got one")
     return View(
         None if poses is None else as_poses(_OP, poses, config.chunk_frames),
         None if intrinsics is None else as_intrinsics(_OP, intrinsics, config.chunk_frames),
-        description,
-        None if after is None else IntegratorState(*map(_integer, after)),
+        described.checked(description) if config.has_bank else None,
+        _state(memory, after, rows),
     )
+
+
+def _state(memory: WorldMemory, tree: Any, rows: int) -> IntegratorState | None:
+    """Of an integrator that has taken so many rows."""
+    if memory.integrator is not None:
+        return as_state(_OP, tree, rows)
+    if tree is not None:
+        raise ValueError(f"{_OP}: integrator must be None where retrieval is not by action, got {tree!r:.60}")
+    return None
+
+
+def _described(memory: WorldMemory, whole: list[int]) -> list[int]:
+    """Of the whole chunks those whose descriptions are kept for the bank."""
+    config = memory.config
+    if not config.has_bank:
+        return []
+    return [chunk for chunk in whole if chunk >= config.sink_chunks or not config.bank_sink]
 
 
 def _put(rows: Rows | StoredRows, where: Rows) -> None:
@@ -243,8 +288,8 @@ def _may_be_banked(config: MemoryConfig, chunk: Any, next_chunk: int) -> bool:
 
 
 def _check_keys(name: str, found: dict[Any, Any], wanted: list[int]) -> None:
-    if list(found) != wanted:
-        raise ValueError(f"{_OP}: {name} must be of chunks {wanted}, got {[*found]}")
+    if type(found) is not dict or list(found) != wanted or not all(type(chunk) is int for chunk in found):
+        raise ValueError(f"{_OP}: {name} must be of chunks {wanted!r:.200}, got {found!r:.200}")
 
 
 def _count(tree: dict[str, Any], name: str) -> int:
