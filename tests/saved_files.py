@@ -91,7 +91,7 @@ def equal(one: object, other: object) -> bool:
 
 
 def same_state(one: WorldMemory, other: WorldMemory) -> bool:
-    trees = [saving.tree_of(memory) for memory in (one, other)]
+    trees = [saving.tree_of("test", memory) for memory in (one, other)]
     for tree in trees:
         tree["config"].pop("bank_chunks")  # which is `places` once loaded, where it was None
     return equal(*trees)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,9 @@ class KeptDescriptions:
         candidates = [(chunk, description) for chunk, description in self._descriptions.items() if chunk >= first]
         return self._policy.select(current, candidates if coming is None else [*candidates, coming], budget)
 
-    def drop(self) -> Any:
-        """What the policy gives up of all that are kept, as it gives it."""
-        return self._policy.drop(list(self._descriptions.items()))
+    def drop(self, exclude: Collection[int] = ()) -> Any:
+        """What the policy gives up of all that are kept but those to exclude, as it gives it."""
+        return self._policy.drop([item for item in self._descriptions.items() if item[0] not in exclude])
 
 
 class KeptPoses:
@@ -111,8 +111,11 @@ class KeptPoses:
         finally:
             self._count -= 1  # the last row
 
-    def drop(self) -> int:
-        """As NearestPolicy.drop: the older of the two that are most alike; the chunk added last sets the scale."""
+    def drop(self, exclude: Collection[int] = ()) -> int:
+        """As NearestPolicy.drop: the older of the two that are most alike; the chunk added last sets the scale.
+        As if those to exclude were not there; one other is, at least."""
+        if exclude:
+            return self._drop_of(np.flatnonzero(~np.isin(self._chunks[: self._count], list(exclude))))
         count, chunks = self._count, self._chunks[: self._count]
         if count == 1:
             return int(chunks[0])
@@ -129,6 +132,18 @@ class KeptPoses:
 
     def _row(self, chunk: int) -> int:
         return int(np.flatnonzero(self._chunks[: self._count] == chunk)[0])
+
+    def _drop_of(self, rows: np.ndarray) -> int:
+        """`drop` of the chunks at some rows, of which the youngest sets the scale."""
+        chunks, last = self._chunks[rows], rows[self._chunks[rows].argmax()]
+        if len(rows) == 1:
+            return int(chunks[0])
+        others = rows[rows != last]
+        scale = self._by_pose.scale(self._poses[rows], self._dt[last, others].max(), self._dr[last, others].max())
+        parts = np.array_split(rows, max(1, len(rows) ** 2 // _BLOCK))
+        pairs = (np.ix_(part, rows) for part in parts)
+        least = 0.5 * np.concatenate([scale.sum(self._dt[some], self._dr[some]).min(axis=1) for some in pairs])
+        return int(chunks[least <= least.min() + TIE_RESOLUTION].min())
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         """With a row for each chunk."""

@@ -15,8 +15,8 @@ from ..checks import DTYPES
 from ..poses import as_intrinsics, as_poses
 from ..rope import Rope3D
 from ..saved import Rows, Saved, StoredRows
-from .config import MemoryConfig
-from .plan import place, whole_before
+from .config import MemoryConfig, changed
+from .plan import leaving
 from .retrieval import (
     ActionRetrieval,
     FovRetrieval,
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 KIND = "memory"
 _OP = "WorldMemory.load"
 _MOST_CHUNKS = 2**31 - 1  # of a memory without a rope: frames of so many are numbers of 64 bits
-_OF_PLACES = ("bank", "bank_chunks", "device_slots", "prefetch")  # where rows lie: they change no result
+WHERE_ROWS_LIE = ("bank", "bank_chunks", "device_slots", "prefetch")  # of MemoryConfig: they change no result
+_CHANGEABLE = ("retrieved_chunks", "keep_ratio", "recent_frames")  # WorldMemory.change
 # Policies of this package, and what they are made of.
 _POLICIES: dict[type, tuple[str, ...]] = {
     PoseRetrieval: ("diversity",),
@@ -45,29 +46,38 @@ _POLICIES: dict[type, tuple[str, ...]] = {
 }
 
 
-def tree_of(memory: WorldMemory) -> dict[str, Any]:
-    """Its state. Rows are named where they lie: to be read before the memory is used again."""
-    config, bank = memory.config, memory._bank
+def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
+    """Its state. Rows are named where they lie: to be read before the memory is used again. Raises RuntimeError naming
+    `op` while a chunk is begun."""
+    memory._check_process(op)
+    memory._check_between(op)
+    bank = memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
-    whole = whole_before(config, memory._next_chunk)
+    whole = _whole(memory)
     tree = {
-        "config": config_tree(config),
+        "config": config_tree(memory._configured),
+        "changed": {name: getattr(memory.config, name) for name in _CHANGEABLE},
         "places": memory._storage.places,
         "dtype": str(memory.dtype).removeprefix("torch."),
         "next_chunk": memory._next_chunk,
+        "first_whole": memory._first_whole,
         "tokens_attended": memory._tokens_attended,
         "retrieved_total": memory._retrieved_total,
         "integrator": None if memory.integrator is None else tuple(memory.integrator.state),
         "last_view": _view_tree(memory._last_view),
-        # One of a chunk that was aborted after its pruning failed is not history.
-        "descriptions": {c: memory._descriptions[c] for c in _described(memory, whole)},
+        # Not of a chunk that was aborted after its pruning failed: it is no history.
+        "descriptions": {chunk: memory._descriptions[chunk] for chunk in _described(memory, whole)},
+        "unbanked": sorted(memory._unbanked.intersection(whole)),
         "whole": {chunk: memory._storage.held(chunk) for chunk in whole},
         "bank": None,
     }
     if bank is not None:
         tree["bank"] = {
-            "chunks": {chunk: (bank.description(chunk), bank.held(chunk)) for chunk in bank.chunks()},
+            "chunks": {
+                chunk: (bank.description(chunk), tokens, bank.held(chunk)) for chunk, tokens in bank.tokens.items()
+            },
+            "pinned": list(memory.pinned),
             "num_dropped": bank.num_dropped,
             "copied": bank.copied(),
         }
@@ -76,41 +86,51 @@ def tree_of(memory: WorldMemory) -> dict[str, Any]:
 
 def restore(memory: WorldMemory, tree: dict[str, Any]) -> None:
     """Make a new memory, of the config and dtype that the tree is of, what the one was that it was taken from."""
+    memory._configure(changed(memory.config, memory.config, **tree["changed"]))
     config, bank = memory.config, memory._bank
-    count = _count(tree, "next_chunk")
+    memory._next_chunk = count = _count(tree, "next_chunk")
     most = min(memory._storage.max_chunks, _MOST_CHUNKS)
     if count > most:
         raise ValueError(f"{_OP}: next_chunk must be at most {most}, which the config has room for, got {count}")
-    memory._next_chunk = count
+    memory._first_whole = first = _count(tree, "first_whole")
+    last = config.sink_chunks if config.mode == "full" else max(count, config.sink_chunks)
+    if not config.sink_chunks <= first <= last or leaving(config, count, first):
+        raise ValueError(f"{_OP}: first_whole must be one that {count} chunks leave, got {first}")
     memory._tokens_attended, memory._retrieved_total = _count(tree, "tokens_attended"), _count(tree, "retrieved_total")
-    rows = video_frames(count * config.chunk_frames) if count and config.has_bank else 0
-    state = _state(memory, tree["integrator"], rows)
-    if memory.integrator is not None:
+    state, described = _state(memory, tree["integrator"]), _Described(config)
+    if state is not None:
         memory.integrator.restore(state)
-    described = _Described(config)
-    memory._last_view = _view(memory, tree["last_view"], described, rows)
-    whole = whole_before(config, count)
+    memory._last_view = _view(memory, tree["last_view"], described)
+    whole = _whole(memory)
     _check_keys("whole", tree["whole"], whole)
     for chunk in whole:
         _put(tree["whole"][chunk], memory._storage.held(chunk))
     _check_keys("descriptions", tree["descriptions"], _described(memory, whole))
     memory._descriptions = {chunk: described.checked(given) for chunk, given in tree["descriptions"].items()}
-    if bank is None:
-        if tree["bank"] is not None:
-            raise ValueError(f"{_OP}: bank must be None in mode {config.mode!r}, got one")
-        return
-    banked = tree["bank"]["chunks"]
-    strangers = [chunk for chunk in banked if not _may_be_banked(config, chunk, count)]
+    will_leave = [chunk for chunk in whole if chunk >= config.sink_chunks] if bank is not None else []
+    memory._unbanked = _some_of("unbanked", tree["unbanked"], will_leave)
+    if bank is not None:
+        _restore_bank(memory, tree["bank"], whole, described)
+    elif tree["bank"] is not None:
+        raise ValueError(f"{_OP}: bank must be None in mode {config.mode!r}, got one")
+
+
+def _restore_bank(memory: WorldMemory, tree: dict[str, Any], whole: list[int], described: _Described) -> None:
+    config, bank, count, banked = memory.config, memory._bank, memory._next_chunk, tree["chunks"]
+    strangers = [chunk for chunk in banked if not _may_be_banked(config, chunk, count, memory._first_whole)]
     if strangers or sorted(banked) != list(banked) or len(banked) > bank.capacity:
         raise ValueError(f"{_OP}: bank must hold up to {bank.capacity} of the chunks that have left, got {[*banked]}")
-    for chunk, (description, of_chunk) in banked.items():
-        _put(of_chunk, bank.adopt(chunk, described.checked(description)))
-    copied = tree["bank"]["copied"]
+    bank.pinned.update(_some_of("pinned", tree["pinned"], [*banked, *whole]))
+    for chunk, (description, tokens, rows) in banked.items():
+        if not 1 <= _integer(tokens) <= memory._configured.banked_tokens:
+            raise ValueError(f"{_OP}: tokens of a banked chunk must be from 1 to a slot's, got {tokens}")
+        _put(rows, bank.adopt(chunk, described.checked(description), tokens))
+    copied = tree["copied"]
     if copied is not None:
         if sorted(copied) != sorted(COUNTED):
             raise ValueError(f"{_OP}: copied must be None or of {', '.join(COUNTED)}, got {copied!r:.200}")
         copied = {name: _count(copied, name) for name in COUNTED}
-    bank.count(_count(tree["bank"], "num_dropped"), copied)
+    bank.count(_count(tree, "num_dropped"), copied)
 
 
 def new_of(
@@ -118,9 +138,9 @@ def new_of(
     retrieval: RetrievalPolicy | None, changes: dict[str, Any],
 ) -> WorldMemory:  # fmt: skip
     """A new memory for `restore`, of a tree that was read from a file. Raises as WorldMemory.load says."""
-    unknown = [name for name in changes if name not in _OF_PLACES]
+    unknown = [name for name in changes if name not in WHERE_ROWS_LIE]
     if unknown:
-        raise TypeError(f"{_OP}: changes must be of {', '.join(_OF_PLACES)}, got {', '.join(unknown)}")
+        raise TypeError(f"{_OP}: changes must be of {', '.join(WHERE_ROWS_LIE)}, got {', '.join(unknown)}")
     with file.explained():
         config = config_of(tree["config"], retrieval)
         if config.bank_chunks is None and has_places(config):
@@ -131,13 +151,13 @@ def new_of(
 
 
 def forked(memory: WorldMemory) -> WorldMemory:
-    config = memory.config
+    tree, config = tree_of("fork", memory), memory._configured
     if has_places(config):
         config = replace(config, bank_chunks=memory._storage.places)
     if not getattr(make_policy(config.retrieval), "stateless", False):
         config = replace(config, retrieval=copy.deepcopy(config.retrieval))
     made = type(memory)(config, device=memory.device, dtype=memory.dtype, backend=memory._backend)
-    restore(made, tree_of(memory))
+    restore(made, tree)
     return made
 
 
@@ -236,7 +256,7 @@ def _view_tree(view: View) -> tuple[Any, ...]:
     return *view[:3], None if view.after_actions is None else tuple(view.after_actions)
 
 
-def _view(memory: WorldMemory, tree: Any, described: _Described, rows: int) -> View:
+def _view(memory: WorldMemory, tree: Any, described: _Described) -> View:
     """Of the last chunk of history, none before the first."""
     config = memory.config
     poses, intrinsics, description, after = tree
@@ -252,17 +272,31 @@ def _view(memory: WorldMemory, tree: Any, described: _Described, rows: int) -> V
         None if poses is None else as_poses(_OP, poses, config.chunk_frames),
         None if intrinsics is None else as_intrinsics(_OP, intrinsics, config.chunk_frames),
         described.checked(description) if config.has_bank else None,
-        _state(memory, after, rows),
+        _state(memory, after),
     )
 
 
-def _state(memory: WorldMemory, tree: Any, rows: int) -> IntegratorState | None:
-    """Of an integrator that has taken so many rows."""
-    if memory.integrator is not None:
-        return as_state(_OP, tree, rows)
-    if tree is not None:
-        raise ValueError(f"{_OP}: integrator must be None where retrieval is not by action, got {tree!r:.60}")
-    return None
+def _state(memory: WorldMemory, tree: Any) -> IntegratorState | None:
+    """Of the integrator after the chunks made, where retrieval is by action."""
+    if memory.integrator is None:
+        if tree is not None:
+            raise ValueError(f"{_OP}: integrator must be None where retrieval is not by action, got {tree!r:.60}")
+        return None
+    frames = memory._next_chunk * memory.config.chunk_frames
+    return as_state(_OP, tree, video_frames(frames) if frames and memory.config.has_bank else 0)
+
+
+def _put(rows: Rows | StoredRows, where: Rows) -> None:
+    if isinstance(rows, StoredRows):
+        rows.into(where)
+    else:
+        where.copy_(rows)
+
+
+def _whole(memory: WorldMemory) -> list[int]:
+    """The past chunks that are whole: the sink's and those that have not left."""
+    sink = range(min(memory.config.sink_chunks, memory._next_chunk))
+    return [*sink, *range(memory._first_whole, memory._next_chunk)]
 
 
 def _described(memory: WorldMemory, whole: list[int]) -> list[int]:
@@ -273,23 +307,23 @@ def _described(memory: WorldMemory, whole: list[int]) -> list[int]:
     return [chunk for chunk in whole if chunk >= config.sink_chunks or not config.bank_sink]
 
 
-def _put(rows: Rows | StoredRows, where: Rows) -> None:
-    if isinstance(rows, StoredRows):
-        rows.into(where)
-    else:
-        where.copy_(rows)
-
-
-def _may_be_banked(config: MemoryConfig, chunk: Any, next_chunk: int) -> bool:
-    if type(chunk) is not int or not 0 <= chunk < next_chunk:
-        return False
-    left = place(config, chunk, next_chunk) == "left"
-    return left or (config.bank_sink and chunk < config.sink_chunks)
-
-
-def _check_keys(name: str, found: dict[Any, Any], wanted: list[int]) -> None:
+def _check_keys(name: str, found: Any, wanted: list[int]) -> None:
     if type(found) is not dict or list(found) != wanted or not all(type(chunk) is int for chunk in found):
         raise ValueError(f"{_OP}: {name} must be of chunks {wanted!r:.200}, got {found!r:.200}")
+
+
+def _some_of(name: str, found: Any, chunks: list[int]) -> set[int]:
+    """A list of some of these chunks."""
+    if type(found) is not list or not all(type(chunk) is int for chunk in found) or not set(found) <= set(chunks):
+        raise ValueError(f"{_OP}: {name} must be of the chunks {chunks!r:.200}, got {found!r:.200}")
+    return set(found)
+
+
+def _may_be_banked(config: MemoryConfig, chunk: Any, next_chunk: int, first_whole: int) -> bool:
+    if type(chunk) is not int or not 0 <= chunk < next_chunk:
+        return False
+    of_sink = chunk < config.sink_chunks
+    return config.bank_sink if of_sink else chunk < first_whole
 
 
 def _count(tree: dict[str, Any], name: str) -> int:
