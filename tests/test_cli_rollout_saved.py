@@ -69,7 +69,7 @@ def test_an_interrupted_walk_is_put_by(tmp_path, monkeypatch, capsys):
         (["--diversity", "0.5"], "--retrieval must be "),
         (["--seed", "3"], "--seed must be 0, as in {walk}, got 3"),
         (["--chunks", "3"], "--resume: trajectory must be of more than the 3 chunks made, got one of 3"),
-        (["--trajectory", "forward*99"], "--resume: poses must begin as those"),
+        (["--trajectory", "forward*99"], "--resume: poses must lead through the 3 chunks made"),
         (["--layers", "2"], "--resume: {walk}: memory must be of the model's num_layers=2, got 1"),
         (["--picture", "x.svg"], "--picture must be left out with --resume"),
         (["--resume", "{walk}.not"], "--resume: path must be a file that save wrote, got {walk}.not"),

@@ -500,5 +500,5 @@ def test_another_prompt_is_no_reason_against_graphs(tokens):
     assert torch.equal(wanted[:, :15], unchanged[:, :15]) and not torch.equal(wanted[:, 15:], unchanged[:, 15:])
     with case.enable(True) as handle:
         assert torch.equal(case.latents(pipe=pipe), wanted)
-        # All from chunk 2 on but the one that makes the prompt's keys; of other shapes, kernels and a capture come first.
+        # All from chunk 2 on but the one that makes the prompt's keys; of other shapes, they are captured anew.
         assert handle.replayed_passes == (10 * STEPS - 1 if tokens == 5 else 8 * STEPS)

@@ -317,9 +317,8 @@ def _made(mode: str, rolling: Rollout, chunks: int, args: argparse.Namespace) ->
         if args.save is not None and made:
             with report.waiting(f"writing {args.save}"):
                 rolling.save(args.save)
-            report.note(
-                f"wrote {args.save}: {memory.stats()['chunks']} chunks, {report.size(os.path.getsize(args.save))}"
-            )
+            size = report.size(os.path.getsize(args.save))
+            report.note(f"wrote {args.save}: {memory.stats()['chunks']} chunks, {size}")
     return made, banked
 
 
@@ -334,9 +333,10 @@ def _result(
     seconds = sum(chunk.seconds for chunk in made)
     tokens = [chunk.plan.num_tokens for chunk in made]
     latent_frames = len(made) * memory.config.chunk_frames
+    video_frames = stride * latent_frames - (stride - 1 if made[0].plan.chunk == 0 else 0)
     return {
         "seconds": seconds,
-        "video_frames_per_second": (stride * (latent_frames - 1) + 1) / seconds,
+        "video_frames_per_second": video_frames / seconds,
         "latent_frames_per_second": latent_frames / seconds,
         "tokens_attended_mean": sum(tokens) / len(tokens),
         "tokens_attended_last": tokens[-1],

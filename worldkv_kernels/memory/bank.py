@@ -82,10 +82,6 @@ class Bank:
 
     # --- to be saved ---
 
-    def chunks(self) -> tuple[int, ...]:
-        """Banked ones, oldest first."""
-        return tuple(self._place)
-
     def description(self, chunk: int) -> Any:
         """Of a banked chunk, as `row_to_fill` was given it."""
         return self._kept.description(chunk)
@@ -101,15 +97,9 @@ class Bank:
         return self._cache.copied() if self._cache is not None else None
 
     def adopt(self, chunk: int, description: Any, tokens: int) -> Rows:
-        """Bank a chunk younger than all that are there, with room for it; returns where its K and V are to be put.
-
-        Raises ValueError where it has more tokens than a slot, or none.
-        """
-        if not 1 <= tokens <= self._slot_tokens:
-            raise ValueError(f"Bank: tokens must be from 1 to {self._slot_tokens}, got {tokens} of chunk {chunk}")
+        """Bank a chunk younger than all that are there, with room for it; returns where its K and V are to be put."""
         self._kept.add(chunk, description)
-        self._place[chunk] = self._free.pop()
-        self._tokens[chunk] = tokens
+        self._place[chunk], self._tokens[chunk] = self._free.pop(), tokens
         return self.held(chunk)
 
     def count(self, num_dropped: int, copied: Mapping[str, int] | None) -> None:

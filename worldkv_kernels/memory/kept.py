@@ -130,6 +130,9 @@ class KeptPoses:
         # The oldest of all chunks that are in such a pair is the older one of it.
         return int(chunks[least <= least.min() + TIE_RESOLUTION].min())
 
+    def _row(self, chunk: int) -> int:
+        return int(np.flatnonzero(self._chunks[: self._count] == chunk)[0])
+
     def _drop_of(self, rows: np.ndarray) -> int:
         """`drop` of the chunks at some rows, of which the youngest sets the scale."""
         chunks, last = self._chunks[rows], rows[self._chunks[rows].argmax()]
@@ -141,9 +144,6 @@ class KeptPoses:
         pairs = (np.ix_(part, rows) for part in parts)
         least = 0.5 * np.concatenate([scale.sum(self._dt[some], self._dr[some]).min(axis=1) for some in pairs])
         return int(chunks[least <= least.min() + TIE_RESOLUTION].min())
-
-    def _row(self, chunk: int) -> int:
-        return int(np.flatnonzero(self._chunks[: self._count] == chunk)[0])
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         """With a row for each chunk."""

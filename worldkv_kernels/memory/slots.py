@@ -18,7 +18,7 @@ COUNTS = (
     "prefetched", "prefetch_hits", "prefetch_misses", "host_bytes", "pinned",
 )  # fmt: skip
 _COUNTED = (
-    "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out",
+    "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out"
 )  # fmt: skip
 
 
@@ -70,10 +70,9 @@ class SlotCache:
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Go on counting from here, see `copied`."""
-        self.hits, self.misses, self.copies_out, self.prefetched, self.prefetch_hits, self.prefetch_misses = (
-            counts[name] for name in _COUNTED[:6]
-        )
-        self.bytes_in, self.bytes_out = counts["bytes_in"], counts["bytes_out"]
+        self.hits, self.misses, self.copies_out = (counts[name] for name in _COUNTED[:3])
+        self.prefetched, self.prefetch_hits, self.prefetch_misses = (counts[name] for name in _COUNTED[3:6])
+        self.bytes_in, self.bytes_out = (counts[name] for name in _COUNTED[6:])
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._cached
@@ -192,8 +191,8 @@ class SlotCache:
 
     def held(self, place: int, tokens: int) -> Rows:
         """K and V of all layers in the arena, [num_layers, 2, tokens, heads, head_dim], for who has waited for them."""
-        layers = (self._place_views(place, layer, tokens) for layer in range(self._num_layers))
-        return Rows([piece for of_layer in layers for piece in of_layer], (self._num_layers, 2))
+        pieces = [piece for layer in range(self._num_layers) for piece in self._place_views(place, layer, tokens)]
+        return Rows(pieces, (self._num_layers, 2))
 
     # --- parts of the above ---
 

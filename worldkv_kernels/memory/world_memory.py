@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import saved
@@ -345,90 +346,6 @@ class WorldMemory:
             self._unbanked.discard(self._plan.chunk)
             self._release()
 
-    # --- between chunks ---
-
-    def pin(self, chunk: int) -> None:
-        """Keep a past chunk: a full bank never gives it up, once it is there. Again: does nothing.
-
-        Where all places are taken by pinned chunks, a chunk that leaves the recent frames is given up, pinned or not.
-        Of a recent chunk it takes back end_chunk(bank=False) and `forget`. A chunk in the sink stays anyway. May be
-        called at any time. Raises ValueError for a chunk that is not past or is dropped, and in a mode without a bank,
-        TypeError on what is no integer.
-        """
-        bank = self._banking("pin")
-        chunk, found = self._location("pin", chunk)
-        if found == "dropped":
-            raise ValueError(f"pin: chunk must still be kept, got {chunk}, which is dropped")
-        bank.pinned.add(chunk)
-        self._unbanked.discard(chunk)
-
-    def unpin(self, chunk: int) -> None:
-        """Let a pinned chunk be as any other. May be called at any time. Raises ValueError for one that is not pinned,
-        and in a mode without a bank, TypeError on what is no integer."""
-        bank = self._banking("unpin")
-        if as_integer("unpin", "chunk", chunk) not in bank.pinned:
-            raise ValueError(f"unpin: chunk must be one of the pinned {list(self.pinned)}, got {chunk}")
-        bank.pinned.remove(chunk)
-
-    @property
-    def pinned(self) -> tuple[int, ...]:
-        """The pinned chunks, oldest first; none of them is dropped."""
-        return tuple(sorted(self._bank.pinned)) if self._bank is not None else ()
-
-    def forget(self, chunk: int) -> None:
-        """Drop a chunk from the bank; one that is still recent is attended as before, and will not be banked.
-
-        It is pinned no more. Raises RuntimeError while a chunk is begun, whose window may be reading it; ValueError for
-        a chunk that is not past, in the sink or dropped already, and in a mode without a bank, TypeError on what is no
-        integer.
-        """
-        bank = self._banking("forget")
-        chunk, found = self._location("forget", chunk)
-        if found in ("sink", "dropped"):
-            raise ValueError(f"forget: chunk must be in the bank or recent, got {chunk}, which is {found}")
-        self.check_between("forget")
-        if found == "bank":
-            bank.forget(chunk)
-        else:
-            bank.pinned.discard(chunk)
-            self._unbanked.add(chunk)
-
-    def change(
-        self,
-        *,
-        retrieved_chunks: int | None = None,
-        keep_ratio: float | None = None,
-        recent_frames: int | None = None,
-    ) -> None:
-        """Change what the chunks to come attend to and keep, up to what the memory was made with; None: as it is.
-
-        Args:
-            retrieved_chunks: from 0 to the configured ones.
-            keep_ratio: above 0, up to the configured one: of chunks that will be pruned. Those in the bank stay as they
-                were pruned, and the window takes each at its own number of tokens.
-            recent_frames: from 0 to the configured ones. With fewer, chunks that are recent no more are banked here at
-                once, oldest first, pruned to the new keep_ratio. With more, they fill up as chunks come: what is banked
-                stays banked, and can be retrieved.
-
-        `config` then has these values, until `reset`. Storage, window tables and addresses stay, so that a captured
-        graph serves on. A field that the mode does not use changes nothing. Raises RuntimeError while a chunk is begun,
-        ValueError on a value out of range, TypeError on another type, with the memory as before; and what end_chunk
-        raises where a chunk is banked: the config is then as before, but what was banked stays in the bank.
-        """
-        self.check_between("change")
-        before = self.config
-        self._configure(
-            changed(
-                before, self._configured, retrieved_chunks=retrieved_chunks, keep_ratio=keep_ratio,
-                recent_frames=recent_frames,
-            )
-        )  # fmt: skip
-        try:
-            self._let_go(self._next_chunk)
-        except BaseException:
-            self._configure(before)
-            raise
-
     # --- from one day to another ---
 
     def save(self, path: str | Path) -> None:
@@ -443,8 +360,7 @@ class WorldMemory:
         what is no plain value, array or tensor (or lists, tuples and dictionaries of these), ValueError where `path` is
         a folder, OSError where the system cannot write.
         """
-        self.check_between("save")
-        saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of(self))
+        saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of("save", self))
 
     @classmethod
     def load(
@@ -485,8 +401,93 @@ class WorldMemory:
         is copied (copy.deepcopy) unless it says that it is `stateless`. Waits for the device. Raises RuntimeError while
         a chunk is begun, ValueError where a second memory does not fit.
         """
-        self.check_between("fork")
         return saving.forked(self)
+
+    # --- between chunks ---
+
+    def pin(self, chunk: int) -> None:
+        """Keep a past chunk: a full bank never gives it up, once it is there. Again: does nothing.
+
+        Where all places are taken by pinned chunks, a chunk that leaves the recent frames is given up, pinned or not.
+        Of a recent chunk it takes back end_chunk(bank=False) and `forget`. A chunk in the sink stays anyway. May be
+        called at any time. Raises ValueError for a chunk that is not past or is dropped, and in a mode without a bank,
+        TypeError on what is no integer.
+        """
+        bank = self._banking("pin")
+        chunk, found = self._location("pin", chunk)
+        if found == "dropped":
+            raise ValueError(f"pin: chunk must still be kept, got {chunk}, which is dropped")
+        bank.pinned.add(chunk)
+        self._unbanked.discard(chunk)
+
+    def unpin(self, chunk: int) -> None:
+        """Let a pinned chunk be as any other. May be called at any time. Raises ValueError for one that is not pinned,
+        and in a mode without a bank, TypeError on what is no integer."""
+        bank = self._banking("unpin")
+        if as_integer("unpin", "chunk", chunk) not in bank.pinned:
+            raise ValueError(f"unpin: chunk must be one of the pinned {list(self.pinned)}, got {chunk}")
+        bank.pinned.remove(chunk)
+
+    @property
+    def pinned(self) -> tuple[int, ...]:
+        """The pinned chunks, oldest first; none of them is dropped."""
+        return tuple(sorted(self._bank.pinned)) if self._bank is not None else ()
+
+    def forget(self, chunk: int) -> None:
+        """Drop a chunk from the bank; one that is still recent is attended as before, and will not be banked.
+
+        It is pinned no more. Raises RuntimeError while a chunk is begun, whose window may be reading it; ValueError for
+        a chunk that is not past, in the sink or dropped already, and in a mode without a bank, TypeError on what is no
+        integer.
+        """
+        self._check_process("forget")
+        bank = self._banking("forget")
+        chunk, found = self._location("forget", chunk)
+        if found in ("sink", "dropped"):
+            raise ValueError(f"forget: chunk must be in the bank or recent, got {chunk}, which is {found}")
+        self._check_between("forget")
+        if found == "bank":
+            bank.forget(chunk)
+        else:
+            bank.pinned.discard(chunk)
+            self._unbanked.add(chunk)
+
+    def change(
+        self,
+        *,
+        retrieved_chunks: int | None = None,
+        keep_ratio: float | None = None,
+        recent_frames: int | None = None,
+    ) -> None:
+        """Change what the chunks to come attend to and keep, up to what the memory was made with; None: as it is.
+
+        Args:
+            retrieved_chunks: from 0 to the configured ones.
+            keep_ratio: above 0, up to the configured one: of chunks that will be pruned. Those in the bank stay as they
+                were pruned, and the window takes each at its own number of tokens.
+            recent_frames: from 0 to the configured ones. With fewer, chunks that are recent no more are banked here at
+                once, oldest first, pruned to the new keep_ratio. With more, they fill up as chunks come: what is banked
+                stays banked, and can be retrieved.
+
+        `config` then has these values, until `reset`. Storage, window tables and addresses stay, so that a captured
+        graph serves on. A field that the mode does not use changes nothing. Raises RuntimeError while a chunk is begun,
+        ValueError on a value out of range, TypeError on another type, with the memory as before; and what end_chunk
+        raises where a chunk is banked: the config is then as before, but what was banked stays in the bank.
+        """
+        self._check_process("change")
+        self._check_between("change")
+        before = self.config
+        self._configure(
+            changed(
+                before, self._configured, retrieved_chunks=retrieved_chunks, keep_ratio=keep_ratio,
+                recent_frames=recent_frames,
+            )
+        )  # fmt: skip
+        try:
+            self._let_go(self._next_chunk)
+        except BaseException:
+            self._configure(before)
+            raise
 
     # --- what is inside ---
 
@@ -499,6 +500,11 @@ class WorldMemory:
         """K and V pools of a layer, [rows, heads, head_dim]."""
         self._check_layer("pools", layer)
         return self._pool.k[layer], self._pool.v[layer]
+
+    @property
+    def last_poses(self) -> np.ndarray | None:
+        """Of the last chunk of history, float64 [chunk_frames, 4, 4]; None where it had none."""
+        return self._last_view.poses
 
     def location(self, chunk: int) -> str:
         """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""
@@ -559,12 +565,6 @@ class WorldMemory:
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
 
-    def check_between(self, op: str) -> None:
-        """Raise RuntimeError naming `op` while a chunk is begun."""
-        self._check_process(op)
-        if self._plan is not None:
-            raise RuntimeError(f"{op}: chunk {self._plan.chunk} must be ended or aborted before, got one that is begun")
-
     def _check_process(self, op: str) -> None:
         if self._process not in (None, os.getpid()):
             raise RuntimeError(
@@ -618,6 +618,12 @@ class WorldMemory:
         if self._bank is None:
             raise ValueError(f"{op}: memory must be of mode 'worldkv', which has a bank, got {self.config.mode!r}")
         return self._bank
+
+    def _check_between(self, op: str) -> None:
+        if self._plan is not None:
+            raise RuntimeError(
+                f"{op}: must be called between chunks, got a call while chunk {self._plan.chunk} is begun"
+            )
 
     def _release(self) -> None:
         """No chunk is begun any more; the passes queued so far are all that read its window."""
