@@ -237,9 +237,8 @@ def test_a_session_that_nothing_holds_frees_its_pool_at_once():
 
 
 def test_graphs_belong_to_a_session(monkeypatch):
-    if not ON_GPU:
-        monkeypatch.setattr(passes, "why_not_on", lambda device: None)
-        monkeypatch.setattr(passes, "_capture_on", lambda device: recorded)
+    monkeypatch.setattr(passes, "why_not_on", lambda device: None)
+    monkeypatch.setattr(passes, "_capture_on", lambda device: recorded)
     alone = [lingbot_alone(way) for way in (0, 1)]
     model = small_lingbot.make_model()
     with small_lingbot.enable(model, **WORLDKV, graph=True) as handle:
