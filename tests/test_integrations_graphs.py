@@ -250,7 +250,7 @@ def test_what_passes_were_given_is_let_go():
     case = Lingbot()
     with case.enable(True) as handle:
         case.latents()
-        assert handle._session.passes._now == []
+        assert handle._passes._now == []
 
 
 def test_a_model_enabled_in_inference_mode_may_be_called_outside_of_it():
@@ -278,7 +278,7 @@ def test_disable_leaves_nothing():
     own = case.latents()
     handle = case.enable(True)
     case.latents()
-    kept = [weakref.ref(handle._session.passes), weakref.ref(handle.memory)]
+    kept = [weakref.ref(handle._passes), weakref.ref(handle.memory)]
     gc.collect()
     gc.disable()  # what the graphs hold is to be free at once
     try:
@@ -500,5 +500,5 @@ def test_another_prompt_is_no_reason_against_graphs(tokens):
     assert torch.equal(wanted[:, :15], unchanged[:, :15]) and not torch.equal(wanted[:, 15:], unchanged[:, 15:])
     with case.enable(True) as handle:
         assert torch.equal(case.latents(pipe=pipe), wanted)
-        # All from chunk 2 on but the one that makes the prompt's keys; of other shapes, they are captured anew.
+        # From chunk 2 on all but the one that makes the prompt's keys; of other shapes, kernels and a capture first.
         assert handle.replayed_passes == (10 * STEPS - 1 if tokens == 5 else 8 * STEPS)

@@ -47,7 +47,6 @@ _POLICIES: dict[type, tuple[str, ...]] = {
 def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
     """Its state. Rows are named where they lie: to be read before the memory is used again. Raises RuntimeError naming
     `op` while a chunk is begun."""
-    memory._check_process(op)
     memory._check_between(op)
     bank = memory._bank
     if memory.device.type == "cuda":
@@ -86,7 +85,8 @@ def restore(memory: WorldMemory, tree: dict[str, Any]) -> None:
     config, bank = memory.config, memory._bank
     memory._next_chunk = count = _count(tree, "next_chunk")
     memory._first_whole = first = _count(tree, "first_whole")
-    if not config.sink_chunks <= first <= max(count, config.sink_chunks) or leaving(config, count, first):
+    most = max(config.sink_chunks, 0 if config.mode == "full" else count)
+    if not config.sink_chunks <= first <= most or leaving(config, count, first):
         raise ValueError(f"{_OP}: first_whole must be one that {count} chunks leave, got {first}")
     memory._tokens_attended, memory._retrieved_total = _count(tree, "tokens_attended"), _count(tree, "retrieved_total")
     if memory.integrator is not None:
@@ -119,9 +119,7 @@ def _restore_bank(memory: WorldMemory, tree: dict[str, Any], whole: list[int]) -
         described.check(description)
     for chunk, (description, tokens, rows) in banked.items():
         described.check(description)
-        if not 1 <= _integer(tokens) <= memory._configured.banked_tokens:
-            raise ValueError(f"{_OP}: tokens of a banked chunk must be from 1 to a slot's, got {tokens}")
-        _put(rows, bank.adopt(chunk, description, tokens))
+        _put(rows, bank.adopt(chunk, description, _integer(tokens)))
     memory._descriptions, memory._unbanked = descriptions, set(unbanked)
     bank.pinned.update(pinned)
     bank.count(_count(of_bank, "num_dropped"), of_bank["copied"])
