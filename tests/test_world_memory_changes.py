@@ -269,6 +269,22 @@ def test_a_policy_that_gives_up_what_is_pinned_is_refused():
     assert [memory.location(chunk) for chunk in range(3)] == ["dropped", "bank", "bank"]
 
 
+def test_a_chunk_whose_end_is_said_again_is_banked_as_the_last_call_says():
+    config = tiny(retrieval=Stubborn(), bank_chunks=2, sink_frames=0, recent_frames=2)
+    memory, rollout = make(config), Rollout(config, 0, 5)
+    walk(memory, rollout, 0, 3)
+    memory.pin(0)
+    memory.begin_chunk(rollout.poses[3])
+    memory.attend(0, *rollout.passes[3][-1][0])
+    with pytest.raises(ValueError, match=r"must drop one of \[1, 2\], got 0"):
+        memory.end_chunk(bank=False)
+    memory.unpin(0)
+    memory.end_chunk()
+    memory.forget(1)
+    walk(memory, rollout, 4, 5)
+    assert [memory.location(chunk) for chunk in range(5)] == ["dropped", "dropped", "bank", "bank", "recent"]
+
+
 @pytest.mark.parametrize("policy", [PoseRetrieval(), FovRetrieval(samples=8)], ids=lambda policy: type(policy).__name__)
 def test_what_is_kept_side_by_side_gives_up_what_the_policy_would(policy):
     from test_kept import CAMERA, bank_of, camera_path
@@ -354,11 +370,11 @@ def test_what_cannot_be_pinned_or_forgotten():
     memory.pin(0)  # in the sink: stays anyway
     plan = memory.begin_chunk(rollout.poses[8])
     memory.pin(banked)  # at any time
-    with pytest.raises(RuntimeError, match="forget: chunk 8 must be ended or aborted before, got one that is begun"):
+    with pytest.raises(RuntimeError, match="forget: must be called between chunks, got a call while chunk 8 is begun"):
         memory.forget(plan.retrieved[0])
     with pytest.raises(ValueError, match="forget: chunk must be from 0 to 7, got 8"):
         memory.forget(8)
-    with pytest.raises(RuntimeError, match="change: chunk 8 must be ended or aborted before, got one that is begun"):
+    with pytest.raises(RuntimeError, match="change: must be called between chunks, got a call while chunk 8 is begun"):
         memory.change(retrieved_chunks=0)
     with pytest.raises(TypeError, match="end_chunk: bank must be True or False, got 1"):
         memory.end_chunk(bank=1)
