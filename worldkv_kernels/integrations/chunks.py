@@ -15,7 +15,7 @@ from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
 from ..poses import as_intrinsics, as_poses, convention_hint
 from ..tracing import untraced
-from .named import attend_named, names_for
+from .named import attend_of, names_for
 
 
 class Chunks:
@@ -67,9 +67,9 @@ class Chunks:
         self.config: MemoryConfig = memory if of_config else memory.config
         self.memory: WorldMemory | None = None if of_config else memory
         self.begun = 0  # chunks, of all rollouts
+        self.inside = False  # a pass
         self._name = name
-        self._inside = False
-        self._names = names_for(self)
+        self._names = names_for(self, self.config.num_layers)
         self._controls = _Controls(name, self.config, poses, intrinsics, actions)
         self._forget()
 
@@ -80,6 +80,14 @@ class Chunks:
         if memory is not None:
             self.config = memory.config
         self._forget()
+
+    def go_on(self, memory: WorldMemory) -> None:
+        """Take a memory as it is: the next pass is at the first token of the chunk after its last one, or at token 0,
+        which is a new rollout."""
+        self.check_used()
+        self.memory, self.config = memory, memory.config
+        self._forget(reset=False)
+        self._stream = _ANY
 
     def restart(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> None:
         """Forget the rollout; the one that comes goes along these poses or actions.
@@ -109,11 +117,11 @@ class Chunks:
         pass; ValueError when the chunk's poses are missing, too few or wrong, or `current_start` starts no chunk; and
         what begin_chunk and end_chunk raise.
         """
-        if self._inside:
+        if self.inside:
             raise RuntimeError(f"{self._name}: one pass must be over before another starts, got a pass inside a pass")
         self._enter(current_start, stream)
         self._attended.clear()
-        self._inside = True
+        self.inside = True
         try:
             yield
         except BaseException:
@@ -122,7 +130,7 @@ class Chunks:
             self._broken_off = True
             raise
         finally:
-            self._inside = False
+            self.inside = False
         self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
 
     def attend(
@@ -144,20 +152,7 @@ class Chunks:
 
     def of_layer(self, layer: int) -> Callable[..., torch.Tensor]:
         """`attend` of one layer. One that is made before anything is traced is no reason to compile each layer anew."""
-        named = self._names[layer] if type(layer) is int and 0 <= layer < len(self._names) else None
-
-        def attend(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            q_weight: torch.Tensor | None = None,
-            k_weight: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            if named is not None and torch.compiler.is_compiling():
-                return attend_named(q, k, v, q_weight, k_weight, named, self.config.num_heads)
-            return self._attend(layer, q, k, v, q_weight, k_weight)
-
-        return attend
+        return attend_of(self, self._names, layer, self.config.num_heads)
 
     def replayed(self) -> None:
         """Say that all layers' self-attention of this pass was a CUDA graph's, as WorldMemory.replayed does."""
@@ -174,7 +169,7 @@ class Chunks:
 
         Raises RuntimeError inside a pass, and when the chunk's last pass left out a layer; it is then not ended.
         """
-        if self._inside:
+        if self.inside:
             raise RuntimeError(f"{self._name}: finish must be called between passes, got a call inside one")
         self.check_used()
         self._end_chunk()
@@ -193,9 +188,13 @@ class Chunks:
 
     def stats(self) -> dict[str, int]:
         """WorldMemory.stats. Ends the current chunk first if its clean pass is done, which reads the timestep back."""
-        if self._chunk is not None and not self._inside and _is_zero(self._timestep):
-            self._end_chunk()
+        self.settle()
         return self.made().stats()
+
+    def settle(self) -> None:
+        """End the current chunk if its clean pass is done, which reads the timestep back."""
+        if self._chunk is not None and not self.inside and _is_zero(self._timestep):
+            self._end_chunk()
 
     def made(self) -> WorldMemory:
         """The memory. Raises RuntimeError where it is still to be taken."""
@@ -210,7 +209,7 @@ class Chunks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._names = names_for(self)
+        self._names = names_for(self, self.config.num_layers)
 
     @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
     def _attend(
@@ -218,7 +217,7 @@ class Chunks:
         q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         memory = self.memory
-        if not self._inside:
+        if not self.inside:
             raise RuntimeError(f"{self._name}: self-attention must run inside the model's forward, got a call outside")
         if q.dtype != memory.dtype:
             raise TypeError(f"{self._name}: the memory's dtype must be that of q, {q.dtype}, got {memory.dtype}")
@@ -250,13 +249,13 @@ class Chunks:
         self.memory.end_chunk()
         self._chunk = None
 
-    def _forget(self) -> None:
-        if self.memory is not None:
+    def _forget(self, *, reset: bool = True) -> None:
+        if self.memory is not None and reset:
             self.memory.reset()
         self._chunk: int | None = None  # begun and not ended
         self._attended: set[int] = set()  # layers, in the last pass
         self._timestep: object = None  # of the last pass
-        self._stream: int | None = None  # the id of that of the last pass
+        self._stream: object = None  # the id of that of the last pass
         self._of_first: list[object] = []  # the streams of chunk 0, held so that another one has another id
         self._broken_off = False  # by an exception inside the last pass
 
@@ -283,7 +282,7 @@ class Chunks:
                 f"{self._name}: current_start must be {turn} or 0 (a new rollout), got {int(current_start)}: "
                 f"the memory cannot skip chunks or go back"
             )
-        if following and _identity(stream) != self._stream:
+        if following and self._stream is not _ANY and _identity(stream) != self._stream:
             if chunk or any(stream is one for one in self._of_first):
                 raise RuntimeError(
                     f"{self._name}: all passes of a rollout must have one cache, got a second one at chunk {chunk}: "
@@ -310,6 +309,9 @@ class Chunks:
         self.begun += 1
         self._chunk, self._stream, self._broken_off = chunk, _identity(stream), False
         self._of_first = [] if chunk else [*self._of_first, stream]
+
+
+_ANY = object()  # in place of a stream's id: of whichever comes
 
 
 class _Controls:

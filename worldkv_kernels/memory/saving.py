@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,6 @@ _POLICIES: dict[type, tuple[str, ...]] = {
 def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
     """Its state. Rows are named where they lie: to be read before the memory is used again. Raises RuntimeError naming
     `op` while a chunk is begun."""
-    memory._check_process(op)
     memory._check_between(op)
     bank = memory._bank
     if memory.device.type == "cuda":
@@ -122,9 +121,7 @@ def _restore_bank(memory: WorldMemory, tree: dict[str, Any], whole: list[int], d
         raise ValueError(f"{_OP}: bank must hold up to {bank.capacity} of the chunks that have left, got {[*banked]}")
     bank.pinned.update(_some_of("pinned", tree["pinned"], [*banked, *whole]))
     for chunk, (description, tokens, rows) in banked.items():
-        if not 1 <= _integer(tokens) <= memory._configured.banked_tokens:
-            raise ValueError(f"{_OP}: tokens of a banked chunk must be from 1 to a slot's, got {tokens}")
-        _put(rows, bank.adopt(chunk, described.checked(description), tokens))
+        _put(rows, bank.adopt(chunk, described.checked(description), _integer(tokens)))
     copied = tree["copied"]
     if copied is not None:
         if sorted(copied) != sorted(COUNTED):
@@ -171,6 +168,19 @@ def config_tree(config: MemoryConfig) -> dict[str, Any]:
     if not isinstance(config.retrieval, str):
         made["retrieval"] = _policy_tree(config.retrieval)
     return made
+
+
+def differences(one: MemoryConfig, other: MemoryConfig, *, but: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Fields in which two configs differ, but for some, and what each has there; of policies, what they are made of."""
+    here, there = (
+        {**config_tree(config), "retrieval": _policy_tree(make_policy(config.retrieval))} for config in (one, other)
+    )
+    return [(name, here[name], there[name]) for name in here if name not in but and here[name] != there[name]]
+
+
+def is_of_this_package(policy: str | RetrievalPolicy) -> bool:
+    """Whether a saved memory brings it along."""
+    return type(make_policy(policy)) in _POLICIES
 
 
 def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) -> MemoryConfig:
