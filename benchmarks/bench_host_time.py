@@ -13,6 +13,7 @@ it takes some five minutes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import resource
@@ -32,7 +33,7 @@ from timing import one_thread, percentile
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.actions import ActionIntegrator, Actions, ActionScales
 from worldkv_kernels.cli.report import note, table
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval
+from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, NearestPolicy, PoseRetrieval
 
 BENCH = "host_time"
 TIMED = 20  # chunks, whose median is taken
@@ -67,27 +68,38 @@ class Times(NamedTuple):
     rss: int
 
 
-def walked(chunks: int, stands: bool) -> list[Actions]:
+def walk(stands: bool) -> Iterator[Actions]:
     """The actions of each chunk of a walk: runs of a few chunks in which a player walks, looks aside, or both."""
     rng, held = np.random.default_rng(0), np.zeros(6)
-    made = []
-    for chunk in range(chunks):
+    for chunk in itertools.count():
         if not rng.integers(5) and not stands:
             held = np.zeros(6)
             held[1] = 0.1 * rng.integers(-1, 2)
             held[2] = rng.random() < 0.7
         rows = np.tile(held, (4 if chunk else 1, 1))
-        made.append(Actions(rows[:, :2], rows[:, 2:]))
-    return made
+        yield Actions(rows[:, :2], rows[:, 2:])
+
+
+def cameras_of(retrieval: str, stands: bool) -> Iterator[dict[str, Any]]:
+    """What begin_chunk is given of each chunk of a walk."""
+    integrator = ActionIntegrator(_SCALES)
+    for actions in walk(stands):
+        if retrieval == "action":
+            yield dict(actions=actions)
+        else:
+            poses = integrator.advance(*actions)
+            yield dict(poses=poses, intrinsics=_CAMERA) if retrieval == "fov" else dict(poses=poses)
+
+
+def policy_of(retrieval: str, diversity: float) -> NearestPolicy:
+    if retrieval == "action":
+        return ActionRetrieval(ActionIntegrator(_SCALES), diversity=diversity)
+    return {"pose": PoseRetrieval, "fov": FovRetrieval}[retrieval](diversity=diversity)
 
 
 def memory_of(session: Session) -> WorldMemory:
     """With a bank of `sizes[0]` chunks if it is to be full, else of as many as there are rope positions."""
-    policy = {
-        "pose": lambda: PoseRetrieval(diversity=session.diversity),
-        "action": lambda: ActionRetrieval(ActionIntegrator(_SCALES), diversity=session.diversity),
-        "fov": lambda: FovRetrieval(diversity=session.diversity),
-    }[session.retrieval]()
+    policy = policy_of(session.retrieval, session.diversity)
     config = MemoryConfig(
         num_layers=1, num_heads=1, head_dim=64, grid=(1, 1), chunk_frames=1, sink_frames=_SINK, recent_frames=_RECENT,
         keep_ratio=1.0, bank=session.bank, bank_chunks=session.sizes[0] if session.full else 1024, retrieval=policy,
@@ -98,32 +110,26 @@ def memory_of(session: Session) -> WorldMemory:
 def go_through(session: Session) -> list[Times]:
     """The session, timed at each size over the last chunks before it, or, of a full bank, the first ones after."""
     before = _SINK + _RECENT + (TIMED if session.full else 0)
-    walk = walked(max(session.sizes) + before, session.stands)
-    poses = ActionIntegrator(_SCALES).poses(Actions(*(np.concatenate(rows) for rows in zip(*walk, strict=True))))
-    cameras: list[dict[str, Any]] = [dict(poses=poses[chunk : chunk + 1]) for chunk in range(len(walk))]
-    if session.retrieval == "action":
-        cameras = [dict(actions=actions) for actions in walk]
-    elif session.retrieval == "fov":
-        cameras = [dict(camera, intrinsics=_CAMERA) for camera in cameras]
+    cameras = list(itertools.islice(cameras_of(session.retrieval, session.stands), max(session.sizes) + before))
     seconds: list[tuple[float, float]] = []
     found = []
     with one_thread():
         memory = memory_of(session)
         for camera in cameras[:_WARM_UP]:  # what is loaded and allocated at first use is not of the session
-            _chunk(memory, camera)
+            run_chunk(memory, camera)
         memory.reset()
-        first_rss = _resident_bytes()
+        first_rss = resident_bytes()
         sizes = {size + before: size for size in session.sizes}
         for chunk, camera in enumerate(cameras, start=1):
-            seconds.append(_chunk(memory, camera))
+            seconds.append(run_chunk(memory, camera))
             if chunk in sizes:
                 assert memory.stats()["chunks_banked"] == sizes[chunk]
                 begin, end = map(list, zip(*seconds[-TIMED:], strict=True))
-                found.append(Times(sizes[chunk], begin, end, _resident_bytes() - first_rss))
+                found.append(Times(sizes[chunk], begin, end, resident_bytes() - first_rss))
     return found
 
 
-def _chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float]:
+def run_chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float]:
     """A chunk of zeros; seconds of begin_chunk and of end_chunk."""
     x = torch.zeros((1, 64), dtype=torch.float32, device="cpu")
     started = time.perf_counter()
@@ -135,7 +141,7 @@ def _chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float]:
     return begun - started, time.perf_counter() - attended
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Of this process, now; where /proc does not tell, at its highest."""
     try:
         with open("/proc/self/statm") as file:

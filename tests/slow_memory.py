@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -216,6 +217,8 @@ class SlowMemory:
         self.past: dict[int, SlowChunk] = {}
         self.where: dict[int, str] = {}  # sink, recent, unattended, bank or dropped
         self.banked: list[int] = []  # with the published code's copy of the sink, which `where` calls sink
+        self.unbanked: set[int] = set()  # not to be banked when they leave
+        self.pinned: set[int] = set()
         self.num_dropped = 0
         self.next = 0
         self.current: SlowChunk | None = None
@@ -263,6 +266,10 @@ class SlowMemory:
         config = self.config
         if config.mode in ("worldkv", "sink_recent") and frame < config.sink_frames:
             return "sink"
+        where = self.where.get(frame // config.chunk_frames)
+        gone = {"bank", "dropped"}.intersection(self.where.values())
+        if where in ("bank", "dropped") or (where == "sink" and gone):  # the rest of the chunk in which the sink ends
+            return "out"
         return "recent" if config.mode == "full" or now - frame <= reach else "out"
 
     def frames_with(self, role: str, roles: dict[int, str], chunk: int) -> range:
@@ -329,25 +336,46 @@ class SlowMemory:
 
     # History.
 
-    def end(self) -> None:
+    def end(self, bank: bool = True) -> None:
         config, number = self.config, self.next
         self.past[number] = self.current
         self.current = None
         self.next += 1
-        frames = config.chunk_frames
+        in_sink = config.mode in ("worldkv", "sink_recent") and number * config.chunk_frames < config.sink_frames
+        self.where[number] = "sink" if in_sink else "recent"
+        if not bank:
+            self.unbanked.add(number)
+        if config.bank_sink and in_sink:
+            self.bank(number)
+        self.settle()
+
+    def change(self, **fields) -> None:
+        self.config = replace(self.config, **fields)
+        self.settle()
+
+    def forget(self, number: int) -> None:
+        self.pinned.discard(number)
+        if self.where[number] == "bank":
+            self.where[number] = "dropped"
+            self.banked.remove(number)
+            self.num_dropped += 1
+        else:
+            self.unbanked.add(number)
+
+    def settle(self) -> None:
+        """Put every chunk where it belongs before the next one is made, oldest first."""
+        config, frames = self.config, self.config.chunk_frames
 
         def any_frame(chunk: int, role: str, reach: int = config.recent_frames) -> bool:
             of_chunk = range(chunk * frames, (chunk + 1) * frames)
             return any(self.role_of_frame(frame, self.next * frames, reach) == role for frame in of_chunk)
 
-        self.where[number] = "sink" if any_frame(number, "sink") else "recent"
         for chunk in range(self.next):
-            if self.where[chunk] == "recent" and not any_frame(chunk, "recent"):
-                self.where[chunk] = "unattended" if config.mode == "worldkv" else "dropped"
+            if self.where[chunk] in ("recent", "unattended"):
+                elsewhere = "unattended" if config.mode == "worldkv" else "dropped"
+                self.where[chunk] = "recent" if any_frame(chunk, "recent") else elsewhere
         if config.mode != "worldkv":
             return
-        if config.bank_sink and self.where[number] == "sink":
-            self.bank(number)
         for chunk in range(self.next):
             reach = config.recent_frames + config.unattended_chunks * frames
             if self.where[chunk] == "unattended" and not any_frame(chunk, "recent", reach):
@@ -355,6 +383,9 @@ class SlowMemory:
 
     def bank(self, number: int) -> None:
         config, chunk = self.config, self.past[number]
+        if number in self.unbanked:
+            self.drop(number)
+            return
         self.banked.append(number)
         if self.where[number] != "sink":
             self.where[number] = "bank"
@@ -363,11 +394,18 @@ class SlowMemory:
                 keys = self.keys(chunk, layer, number * config.chunk_frames)
                 chunk.pruned.append(pruned(config, keys, chunk.v[layer].view(keys.shape)))
         if config.bank_chunks is not None and len(self.banked) > config.bank_chunks:
-            given_up = self.order.drop({chunk: self.past[chunk].view for chunk in self.banked})
+            free = [chunk for chunk in self.banked if chunk not in self.pinned]
+            given_up = number
+            if set(free) - {number}:
+                given_up = self.order.drop({chunk: self.past[chunk].view for chunk in free})
             self.banked.remove(given_up)
-            self.num_dropped += 1
-            if self.where[given_up] == "bank":
-                self.where[given_up] = "dropped"
+            self.drop(given_up)
+
+    def drop(self, number: int) -> None:
+        self.num_dropped += 1
+        self.pinned.discard(number)
+        if self.where[number] != "sink":
+            self.where[number] = "dropped"
 
     def kept_rows(self) -> int:
         """Rows of K (as many of V) in a layer that hold the past."""

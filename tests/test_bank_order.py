@@ -130,6 +130,21 @@ class Play:
             with suppress(Broken):
                 self.memory.prefetch(poses)
 
+    def maybe_change(self) -> None:
+        """What a caller may do between chunks."""
+        memory, banked = self.memory, list(self.memory._bank._place)
+        if banked and self.random.random() < 0.2:
+            memory.forget(self.random.choice(banked))
+        elif banked and self.random.random() < 0.1 and not memory.pinned:
+            memory.pin(self.random.choice(banked))
+        elif memory.pinned and self.random.random() < 0.5:
+            memory.unpin(memory.pinned[0])
+        if self.random.random() < 0.1:
+            memory.change(
+                retrieved_chunks=self.random.randint(0, 2),
+                recent_frames=self.random.randint(0, memory._configured.recent_frames),
+            )
+
     def begin(self, poses: np.ndarray) -> None:
         while True:
             with suppress(Broken):
@@ -138,6 +153,7 @@ class Play:
 
     def chunk(self, chunk: int) -> None:
         poses, following = pose_of(self.random.randrange(50)), pose_of(self.random.randrange(50))
+        self.maybe_change()
         while self.random.random() < 0.3:
             self.begin(pose_of(self.random.randrange(50)))
             self.run_pass(self.random.randrange(LAYERS + 1))

@@ -27,7 +27,8 @@ OF_PIPELINES = ("lingbot.enable(", "matrix_game.enable(")
 
 
 @pytest.mark.parametrize("example", EVERY_EXAMPLE)
-def test_examples_run(example):
+def test_examples_run(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where they may write
     if not any(call in example for call in OF_PIPELINES):
         exec(compile(example, "an example", "exec"), {})
 

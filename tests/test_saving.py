@@ -116,6 +116,27 @@ def test_from_a_host_bank_in_16_bits(dtype, tmp_path):
     assert again.stats()["host_misses"] >= memory.stats()["host_misses"]
 
 
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_what_a_caller_has_changed_goes_along(bank, tmp_path):
+    """Pins, chunks that are not to be banked, another window, and chunks of several lengths in the bank."""
+    memory = WorldMemory(config(recent_frames=6, bank=bank), dtype=torch.float32, device=DEVICE)
+    walk(memory, 0, 5)
+    memory.change(keep_ratio=0.1, recent_frames=3)
+    memory.pin(2)
+    walk(memory, 5, 8)
+    memory.forget(7)
+    memory.change(recent_frames=6, retrieved_chunks=1)
+    memory.save(tmp_path / "m")
+    loaded, forked = WorldMemory.load(tmp_path / "m", device=DEVICE), memory.fork()
+    assert loaded.pinned == forked.pinned == (2,) and loaded.config == memory.config
+    want = walk(memory, 8, 20)
+    for other in (loaded, forked):
+        assert equal(walk(other, 8, 20), want) and counts(other) == counts(memory)
+        assert other.location(7) == "dropped" and other.location(2) == "bank"
+        other.reset()
+        assert other.config.recent_frames == 6 and other.config.keep_ratio == 0.25 and other.pinned == ()
+
+
 def test_a_fork_shares_nothing_that_is_written():
     memory = WorldMemory(config(retrieval=Newest()), dtype=torch.float32, device=DEVICE)
     walk(memory, 0, 8)
@@ -195,7 +216,7 @@ def test_between_chunks_alone(tmp_path):
     memory = WorldMemory(config(), dtype=torch.float32)
     memory.begin_chunk(jumps(0, 1)[0])
     for call in (memory.fork, lambda: memory.save(tmp_path / "m")):
-        with pytest.raises(RuntimeError, match=r"(save|fork): chunk 0 must be ended or aborted before"):
+        with pytest.raises(RuntimeError, match=r"(save|fork): must be called between chunks, got a call while chunk 0"):
             call()
     memory.abort_chunk()
     memory.save(tmp_path / "m")

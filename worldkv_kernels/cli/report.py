@@ -222,12 +222,15 @@ def different_files(**paths: str | None) -> None:
 
 
 @contextmanager
-def naming(argument: str, where: str) -> Iterator[None]:
-    """What is refused or cannot be read inside is said of the argument, not of the function `where` it was met."""
+def naming(argument: str, *where: str) -> Iterator[None]:
+    """What is refused or cannot be read inside is said of the argument, not of the functions `where` it was met."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{argument}: {str(error).removeprefix(f'{where}: ')}") from error
+        told = str(error)
+        for function in where:
+            told = told.removeprefix(f"{function}: ")
+        raise ValueError(f"{argument}: {told}") from error
     except OSError as error:
         raise ValueError(f"{argument}: {error.filename} must be readable: {error.strerror}") from error
     except MemoryError as error:

@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from ..memory.config import MODES, ORDERS, MemoryConfig
 from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.world_memory import WorldMemory
 from ..models.checkpoint import write_tensors
-from ..models.rollout import RolloutChunk, WorldModel, rollout
+from ..models.rollout import Rollout, RolloutChunk, WorldModel, rollout
 from ..ops.all import check_every_backend
 from ..ops.compress_chunk import RULES
-from . import report, rollout_models
+from . import report, rollout_models, rollout_saved
 from .rollout_models import STRIDE, Config, Motion
 from .rollout_picture import picture
 from .rollout_revisits import Revisit, find_revisits, retrieval_at_work
@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--picture", metavar="FILE.svg", help="draw which chunks worldkv attended to")
     add("--save-latents", metavar="FILE.safetensors",
         help="write the latents, [frames, channels, height, width] in float32 for each mode, by its name")  # fmt: skip
+    rollout_saved.add_arguments(parser)
     report.add_quiet(parser)
 
 
@@ -104,6 +105,7 @@ def _run(args: argparse.Namespace) -> int:
     report.writable("--picture", args.picture, [".svg"])
     report.writable("--save-latents", args.save_latents, [".safetensors"])
     report.different_files(picture=args.picture, json=args.json, save_latents=args.save_latents)
+    rollout_saved.check(args, modes)
     args.given = rollout_models.read_conditions(args)
     if args.picture is not None and "worldkv" not in modes:
         raise ValueError(f"--picture must go with --modes that include worldkv, got {args.modes!r}")
@@ -129,8 +131,9 @@ def _run(args: argparse.Namespace) -> int:
     stopped: BaseException | None = None
     try:
         for mode in modes:
-            memory = _memory(memories[mode], args, say, device=device, dtype=dtype, backend=args.backend)
-            made, banked = _made(mode, model, memory, along, args)
+            rolling = _rolling(mode, model, memories[mode], along, args, say)
+            memory = rolling.memory
+            made, banked = _made(mode, rolling, chunks, args)
             latents = [chunk.latents.cpu() for chunk in made]
             yardstick = latents if mode == "full" else yardstick
             if args.save_latents is not None:
@@ -138,7 +141,7 @@ def _run(args: argparse.Namespace) -> int:
                 write_tensors(args.save_latents, kept)
             errors = [_relative_error(*pair) for pair in zip(latents, yardstick, strict=True)] if yardstick else None
             results[mode] = _result(made, banked, errors, memory, args.stride or STRIDE)
-            del memory  # the next one may need its room
+            del memory, rolling  # the next one may need its room
             if mode == "worldkv":
                 revisits = find_revisits(results[mode]["chunks"], along.poses, config.chunk_frames)
                 if args.picture is not None:
@@ -269,13 +272,18 @@ def _policy(args: argparse.Namespace, motion: Motion) -> RetrievalPolicy:
 # --- the rollout ---
 
 
-def _made(
-    mode: str, model: WorldModel, memory: WorldMemory, motion: Motion, args: argparse.Namespace
-) -> tuple[list[RolloutChunk], list[int]]:
-    """The chunks, and how many were banked when each began."""
-    chunks = motion.latent_frames // model.chunk_frames
+def _rolling(
+    mode: str, model: WorldModel, config: MemoryConfig, motion: Motion, args: argparse.Namespace,
+    say: Callable[[str], None],
+) -> Rollout:  # fmt: skip
+    """A rollout along the motion from its start, or from where --resume is."""
+    if args.resume is not None:
+        rolling = rollout_saved.resumed(args, model, config, motion)
+        say(f"resumed: {rolling.memory.stats()['chunks']} chunks are made")
+        return rolling
+    memory = _memory(config, args, say, device=model.device, dtype=model.dtype, backend=args.backend)
 
-    def chunks_along(steered: Motion) -> Iterator[RolloutChunk]:
+    def chunks_along(steered: Motion) -> Rollout:
         conditions = rollout_models.conditions(args, motion.poses)
         return rollout(
             model, memory, *steered.controls, actions=steered.actions, conditions=conditions, seed=args.seed,
@@ -289,16 +297,28 @@ def _made(
             for _ in chunks_along(motion.until(warm_up)):
                 pass
         memory.reset()
-    progress = report.Progress(mode, chunks)
-    made, banked = [], []
-    rolling = chunks_along(motion)
-    for number in range(1, chunks + 1):
-        banked.append(memory.stats()["chunks_banked"])
-        with report.waiting(f"{mode}: chunk {number} of {chunks}"):
-            chunk = next(rolling)
-        made.append(chunk)
-        took = f", {chunk.seconds:.2f} s" if model.device.type == "cpu" else ""  # a GPU is not waited for
-        progress.step(f"chunks, {chunk.plan.num_tokens} tokens attended{took}")
+    return chunks_along(motion)
+
+
+def _made(mode: str, rolling: Rollout, chunks: int, args: argparse.Namespace) -> tuple[list[RolloutChunk], list[int]]:
+    """The chunks, up to so many from the start, and how many were banked when each began."""
+    memory, made, banked = rolling.memory, [], []
+    first = memory.stats()["chunks"]
+    progress = report.Progress(mode, chunks - first)
+    try:
+        for number in range(first + 1, chunks + 1):
+            banked.append(memory.stats()["chunks_banked"])
+            with report.waiting(f"{mode}: chunk {number} of {chunks}"):
+                chunk = next(rolling)
+            made.append(chunk)
+            took = f", {chunk.seconds:.2f} s" if memory.device.type == "cpu" else ""  # a GPU is not waited for
+            progress.step(f"chunks, {chunk.plan.num_tokens} tokens attended{took}")
+    finally:
+        if args.save is not None and made:
+            with report.waiting(f"writing {args.save}"):
+                rolling.save(args.save)
+            size = report.size(os.path.getsize(args.save))
+            report.note(f"wrote {args.save}: {memory.stats()['chunks']} chunks, {size}")
     return made, banked
 
 
@@ -313,9 +333,10 @@ def _result(
     seconds = sum(chunk.seconds for chunk in made)
     tokens = [chunk.plan.num_tokens for chunk in made]
     latent_frames = len(made) * memory.config.chunk_frames
+    video_frames = stride * latent_frames - (stride - 1 if made[0].plan.chunk == 0 else 0)
     return {
         "seconds": seconds,
-        "video_frames_per_second": (stride * (latent_frames - 1) + 1) / seconds,
+        "video_frames_per_second": video_frames / seconds,
         "latent_frames_per_second": latent_frames / seconds,
         "tokens_attended_mean": sum(tokens) / len(tokens),
         "tokens_attended_last": tokens[-1],

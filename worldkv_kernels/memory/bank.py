@@ -35,7 +35,7 @@ class Bank:
         on_host: bool,
         policy: RetrievalPolicy,
     ) -> None:
-        self._pool, self._slots, self._tokens = pool, slots, tokens
+        self._pool, self._slots, self._slot_tokens = pool, slots, tokens
         self._kept = keep(policy, places)
         self._cache = SlotCache(pool, slots, tokens=tokens, num_places=places) if on_host else None
         self.capacity = places
@@ -45,6 +45,8 @@ class Bank:
         """Forget everything; keeps the storage."""
         self._kept.clear()
         self._place: dict[int, int] = {}  # chunk, oldest first -> slot number on the device, or place in the arena
+        self._tokens: dict[int, int] = {}  # chunk -> to how many it was pruned
+        self.pinned: set[int] = set()  # chunks not to be given up, also such as will be banked
         self._free = list(range(self.capacity - 1, -1, -1))
         self.num_dropped = 0
         if self._cache is not None:
@@ -55,6 +57,15 @@ class Bank:
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._place
+
+    @property
+    def tokens(self) -> Mapping[int, int]:
+        """Of each banked chunk."""
+        return self._tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self._tokens.values())
 
     @property
     def settled(self) -> bool:
@@ -71,10 +82,6 @@ class Bank:
 
     # --- to be saved ---
 
-    def chunks(self) -> tuple[int, ...]:
-        """Banked ones, oldest first."""
-        return tuple(self._place)
-
     def description(self, chunk: int) -> Any:
         """Of a banked chunk, as `row_to_fill` was given it."""
         return self._kept.description(chunk)
@@ -82,17 +89,17 @@ class Bank:
     def held(self, chunk: int) -> Rows:
         """A banked chunk's K and V, where the bank keeps them, for who has waited for them."""
         if self._cache is not None:
-            return self._cache.held(self._place[chunk])
-        return self._pool.held(self._slots[self._place[chunk]], self._tokens)
+            return self._cache.held(self._place[chunk], self._tokens[chunk])
+        return self._pool.held(self._slots[self._place[chunk]], self._tokens[chunk])
 
     def copied(self) -> dict[str, int] | None:
         """Counts of a host bank's copies; None of a bank on the device."""
         return self._cache.copied() if self._cache is not None else None
 
-    def adopt(self, chunk: int, description: Any) -> Rows:
+    def adopt(self, chunk: int, description: Any, tokens: int) -> Rows:
         """Bank a chunk younger than all that are there, with room for it; returns where its K and V are to be put."""
         self._kept.add(chunk, description)
-        self._place[chunk] = self._free.pop()
+        self._place[chunk], self._tokens[chunk] = self._free.pop(), tokens
         return self.held(chunk)
 
     def count(self, num_dropped: int, copied: Mapping[str, int] | None) -> None:
@@ -103,8 +110,10 @@ class Bank:
 
     # --- into the bank ---
 
-    def row_to_fill(self, chunk: int, description: Any) -> int | None:
+    def row_to_fill(self, chunk: int, description: Any, tokens: int | None = None) -> int | None:
         """Where to prune a chunk to: the first pool row; None when the full bank gives up this very chunk.
+
+        `tokens`: that it will have, at most a slot's; None for as many.
 
         Raises ValueError when the policy gives up a chunk that is not there, TypeError when it gives up what is no
         chunk number; the bank is then as before.
@@ -119,9 +128,11 @@ class Bank:
             self.num_dropped += 1
             if given_up == chunk:
                 self._kept.remove(chunk)
+                self.pinned.discard(chunk)
                 return None
             self._forget(given_up)
         self._place[chunk] = self._free.pop()
+        self._tokens[chunk] = self._slot_tokens if tokens is None else tokens
         if self._cache is None:
             return self._slots[self._place[chunk]]
         return self._cache.slot_to_fill(chunk)
@@ -129,7 +140,7 @@ class Bank:
     def stored(self, chunk: int) -> None:
         """The rows that `row_to_fill` gave are written, of all layers: copy them out."""
         if self._cache is not None:
-            self._cache.save(chunk, self._place[chunk])
+            self._cache.save(chunk, self._place[chunk], self._tokens[chunk])
 
     def break_off(self, chunk: int) -> None:
         """Take back `row_to_fill`, where writing the rows failed; what it dropped stays dropped."""
@@ -137,18 +148,33 @@ class Bank:
             self._cache.break_off(chunk, self._place[chunk])
         self._forget(chunk)
 
+    def pass_over(self, chunk: int) -> None:
+        """Count a chunk as dropped that is not to be banked."""
+        self.num_dropped += 1
+        self.pinned.discard(chunk)
+
+    def forget(self, chunk: int) -> None:
+        """Give up a banked chunk, while no window is requested."""
+        self.num_dropped += 1
+        self.pinned.discard(chunk)
+        self._forget(chunk)
+
     def _given_up(self, chunk: int) -> int:
-        """What the policy gives up for `chunk`, checked."""
-        given_up = self._kept.drop()
-        if is_integer(given_up) and (given_up == chunk or given_up in self._place):
+        """What the policy gives up for `chunk`, checked: none that is pinned. `chunk` itself where all others are."""
+        pinned = self.pinned.intersection((*self._place, chunk)) if self.pinned else ()
+        known = [one for one in (*self._place, chunk) if one not in pinned]
+        if known in ([], [chunk]):
+            return chunk
+        given_up = self._kept.drop(pinned)
+        if is_integer(given_up) and (given_up in self._place or given_up == chunk) and given_up not in pinned:
             return operator.index(given_up)
         error = ValueError if is_integer(given_up) else TypeError
-        known = [*self._place, chunk]
         raise error(f"end_chunk: the retrieval policy must drop one of {known}, got {describe(given_up)}")
 
     def _forget(self, chunk: int) -> None:
         self._kept.remove(chunk)
         self._free.append(self._place.pop(chunk))
+        del self._tokens[chunk]
         if self._cache is not None:
             self._cache.drop(chunk)
 
@@ -186,11 +212,11 @@ class Bank:
             return [self._slots[self._place[chunk]] for chunk in chunks]
         if len(chunks) > len(self._slots):
             raise ValueError(f"Bank: request must be for at most {len(self._slots)} chunks, got {len(chunks)}")
-        return self._cache.request(chunks, self._place)
+        return self._cache.request(chunks, self._place, self._tokens)
 
     def prefetch(self, chunks: list[int]) -> list[int]:
         """Begin to bring in banked chunks for a window to come; returns those that are on the device or on the way."""
-        return list(chunks) if self._cache is None else self._cache.prefetch(chunks, self._place)
+        return list(chunks) if self._cache is None else self._cache.prefetch(chunks, self._place, self._tokens)
 
     def wait_layer(self, layer: int) -> None:
         """Let the current stream wait for what `request` brings in, of one layer."""

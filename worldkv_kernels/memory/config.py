@@ -317,3 +317,28 @@ class MemoryConfig:
 
     def make_rope(self) -> Rope3D | None:
         return Rope3D(self.head_dim) if self.rope == "wan" else self.rope
+
+
+def changed(
+    config: MemoryConfig,
+    configured: MemoryConfig,
+    *,
+    retrieved_chunks: int | None,
+    keep_ratio: float | None,
+    recent_frames: int | None,
+) -> MemoryConfig:
+    """What WorldMemory.change makes of a config, where None is what it has. Raises as that does."""
+    fields: dict[str, Any] = {}
+    for name, count in (("retrieved_chunks", retrieved_chunks), ("recent_frames", recent_frames)):
+        if count is not None:
+            fields[name], most = as_integer("change", name, count), getattr(configured, name)
+            if not 0 <= fields[name] <= most:
+                raise bad_value("change", name, f"from 0 to the configured {most}", count)
+    if keep_ratio is not None:
+        check_number("change", "keep_ratio", keep_ratio)
+        if not 0 < keep_ratio <= configured.keep_ratio:
+            raise bad_value(
+                "change", "keep_ratio", f"above 0, up to the configured {configured.keep_ratio}", keep_ratio
+            )
+        fields["keep_ratio"] = keep_ratio
+    return replace(config, **fields)

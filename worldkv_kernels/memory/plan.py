@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..window import Segment, tiles_of
@@ -30,8 +30,11 @@ class Piece(NamedTuple):
     time_shift: int = 0  # in latent frames
 
 
-def pieces(config: MemoryConfig, chunk: int, retrieved: Sequence[int]) -> list[Piece]:
-    """Sink, retrieved, recent, current; with the time shifts that close the gaps between their frames."""
+def pieces(config: MemoryConfig, chunk: int, retrieved: Mapping[int, int], first_whole: int) -> list[Piece]:
+    """Sink, retrieved, recent, current; with the time shifts that close the gaps between their frames.
+
+    `retrieved`: chunks in window order, and the tokens that each was pruned to. `first_whole`: see `leaving`.
+    """
     frames, start = config.chunk_frames, chunk * config.chunk_frames
     sink = min(config.sink_frames if config.sink_chunks else 0, start)
     attended = start if config.mode == "full" else config.recent_frames
@@ -39,11 +42,13 @@ def pieces(config: MemoryConfig, chunk: int, retrieved: Sequence[int]) -> list[P
     if not retrieved and config.retrieved_chunks:
         attended += config.gap_chunks * frames
     recent = max(sink, start - attended)
+    if first_whole > config.sink_chunks:  # with more recent frames than before, they are not there yet
+        recent = max(recent, first_whole * frames)
     before = recent - len(retrieved) * frames  # where the first retrieved frame comes to stand, next to the recent ones
     found = _cut(config, "sink", 0, sink, before - sink if config.rebase_time and config.rebase_sink else 0)
-    for place, past in enumerate(retrieved):
+    for place, (past, tokens) in enumerate(retrieved.items()):
         shift = before + (place - past) * frames if config.rebase_time else 0
-        found.append(Piece("retrieved", past, 0, config.banked_tokens, shift))
+        found.append(Piece("retrieved", past, 0, tokens, shift))
     found += _cut(config, "recent", recent, start)
     found.append(Piece("current", chunk, 0, config.chunk_tokens))
     return found
@@ -60,26 +65,25 @@ def _cut(config: MemoryConfig, role: str, first: int, end: int, shift: int = 0) 
     return found
 
 
-def place(config: MemoryConfig, chunk: int, next_chunk: int) -> str:
+def place(config: MemoryConfig, chunk: int, next_chunk: int, first_whole: int) -> str:
     """Where a past chunk is before `next_chunk`: "sink", "recent", "unattended", or "left" for the bank or for good."""
-    age = next_chunk - chunk
     if chunk < config.sink_chunks:
         return "sink"
-    if config.mode == "full" or age <= config.recent_chunks:
-        return "recent"
-    return "unattended" if age <= config.recent_chunks + config.gap_chunks else "left"
+    if chunk < first_whole:
+        return "left"
+    attended = config.mode == "full" or next_chunk - chunk <= config.recent_chunks
+    return "recent" if attended else "unattended"
 
 
-def leaving(config: MemoryConfig, chunk: int) -> int | None:
-    """The chunk that is whole while `chunk` is made and has left once that ends; None when none does."""
-    oldest = chunk - config.recent_chunks - config.gap_chunks
-    return oldest if config.mode != "full" and oldest >= config.sink_chunks else None
+def leaving(config: MemoryConfig, next_chunk: int, first_whole: int) -> range:
+    """The chunks, oldest first, that have to leave before `next_chunk` is made.
 
-
-def whole_chunks(config: MemoryConfig, next_chunk: int) -> int:
-    """How many past chunks are whole before `next_chunk`: those that have not left."""
-    last = leaving(config, next_chunk - 1)
-    return next_chunk if last is None else next_chunk - (last + 1 - config.sink_chunks)
+    `first_whole`: the oldest chunk, but for the sink's, that has not left; config.sink_chunks where none has. What has
+    left does not come back, so that it says which chunks are whole also when the recent frames become more.
+    """
+    if config.mode == "full":
+        return range(0)
+    return range(first_whole, next_chunk - config.recent_chunks - config.gap_chunks)
 
 
 def ring_chunks(config: MemoryConfig, max_chunks: int) -> int:

@@ -43,7 +43,8 @@ class RetrievalPolicy(Protocol):
         """Up to `budget` chunk numbers, best first; equal scores go to the older chunk."""
 
     def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
-        """The chunk that a full bank gives up; the newest candidate is the one being stored."""
+        """The chunk that a full bank gives up; the newest candidate is the one being stored. Pinned chunks are none,
+        so that it may be another."""
 
 
 class NearestPolicy:

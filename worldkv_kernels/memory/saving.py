@@ -15,8 +15,8 @@ from ..checks import DTYPES
 from ..poses import as_intrinsics, as_poses
 from ..rope import Rope3D
 from ..saved import Rows, Saved, StoredRows
-from .config import MemoryConfig
-from .plan import place
+from .config import MemoryConfig, changed
+from .plan import leaving
 from .retrieval import (
     ActionRetrieval,
     FovRetrieval,
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 KIND = "memory"
 _OP = "WorldMemory.load"
-_OF_PLACES = ("bank", "bank_chunks", "device_slots", "prefetch")  # where rows lie: they change no result
+WHERE_ROWS_LIE = ("bank", "bank_chunks", "device_slots", "prefetch")  # of MemoryConfig: they change no result
+_CHANGEABLE = ("retrieved_chunks", "keep_ratio", "recent_frames")  # WorldMemory.change
 # Policies of this package, and what they are made of.
 _POLICIES: dict[type, tuple[str, ...]] = {
     PoseRetrieval: ("diversity",),
@@ -43,28 +44,36 @@ _POLICIES: dict[type, tuple[str, ...]] = {
 }
 
 
-def tree_of(memory: WorldMemory) -> dict[str, Any]:
-    """Its state. Rows are named where they lie: to be read before the memory is used again."""
-    config, bank = memory.config, memory._bank
+def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
+    """Its state. Rows are named where they lie: to be read before the memory is used again. Raises RuntimeError naming
+    `op` while a chunk is begun."""
+    memory._check_process(op)
+    memory._check_between(op)
+    bank = memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
-    chunks = range(memory._next_chunk)
     tree = {
-        "config": config_tree(config),
+        "config": config_tree(memory._configured),
+        "changed": {name: getattr(memory.config, name) for name in _CHANGEABLE},
         "places": memory._storage.places,
         "dtype": str(memory.dtype).removeprefix("torch."),
         "next_chunk": memory._next_chunk,
+        "first_whole": memory._first_whole,
         "tokens_attended": memory._tokens_attended,
         "retrieved_total": memory._retrieved_total,
         "integrator": None if memory.integrator is None else tuple(memory.integrator.state),
         "last_view": _view_tree(memory._last_view),
         "descriptions": dict(memory._descriptions),
-        "whole": {c: memory._storage.held(c) for c in chunks if place(config, c, len(chunks)) != "left"},
+        "unbanked": sorted(memory._unbanked),
+        "whole": {chunk: memory._storage.held(chunk) for chunk in _whole(memory)},
         "bank": None,
     }
     if bank is not None:
         tree["bank"] = {
-            "chunks": {chunk: (bank.description(chunk), bank.held(chunk)) for chunk in bank.chunks()},
+            "chunks": {
+                chunk: (bank.description(chunk), tokens, bank.held(chunk)) for chunk, tokens in bank.tokens.items()
+            },
+            "pinned": list(memory.pinned),
             "num_dropped": bank.num_dropped,
             "copied": bank.copied(),
         }
@@ -73,33 +82,49 @@ def tree_of(memory: WorldMemory) -> dict[str, Any]:
 
 def restore(memory: WorldMemory, tree: dict[str, Any]) -> None:
     """Make a new memory, of the config and dtype that the tree is of, what the one was that it was taken from."""
+    memory._configure(changed(memory.config, memory.config, **tree["changed"]))
     config, bank = memory.config, memory._bank
     memory._next_chunk = count = _count(tree, "next_chunk")
+    memory._first_whole = first = _count(tree, "first_whole")
+    if not config.sink_chunks <= first <= max(count, config.sink_chunks) or leaving(config, count, first):
+        raise ValueError(f"{_OP}: first_whole must be one that {count} chunks leave, got {first}")
     memory._tokens_attended, memory._retrieved_total = _count(tree, "tokens_attended"), _count(tree, "retrieved_total")
     if memory.integrator is not None:
-        state = tree["integrator"]
-        memory.integrator.restore(IntegratorState(*map(_integer, state)))
+        memory.integrator.restore(_integrator_state(tree["integrator"]))
     memory._last_view = _view(config, tree["last_view"])
-    whole = [chunk for chunk in range(count) if place(config, chunk, count) != "left"]
-    _check_keys("whole", tree["whole"], whole)
+    whole = _whole(memory)
+    if list(tree["whole"]) != whole:
+        raise ValueError(f"{_OP}: whole must be of chunks {whole}, got {[*tree['whole']]}")
     for chunk in whole:
         _put(tree["whole"][chunk], memory._storage.held(chunk))
-    memory._descriptions = tree["descriptions"]
-    if bank is None:
-        return
-    described = _Described(config)
-    for chunk, description in memory._descriptions.items():
-        if chunk not in tree["whole"]:
-            raise ValueError(f"{_OP}: descriptions must be of whole chunks, got one of {chunk!r:.60}")
-        described.check(description)
-    banked = tree["bank"]["chunks"]
-    strangers = [chunk for chunk in banked if not _may_be_banked(config, chunk, count)]
+    if bank is not None:
+        _restore_bank(memory, tree, whole)
+
+
+def _restore_bank(memory: WorldMemory, tree: dict[str, Any], whole: list[int]) -> None:
+    config, bank, count, of_bank = memory.config, memory._bank, memory._next_chunk, tree["bank"]
+    described, descriptions, unbanked = _Described(config), tree["descriptions"], tree["unbanked"]
+    will_leave = [chunk for chunk in whole if chunk >= config.sink_chunks]
+    if not set(will_leave) <= set(descriptions) <= set(whole):
+        raise ValueError(f"{_OP}: descriptions must be of the whole chunks {whole}, got {[*descriptions]}")
+    if not set(unbanked) <= set(will_leave):
+        raise ValueError(f"{_OP}: unbanked must be of the chunks {will_leave}, got {unbanked}")
+    banked, pinned = of_bank["chunks"], of_bank["pinned"]
+    strangers = [chunk for chunk in banked if not _may_be_banked(config, chunk, count, memory._first_whole)]
     if strangers or sorted(banked) != list(banked) or len(banked) > bank.capacity:
         raise ValueError(f"{_OP}: bank must hold up to {bank.capacity} of the chunks that have left, got {[*banked]}")
-    for chunk, (description, rows) in banked.items():
+    if not set(pinned) <= {*banked, *whole}:
+        raise ValueError(f"{_OP}: pinned must be of the chunks that are kept, got {pinned}")
+    for description in descriptions.values():
         described.check(description)
-        _put(rows, bank.adopt(chunk, description))
-    bank.count(_count(tree["bank"], "num_dropped"), tree["bank"]["copied"])
+    for chunk, (description, tokens, rows) in banked.items():
+        described.check(description)
+        if not 1 <= _integer(tokens) <= memory._configured.banked_tokens:
+            raise ValueError(f"{_OP}: tokens of a banked chunk must be from 1 to a slot's, got {tokens}")
+        _put(rows, bank.adopt(chunk, description, tokens))
+    memory._descriptions, memory._unbanked = descriptions, set(unbanked)
+    bank.pinned.update(pinned)
+    bank.count(_count(of_bank, "num_dropped"), of_bank["copied"])
 
 
 def new_of(
@@ -107,9 +132,9 @@ def new_of(
     retrieval: RetrievalPolicy | None, changes: dict[str, Any],
 ) -> WorldMemory:  # fmt: skip
     """A new memory for `restore`, of a tree that was read from a file. Raises as WorldMemory.load says."""
-    unknown = [name for name in changes if name not in _OF_PLACES]
+    unknown = [name for name in changes if name not in WHERE_ROWS_LIE]
     if unknown:
-        raise TypeError(f"{_OP}: changes must be of {', '.join(_OF_PLACES)}, got {', '.join(unknown)}")
+        raise TypeError(f"{_OP}: changes must be of {', '.join(WHERE_ROWS_LIE)}, got {', '.join(unknown)}")
     with file.explained():
         config = config_of(tree["config"], retrieval)
         if config.bank_chunks is None and has_places(config):
@@ -119,13 +144,13 @@ def new_of(
 
 
 def forked(memory: WorldMemory) -> WorldMemory:
-    config = memory.config
+    tree, config = tree_of("fork", memory), memory._configured
     if has_places(config):
         config = replace(config, bank_chunks=memory._storage.places)
     if not getattr(make_policy(config.retrieval), "stateless", False):
         config = replace(config, retrieval=copy.deepcopy(config.retrieval))
     made = type(memory)(config, device=memory.device, dtype=memory.dtype, backend=memory._backend)
-    restore(made, tree_of(memory))
+    restore(made, tree)
     return made
 
 
@@ -224,8 +249,12 @@ def _view(config: MemoryConfig, tree: Any) -> View:
         None if poses is None else as_poses(_OP, poses, config.chunk_frames),
         None if intrinsics is None else as_intrinsics(_OP, intrinsics, config.chunk_frames),
         description,
-        None if after is None else IntegratorState(*map(_integer, after)),
+        None if after is None else _integrator_state(after),
     )
+
+
+def _integrator_state(tree: Any) -> IntegratorState:
+    return IntegratorState(*map(_integer, tree))
 
 
 def _put(rows: Rows | StoredRows, where: Rows) -> None:
@@ -235,16 +264,17 @@ def _put(rows: Rows | StoredRows, where: Rows) -> None:
         where.copy_(rows)
 
 
-def _may_be_banked(config: MemoryConfig, chunk: Any, next_chunk: int) -> bool:
+def _whole(memory: WorldMemory) -> list[int]:
+    """The past chunks that are whole: the sink's and those that have not left."""
+    sink = range(min(memory.config.sink_chunks, memory._next_chunk))
+    return [*sink, *range(memory._first_whole, memory._next_chunk)]
+
+
+def _may_be_banked(config: MemoryConfig, chunk: Any, next_chunk: int, first_whole: int) -> bool:
     if type(chunk) is not int or not 0 <= chunk < next_chunk:
         return False
-    left = place(config, chunk, next_chunk) == "left"
-    return left or (config.bank_sink and chunk < config.sink_chunks)
-
-
-def _check_keys(name: str, found: dict[Any, Any], wanted: list[int]) -> None:
-    if list(found) != wanted:
-        raise ValueError(f"{_OP}: {name} must be of chunks {wanted}, got {[*found]}")
+    of_sink = chunk < config.sink_chunks
+    return config.bank_sink if of_sink else chunk < first_whole
 
 
 def _count(tree: dict[str, Any], name: str) -> int:

@@ -17,7 +17,9 @@ COUNTS = (
     "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
     "prefetched", "prefetch_hits", "prefetch_misses", "host_bytes", "pinned",
 )  # fmt: skip
-_COUNTED = ("hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses")
+_COUNTED = (
+    "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out"
+)  # fmt: skip
 
 
 class SlotCache:
@@ -39,13 +41,15 @@ class SlotCache:
     A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
     came before the pruning, and a load that nothing attended to fills a slot whose next owner waits for it.
 
-    `rows` are the slots' first pool rows. Chunks are numbers; `places` say where in the arena each lies.
+    `rows` are the slots' first pool rows. Chunks are numbers; `places` say where in the arena each lies, `tokens` how
+    many of a slot's, and of a place's, it takes: no more are copied.
     """
 
     def __init__(self, pool: Pool, rows: list[int], *, tokens: int, num_places: int) -> None:
         num_layers, _, heads, head_dim = pool.k.shape
         self.arena = Arena((num_places, num_layers, 2, tokens, heads, head_dim), pool.k.dtype, pool.k.device)
-        self._pool, self._rows, self._tokens, self._num_layers = pool, rows, tokens, num_layers
+        self._pool, self._rows, self._num_layers = pool, rows, num_layers
+        self._token_bytes = self.arena.bytes // (num_places * tokens)  # K and V of all layers
         self._engine = CopyEngine(pool.k.device, pool.k, pool.v)
         event = self._engine.event
         self._released = event()  # passes over windows before this one
@@ -66,9 +70,9 @@ class SlotCache:
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Go on counting from here, see `copied`."""
-        self.hits, self.misses, self.copies_out, self.prefetched, self.prefetch_hits, self.prefetch_misses = (
-            counts[name] for name in _COUNTED
-        )
+        self.hits, self.misses, self.copies_out = (counts[name] for name in _COUNTED[:3])
+        self.prefetched, self.prefetch_hits, self.prefetch_misses = (counts[name] for name in _COUNTED[3:6])
+        self.bytes_in, self.bytes_out = (counts[name] for name in _COUNTED[6:])
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._cached
@@ -76,11 +80,11 @@ class SlotCache:
     # --- into the window ---
 
     @ranged("bank_copy_in")
-    def request(self, chunks: list[int], places: Mapping[int, int]) -> list[int]:
+    def request(self, chunks: list[int], places: Mapping[int, int], tokens: Mapping[int, int]) -> list[int]:
         """Make `chunks` the present window; returns their pool rows, which `wait_layer` or `wait` make good."""
         hits = self._touch(chunks)
         used = self._unused.intersection(hits)
-        self._load([chunk for chunk in chunks if chunk not in self._cached], places, keep=chunks)
+        self._load([chunk for chunk in chunks if chunk not in self._cached], places, tokens, keep=chunks)
         self.hits += len(hits)
         self.misses += len(chunks) - len(hits)
         self.prefetch_hits += len(used)
@@ -93,13 +97,13 @@ class SlotCache:
         return [self._rows[slot] for slot in self._window]
 
     @ranged("bank_prefetch")
-    def prefetch(self, chunks: list[int], places: Mapping[int, int]) -> list[int]:
+    def prefetch(self, chunks: list[int], places: Mapping[int, int], tokens: Mapping[int, int]) -> list[int]:
         """Bring in what slots outside the window take, first chunks first; returns which are cached now."""
         keep = self._in_window.union(chunks)
         self._touch(chunks)
         room = len(self._free) + sum(chunk not in keep for chunk in self._cached)
         missing = [chunk for chunk in chunks if chunk not in self._cached][:room]
-        self._load(missing, places, keep=keep)
+        self._load(missing, places, tokens, keep=keep)
         self._unused.update(missing)
         self.prefetched += len(missing)
         return [chunk for chunk in chunks if chunk in self._cached]
@@ -147,16 +151,17 @@ class SlotCache:
         return self._rows[slot]
 
     @ranged("bank_copy_out")
-    def save(self, chunk: int, place: int) -> None:
+    def save(self, chunk: int, place: int, tokens: int) -> None:
         """Copy out a chunk that the current stream has pruned."""
         engine, slot, pairs = self._engine, self._cached[chunk], []
         for layer in range(self._num_layers):
-            pairs += zip(self.arena.rows[place, layer], self._views(slot, layer), strict=True)
+            pairs += zip(self._place_views(place, layer, tokens), self._views(slot, layer, tokens), strict=True)
         engine.record(self._pruned, COMPUTE)
         engine.wait(self._pruned, SAVE)
         engine.copy(pairs, SAVE)
         self._mark_saved(slot, place)
         self.copies_out += 1
+        self.bytes_out += tokens * self._token_bytes
 
     def break_off(self, chunk: int, place: int) -> None:
         """Forget a chunk that is not all pruned and saved; what is on its way goes on."""
@@ -173,10 +178,8 @@ class SlotCache:
 
     def counts(self) -> dict[str, int]:
         """See WorldMemory.stats."""
-        copies_in = self.misses + self.prefetched
-        chunk_bytes = self.arena.bytes // len(self.arena.rows)
         counts = (
-            copies_in, self.copies_out, self.hits, self.misses, copies_in * chunk_bytes, self.copies_out * chunk_bytes,
+            self.misses + self.prefetched, self.copies_out, self.hits, self.misses, self.bytes_in, self.bytes_out,
             self.prefetched, self.prefetch_hits, self.prefetch_misses, self.arena.bytes, int(self.arena.pinned),
         )  # fmt: skip
         return dict(zip(COUNTS, counts, strict=True))
@@ -186,9 +189,10 @@ class SlotCache:
         counts = {name: getattr(self, name) for name in _COUNTED}
         return {**counts, "prefetch_misses": counts["prefetch_misses"] + len(self._unused)}
 
-    def held(self, place: int) -> Rows:
+    def held(self, place: int, tokens: int) -> Rows:
         """K and V of all layers in the arena, [num_layers, 2, tokens, heads, head_dim], for who has waited for them."""
-        return Rows([piece for layer in self.arena.rows[place] for piece in layer], (self._num_layers, 2))
+        pieces = [piece for layer in range(self._num_layers) for piece in self._place_views(place, layer, tokens)]
+        return Rows(pieces, (self._num_layers, 2))
 
     # --- parts of the above ---
 
@@ -211,40 +215,48 @@ class SlotCache:
             self.prefetch_misses += 1
         return self._cached.pop(chunk)
 
-    def _load(self, chunks: list[int], places: Mapping[int, int], keep: Collection[int]) -> None:
+    def _load(
+        self, chunks: list[int], places: Mapping[int, int], tokens: Mapping[int, int], keep: Collection[int]
+    ) -> None:
         if not chunks:
             return
-        engine, moves = self._engine, []  # of slots and places
+        engine, moves = self._engine, []  # of slots, places and numbers of tokens
         engine.wait(self._released, LOAD)
         try:
             for chunk in chunks:
                 slot, place = self._take(keep), places[chunk]
                 self._cached[chunk] = slot
-                moves.append((slot, place))
+                moves.append((slot, place, tokens[chunk]))
                 engine.wait(self._saved[slot], LOAD)
                 engine.wait(self._written[place], LOAD)
             for layer in range(self._num_layers):
                 pairs = []
-                for slot, place in moves:
-                    pairs += zip(self._views(slot, layer), self.arena.rows[place, layer], strict=True)
+                for slot, place, rows in moves:
+                    pairs += zip(self._views(slot, layer, rows), self._place_views(place, layer, rows), strict=True)
                 engine.copy(pairs, LOAD)
-                for slot, _ in moves:
+                for slot, _, _ in moves:
                     engine.record(self._loaded[slot][layer], LOAD)
         except BaseException:
             for chunk in chunks:  # none that is half there may count as cached
                 self.drop(chunk)
-            for slot, _ in moves:
+            for slot, _, _ in moves:
                 engine.record(self._loaded[slot][-1], LOAD)
             raise
+        self.bytes_in += sum(rows for _, _, rows in moves) * self._token_bytes
 
     def _mark_saved(self, slot: int, place: int) -> None:
         self._engine.record(self._saved[slot], SAVE)
         self._engine.record(self._written[place], SAVE)
 
-    def _views(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a slot's layer on the device."""
-        rows = slice(self._rows[slot], self._rows[slot] + self._tokens)
+    def _views(self, slot: int, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the first tokens of a slot's layer on the device."""
+        rows = slice(self._rows[slot], self._rows[slot] + tokens)
         return self._pool.k[layer, rows], self._pool.v[layer, rows]
+
+    def _place_views(self, place: int, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the first tokens of a place's layer in the arena."""
+        k, v = self.arena.rows[place, layer, :, :tokens]
+        return k, v
 
     def _refuse_capture(self, op: str) -> None:
         if self._engine.capturing():

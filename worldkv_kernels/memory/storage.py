@@ -11,7 +11,7 @@ from ..saved import Rows
 from ..window import Segment
 from .bank import Bank
 from .config import MemoryConfig
-from .plan import Piece, whole_chunks
+from .plan import Piece
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .room import bank_places, check_room
@@ -40,7 +40,7 @@ class Storage:
         dtype: torch.dtype,
         backend: str | None,
     ) -> None:
-        self._config, self._backend = config, backend
+        self.config, self._backend = config, backend  # the config may change as far as WorldMemory.change allows
         sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
         self._token_bytes = 2 * config.num_layers * config.num_heads * config.head_dim * dtype.itemsize  # K and V
         banked, on_host = config.banked_tokens, config.has_bank and config.bank == "host"
@@ -59,12 +59,12 @@ class Storage:
 
     def first_row(self, chunk: int) -> int:
         """Of a chunk that is whole: in the sink, recent, or current."""
-        sink = self._config.sink_chunks
+        sink = self.config.sink_chunks
         return self._sink_rows[chunk] if chunk < sink else self._ring_rows[(chunk - sink) % len(self._ring_rows)]
 
     def held(self, chunk: int) -> Rows:
         """K and V of a whole chunk, for who has waited for them."""
-        return self.pool.held(self.first_row(chunk), self._config.chunk_tokens)
+        return self.pool.held(self.first_row(chunk), self.config.chunk_tokens)
 
     def segments(self, pieces: list[Piece]) -> tuple[tuple[str, int, Segment], ...]:
         """The rows of a window's pieces, with their role and chunk; requests the retrieved ones of the bank."""
@@ -73,7 +73,7 @@ class Storage:
         found = []
         for role, chunk, first_token, num_tokens, time_shift in pieces:
             if role == "retrieved":
-                slot, log_weight = rows[chunk], self._config.retrieved_log_weight
+                slot, log_weight = rows[chunk], self.config.retrieved_log_weight
             else:
                 slot, log_weight = self.first_row(chunk), 0.0
             found.append((role, chunk, Segment(slot + first_token, num_tokens, time_shift, log_weight)))
@@ -87,7 +87,7 @@ class Storage:
         not after the first: about 1 ms later, where the link takes some 36 ms for a chunk (14B, half of it kept).
         """
         with self._side.beside():
-            row = self.bank.row_to_fill(chunk, description)
+            row = self.bank.row_to_fill(chunk, description, self.config.banked_tokens)
             self.bank.release()  # before pruning is queued: copies for the next window need not wait for it
             if row is None:
                 return
@@ -107,30 +107,31 @@ class Storage:
 
     def _compress(self, first_row: int, row: int) -> None:
         """All layers of the whole chunk that starts at `first_row` into the bank's slot at `row`."""
-        config, k, v = self._config, self.pool.k, self.pool.v
+        config, k, v = self.config, self.pool.k, self.pool.v
         source = slice(first_row, first_row + config.chunk_tokens)
         target = slice(row, row + config.banked_tokens)
+        index, count = (x.view(-1)[: len(x) * config.banked_tokens].view(len(x), -1) for x in (self.index, self.count))
         compress_chunk(
             k[:, source], v[:, source], frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled,
             rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
-            out_k=k[:, target], out_v=v[:, target], out_index=self.index,
-            out_count=self.count if config.merge_pruned else None, backend=self._backend,
+            out_k=k[:, target], out_v=v[:, target], out_index=index,
+            out_count=count if config.merge_pruned else None, backend=self._backend,
         )  # fmt: skip
 
     def join(self) -> None:
         """Let the current stream wait for pruning: before it reads what was pruned, or writes where that lay."""
         self._side.join()
 
-    def stats(self, next_chunk: int) -> dict[str, int]:
-        """Of the bank, and bytes, before `next_chunk`; see WorldMemory.stats.
+    def stats(self, next_chunk: int, first_whole: int) -> dict[str, int]:
+        """Of the bank, and bytes, before `next_chunk`; see WorldMemory.stats, and plan.leaving for `first_whole`.
 
         kept_bytes are of the rows that hold the past, a chunk that the window cuts with all of its frames, without room
         that is free or a slot's tail.
         """
         bank, has_bank = self.bank, self.bank is not None  # an empty bank is falsy
-        whole = whole_chunks(self._config, next_chunk)
+        whole = next_chunk - (first_whole - self.config.sink_chunks)
         banked = len(bank) if has_bank else 0  # with the sink's copy where bank_sink keeps one
-        kept_tokens = whole * self._config.chunk_tokens + banked * self._config.banked_tokens
+        kept_tokens = whole * self.config.chunk_tokens + (bank.num_tokens if has_bank else 0)
         return {
             "chunks_banked": banked,
             "bank_capacity": bank.capacity if has_bank else 0,

@@ -6,17 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import saved
-from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, debug, readable
+from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, check_bool, debug, readable
 from ..ops.all import check_every_backend
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
 from ..window import Segment, Window
 from . import saving
-from .config import MemoryConfig
+from .bank import Bank
+from .config import MemoryConfig, changed
 from .plan import ChunkPlan, leaving, pieces, place
 from .retrieval import RetrievalPolicy, make_policy
 from .storage import Storage
@@ -31,7 +33,9 @@ class WorldMemory:
     For each chunk: `begin_chunk` chooses the window, any number of passes call `attend` for every layer, and
     `end_chunk` makes the rows of the last pass history. All storage is allocated here, once; the window's tables
     and the chunk's position are rewritten at fixed addresses, so a pass can be captured in a CUDA graph.
-    Every past chunk is in exactly one of sink, recent and bank, unless a mode or the bank's bound drops it.
+    Every past chunk is in exactly one of sink, recent and bank, unless a mode, the bank's bound or the caller drops it.
+
+    `config` says what holds now, see `change`.
 
     With a bank in host memory, chunks go there and come back by copies on streams of their own. No call waits for
     them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
@@ -66,7 +70,7 @@ class WorldMemory:
             raise bad_type("WorldMemory", "config", "a MemoryConfig", config)
         if dtype not in DTYPES:
             raise TypeError(f"WorldMemory: dtype must be bfloat16, float16 or float32, got {dtype}")
-        self.config = config
+        self.config = self._configured = config
         self.device = as_device("WorldMemory", device)
         check_backend("WorldMemory", backend)
         check_every_backend("WorldMemory: backend", backend, self.device)
@@ -94,9 +98,13 @@ class WorldMemory:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the rollout and start again at chunk 0. Keeps all storage."""
+        """Forget the rollout and start again at chunk 0, with no chunk pinned and the config that the memory was made
+        with. Keeps all storage."""
         self._check_process("reset")
+        self._configure(self._configured)
         self._next_chunk = 0
+        self._first_whole = self.config.sink_chunks  # see plan.leaving
+        self._unbanked: set[int] = set()  # chunks that are whole and will not be banked
         self._plan: ChunkPlan | None = None
         self._layers_done: set[int] = set()
         self._descriptions: dict[int, Any] = {}  # of chunks on their way to the bank
@@ -156,7 +164,8 @@ class WorldMemory:
             elif config.order == "nearest_last":
                 retrieved.reverse()
         self._storage.join()
-        segments = self._storage.segments(pieces(config, chunk, retrieved))
+        tokens = {past: self._bank.tokens[past] for past in retrieved}
+        segments = self._storage.segments(pieces(config, chunk, tokens, self._first_whole))
         self._window.update([segment for _, _, segment in segments])
         self._position[:1].fill_(self._storage.first_row(chunk))  # by launch argument: no copy to wait for
         self._position[1:].fill_(start_frame)
@@ -288,29 +297,36 @@ class WorldMemory:
         self._layers_done.update(range(self.config.num_layers))
 
     @ranged("end_chunk")
-    def end_chunk(self) -> None:
+    def end_chunk(self, *, bank: bool = True) -> None:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
+
+        With `bank` False this chunk is attended while it is recent and dropped when it leaves, such as one that has
+        drifted. What it has in the sink stays there.
 
         On a GPU pruning runs on a stream of its own, beside what is queued between here and the next begin_chunk.
 
         Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
-        ValueError when a policy object gives up a chunk that is not in a full bank, TypeError when that is no chunk
-        number; the chunk is then still begun.
+        ValueError when a policy object gives up a chunk that is not in a full bank or is pinned, TypeError when that is
+        no chunk number, or `bank` neither True nor False; the chunk is then still begun.
         When pruning itself fails, it is still begun, to be ended again or dropped; what a full bank gave up is gone.
         """
         self._check_process("end_chunk")
         if self._plan is None:
             raise RuntimeError("end_chunk: a chunk must be begun (begin_chunk), got end_chunk outside one")
+        check_bool("end_chunk", "bank", bank)
         config, chunk = self.config, self._plan.chunk
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
         if self._bank is not None:
             self._descriptions[chunk] = self._view.description
-            banked = chunk if config.bank_sink and chunk < config.sink_chunks else leaving(config, chunk)
-            if banked is not None:
-                self._storage.prune(banked, self._descriptions[banked])
-                del self._descriptions[banked]
+            copied = config.bank_sink and chunk < config.sink_chunks  # to the bank at once
+            self._unbanked.discard(chunk)
+            if not bank and (copied or chunk >= config.sink_chunks):
+                self._unbanked.add(chunk)
+            if copied:
+                self._to_bank(chunk)
+        self._let_go(chunk + 1)
         self._tokens_attended += self._plan.num_tokens
         self._retrieved_total += len(self._plan.retrieved)
         if self.integrator is not None:
@@ -342,8 +358,7 @@ class WorldMemory:
         what is no plain value, array or tensor (or lists, tuples and dictionaries of these), ValueError where `path` is
         a folder, OSError where the system cannot write.
         """
-        self.check_between("save")
-        saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of(self))
+        saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of("save", self))
 
     @classmethod
     def load(
@@ -384,8 +399,93 @@ class WorldMemory:
         is copied (copy.deepcopy) unless it says that it is `stateless`. Waits for the device. Raises RuntimeError while
         a chunk is begun, ValueError where a second memory does not fit.
         """
-        self.check_between("fork")
         return saving.forked(self)
+
+    # --- between chunks ---
+
+    def pin(self, chunk: int) -> None:
+        """Keep a past chunk: a full bank never gives it up, once it is there. Again: does nothing.
+
+        Where all places are taken by pinned chunks, a chunk that leaves the recent frames is given up, pinned or not.
+        Of a recent chunk it takes back end_chunk(bank=False) and `forget`. A chunk in the sink stays anyway. May be
+        called at any time. Raises ValueError for a chunk that is not past or is dropped, and in a mode without a bank,
+        TypeError on what is no integer.
+        """
+        bank = self._banking("pin")
+        chunk, found = self._location("pin", chunk)
+        if found == "dropped":
+            raise ValueError(f"pin: chunk must still be kept, got {chunk}, which is dropped")
+        bank.pinned.add(chunk)
+        self._unbanked.discard(chunk)
+
+    def unpin(self, chunk: int) -> None:
+        """Let a pinned chunk be as any other. May be called at any time. Raises ValueError for one that is not pinned,
+        and in a mode without a bank, TypeError on what is no integer."""
+        bank = self._banking("unpin")
+        if as_integer("unpin", "chunk", chunk) not in bank.pinned:
+            raise ValueError(f"unpin: chunk must be one of the pinned {list(self.pinned)}, got {chunk}")
+        bank.pinned.remove(chunk)
+
+    @property
+    def pinned(self) -> tuple[int, ...]:
+        """The pinned chunks, oldest first; none of them is dropped."""
+        return tuple(sorted(self._bank.pinned)) if self._bank is not None else ()
+
+    def forget(self, chunk: int) -> None:
+        """Drop a chunk from the bank; one that is still recent is attended as before, and will not be banked.
+
+        It is pinned no more. Raises RuntimeError while a chunk is begun, whose window may be reading it; ValueError for
+        a chunk that is not past, in the sink or dropped already, and in a mode without a bank, TypeError on what is no
+        integer.
+        """
+        self._check_process("forget")
+        bank = self._banking("forget")
+        chunk, found = self._location("forget", chunk)
+        if found in ("sink", "dropped"):
+            raise ValueError(f"forget: chunk must be in the bank or recent, got {chunk}, which is {found}")
+        self._check_between("forget")
+        if found == "bank":
+            bank.forget(chunk)
+        else:
+            bank.pinned.discard(chunk)
+            self._unbanked.add(chunk)
+
+    def change(
+        self,
+        *,
+        retrieved_chunks: int | None = None,
+        keep_ratio: float | None = None,
+        recent_frames: int | None = None,
+    ) -> None:
+        """Change what the chunks to come attend to and keep, up to what the memory was made with; None: as it is.
+
+        Args:
+            retrieved_chunks: from 0 to the configured ones.
+            keep_ratio: above 0, up to the configured one: of chunks that will be pruned. Those in the bank stay as they
+                were pruned, and the window takes each at its own number of tokens.
+            recent_frames: from 0 to the configured ones. With fewer, chunks that are recent no more are banked here at
+                once, oldest first, pruned to the new keep_ratio. With more, they fill up as chunks come: what is banked
+                stays banked, and can be retrieved.
+
+        `config` then has these values, until `reset`. Storage, window tables and addresses stay, so that a captured
+        graph serves on. A field that the mode does not use changes nothing. Raises RuntimeError while a chunk is begun,
+        ValueError on a value out of range, TypeError on another type, with the memory as before; and what end_chunk
+        raises where a chunk is banked: the config is then as before, but what was banked stays in the bank.
+        """
+        self._check_process("change")
+        self._check_between("change")
+        before = self.config
+        self._configure(
+            changed(
+                before, self._configured, retrieved_chunks=retrieved_chunks, keep_ratio=keep_ratio,
+                recent_frames=recent_frames,
+            )
+        )  # fmt: skip
+        try:
+            self._let_go(self._next_chunk)
+        except BaseException:
+            self._configure(before)
+            raise
 
     # --- what is inside ---
 
@@ -399,19 +499,19 @@ class WorldMemory:
         self._check_layer("pools", layer)
         return self._pool.k[layer], self._pool.v[layer]
 
+    @property
+    def last_poses(self) -> np.ndarray | None:
+        """Of the last chunk of history, float64 [chunk_frames, 4, 4]; None where it had none."""
+        return self._last_view.poses
+
     def location(self, chunk: int) -> str:
         """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""
-        chunk = as_integer("location", "chunk", chunk)
-        if not 0 <= chunk < self._next_chunk:
-            raise ValueError(f"location: chunk must be from 0 to {self._next_chunk - 1}, got {chunk}")
-        found = place(self.config, chunk, self._next_chunk)
-        if found != "left":
-            return found
-        return "bank" if self._bank is not None and chunk in self._bank else "dropped"
+        return self._location("location", chunk)[1]
 
     def stats(self) -> dict[str, int]:
         """Counts since the last reset, and bytes: plain numbers, ready for JSON.
 
+        chunks_dropped: by a full bank, by end_chunk(bank=False) once they are recent no more, by `forget`, by the mode.
         Of a bank in host memory, else 0: host_copies_in, host_copies_out: chunks copied to the device and from it,
         host_bytes_in, host_bytes_out: their bytes. host_copies_saved, host_misses: retrieved chunks that were
         on the device (or on their way) when their chunk began, and others, aborted chunks included.
@@ -422,7 +522,7 @@ class WorldMemory:
             "chunks": self._next_chunk,
             "tokens_attended": self._tokens_attended,
             "chunks_retrieved": self._retrieved_total,
-            **self._storage.stats(self._next_chunk),
+            **self._storage.stats(self._next_chunk, self._first_whole),
         }
 
     def __repr__(self) -> str:
@@ -463,12 +563,6 @@ class WorldMemory:
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
 
-    def check_between(self, op: str) -> None:
-        """Raise RuntimeError naming `op` while a chunk is begun."""
-        self._check_process(op)
-        if self._plan is not None:
-            raise RuntimeError(f"{op}: chunk {self._plan.chunk} must be ended or aborted before, got one that is begun")
-
     def _check_process(self, op: str) -> None:
         if self._process not in (None, os.getpid()):
             raise RuntimeError(
@@ -476,16 +570,58 @@ class WorldMemory:
                 f"got {os.getpid()}: a forked child has no CUDA"
             )
 
+    def _location(self, op: str, chunk: int) -> tuple[int, str]:
+        chunk = as_integer(op, "chunk", chunk)
+        if not 0 <= chunk < self._next_chunk:
+            raise ValueError(f"{op}: chunk must be from 0 to {self._next_chunk - 1}, got {chunk}")
+        found = place(self.config, chunk, self._next_chunk, self._first_whole)
+        if found == "left":
+            found = "bank" if self._bank is not None and chunk in self._bank else "dropped"
+        return chunk, found
+
     def _coming(self, begun: int | None, description: Any) -> tuple[int, Any] | None:
         """What will be banked when `begun`, of that description, ends, and its description: the next chunk may retrieve
         it too, so that what is chosen is not one chunk too old; it comes to lie on the device by itself."""
-        banked = leaving(self.config, begun) if begun is not None else None
-        return None if banked is None else (banked, {**self._descriptions, begun: description}[banked])
+        if begun is None:
+            return None
+        banked = next(iter(leaving(self.config, begun + 1, self._first_whole)), None)
+        if banked is None or banked in self._unbanked:
+            return None
+        return banked, {**self._descriptions, begun: description}[banked]
 
     def _prefetch(self, op: str, description: Any, coming: tuple[int, Any] | None) -> tuple[int, ...]:
         config = self.config
         chosen = self._bank.select(op, description, config.retrieved_chunks, first=config.sink_chunks, coming=coming)
         return tuple(self._bank.prefetch([chunk for chunk in chosen if chunk in self._bank]))
+
+    def _let_go(self, next_chunk: int) -> None:
+        """Bank, or drop, what is recent no more before `next_chunk`; most often one chunk, or none."""
+        for chunk in leaving(self.config, next_chunk, self._first_whole):
+            if self._bank is not None:
+                self._to_bank(chunk)
+            self._first_whole = chunk + 1
+
+    def _to_bank(self, chunk: int) -> None:
+        if chunk in self._unbanked:
+            self._bank.pass_over(chunk)
+            self._unbanked.remove(chunk)
+        else:
+            self._storage.prune(chunk, self._descriptions[chunk])
+        del self._descriptions[chunk]
+
+    def _configure(self, config: MemoryConfig) -> None:
+        self.config = self._storage.config = config
+
+    def _banking(self, op: str) -> Bank:
+        if self._bank is None:
+            raise ValueError(f"{op}: memory must be of mode 'worldkv', which has a bank, got {self.config.mode!r}")
+        return self._bank
+
+    def _check_between(self, op: str) -> None:
+        if self._plan is not None:
+            raise RuntimeError(
+                f"{op}: must be called between chunks, got a call while chunk {self._plan.chunk} is begun"
+            )
 
     def _release(self) -> None:
         """No chunk is begun any more; the passes queued so far are all that read its window."""

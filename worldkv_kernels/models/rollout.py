@@ -225,7 +225,6 @@ class Rollout(Iterator[RolloutChunk]):
         sigmas, and what the model carries from chunk to chunk. Neither weights nor controls are in it. Raises as
         WorldMemory.save, TypeError also on conditions that are neither the model's own nor plain values and tensors.
         """
-        self.memory.check_between("save")
         conditions, state = self._conditions, None
         if isinstance(conditions, getattr(self.model, "Conditions", ())):
             conditions = {_FIELDS: conditions._asdict()}
@@ -234,7 +233,7 @@ class Rollout(Iterator[RolloutChunk]):
             state = {"first_pose": self._first_pose, "carried": carried}
         number = self.memory.stats()["chunks"]
         tree = {
-            "memory": saving.tree_of(self.memory),
+            "memory": saving.tree_of("save", self.memory),
             "seed": self.seed,
             "sigmas": tuple(map(float, self.sigmas)),
             "conditions": conditions,
@@ -349,8 +348,8 @@ def resume(
     Args:
         poses, intrinsics, actions: as of `rollout`, from frame 0 on, as they were; they may go on for longer.
 
-    Everything else as of Rollout.load. Raises also what `rollout` does of them, and ValueError where the first pose is
-    another or no chunk is left to make.
+    Everything else as of Rollout.load. Raises also what `rollout` does of them, and ValueError where the first pose or
+    those of the last chunk made are others, or no chunk is left to make.
     """
 
     def rest(made: Rollout) -> Iterable[Controls]:
@@ -359,9 +358,10 @@ def resume(
         if latent_frames // model.chunk_frames <= first:
             most = latent_frames // model.chunk_frames
             raise ValueError(f"resume: trajectory must be of more than the {first} chunks made, got one of {most}")
-        begins = next(iter(controls(0))).poses
-        if first and begins is not None and not np.array_equal(begins[0], made._first_pose):
-            raise ValueError("resume: poses must begin as those of the saved rollout did, got another first pose")
+        if first and poses is not None:
+            before, begins = next(controls(first - 1)).poses, next(controls(0)).poses
+            if not (np.array_equal(begins[0], made._first_pose) and np.array_equal(before, made.memory.last_poses)):
+                raise ValueError(f"resume: poses must lead through the {first} chunks made, got others")
         return controls(first)
 
     return Rollout.load(path, model, rest, backend=backend, retrieval=retrieval, graph=graph, **changes)
