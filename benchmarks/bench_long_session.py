@@ -101,9 +101,8 @@ def lines_of(session: Session, jsonl: str | None = None, record: dict[str, Any] 
             **{name: stats[name] for name in ("chunks_banked", "chunks_dropped", "chunks_retrieved")},
         })  # fmt: skip
         append_json_line(jsonl, {**lines[-1], "environment": record})
-        note(
-            f"{session.retrieval}, bank={session.bank!r}: {part.end} chunks: {lines[-1]['cpu_ms']:.2f} ms a chunk of the processor"
-        )
+        of_processor = f"{lines[-1]['cpu_ms']:.2f} ms a chunk of the processor"
+        note(f"{session.retrieval}, bank={session.bank!r}: {part.end} chunks: {of_processor}")
     return lines
 
 
