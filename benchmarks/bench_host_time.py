@@ -6,8 +6,9 @@
 A chunk is one token of one layer, so that next to nothing but bookkeeping is timed: what the window is, what comes back
 from the bank, what a full bank gives up. The camera walks as a player does, or stands still. A line is for one memory
 at one size: a bank that fills and holds so many chunks, or one that is full with them. Every memory goes through its
-session in a process of its own, whose resident memory is read when the memory is made and when the session ends. All of
-it takes some five minutes.
+session in a process of its own, whose resident memory is read when the memory is made and when the session ends. What
+both calls take of the processor is told beside the time by the clock: a busy machine blurs it less. All of it takes
+some five minutes.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class Session(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Of a session at one size, in seconds a chunk; `rss` in bytes since the memory was made."""
+    """Of a session at one size, in seconds a chunk, `processor` what begin and end took of it; `rss` in bytes since the
+    memory was made."""
 
     size: int
     begin: list[float]
     end: list[float]
+    processor: list[float]
     rss: int
 
 
@@ -111,7 +114,7 @@ def go_through(session: Session) -> list[Times]:
     """The session, timed at each size over the last chunks before it, or, of a full bank, the first ones after."""
     before = _SINK + _RECENT + (TIMED if session.full else 0)
     cameras = list(itertools.islice(cameras_of(session.retrieval, session.stands), max(session.sizes) + before))
-    seconds: list[tuple[float, float]] = []
+    seconds: list[tuple[float, float, float]] = []
     found = []
     with one_thread():
         memory = memory_of(session)
@@ -124,21 +127,22 @@ def go_through(session: Session) -> list[Times]:
             seconds.append(run_chunk(memory, camera))
             if chunk in sizes:
                 assert memory.stats()["chunks_banked"] == sizes[chunk]
-                begin, end = map(list, zip(*seconds[-TIMED:], strict=True))
-                found.append(Times(sizes[chunk], begin, end, resident_bytes() - first_rss))
+                times = map(list, zip(*seconds[-TIMED:], strict=True))
+                found.append(Times(sizes[chunk], *times, resident_bytes() - first_rss))
     return found
 
 
-def run_chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float]:
-    """A chunk of zeros; seconds of begin_chunk and of end_chunk."""
+def run_chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float, float]:
+    """A chunk of zeros; seconds of begin_chunk and of end_chunk by the clock, and of the processor in both."""
     x = torch.zeros((1, 64), dtype=torch.float32, device="cpu")
-    started = time.perf_counter()
+    before, started = time.thread_time(), time.perf_counter()
     memory.begin_chunk(**camera)
-    begun = time.perf_counter()
+    begun, of_begin = time.perf_counter(), time.thread_time()
     memory.attend(0, x, x, x)
-    attended = time.perf_counter()
+    of_attend, attended = time.thread_time(), time.perf_counter()
     memory.end_chunk()
-    return begun - started, time.perf_counter() - attended
+    ended = time.perf_counter()
+    return begun - started, ended - attended, of_begin - before + time.thread_time() - of_attend
 
 
 def resident_bytes() -> int:
@@ -154,7 +158,8 @@ def line_of(session: Session, times: Times) -> dict[str, Any]:
     """What is written of a memory at one size."""
     figures: dict[str, float] = {}
     of_both = [begin + end for begin, end in zip(times.begin, times.end, strict=True)]
-    for name, seconds in (("begin", times.begin), ("end", times.end), ("both", of_both)):
+    of_parts = dict(begin=times.begin, end=times.end, both=of_both, processor=times.processor)
+    for name, seconds in of_parts.items():
         figures[f"{name}_us"] = 1e6 * statistics.median(seconds)
         figures[f"{name}_us_20"] = 1e6 * percentile(seconds, 0.2)
         figures[f"{name}_us_80"] = 1e6 * percentile(seconds, 0.8)
@@ -181,9 +186,10 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
     for line in lines:
         ms = [f"{line[f'{name}_us'] / 1e3:.2f}" for name in ("begin", "end", "both")]
         highest = f"{line['both_us_80'] / 1e3:.2f}"
-        row = [line["variant"], *ms, highest, f"{line['rss_bytes'] / 2**20:.1f}"]
+        processor = f"{line['processor_us'] / 1e3:.2f}" if "processor_us" in line else "-"
+        row = [line["variant"], *ms, highest, processor, f"{line['rss_bytes'] / 2**20:.1f}"]
         of_cases.setdefault(f"{line['case']}, bank={line['bank']!r}", []).append(row)
-    columns = ["retrieval", "begin, ms", "end, ms", "both, ms", "80 %", "RSS, MiB"]
+    columns = ["retrieval", "begin, ms", "end, ms", "both, ms", "80 %", "of the processor", "RSS, MiB"]
     return "\n\n".join(f"{case}\n{table(columns, rows)}" for case, rows in of_cases.items())
 
 
