@@ -129,6 +129,10 @@ class WanI2VFast:
         cross_caches = [{"k": None, "v": None, "is_init": torch.tensor(0)} for _ in range(config.num_layers)]
         return self_caches, cross_caches
 
+    def prompt(self, context, chunk, crossattn_cache):
+        """The context of a chunk; a pipeline whose prompt changes gives another, and has its keys and values made."""
+        return context
+
     @torch.no_grad()
     def generate(self, *arguments, **options):
         """Clean latents [16, frames, height, width]; arguments as those of `passes`."""
@@ -168,7 +172,7 @@ class WanI2VFast:
         clean_chunks = []
         for chunk, first in enumerate(range(0, frames, chunk_size)):
             kwargs = {
-                "context": [context],
+                "context": [self.prompt(context, chunk, crossattn_cache)],
                 "seq_len": chunk_size * frame_tokens,
                 "y": [y[:, first : first + chunk_size]],
                 "dit_cond_dict": {"c2ws_plucker_emb": (c2ws_plucker_emb[:, :, first : first + chunk_size],)},

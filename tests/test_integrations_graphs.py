@@ -67,6 +67,18 @@ class Lingbot:
         return pipe.generate(small_lingbot.TEXT.to(DEVICE), *given, drawn, sampler).cpu()
 
 
+class OtherPrompt(small_lingbot.pipeline.WanI2VFast):
+    """From chunk 5 on another prompt, of as many tokens or of others, whose keys and values the next pass makes."""
+
+    tokens = 5
+
+    def prompt(self, context, chunk, crossattn_cache):
+        if chunk == 5:
+            for cache in crossattn_cache:
+                cache["is_init"] = torch.tensor(0)
+        return context if chunk < 5 else -context[: self.tokens]
+
+
 class WithoutActions(CausalInferencePipeline):
     """The pipeline for a model without action modules: no caches of actions, and none among the conditions."""
 
@@ -474,3 +486,19 @@ def test_graphs_that_begin_anew_have_other_memory_to_share():
         replays.capture(print), replays.capture(print)
         replays.forget()
     assert made == ["pool 0", "pool 1"]
+
+
+@pytest.mark.parametrize("tokens", [5, 4])
+def test_another_prompt_is_no_reason_against_graphs(tokens):
+    case = Lingbot()
+    pipe = OtherPrompt(case.model)
+    pipe.tokens = tokens
+    with case.enable(False) as handle:
+        wanted = case.latents(pipe=pipe)
+        handle.restart(along)
+        unchanged = case.latents()
+    assert torch.equal(wanted[:, :15], unchanged[:, :15]) and not torch.equal(wanted[:, 15:], unchanged[:, 15:])
+    with case.enable(True) as handle:
+        assert torch.equal(case.latents(pipe=pipe), wanted)
+        # From chunk 2 on all but the one that makes the prompt's keys; of other shapes, kernels and a capture first.
+        assert handle.replayed_passes == (10 * STEPS - 1 if tokens == 5 else 8 * STEPS)

@@ -216,7 +216,7 @@ def test_between_chunks_alone(tmp_path):
     memory = WorldMemory(config(), dtype=torch.float32)
     memory.begin_chunk(jumps(0, 1)[0])
     for call in (memory.fork, lambda: memory.save(tmp_path / "m")):
-        with pytest.raises(RuntimeError, match=r"(save|fork): must be called between chunks, got a call while chunk 0"):
+        with pytest.raises(RuntimeError, match=r"(save|fork): chunk 0 must be ended or aborted before"):
             call()
     memory.abort_chunk()
     memory.save(tmp_path / "m")

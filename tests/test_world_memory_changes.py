@@ -262,9 +262,27 @@ def test_a_policy_that_gives_up_what_is_pinned_is_refused():
     memory.pin(0)
     with pytest.raises(ValueError, match=r"end_chunk: the retrieval policy must drop one of \[1, 2\], got 0"):
         rollout.chunk(memory, 2)
+    memory.abort_chunk()
+    assert memory.fork().stats() == memory.stats()  # nothing of the chunk that could not be ended is left
+    memory.unpin(0)
+    rollout.chunk(memory, 2)
+    assert [memory.location(chunk) for chunk in range(3)] == ["dropped", "bank", "bank"]
+
+
+def test_a_chunk_whose_end_is_said_again_is_banked_as_the_last_call_says():
+    config = tiny(retrieval=Stubborn(), bank_chunks=2, sink_frames=0, recent_frames=2)
+    memory, rollout = make(config), Rollout(config, 0, 5)
+    walk(memory, rollout, 0, 3)
+    memory.pin(0)
+    memory.begin_chunk(rollout.poses[3])
+    memory.attend(0, *rollout.passes[3][-1][0])
+    with pytest.raises(ValueError, match=r"must drop one of \[1, 2\], got 0"):
+        memory.end_chunk(bank=False)
     memory.unpin(0)
     memory.end_chunk()
-    assert [memory.location(chunk) for chunk in range(3)] == ["dropped", "bank", "bank"]
+    memory.forget(1)
+    walk(memory, rollout, 4, 5)
+    assert [memory.location(chunk) for chunk in range(5)] == ["dropped", "dropped", "bank", "bank", "recent"]
 
 
 @pytest.mark.parametrize("policy", [PoseRetrieval(), FovRetrieval(samples=8)], ids=lambda policy: type(policy).__name__)
@@ -285,6 +303,19 @@ def test_what_is_kept_side_by_side_gives_up_what_the_policy_would(policy):
                 given_up = policy.drop(free) if [number for number, _ in free] not in ([], [chunk]) else chunk
                 del kept[given_up]
             assert list(bank._place) == list(kept)
+
+
+def test_what_is_pinned_far_away_sets_no_scale():
+    from test_kept import bank_of
+
+    policy, poses = PoseRetrieval(), np.tile(np.eye(4), (5, 1, 1))
+    poses[:, 0, 3] = [1e7, 0, 4, 5, 9]
+    bank = bank_of(policy, 4)
+    for chunk in range(4):
+        bank.row_to_fill(chunk, poses[chunk])
+    bank.pinned = {0}
+    bank.row_to_fill(4, poses[4])
+    assert list(bank._place) == [0, 1, 3, 4] and policy.drop(list(enumerate(poses))[1:]) == 2
 
 
 def test_what_is_forgotten_comes_back_no_more():
@@ -456,19 +487,41 @@ def test_a_change_that_a_policy_breaks_off_leaves_every_chunk_in_one_place():
 
 
 @pytest.mark.parametrize("bank", ["device", "host"])
-@pytest.mark.parametrize("copied", ["pickle", "deepcopy"])
-def test_a_copy_takes_along_what_was_changed(bank, copied):
+@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "fork", "save"])
+def test_a_copy_takes_along_what_was_changed(tmp_path, bank, copied):
     config = tiny(bank=bank, bank_chunks=4, keep_ratio=0.5)
     memory, rollout = make(config), Rollout(config, 11, 12)
     walk(memory, rollout, 0, 6)
     memory.change(keep_ratio=0.2, recent_frames=2)
     memory.pin(2)
     memory.forget(5)
-    again = copy_by(memory, copied)
-    assert again.config == memory.config and again.pinned == (2,)
+    if copied == "fork":
+        again = memory.fork()
+    elif copied == "save":
+        memory.save(tmp_path / "memory")
+        again = WorldMemory.load(tmp_path / "memory", backend="reference")
+    else:
+        again = copy_by(memory, copied)
+    fields = ("retrieved_chunks", "keep_ratio", "recent_frames")
+    assert [getattr(again.config, name) for name in fields] == [2, 0.2, 2] and again.pinned == (2,)
     for chunk in range(6, 12):
         assert same(rollout.chunk(again, chunk), rollout.chunk(memory, chunk))
-    assert again.stats() == memory.stats()
+        assert [again.location(n) for n in range(chunk)] == [memory.location(n) for n in range(chunk)]
+    new, old = again.stats(), memory.stats()
+    afresh = (
+        {
+            "host_copies_in",
+            "host_copies_saved",
+            "host_misses",
+            "host_bytes_in",
+            "prefetched",
+            "prefetch_hits",
+            "prefetch_misses",
+        }
+        if copied in ("fork", "save")
+        else set()
+    )  # what is cached is not taken along
+    assert {name for name in new if new[name] != old[name]} <= afresh
     again.change(keep_ratio=0.5)  # up to what was configured
 
 

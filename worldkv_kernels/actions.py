@@ -256,6 +256,21 @@ class ActionIntegrator:
         )
 
 
+def as_state(op: str, numbers: object, rows: int) -> IntegratorState:
+    """Check where an integrator stood after so many rows, of any scales and layout, and return it.
+
+    Raises ValueError naming `op` where no integrator can have stood there, TypeError on what is not five integers.
+    """
+    if not (isinstance(numbers, tuple) and len(numbers) == 5 and all(type(number) is int for number in numbers)):
+        raise bad_type(op, "integrator", "the five integers of an IntegratorState", numbers)
+    state = IntegratorState(*numbers)
+    farthest = 2 * LARGEST_SCALE * _UNIT * rows  # walking and running
+    turned = -_TURN // 2 <= state.yaw < _TURN // 2 and abs(state.pitch) <= _TURN // 4
+    if state.rows != rows or not turned or max(abs(state.x), abs(state.z)) > farthest:
+        raise bad_value(op, "integrator", f"a state after {rows} rows", state)
+    return state
+
+
 def as_actions(op: str, actions: object, layout: str, rows: int | None = None) -> Actions:
     """Check a pair of mouse and keyboard rows in a layout, and return them as float64.
 

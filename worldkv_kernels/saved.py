@@ -1,6 +1,7 @@
 """Saved state: a tree of plain values and tensors in one safetensors file, every byte of it checked when it is read.
 
-The tree is None, bool, int, float, str, lists, tuples and dictionaries of these, numpy arrays, tensors and `Rows`.
+The tree is None, bool, int, float, str, lists, tuples and dictionaries of these (not what is derived from them, which
+would come back as another type), numpy arrays and numbers, tensors and `Rows`.
 Plain values, and what the tensors are called, are JSON in the file's metadata; nothing in a file is run or imported.
 """
 
@@ -19,7 +20,17 @@ import numpy as np
 import torch
 
 from . import __version__
-from .tensor_file import LARGEST_HEADER, NAMES, StoredTensor, Unfinished, abbreviated, header_bytes, raw, read_header
+from .tensor_file import (
+    LARGEST_HEADER,
+    NAMES,
+    StoredTensor,
+    Unfinished,
+    abbreviated,
+    header_bytes,
+    raw,
+    read_header,
+    unique,
+)
 
 VERSION = 1
 _PIECE = 2**25  # bytes that are read, or copied from a device, at once
@@ -82,7 +93,7 @@ def write(op: str, path: str | Path, kind: str, tree: dict[str, Any]) -> None:
             )
         file.write(start)
         for name, rows in tensors.items():
-            digest = hashlib.sha256()
+            digest = _digest(rows)
             for piece in rows.pieces:
                 for part in _host_parts(piece):
                     digest.update(raw(part))
@@ -109,12 +120,13 @@ class Saved:
         if metadata.get("version") != str(VERSION):
             raise self.wrong(f"of version {VERSION}", repr(metadata.get("version"))[:80])
         state = metadata.get("state", "")
-        if hashlib.sha256(state.encode()).hexdigest() != metadata.get("sha256"):
-            raise self.wrong("undamaged", "a state of another checksum")
+        with self.explained():
+            if hashlib.sha256(state.encode()).hexdigest() != metadata.get("sha256"):
+                raise self.wrong("undamaged", "a state of another checksum")
         self._file = open(self.path, "rb")  # noqa: SIM115, closed by __exit__
         try:
             with self.explained():
-                found = json.loads(state)
+                found = json.loads(state, object_pairs_hook=unique)
                 self._sums = found["sha256"]
                 names = sorted(set(self._sums) ^ set(self._layout))
                 if names:
@@ -131,7 +143,7 @@ class Saved:
         self._file.close()
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explained(self, malformed: tuple[type[Exception], ...] = _MALFORMED) -> Iterator[None]:
         """Around what takes the tree apart: whatever it meets becomes a ValueError that names the file."""
         try:
             yield
@@ -140,7 +152,7 @@ class Saved:
             if str(self.path) in told:
                 raise
             raise ValueError(f"{self._op}: {self.path}: {told.removeprefix(f'{self._op}: ')}") from error
-        except _MALFORMED as error:
+        except malformed as error:
             raise self.wrong("what save wrote", f"{type(error).__name__}: {error}") from error
 
     def wrong(self, wanted: str, got: object) -> ValueError:
@@ -152,7 +164,7 @@ class Saved:
         if (stored.dtype, stored.shape) != (NAMES[rows.dtype], rows.shape):
             got = f"{stored.dtype} {list(stored.shape)}"
             raise self.wrong(f"with {name} {NAMES[rows.dtype]} {list(rows.shape)}", got)
-        digest = hashlib.sha256()
+        digest = _digest(rows)
         self._file.seek(stored.begin)
         for piece in rows.pieces:
             for target in _parts(piece):
@@ -192,12 +204,12 @@ class Saved:
         if kind == "tuple":
             return tuple(self._unpacked(item) for item in inside)
         if kind == "dict":
-            return {key: self._unpacked(value) for key, value in inside}
+            return unique([(key, self._unpacked(value)) for key, value in inside])
         if kind == "rows":
             self._stored(inside)
             return StoredRows(self, inside)
-        tensor = {"array": self._tensor, "tensor": self._tensor}[kind](inside)
-        return tensor.numpy() if kind == "array" else tensor
+        tensor = {"array": self._tensor, "scalar": self._tensor, "tensor": self._tensor}[kind](inside)
+        return tensor if kind == "tensor" else tensor.numpy() if kind == "array" else tensor.numpy()[()]
 
 
 def _metadata(op: str, kind: str, state: Any, sums: dict[str, str]) -> dict[str, str]:
@@ -215,30 +227,36 @@ def _packed(op: str, value: Any, where: str, tensors: dict[str, Rows]) -> Any:
     def inside(item: Any, key: Any) -> Any:
         return _packed(op, item, f"{where}.{key}" if where else str(key), tensors)
 
-    if isinstance(value, np.generic):
-        value = value.item()
     if type(value) in _PLAIN:
         return value
-    if isinstance(value, list):
+    if type(value) is list:
         return [inside(item, i) for i, item in enumerate(value)]
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return {"tuple": [inside(item, i) for i, item in enumerate(value)]}
-    if isinstance(value, dict) and all(type(key) in _PLAIN for key in value):
+    if type(value) is dict and all(type(key) in _PLAIN for key in value):
         return {"dict": [[key, inside(item, key)] for key, item in value.items()]}
-    is_array = isinstance(value, np.ndarray)
-    if is_array or isinstance(value, (torch.Tensor, Rows)):
+    kinds = {np.ndarray: "array", np.generic: "scalar", torch.Tensor: "tensor", Rows: "rows"}
+    kind = next((kind for made, kind in kinds.items() if isinstance(value, made)), None)
+    if kind is not None:
         name = where or "value"
+        while name in tensors:  # keys 1 and "1" are told alike
+            name += "'"
         rows = value if isinstance(value, Rows) else _as_rows(value)
-        if rows is not None and rows.dtype in NAMES and name not in tensors:
+        if rows is not None and rows.dtype in NAMES:
             tensors[name] = rows
-            return {"array" if is_array else "rows" if isinstance(value, Rows) else "tensor": name}
+            return {kind: name}
     wanted = "plain values, arrays and tensors to be saved"
     raise TypeError(f"{op}: {where or 'state'} must be of {wanted}, got {type(value).__name__}")
 
 
-def _as_rows(value: np.ndarray | torch.Tensor) -> Rows | None:
+def _digest(rows: Rows) -> Any:
+    """A SHA-256 of dtype and shape, to be updated with the bytes: a file's header alone says what these are."""
+    return hashlib.sha256(f"{NAMES[rows.dtype]} {list(rows.shape)}".encode())
+
+
+def _as_rows(value: np.ndarray | np.generic | torch.Tensor) -> Rows | None:
     """As one piece; None of an array that torch has no dtype for."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         try:
             value = torch.from_numpy(np.array(value, order="C"))
         except (TypeError, ValueError):

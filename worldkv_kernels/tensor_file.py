@@ -7,7 +7,7 @@ import math
 import os
 import reprlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -48,7 +48,7 @@ def read_header(op: str, file: Path) -> Header:
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
             raise ValueError(f"{op}: {file} must start with a safetensors header, got a file of {size} bytes")
         text = opened.read(length)
-    header = parsed(op, f"the header of {file}", text)
+    header = parsed(op, f"the header of {file}", text, unique)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{op}: the header of {file} must have metadata of strings, got {reprlib.repr(metadata)}")
@@ -93,15 +93,23 @@ class Unfinished:
         return self._file
 
     def __exit__(self, kind: object, *error: object) -> None:
-        with self._file:
+        done = False
+        try:
+            with self._file:  # closing it writes what is buffered, which fails once more on a full disk
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if kind is not None:
-            self._unfinished.unlink()
-            return
-        self._unfinished.replace(self._path)
-        _sync_folder(self._path.parent)
+                self._unfinished.replace(self._path)
+                done = True
+        except OSError:
+            if kind is None:
+                raise
+        finally:
+            if not done:
+                self._unfinished.unlink(missing_ok=True)
+        if done:
+            _sync_folder(self._path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -123,14 +131,23 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().flatten().view(torch.uint8).numpy())
 
 
-def parsed(op: str, what: str, text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError naming `op` and `what` where it is none."""
+def parsed(op: str, what: str, text: bytes, made_of: Callable[[list], Any] | None = None) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming `op` and `what` where it is none. `made_of` makes objects of pairs."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=made_of)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{op}: {what} must be JSON, got {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{op}: {what} must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A dictionary of pairs. Raises ValueError where a key comes twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r:.80} twice")
     return found
 
 

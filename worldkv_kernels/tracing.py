@@ -17,7 +17,7 @@ def untraced(function: Function, recursive: bool = True) -> Function:
 
     Here that waits for the first call after something else has imported it: before, nothing can be tracing.
     """
-    disabled = None
+    disabled = code = None
 
     @wraps(function)
     def call(*args: Any, **options: Any) -> Any:
@@ -26,7 +26,8 @@ def untraced(function: Function, recursive: bool = True) -> Function:
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **options)
             disabled = torch.compiler.disable(function, recursive)
-            torch._dynamo.eval_frame.skip_code(call.__code__)  # nor is this frame compiled, anew for each function
+            torch._dynamo.eval_frame.skip_code(code)  # nor is this frame compiled, anew for each function
         return disabled(*args, **options)
 
+    code = call.__code__  # not by its name above: a function that holds itself holds its closure until a collection
     return cast(Function, call)

@@ -15,7 +15,7 @@ from ..memory.retrieval import ActionRetrieval, make_policy
 from ..memory.world_memory import WorldMemory
 from ..poses import as_intrinsics, as_poses, convention_hint
 from ..tracing import untraced
-from .named import attend_named, names_for
+from .named import attend_of, names_for
 
 
 class Chunks:
@@ -67,9 +67,9 @@ class Chunks:
         self.config: MemoryConfig = memory if of_config else memory.config
         self.memory: WorldMemory | None = None if of_config else memory
         self.begun = 0  # chunks, of all rollouts
+        self.inside = False  # a pass
         self._name = name
-        self._inside = False
-        self._names = names_for(self)
+        self._names = names_for(self, self.config.num_layers)
         self._controls = _Controls(name, self.config, poses, intrinsics, actions)
         self._forget()
 
@@ -109,11 +109,11 @@ class Chunks:
         pass; ValueError when the chunk's poses are missing, too few or wrong, or `current_start` starts no chunk; and
         what begin_chunk and end_chunk raise.
         """
-        if self._inside:
+        if self.inside:
             raise RuntimeError(f"{self._name}: one pass must be over before another starts, got a pass inside a pass")
         self._enter(current_start, stream)
         self._attended.clear()
-        self._inside = True
+        self.inside = True
         try:
             yield
         except BaseException:
@@ -122,7 +122,7 @@ class Chunks:
             self._broken_off = True
             raise
         finally:
-            self._inside = False
+            self.inside = False
         self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
 
     def attend(
@@ -144,20 +144,7 @@ class Chunks:
 
     def of_layer(self, layer: int) -> Callable[..., torch.Tensor]:
         """`attend` of one layer. One that is made before anything is traced is no reason to compile each layer anew."""
-        named = self._names[layer] if type(layer) is int and 0 <= layer < len(self._names) else None
-
-        def attend(
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            q_weight: torch.Tensor | None = None,
-            k_weight: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            if named is not None and torch.compiler.is_compiling():
-                return attend_named(q, k, v, q_weight, k_weight, named, self.config.num_heads)
-            return self._attend(layer, q, k, v, q_weight, k_weight)
-
-        return attend
+        return attend_of(self, self._names, layer, self.config.num_heads)
 
     def replayed(self) -> None:
         """Say that all layers' self-attention of this pass was a CUDA graph's, as WorldMemory.replayed does."""
@@ -174,7 +161,7 @@ class Chunks:
 
         Raises RuntimeError inside a pass, and when the chunk's last pass left out a layer; it is then not ended.
         """
-        if self._inside:
+        if self.inside:
             raise RuntimeError(f"{self._name}: finish must be called between passes, got a call inside one")
         self.check_used()
         self._end_chunk()
@@ -193,7 +180,7 @@ class Chunks:
 
     def stats(self) -> dict[str, int]:
         """WorldMemory.stats. Ends the current chunk first if its clean pass is done, which reads the timestep back."""
-        if self._chunk is not None and not self._inside and _is_zero(self._timestep):
+        if self._chunk is not None and not self.inside and _is_zero(self._timestep):
             self._end_chunk()
         return self.made().stats()
 
@@ -210,7 +197,7 @@ class Chunks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._names = names_for(self)
+        self._names = names_for(self, self.config.num_layers)
 
     @untraced  # what happens once a chunk, or rests on Python state, is not for tracing
     def _attend(
@@ -218,7 +205,7 @@ class Chunks:
         q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         memory = self.memory
-        if not self._inside:
+        if not self.inside:
             raise RuntimeError(f"{self._name}: self-attention must run inside the model's forward, got a call outside")
         if q.dtype != memory.dtype:
             raise TypeError(f"{self._name}: the memory's dtype must be that of q, {q.dtype}, got {memory.dtype}")

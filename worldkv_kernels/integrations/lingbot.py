@@ -144,11 +144,11 @@ def enable(
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(poses)`, `.finish()`,
-    `.replayed_passes`, `.disable()`; a context manager that disables at its end. Raises before anything is changed:
-    TypeError when the model is not of the published class, the config no MemoryConfig or fields are given beside one;
-    ValueError when the config does not agree with the model, a grid is in pixels, or the poses are missing or wrong;
-    RuntimeError when the model is enabled already, something else has replaced its attention, or it runs in sequence
-    parallel on more than one device.
+    `.replayed_passes`, `.session(poses)` for another rollout with a memory of its own, `.disable()`; a context manager
+    that disables at its end. Raises before anything is changed: TypeError when the model is not of the published class,
+    the config no MemoryConfig or fields are given beside one; ValueError when the config does not agree with the model,
+    a grid is in pixels, or the poses are missing or wrong; RuntimeError when the model is enabled already, something
+    else has replaced its attention, or it runs in sequence parallel on more than one device.
     """
     wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
@@ -183,8 +183,7 @@ class LingBotMemory(PatchedModel):
 
     def restart(self, poses: object = None, intrinsics: object = None) -> None:
         """Forget the rollout; the next one goes along these poses, as enable's. RuntimeError once disabled."""
-        self._check_enabled("restart")
-        self._chunks.restart(poses, intrinsics)
+        self._session.restart(poses, intrinsics)
 
     @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:

@@ -103,10 +103,11 @@ def enable(
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(...)`, `.finish()`,
-    `.replayed_passes`, `.disable()`; a context manager that disables at its end. Raises before anything is changed:
-    TypeError when the model is not of the published class, the config no MemoryConfig or fields are given beside one;
-    ValueError when the config does not agree with the model, a grid is in pixels, or what retrieval needs is missing or
-    wrong; RuntimeError when the model is enabled already or something else has replaced its attention.
+    `.replayed_passes`, `.session(...)` for another rollout with a memory of its own, `.disable()`; a context manager
+    that disables at its end. Raises before anything is changed: TypeError when the model is not of the published class,
+    the config no MemoryConfig or fields are given beside one; ValueError when the config does not agree with the model,
+    a grid is in pixels, or what retrieval needs is missing or wrong; RuntimeError when the model is enabled already or
+    something else has replaced its attention.
     """
     wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
@@ -148,10 +149,10 @@ class MatrixGameMemory(PatchedModel):
 
     def restart(self, *, actions: object = None, poses: object = None, intrinsics: object = None) -> None:
         """Forget the rollout; the next one goes along these, which are as enable's. RuntimeError once disabled."""
-        self._check_enabled("restart")
-        if actions is None and self._pressed.needed:
-            actions = self._pressed.of
-        self._chunks.restart(poses, intrinsics, actions=actions)
+        self._session.restart(poses, intrinsics, actions=actions)
+
+    def actions_or_pressed(self, actions: object) -> object:
+        return self._pressed.of if actions is None and self._pressed.needed else actions
 
     @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:

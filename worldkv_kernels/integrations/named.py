@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,27 +16,45 @@ _BY_NUMBER: weakref.WeakValueDictionary[int, Any] = globals().get("_BY_NUMBER", 
 
 
 @torch.inference_mode(False)  # the op could not write what was made in it outside of it
-def names_for(chunks: Any) -> list[torch.Tensor]:
-    """What tells the op whose layer it is, for each layer of a Chunks: [2] on the CPU, its number and the layer.
+def names_for(owner: Any, num_layers: int) -> list[torch.Tensor]:
+    """What tells the op whose layer it is, for each layer of what has `_attend`: [2] on the CPU, its number and the
+    layer.
 
     Tensors, since on numbers a compiled block would depend, and be compiled anew for each layer.
     """
     number = next(_NUMBERS)
-    _BY_NUMBER[number] = chunks
-    layers = range(chunks.config.num_layers)
-    return [torch.tensor([number, layer], dtype=torch.int64, device="cpu") for layer in layers]
+    _BY_NUMBER[number] = owner
+    return [torch.tensor([number, layer], dtype=torch.int64, device="cpu") for layer in range(num_layers)]
+
+
+def attend_of(owner: Any, names: list[torch.Tensor], layer: int, heads: int) -> Callable[..., torch.Tensor]:
+    """`attend` of one layer of an owner: its `_attend`, or where it is traced the op that finds it by `names`."""
+    named = names[layer] if type(layer) is int and 0 <= layer < len(names) else None
+
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if named is not None and torch.compiler.is_compiling():
+            return attend_named(q, k, v, q_weight, k_weight, named, heads)
+        return owner._attend(layer, q, k, v, q_weight, k_weight)
+
+    return attend
 
 
 def _attend_of_named(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     named: torch.Tensor, heads: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Chunks._attend."""
+    """The owner's `_attend`."""
     number, layer = named.tolist()
-    chunks = _BY_NUMBER.get(number)
-    if chunks is None:
+    owner = _BY_NUMBER.get(number)
+    if owner is None:
         raise RuntimeError("self-attention must run while its model is enabled, got a compiled pass of one that is not")
-    return chunks._attend(layer, q, k, v, q_weight, k_weight)
+    return owner._attend(layer, q, k, v, q_weight, k_weight)
 
 
 def _attended_like(q: torch.Tensor, k: Any, v: Any, q_weight: Any, k_weight: Any, named: Any, heads: int) -> Any:

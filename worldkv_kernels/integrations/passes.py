@@ -38,7 +38,8 @@ class Passes:
       the capture. They must be the same from chunk to chunk: a graph reads nothing on the host.
 
     A pass that reads the device on the host, or writes into its arguments, is none to capture. That is no reason to
-    give up where it only comes in chunk 0, as the pass does that fills the text's cache.
+    give up where it only comes in chunk 0, as the pass does that fills the text's cache; nor where one that puts
+    tensors into dicts comes again when there are graphs, as after a change of the prompt: it is made of its kernels.
 
     The graphs are of one memory, and of the model's tensors where they lie: where one has moved, all begins anew. What
     else of the model changes after a capture, such as a hook or a number, they do not see.
@@ -78,7 +79,7 @@ class Passes:
             self.give_up(str(error))
             return kernels()
         if kind in self._never:
-            if chunk:
+            if chunk and not (self._inputs and kind in self._fills):
                 self.give_up(f"a pass could not be captured: {self._never[kind]}")
             return kernels()
         if kind not in self._uploads and len(self._uploads) == _KINDS:
@@ -109,6 +110,7 @@ class Passes:
         self._inputs: dict[Hashable, _Inputs] = {}  # of the kinds that are captured
         self._uploads: dict[Hashable, list[torch.Tensor]] = {}  # of each kind, in its last pass
         self._never: dict[Hashable, str] = {}  # kinds that no graph can stand for, and why
+        self._fills: set[Hashable] = set()  # of these, kinds that put tensors into dicts or lists
         self._now: list[torch.Tensor] = []
 
     # --- parts of the above ---
@@ -153,12 +155,14 @@ class Passes:
         with Watch(self._device, tensors) as watch:
             made = kernels()
         after, reason = _leaves(given), watch.reason
-        if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
+        fills = len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True))
+        if fills:
             reason = reason or "a pass changes lists or dicts among its arguments"
+            self._fills.add(kind)
         if not same_uploads(watch.uploads, self._uploads.get(kind, watch.uploads)):
             reason = reason or UPLOADS_DIFFER
         self._uploads[kind] = watch.uploads
-        if reason and chunk:
+        if reason and chunk and not (fills and self._inputs):
             self.give_up(f"a pass could not be captured: {reason}")
         elif reason:
             self._never[kind] = reason

@@ -21,6 +21,8 @@ from ..ops.all import EVERY_BACKEND
 from ..tracing import untraced
 from . import passes
 from .chunks import Chunks
+from .named import attend_of, names_for
+from .session import Session
 
 ATTENTION = "CausalWanSelfAttention"
 _HANDLE = "_worldkv"
@@ -55,10 +57,11 @@ class PatchedModel:
         self._op = op
         self._model = unwrapped(model)
         self._attentions = attentions
-        self._chunks = chunks
+        self._config = chunks.config  # that sessions begin with
+        self._session = Session(op, self, chunks)  # in place now
+        self._sessions = weakref.WeakSet([self._session])
         self._keep_grid, self._dtype, self._backend = keep_grid, dtype, backend
         self._graph, self._signature = graph, signature
-        self._passes: passes.Passes | None = None  # where there are graphs
         no_graphs = passes.why_not(model, self._model)
         if graph and no_graphs:
             raise ValueError(f"{op}.enable: graph must be None or False where {no_graphs}, got True")
@@ -66,29 +69,49 @@ class PatchedModel:
         self._patch_size = tuple(self._model.patch_size)
         self._released: list[tuple[weakref.ref[torch.Tensor], torch.Size]] = []
         self._originals: list[tuple[nn.Module, Any]] = []
+        names = names_for(self, len(attentions))  # of this handle, whichever session is in place: compiled code stays
         for layer, attention in enumerate(attentions):
-            self._replace(attention, _attention_of(attention, layer, chunks))
+            attend = attend_of(self, names, layer, chunks.config.num_heads)
+            self._replace(attention, _attention_of(attention, attend))
         self._replace(model, self._forward_of(model.forward, signature))
         setattr(self._model, _HANDLE, self)
 
     @property
     def memory(self) -> WorldMemory:
-        """The memory. Raises RuntimeError before the first forward, which makes it."""
-        return self._chunks.made()
+        """The memory, inside `with session:` the session's. Raises RuntimeError before the first forward, which makes
+        it."""
+        return self._session.memory
 
     def stats(self) -> dict[str, int]:
         """WorldMemory.stats; a chunk whose clean pass (timestep 0) is done counts, which synchronises. Raises
         RuntimeError before the first forward."""
-        return self._chunks.stats()
+        return self._session.stats()
 
     @property
     def replayed_passes(self) -> int:
         """Passes that were replays of a CUDA graph, over the present memory; see enable's `graph`."""
-        return self._passes.replayed if self._passes is not None else 0
+        return self._session.replayed_passes
 
     def finish(self) -> None:
         """Make the current chunk history, where no clean pass and no next chunk will tell that it is done."""
-        self._chunks.finish()
+        self._session.finish()
+
+    def session(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> Session:
+        """Another rollout on this model, with a memory of its own of the same config, to take turns with:
+
+            with other: pipe.generate(...)  # its forwards are passes of that rollout
+
+        Args:
+            poses, intrinsics, actions: of its latent frames, as enable's.
+
+        Its memory takes as much again, from its first forward until nothing holds the session. Raises RuntimeError once
+        disabled, ValueError or TypeError when what retrieval needs is missing or wrong.
+        """
+        self._check_enabled("session")
+        chunks = Chunks(self._op, self._config, poses, intrinsics, actions=self.actions_or_pressed(actions))
+        made = Session(self._op, self, chunks)
+        self._sessions.add(made)
+        return made
 
     def disable(self) -> None:
         """Give the model its own attention back; does nothing the second time. What the memory holds can still be read,
@@ -111,8 +134,35 @@ class PatchedModel:
             if tensor is not None and not tensor.numel():
                 tensor.resize_(shape).fill_(torch.nan)
         self._released = []
-        self._forget_passes()
-        self._chunks.check_used()
+        for session in self._sessions:
+            session.forget_passes()
+            session.chunks.check_used()
+
+    # --- for its sessions ---
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._originals)
+
+    def put(self, session: Session) -> Session:
+        """Put a session in place; returns the one that was. RuntimeError inside a pass."""
+        if self._chunks.inside:
+            raise RuntimeError(f"{self._op}: sessions must change between passes, got a change inside one")
+        before, self._session = self._session, session
+        return before
+
+    def actions_or_pressed(self, actions: object) -> object:
+        """A rollout's actions, where none are given those that the forwards show, if they do."""
+        return actions
+
+    # --- parts of the above ---
+
+    @property
+    def _chunks(self) -> Chunks:
+        return self._session.chunks
+
+    def _attend(self, *arguments: Any) -> torch.Tensor:
+        return self._session.chunks._attend(*arguments)
 
     def __repr__(self) -> str:
         memory = self._chunks.memory or "no memory before the first forward"
@@ -169,23 +219,19 @@ class PatchedModel:
         no_graphs = passes.why_not_on(device)
         if self._graph and no_graphs:
             raise ValueError(f"{self._op}: graph must be None or False where {no_graphs}, got True")
-        self._forget_passes()
+        self._session.forget_passes()
         memory = None  # and with the next line the room of the one before is free, before the new one needs it
         self._chunks.take(None)
         config = replace(self._chunks.config, grid=grid)
         self._chunks.take(WorldMemory(config, device=device, dtype=dtype, backend=self._backend))
         if self._may_be_graphs and no_graphs is None:
             insists = bool(self._graph)
-            self._passes = passes.Passes(self._op, self._model, self._chunks, self._signature, insists=insists)
-
-    def _forget_passes(self) -> None:
-        if self._passes is not None:
-            self._passes.forget()
-        self._passes = None
+            made = passes.Passes(self._op, self._model, self._chunks, self._signature, insists=insists)
+            self._session.passes = made
 
     @untraced
     def _give_up_graphs(self) -> None:
-        given_up, self._passes = self._passes, None
+        given_up, self._session.passes = self._session.passes, None
         given_up.give_up(passes.COMPILED)
 
     def _check_enabled(self, op: str) -> None:
@@ -215,16 +261,16 @@ class PatchedModel:
             given = _by_name(signature, args, kwargs)
             self._check_forward(given)
             compiles = "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback()
-            if self._passes is not None and compiles:
+            if self._session.passes is not None and compiles:
                 self._give_up_graphs()
             caches = given.get("kv_cache")
             stream = caches[0] if caches else None
             with self._chunks.model_pass(given.get("current_start", 0), timestep=given.get("t"), stream=stream):
                 for cache in caches or ():
                     self._release(cache)
-                if self._passes is None:
+                if self._session.passes is None:
                     return original(*args, **kwargs)
-                return self._passes.run(original, args, kwargs, self._chunks.current)
+                return self._session.passes.run(original, args, kwargs, self._chunks.current)
 
         return untraced(forward, recursive=False)  # the original may be compiled, this may not
 
@@ -345,9 +391,8 @@ def check_choices(op: str, dtype: torch.dtype | None, backend: str | None) -> No
         raise ValueError(f"{op}.enable: backend must be one of {', '.join(EVERY_BACKEND)}, got {backend!r}")
 
 
-def _attention_of(attention: nn.Module, layer: int, chunks: Chunks) -> Callable[..., torch.Tensor]:
+def _attention_of(attention: nn.Module, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The forward of one layer's self-attention, x [1, tokens, dim] -> [1, tokens, dim]; the rest is the memory's."""
-    attend = chunks.of_layer(layer)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         q, k, v = attention.q(x)[0], attention.k(x)[0], attention.v(x)[0]

@@ -97,9 +97,15 @@ class Bank:
         return self._cache.copied() if self._cache is not None else None
 
     def adopt(self, chunk: int, description: Any, tokens: int) -> Rows:
-        """Bank a chunk younger than all that are there, with room for it; returns where its K and V are to be put."""
+        """Bank a chunk younger than all that are there, with room for it; returns where its K and V are to be put.
+
+        Raises ValueError where it has more tokens than a slot, or none.
+        """
+        if not 1 <= tokens <= self._slot_tokens:
+            raise ValueError(f"Bank: tokens must be from 1 to {self._slot_tokens}, got {tokens} of chunk {chunk}")
         self._kept.add(chunk, description)
-        self._place[chunk], self._tokens[chunk] = self._free.pop(), tokens
+        self._place[chunk] = self._free.pop()
+        self._tokens[chunk] = tokens
         return self.held(chunk)
 
     def count(self, num_dropped: int, copied: Mapping[str, int] | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..actions import ActionIntegrator, ActionScales, IntegratorState
+from ..actions import ActionIntegrator, ActionScales, IntegratorState, as_state, video_frames
 from ..checks import DTYPES
 from ..poses import as_intrinsics, as_poses
 from ..rope import Rope3D
@@ -26,6 +26,7 @@ from .retrieval import (
     make_policy,
 )
 from .room import has_places
+from .slots import COUNTED
 from .views import View
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 KIND = "memory"
 _OP = "WorldMemory.load"
+_MOST_CHUNKS = 2**31 - 1  # of a memory without a rope: frames of so many are numbers of 64 bits
 WHERE_ROWS_LIE = ("bank", "bank_chunks", "device_slots", "prefetch")  # of MemoryConfig: they change no result
 _CHANGEABLE = ("retrieved_chunks", "keep_ratio", "recent_frames")  # WorldMemory.change
 # Policies of this package, and what they are made of.
@@ -47,11 +49,11 @@ _POLICIES: dict[type, tuple[str, ...]] = {
 def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
     """Its state. Rows are named where they lie: to be read before the memory is used again. Raises RuntimeError naming
     `op` while a chunk is begun."""
-    memory._check_process(op)
     memory._check_between(op)
     bank = memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
+    whole = _whole(memory)
     tree = {
         "config": config_tree(memory._configured),
         "changed": {name: getattr(memory.config, name) for name in _CHANGEABLE},
@@ -63,9 +65,10 @@ def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
         "retrieved_total": memory._retrieved_total,
         "integrator": None if memory.integrator is None else tuple(memory.integrator.state),
         "last_view": _view_tree(memory._last_view),
-        "descriptions": dict(memory._descriptions),
-        "unbanked": sorted(memory._unbanked),
-        "whole": {chunk: memory._storage.held(chunk) for chunk in _whole(memory)},
+        # Not of a chunk that was aborted after its pruning failed: it is no history.
+        "descriptions": {chunk: memory._descriptions[chunk] for chunk in _described(memory, whole)},
+        "unbanked": sorted(memory._unbanked.intersection(whole)),
+        "whole": {chunk: memory._storage.held(chunk) for chunk in whole},
         "bank": None,
     }
     if bank is not None:
@@ -85,46 +88,46 @@ def restore(memory: WorldMemory, tree: dict[str, Any]) -> None:
     memory._configure(changed(memory.config, memory.config, **tree["changed"]))
     config, bank = memory.config, memory._bank
     memory._next_chunk = count = _count(tree, "next_chunk")
+    most = min(memory._storage.max_chunks, _MOST_CHUNKS)
+    if count > most:
+        raise ValueError(f"{_OP}: next_chunk must be at most {most}, which the config has room for, got {count}")
     memory._first_whole = first = _count(tree, "first_whole")
-    if not config.sink_chunks <= first <= max(count, config.sink_chunks) or leaving(config, count, first):
+    last = config.sink_chunks if config.mode == "full" else max(count, config.sink_chunks)
+    if not config.sink_chunks <= first <= last or leaving(config, count, first):
         raise ValueError(f"{_OP}: first_whole must be one that {count} chunks leave, got {first}")
     memory._tokens_attended, memory._retrieved_total = _count(tree, "tokens_attended"), _count(tree, "retrieved_total")
-    if memory.integrator is not None:
-        memory.integrator.restore(_integrator_state(tree["integrator"]))
-    memory._last_view = _view(config, tree["last_view"])
+    state, described = _state(memory, tree["integrator"]), _Described(config)
+    if state is not None:
+        memory.integrator.restore(state)
+    memory._last_view = _view(memory, tree["last_view"], described)
     whole = _whole(memory)
-    if list(tree["whole"]) != whole:
-        raise ValueError(f"{_OP}: whole must be of chunks {whole}, got {[*tree['whole']]}")
+    _check_keys("whole", tree["whole"], whole)
     for chunk in whole:
         _put(tree["whole"][chunk], memory._storage.held(chunk))
+    _check_keys("descriptions", tree["descriptions"], _described(memory, whole))
+    memory._descriptions = {chunk: described.checked(given) for chunk, given in tree["descriptions"].items()}
+    will_leave = [chunk for chunk in whole if chunk >= config.sink_chunks] if bank is not None else []
+    memory._unbanked = _some_of("unbanked", tree["unbanked"], will_leave)
     if bank is not None:
-        _restore_bank(memory, tree, whole)
+        _restore_bank(memory, tree["bank"], whole, described)
+    elif tree["bank"] is not None:
+        raise ValueError(f"{_OP}: bank must be None in mode {config.mode!r}, got one")
 
 
-def _restore_bank(memory: WorldMemory, tree: dict[str, Any], whole: list[int]) -> None:
-    config, bank, count, of_bank = memory.config, memory._bank, memory._next_chunk, tree["bank"]
-    described, descriptions, unbanked = _Described(config), tree["descriptions"], tree["unbanked"]
-    will_leave = [chunk for chunk in whole if chunk >= config.sink_chunks]
-    if not set(will_leave) <= set(descriptions) <= set(whole):
-        raise ValueError(f"{_OP}: descriptions must be of the whole chunks {whole}, got {[*descriptions]}")
-    if not set(unbanked) <= set(will_leave):
-        raise ValueError(f"{_OP}: unbanked must be of the chunks {will_leave}, got {unbanked}")
-    banked, pinned = of_bank["chunks"], of_bank["pinned"]
+def _restore_bank(memory: WorldMemory, tree: dict[str, Any], whole: list[int], described: _Described) -> None:
+    config, bank, count, banked = memory.config, memory._bank, memory._next_chunk, tree["chunks"]
     strangers = [chunk for chunk in banked if not _may_be_banked(config, chunk, count, memory._first_whole)]
     if strangers or sorted(banked) != list(banked) or len(banked) > bank.capacity:
         raise ValueError(f"{_OP}: bank must hold up to {bank.capacity} of the chunks that have left, got {[*banked]}")
-    if not set(pinned) <= {*banked, *whole}:
-        raise ValueError(f"{_OP}: pinned must be of the chunks that are kept, got {pinned}")
-    for description in descriptions.values():
-        described.check(description)
+    bank.pinned.update(_some_of("pinned", tree["pinned"], [*banked, *whole]))
     for chunk, (description, tokens, rows) in banked.items():
-        described.check(description)
-        if not 1 <= _integer(tokens) <= memory._configured.banked_tokens:
-            raise ValueError(f"{_OP}: tokens of a banked chunk must be from 1 to a slot's, got {tokens}")
-        _put(rows, bank.adopt(chunk, description, tokens))
-    memory._descriptions, memory._unbanked = descriptions, set(unbanked)
-    bank.pinned.update(pinned)
-    bank.count(_count(of_bank, "num_dropped"), of_bank["copied"])
+        _put(rows, bank.adopt(chunk, described.checked(description), _integer(tokens)))
+    copied = tree["copied"]
+    if copied is not None:
+        if sorted(copied) != sorted(COUNTED):
+            raise ValueError(f"{_OP}: copied must be None or of {', '.join(COUNTED)}, got {copied!r:.200}")
+        copied = {name: _count(copied, name) for name in COUNTED}
+    bank.count(_count(tree, "num_dropped"), copied)
 
 
 def new_of(
@@ -140,7 +143,8 @@ def new_of(
         if config.bank_chunks is None and has_places(config):
             config = replace(config, bank_chunks=_count(tree, "places"))
         dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}[tree["dtype"]]
-    return make(replace(config, **changes), device=device, dtype=dtype, backend=backend)
+    with file.explained(malformed=()):  # of the caller's arguments, too: a TypeError stays one
+        return make(replace(config, **changes), device=device, dtype=dtype, backend=backend)
 
 
 def forked(memory: WorldMemory) -> WorldMemory:
@@ -176,7 +180,7 @@ def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) ->
 
 
 def rope_tree(rope: Rope3D) -> dict[str, Any]:
-    return {"head_dim": rope.head_dim, "theta": rope.theta, "pairs": rope.pairs}
+    return {name: getattr(rope, name) for name in ("head_dim", "theta", "max_position", "pairs")}
 
 
 def _policy_tree(policy: RetrievalPolicy) -> dict[str, Any]:
@@ -217,18 +221,24 @@ def _name(policy: object) -> str:
 
 
 class _Described:
-    """What descriptions look like: of the policies here, shapes and dtypes of arrays."""
+    """What descriptions look like: of the policies here, shapes and dtypes of arrays, and a pose that is one."""
 
     def __init__(self, config: MemoryConfig) -> None:
         policy = make_policy(config.retrieval)
-        pose = np.tile(np.eye(4), (config.chunk_frames, 1, 1))
         own = type(policy) not in _POLICIES
-        self._wanted = None if own else _layout(policy.describe(pose, np.ones((config.chunk_frames, 4))))
+        self._wanted = None if own else _layout(policy.describe(np.eye(4)[None], np.ones((1, 4))))
+        self._has_pose = isinstance(policy, PoseRetrieval | FovRetrieval)
 
-    def check(self, description: Any) -> None:
+    def checked(self, description: Any) -> Any:
+        """It, if distances can be taken of it; any, of a policy of a user's own."""
+        if self._wanted is None:
+            return description
         got = _layout(description)
-        if self._wanted is not None and got != self._wanted:
+        if got != self._wanted:
             raise ValueError(f"{_OP}: descriptions must be of {self._wanted}, got {got!r:.200}")
+        if self._has_pose:
+            as_poses(_OP, (description if isinstance(description, np.ndarray) else description[0])[None])
+        return description
 
 
 def _layout(description: Any) -> Any:
@@ -243,18 +253,34 @@ def _view_tree(view: View) -> tuple[Any, ...]:
     return *view[:3], None if view.after_actions is None else tuple(view.after_actions)
 
 
-def _view(config: MemoryConfig, tree: Any) -> View:
+def _view(memory: WorldMemory, tree: Any, described: _Described) -> View:
+    """Of the last chunk of history, none before the first."""
+    config = memory.config
     poses, intrinsics, description, after = tree
+    if not memory._next_chunk:
+        if any(part is not None for part in tree):
+            raise ValueError(f"{_OP}: last_view must be empty before chunk 0, got one")
+        return View()
+    if config.has_bank and poses is None:
+        raise ValueError(f"{_OP}: last_view must have poses in mode 'worldkv', got none")
+    if not config.has_bank and description is not None:
+        raise ValueError(f"{_OP}: last_view must have no description in mode {config.mode!r}, got one")
     return View(
         None if poses is None else as_poses(_OP, poses, config.chunk_frames),
         None if intrinsics is None else as_intrinsics(_OP, intrinsics, config.chunk_frames),
-        description,
-        None if after is None else _integrator_state(after),
+        described.checked(description) if config.has_bank else None,
+        _state(memory, after),
     )
 
 
-def _integrator_state(tree: Any) -> IntegratorState:
-    return IntegratorState(*map(_integer, tree))
+def _state(memory: WorldMemory, tree: Any) -> IntegratorState | None:
+    """Of the integrator after the chunks made, where retrieval is by action."""
+    if memory.integrator is None:
+        if tree is not None:
+            raise ValueError(f"{_OP}: integrator must be None where retrieval is not by action, got {tree!r:.60}")
+        return None
+    frames = memory._next_chunk * memory.config.chunk_frames
+    return as_state(_OP, tree, video_frames(frames) if frames and memory.config.has_bank else 0)
 
 
 def _put(rows: Rows | StoredRows, where: Rows) -> None:
@@ -268,6 +294,26 @@ def _whole(memory: WorldMemory) -> list[int]:
     """The past chunks that are whole: the sink's and those that have not left."""
     sink = range(min(memory.config.sink_chunks, memory._next_chunk))
     return [*sink, *range(memory._first_whole, memory._next_chunk)]
+
+
+def _described(memory: WorldMemory, whole: list[int]) -> list[int]:
+    """Of the whole chunks those whose descriptions are kept for the bank."""
+    config = memory.config
+    if not config.has_bank:
+        return []
+    return [chunk for chunk in whole if chunk >= config.sink_chunks or not config.bank_sink]
+
+
+def _check_keys(name: str, found: Any, wanted: list[int]) -> None:
+    if type(found) is not dict or list(found) != wanted or not all(type(chunk) is int for chunk in found):
+        raise ValueError(f"{_OP}: {name} must be of chunks {wanted!r:.200}, got {found!r:.200}")
+
+
+def _some_of(name: str, found: Any, chunks: list[int]) -> set[int]:
+    """A list of some of these chunks."""
+    if type(found) is not list or not all(type(chunk) is int for chunk in found) or not set(found) <= set(chunks):
+        raise ValueError(f"{_OP}: {name} must be of the chunks {chunks!r:.200}, got {found!r:.200}")
+    return set(found)
 
 
 def _may_be_banked(config: MemoryConfig, chunk: Any, next_chunk: int, first_whole: int) -> bool:

@@ -17,7 +17,7 @@ COUNTS = (
     "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
     "prefetched", "prefetch_hits", "prefetch_misses", "host_bytes", "pinned",
 )  # fmt: skip
-_COUNTED = (
+COUNTED = (
     "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out"
 )  # fmt: skip
 
@@ -65,14 +65,14 @@ class SlotCache:
         self._cached: dict[int, int] = {}  # chunk -> slot, least recently used first
         self._free = list(range(len(self._rows) - 1, -1, -1))
         self._unused: set[int] = set()  # prefetched and not asked for yet
-        self.count(dict.fromkeys(_COUNTED, 0))
+        self.count(dict.fromkeys(COUNTED, 0))
         self.release()
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Go on counting from here, see `copied`."""
-        self.hits, self.misses, self.copies_out = (counts[name] for name in _COUNTED[:3])
-        self.prefetched, self.prefetch_hits, self.prefetch_misses = (counts[name] for name in _COUNTED[3:6])
-        self.bytes_in, self.bytes_out = (counts[name] for name in _COUNTED[6:])
+        self.hits, self.misses, self.copies_out = (counts[name] for name in COUNTED[:3])
+        self.prefetched, self.prefetch_hits, self.prefetch_misses = (counts[name] for name in COUNTED[3:6])
+        self.bytes_in, self.bytes_out = (counts[name] for name in COUNTED[6:])
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._cached
@@ -186,7 +186,7 @@ class SlotCache:
 
     def copied(self) -> dict[str, int]:
         """The counts, of which a chunk that was prefetched and not asked for yet was prefetched in vain."""
-        counts = {name: getattr(self, name) for name in _COUNTED}
+        counts = {name: getattr(self, name) for name in COUNTED}
         return {**counts, "prefetch_misses": counts["prefetch_misses"] + len(self._unused)}
 
     def held(self, place: int, tokens: int) -> Rows:

@@ -342,6 +342,8 @@ class WorldMemory:
         """
         self._check_process("abort_chunk")
         if self._plan is not None:
+            self._descriptions.pop(self._plan.chunk, None)  # of an end_chunk that failed
+            self._unbanked.discard(self._plan.chunk)
             self._release()
 
     # --- from one day to another ---
@@ -438,7 +440,6 @@ class WorldMemory:
         a chunk that is not past, in the sink or dropped already, and in a mode without a bank, TypeError on what is no
         integer.
         """
-        self._check_process("forget")
         bank = self._banking("forget")
         chunk, found = self._location("forget", chunk)
         if found in ("sink", "dropped"):
@@ -472,7 +473,6 @@ class WorldMemory:
         ValueError on a value out of range, TypeError on another type, with the memory as before; and what end_chunk
         raises where a chunk is banked: the config is then as before, but what was banked stays in the bank.
         """
-        self._check_process("change")
         self._check_between("change")
         before = self.config
         self._configure(
@@ -562,6 +562,12 @@ class WorldMemory:
             layer = as_integer(op, "layer", layer)
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
+
+    def _check_between(self, op: str) -> None:
+        """Raise RuntimeError naming `op` while a chunk is begun, and in another process than a GPU's memory is of."""
+        self._check_process(op)
+        if self._plan is not None:
+            raise RuntimeError(f"{op}: chunk {self._plan.chunk} must be ended or aborted before, got one that is begun")
 
     def _check_process(self, op: str) -> None:
         if self._process not in (None, os.getpid()):

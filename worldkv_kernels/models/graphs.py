@@ -39,6 +39,11 @@ class Passes:
         self._seen: Counter[int] = Counter()  # passes at each step since the key changed: one a chunk
         self._latents = self._flow = None
 
+    def forget(self) -> None:
+        """Begin anew, with no graph: what the model has prepared for the rollout lies elsewhere."""
+        self._key = None
+        self._replays.forget()
+
     def denoise(self, latents: torch.Tensor, step: int, of_chunk: Any) -> torch.Tensor:
         """The flow, valid until the next call."""
 

@@ -28,6 +28,7 @@ class Controls(NamedTuple):
     poses: np.ndarray | None  # camera-to-world [chunk_frames, 4, 4] of its latent frames, OpenCV coordinates
     intrinsics: np.ndarray | None = None  # fx, fy, cx, cy in pixels, [chunk_frames, 4]
     actions: Actions | None = None  # of the whole video up to the chunk's last frame
+    conditions: Any = None  # from this chunk on, of the model's own kind, such as another prompt; None: as before
 
 
 class _Took:
@@ -159,7 +160,9 @@ class Rollout(Iterator[RolloutChunk]):
         memory: at its start (new, or reset). Between chunks it is the caller's to look at.
         controls: all with poses, or all without where the memory retrieves by action: its integrator's are then the
             model's. Such a memory is given a chunk's rows of the actions, any other the poses and intrinsics.
-        conditions: of the model's own kind; None for its stand-in.
+        conditions: of the model's own kind; None for its stand-in. They hold until a chunk's controls bring others.
+            The memory keeps the past as it was made; what the model prepares for a rollout is then made anew, beside
+            the old for a moment, and so are graphs.
         given: clean latents [n, channels, height, width] that the video begins with, of whole chunks: these are not
             denoised, only passed once at sigma 0, and yielded like the others. What follows goes on from them. Those
             past the last of `controls` are not reached.
@@ -172,9 +175,10 @@ class Rollout(Iterator[RolloutChunk]):
 
     An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. On a GPU a chunk is
     yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and no other
-    before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are
-    no whole chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True;
-    at a chunk what begin_chunk raises, and RuntimeError where graph is True and a pass cannot be captured.
+    before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are no whole
+    chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True; at a
+    chunk what begin_chunk and the model's prepare_rollout raise, and RuntimeError where graph is True and a pass cannot
+    be captured.
 
     `memory` and `seed` are what was given.
     """
@@ -229,8 +233,7 @@ class Rollout(Iterator[RolloutChunk]):
         if isinstance(conditions, getattr(self.model, "Conditions", ())):
             conditions = {_FIELDS: conditions._asdict()}
         if self._of_rollout is not None:
-            carried = getattr(self.model, "carried", lambda of_rollout: None)(self._of_rollout)
-            state = {"first_pose": self._first_pose, "carried": carried}
+            state = {"first_pose": self._first_pose, "carried": self._carried()}
         number = self.memory.stats()["chunks"]
         tree = {
             "memory": saving.tree_of("save", self.memory),
@@ -299,21 +302,30 @@ class Rollout(Iterator[RolloutChunk]):
         if (state is None) != (first == 0):
             raise ValueError(f"state must be there if and only if chunks were made, got {first} chunks")
         if state is not None:
-            self._prepare(as_poses("Rollout.load", state["first_pose"][None])[0])
-            if state["carried"] is not None:
-                self.model.carry_on(self._of_rollout, state["carried"])
+            first_pose = as_poses("Rollout.load", state["first_pose"][None])[0]
+            self._prepare(self._conditions, first_pose, state["carried"])
 
-    def _prepare(self, first_pose: np.ndarray) -> None:
+    def _prepare(self, conditions: Any, first_pose: np.ndarray, carried: Any = None) -> None:
+        """For the chunks to come; what raises leaves all as before."""
         with torch.inference_mode(False), torch.no_grad():
-            self._of_rollout = self.model.prepare_rollout(self._conditions, first_pose, (*self.sigmas, 0.0))
-        self._first_pose = first_pose
+            of_rollout = self.model.prepare_rollout(conditions, first_pose, (*self.sigmas, 0.0))
+            if carried is not None:
+                self.model.carry_on(of_rollout, carried)
+        self._passes.forget()  # graphs read what was prepared before
+        self._conditions, self._first_pose, self._of_rollout = conditions, first_pose, of_rollout
+
+    def _carried(self) -> Any:
+        """What the model has carried up to now; None where that is nothing."""
+        return getattr(self.model, "carried", lambda of_rollout: None)(self._of_rollout)
 
     def _made(self, controls: Iterable[Controls]) -> Iterator[RolloutChunk]:
         model, memory, before = self.model, self.memory, None
         for number, of_one in enumerate(controls, memory.stats()["chunks"]):
             of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, self._integrator)
             if self._of_rollout is None:
-                self._prepare(of_one.poses[0])
+                self._prepare(self._conditions if of_one.conditions is None else of_one.conditions, of_one.poses[0])
+            elif of_one.conditions is not None:
+                self._prepare(of_one.conditions, self._first_pose, self._carried())
             took = _Took(model.device)
             plan = memory.begin_chunk(**of_memory)
             try:

@@ -1,0 +1,94 @@
+"""Random memories, saved at any chunk, go on bit for bit: of every mode, policy and kind of bank."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_rollouts import HEAD_DIM, configs, fuzz
+from saved_files import begin, same_state, walk
+
+from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
+from worldkv_kernels.actions import ActionIntegrator
+from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
+
+AFTER = 20  # chunks
+diversities = st.sampled_from([0.0, 0.3, 1.0])
+POLICIES = st.one_of(
+    st.sampled_from(["pose", "fov", "action"]),
+    st.builds(PoseRetrieval, diversity=diversities),
+    st.builds(
+        FovRetrieval,
+        depth_range=st.sampled_from([(0.5, 9.0), (1.0, 50.0)]),
+        image_size=st.sampled_from([None, (64, 96)]),
+        diversity=diversities,
+        samples=st.sampled_from([1, 16]),
+    ),
+    st.builds(
+        ActionRetrieval,
+        st.builds(ActionIntegrator, layout=st.sampled_from(["universal", "gta_drive", "templerun"])),
+        diversity=diversities,
+    ),
+    st.builds(OfficialPoseRetrieval),
+)
+
+
+@st.composite
+def longer(draw) -> MemoryConfig:
+    """Random configs of which all can make the chunks: the rope has positions for them, the pool of "full" room."""
+    config = draw(configs(retrieval=draw(POLICIES)))
+    fields = {"bank_sink": draw(st.booleans()), "rebase_sink": draw(st.booleans()), "prefetch": draw(st.booleans())}
+    if config.rope is not None:
+        fields["rope"] = Rope3D(HEAD_DIM, config.rope.theta, draw(st.integers(164, 170)), config.rope.pairs)
+    if config.mode == "full":
+        fields["bank_chunks"] = 60
+    if draw(st.booleans()):
+        fields["device_slots"] = config.retrieved_chunks + draw(st.integers(1, 3))
+    return replace(config, **fields)
+
+
+def chunk_of_interest(config: MemoryConfig):
+    """Before and after the sink, the recent frames and the bank are full, mostly."""
+    recent = config.recent_chunks + config.gap_chunks
+    full = config.sink_chunks + recent + min(config.bank_chunks or 6, 12)
+    edges = [0, config.sink_chunks, recent, config.sink_chunks + recent, full, full + 1, full + 4]
+    return st.integers(0, 20) | st.sampled_from([min(20, edge) for edge in edges])
+
+
+@pytest.mark.parametrize("examples", [30, pytest.param(400, marks=pytest.mark.slow)])
+def test_saved_at_any_chunk_it_goes_on_bitwise(examples, tmp_path):
+    seen = set()
+
+    @fuzz(examples)
+    @given(st.data())
+    def check(data):
+        config, file = data.draw(longer()), tmp_path / "walk.worldkv"
+        dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+        chunk = data.draw(chunk_of_interest(config))
+        memory = WorldMemory(config, dtype=dtype, backend="reference")
+        walk(memory, chunk)
+        if data.draw(st.booleans()):  # one that is dropped leaves no trace
+            begin(memory, chunk)
+            memory.abort_chunk()
+        memory.save(file)
+        other_bank = "host" if config.bank == "device" else "device"
+        loaded = WorldMemory.load(file, backend="reference")
+        moved = WorldMemory.load(file, backend="reference", bank=other_bank, prefetch=not config.prefetch)
+        forked = memory.fork()
+        assert same_state(loaded, memory) and same_state(forked, memory)
+        assert loaded.config.rope == config.rope and loaded.stats()["bank_capacity"] == memory.stats()["bank_capacity"]
+        want = walk(memory, AFTER)
+        for other in (loaded, moved, forked):
+            assert all(torch.equal(a, b) for a, b in zip(walk(other, AFTER), want, strict=True))
+            assert results(other) == results(memory)
+        seen.update([config.mode, config.bank, type(config.retrieval).__name__])
+
+    check()
+    assert {"worldkv", "full", "sliding", "sink_recent", "device", "host", "FovRetrieval", "ActionRetrieval"} <= seen
+
+
+def results(memory: WorldMemory) -> dict[str, int]:
+    """Of stats, those that the place of rows does not change."""
+    names = ("chunks", "tokens_attended", "chunks_retrieved", "chunks_banked", "chunks_dropped", "kept_bytes")
+    return {name: memory.stats()[name] for name in names}
