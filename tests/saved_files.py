@@ -20,7 +20,7 @@ from worldkv_kernels.saved import Rows
 
 SIZES = dict(
     num_layers=1, num_heads=1, head_dim=64, grid=(1, 2), chunk_frames=2, retrieved_chunks=2, bank_chunks=3,
-    recent_frames=2, rope=Rope3D(64, max_position=200),
+    recent_frames=2, rope=Rope3D(64),
 )  # fmt: skip
 # A memory of each kind, and after how many chunks it is saved: with the bank full, before anything, on the way.
 KINDS = {
@@ -31,7 +31,7 @@ KINDS = {
     "new": (dict(retrieval="action"), 0),
     "full": (dict(mode="full", bank_chunks=40), 3),
     "sink_recent": (dict(mode="sink_recent", retrieval="action"), 5),
-    "unbounded": (dict(bank_chunks=None, rope=Rope3D(64, max_position=48)), 5),
+    "unbounded": (dict(bank_chunks=None, rope=Rope3D(64)), 5),
     "without a rope": (dict(mode="sliding", rope=None), 5),
     "turned": (dict(bank="host", recent_frames=4, keep_ratio=0.8), 8),
 }

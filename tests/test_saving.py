@@ -241,11 +241,11 @@ def test_the_file_is_safetensors_and_says_what_wrote_it(tmp_path):
 
 
 def test_a_rope_of_ones_own_comes_back_whole(tmp_path):
-    memory = WorldMemory(config(rope=Rope3D(64, theta=500.0, max_position=30, pairs=(12, 12, 8))), dtype=torch.float32)
+    memory = WorldMemory(config(rope=Rope3D(64, theta=500.0, pairs=(12, 12, 8))), dtype=torch.float32)
     walk(memory, 0, 9)
     memory.save(tmp_path / "m")
     loaded = WorldMemory.load(tmp_path / "m")
-    assert loaded.config == memory.config and loaded.config.rope.max_position == 30
+    assert loaded.config == memory.config and loaded.config.rope.pairs == (12, 12, 8)
     for one in (memory, loaded):
         walk(one, 9, 10)
         with pytest.raises(RuntimeError, match=r"chunk must be below 10"):

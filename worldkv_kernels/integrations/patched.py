@@ -414,7 +414,7 @@ def check_sizes(op: str, model: nn.Module, attentions: list[nn.Module], config: 
         if got != value:
             raise ValueError(f"{op}.enable: config's {field} must be the model's {value}, got {got}")
     rope, freqs = config.make_rope(), torch.view_as_real(model.freqs).cpu()
-    table = rope.table("cpu") if rope is not None else None
+    table = torch.from_numpy(rope.table(range(len(freqs)))) if rope is not None else None
     if table is None or table.shape != freqs.shape or not torch.allclose(table, freqs.float(), atol=1e-5):
         raise ValueError(f"{op}.enable: config's rope must be the model's, {list(freqs.shape[:2])} angles, got {rope}")
 

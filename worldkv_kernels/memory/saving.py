@@ -193,7 +193,7 @@ def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) ->
 
 
 def rope_tree(rope: Rope3D) -> dict[str, Any]:
-    return {name: getattr(rope, name) for name in ("head_dim", "theta", "max_position", "pairs")}
+    return {name: getattr(rope, name) for name in ("head_dim", "theta", "pairs")}
 
 
 def _policy_tree(policy: RetrievalPolicy) -> dict[str, Any]:
