@@ -30,11 +30,11 @@ class Retrieved:
         monkeypatch.setattr(kind, "begin_chunk", noted)
 
 
-def check(plans, stats):
+def check(plans, stats, farthest):
     assert [plan.chunk for plan in plans] == list(range(CHUNKS))
     assert stats["chunks"] == CHUNKS and stats["chunks_banked"] == 32 and stats["chunks_retrieved"] > 2 * CHUNKS - 20
     back = [plan.chunk - min(plan.retrieved) for plan in plans if plan.retrieved]
-    assert max(back) > 100  # not the newest alone
+    assert max(back) >= farthest  # not the newest alone
     for plan in plans[-50:]:  # and still next to the chunk that is made
         frames = [3 * chunk + segment.time_shift for role, chunk, segment in plan.segments if role != "current"]
         assert all(0 <= plan.start_frame - frame <= 3 * 5 for frame in frames)
@@ -58,7 +58,7 @@ def test_lingbots_loop(monkeypatch):
         arguments = small_lingbot.TEXT, image, camera, small_lingbot.pipeline_noise, [(1.0, 1000.0)]
         latents = small_lingbot.pipeline.WanI2VFast(model).generate(*arguments)
         assert latents.isfinite().all() and latents.shape[1] == 3 * CHUNKS
-        check(seen.plans, handle.stats())
+        check(seen.plans, handle.stats(), period)
 
 
 def test_matrix_games_loop(monkeypatch):
@@ -71,4 +71,4 @@ def test_matrix_games_loop(monkeypatch):
         seen = Retrieved(monkeypatch, WorldMemory)
         latents = small_matrix_game.latents(small_matrix_game.pipeline(model), given, CHUNKS)
         assert latents.isfinite().all() and len(latents) == 3 * CHUNKS
-        check(seen.plans, handle.stats())
+        check(seen.plans, handle.stats(), 100)
