@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,19 @@ def config_tree(config: MemoryConfig) -> dict[str, Any]:
     return made
 
 
+def differences(one: MemoryConfig, other: MemoryConfig, *, but: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Fields in which two configs differ, but for some, and what each has there; of policies, what they are made of."""
+    here, there = (
+        {**config_tree(config), "retrieval": _policy_tree(make_policy(config.retrieval))} for config in (one, other)
+    )
+    return [(name, here[name], there[name]) for name in here if name not in but and here[name] != there[name]]
+
+
+def is_of_this_package(policy: str | RetrievalPolicy) -> bool:
+    """Whether a saved memory brings it along."""
+    return type(make_policy(policy)) in _POLICIES
+
+
 def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) -> MemoryConfig:
     """Raises ValueError or what is MALFORMED."""
     given = dict(tree)
@@ -180,7 +193,7 @@ def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) ->
 
 
 def rope_tree(rope: Rope3D) -> dict[str, Any]:
-    return {name: getattr(rope, name) for name in ("head_dim", "theta", "max_position", "pairs")}
+    return {name: getattr(rope, name) for name in ("head_dim", "theta", "pairs")}
 
 
 def _policy_tree(policy: RetrievalPolicy) -> dict[str, Any]:
