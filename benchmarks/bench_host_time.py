@@ -6,13 +6,15 @@
 A chunk is one token of one layer, so that next to nothing but bookkeeping is timed: what the window is, what comes back
 from the bank, what a full bank gives up. The camera walks as a player does, or stands still. A line is for one memory
 at one size: a bank that fills and holds so many chunks, or one that is full with them. Every memory goes through its
-session in a process of its own, whose resident memory is read when the memory is made and when the session ends. All of
-it takes some five minutes.
+session in a process of its own, whose resident memory is read when the memory is made and when the session ends. What
+both calls take of the processor is told beside the time by the clock: a busy machine blurs it less. All of it takes
+some five minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import resource
@@ -32,7 +34,7 @@ from timing import one_thread, percentile
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.actions import ActionIntegrator, Actions, ActionScales
 from worldkv_kernels.cli.report import note, table
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval
+from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, NearestPolicy, PoseRetrieval
 
 BENCH = "host_time"
 TIMED = 20  # chunks, whose median is taken
@@ -59,35 +61,48 @@ class Session(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Of a session at one size, in seconds a chunk; `rss` in bytes since the memory was made."""
+    """Of a session at one size, in seconds a chunk, `processor` what begin and end took of it; `rss` in bytes since the
+    memory was made."""
 
     size: int
     begin: list[float]
     end: list[float]
+    processor: list[float]
     rss: int
 
 
-def walked(chunks: int, stands: bool) -> list[Actions]:
+def walk(stands: bool) -> Iterator[Actions]:
     """The actions of each chunk of a walk: runs of a few chunks in which a player walks, looks aside, or both."""
     rng, held = np.random.default_rng(0), np.zeros(6)
-    made = []
-    for chunk in range(chunks):
+    for chunk in itertools.count():
         if not rng.integers(5) and not stands:
             held = np.zeros(6)
             held[1] = 0.1 * rng.integers(-1, 2)
             held[2] = rng.random() < 0.7
         rows = np.tile(held, (4 if chunk else 1, 1))
-        made.append(Actions(rows[:, :2], rows[:, 2:]))
-    return made
+        yield Actions(rows[:, :2], rows[:, 2:])
+
+
+def cameras_of(retrieval: str, stands: bool) -> Iterator[dict[str, Any]]:
+    """What begin_chunk is given of each chunk of a walk."""
+    integrator = ActionIntegrator(_SCALES)
+    for actions in walk(stands):
+        if retrieval == "action":
+            yield dict(actions=actions)
+        else:
+            poses = integrator.advance(*actions)
+            yield dict(poses=poses, intrinsics=_CAMERA) if retrieval == "fov" else dict(poses=poses)
+
+
+def policy_of(retrieval: str, diversity: float) -> NearestPolicy:
+    if retrieval == "action":
+        return ActionRetrieval(ActionIntegrator(_SCALES), diversity=diversity)
+    return {"pose": PoseRetrieval, "fov": FovRetrieval}[retrieval](diversity=diversity)
 
 
 def memory_of(session: Session) -> WorldMemory:
     """With a bank of `sizes[0]` chunks if it is to be full, else of as many as there are rope positions."""
-    policy = {
-        "pose": lambda: PoseRetrieval(diversity=session.diversity),
-        "action": lambda: ActionRetrieval(ActionIntegrator(_SCALES), diversity=session.diversity),
-        "fov": lambda: FovRetrieval(diversity=session.diversity),
-    }[session.retrieval]()
+    policy = policy_of(session.retrieval, session.diversity)
     config = MemoryConfig(
         num_layers=1, num_heads=1, head_dim=64, grid=(1, 1), chunk_frames=1, sink_frames=_SINK, recent_frames=_RECENT,
         keep_ratio=1.0, bank=session.bank, bank_chunks=session.sizes[0] if session.full else 1024, retrieval=policy,
@@ -98,44 +113,39 @@ def memory_of(session: Session) -> WorldMemory:
 def go_through(session: Session) -> list[Times]:
     """The session, timed at each size over the last chunks before it, or, of a full bank, the first ones after."""
     before = _SINK + _RECENT + (TIMED if session.full else 0)
-    walk = walked(max(session.sizes) + before, session.stands)
-    poses = ActionIntegrator(_SCALES).poses(Actions(*(np.concatenate(rows) for rows in zip(*walk, strict=True))))
-    cameras: list[dict[str, Any]] = [dict(poses=poses[chunk : chunk + 1]) for chunk in range(len(walk))]
-    if session.retrieval == "action":
-        cameras = [dict(actions=actions) for actions in walk]
-    elif session.retrieval == "fov":
-        cameras = [dict(camera, intrinsics=_CAMERA) for camera in cameras]
-    seconds: list[tuple[float, float]] = []
+    cameras = list(itertools.islice(cameras_of(session.retrieval, session.stands), max(session.sizes) + before))
+    seconds: list[tuple[float, float, float]] = []
     found = []
     with one_thread():
         memory = memory_of(session)
         for camera in cameras[:_WARM_UP]:  # what is loaded and allocated at first use is not of the session
-            _chunk(memory, camera)
+            run_chunk(memory, camera)
         memory.reset()
-        first_rss = _resident_bytes()
+        first_rss = resident_bytes()
         sizes = {size + before: size for size in session.sizes}
         for chunk, camera in enumerate(cameras, start=1):
-            seconds.append(_chunk(memory, camera))
+            seconds.append(run_chunk(memory, camera))
             if chunk in sizes:
                 assert memory.stats()["chunks_banked"] == sizes[chunk]
-                begin, end = map(list, zip(*seconds[-TIMED:], strict=True))
-                found.append(Times(sizes[chunk], begin, end, _resident_bytes() - first_rss))
+                times = map(list, zip(*seconds[-TIMED:], strict=True))
+                found.append(Times(sizes[chunk], *times, resident_bytes() - first_rss))
     return found
 
 
-def _chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float]:
-    """A chunk of zeros; seconds of begin_chunk and of end_chunk."""
+def run_chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float, float]:
+    """A chunk of zeros; seconds of begin_chunk and of end_chunk by the clock, and of the processor in both."""
     x = torch.zeros((1, 64), dtype=torch.float32, device="cpu")
-    started = time.perf_counter()
+    before, started = time.thread_time(), time.perf_counter()
     memory.begin_chunk(**camera)
-    begun = time.perf_counter()
+    begun, of_begin = time.perf_counter(), time.thread_time()
     memory.attend(0, x, x, x)
-    attended = time.perf_counter()
+    of_attend, attended = time.thread_time(), time.perf_counter()
     memory.end_chunk()
-    return begun - started, time.perf_counter() - attended
+    ended = time.perf_counter()
+    return begun - started, ended - attended, of_begin - before + time.thread_time() - of_attend
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Of this process, now; where /proc does not tell, at its highest."""
     try:
         with open("/proc/self/statm") as file:
@@ -148,7 +158,8 @@ def line_of(session: Session, times: Times) -> dict[str, Any]:
     """What is written of a memory at one size."""
     figures: dict[str, float] = {}
     of_both = [begin + end for begin, end in zip(times.begin, times.end, strict=True)]
-    for name, seconds in (("begin", times.begin), ("end", times.end), ("both", of_both)):
+    of_parts = dict(begin=times.begin, end=times.end, both=of_both, processor=times.processor)
+    for name, seconds in of_parts.items():
         figures[f"{name}_us"] = 1e6 * statistics.median(seconds)
         figures[f"{name}_us_20"] = 1e6 * percentile(seconds, 0.2)
         figures[f"{name}_us_80"] = 1e6 * percentile(seconds, 0.8)
@@ -175,9 +186,10 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
     for line in lines:
         ms = [f"{line[f'{name}_us'] / 1e3:.2f}" for name in ("begin", "end", "both")]
         highest = f"{line['both_us_80'] / 1e3:.2f}"
-        row = [line["variant"], *ms, highest, f"{line['rss_bytes'] / 2**20:.1f}"]
+        processor = f"{line['processor_us'] / 1e3:.2f}" if "processor_us" in line else "-"
+        row = [line["variant"], *ms, highest, processor, f"{line['rss_bytes'] / 2**20:.1f}"]
         of_cases.setdefault(f"{line['case']}, bank={line['bank']!r}", []).append(row)
-    columns = ["retrieval", "begin, ms", "end, ms", "both, ms", "80 %", "RSS, MiB"]
+    columns = ["retrieval", "begin, ms", "end, ms", "both, ms", "80 %", "of the processor", "RSS, MiB"]
     return "\n\n".join(f"{case}\n{table(columns, rows)}" for case, rows in of_cases.items())
 
 

@@ -12,12 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_retrieval import Plain
 
+import worldkv_kernels.memory.frusta as frusta_module
+import worldkv_kernels.memory.kept as kept_module
 from worldkv_kernels.memory.bank import Bank
+from worldkv_kernels.memory.frusta import Frusta
 from worldkv_kernels.memory.kept import KeptDescriptions, KeptPoses, KeptViews, keep
+from worldkv_kernels.memory.pairs import Pairs
 from worldkv_kernels.memory.pool import Pool
 from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
 
 CAMERA = np.array([[300.0, 300.0, 200.0, 150.0]])
+CAMERAS = (CAMERA, np.array([[500.0, 250.0, 150.0, 220.0]]))  # wide, and tall
 PATHS = ("walk", "stand", "loop", "turn", "move", "again", "jump", "grid")
 UNITS = (1e-8, 1e-3, 1.0, 1e6, 1e8)
 
@@ -64,7 +69,7 @@ def check_session(retrieval, kind, seed, capacity, diversity, unit, noise, first
     kept: dict[int, object] = {}
     chunk = dropped = 0
     for pose in camera_path(kind, rng, length, unit, noise):
-        view = policy.describe(pose[None], CAMERA)
+        view = policy.describe(pose[None], CAMERAS[rng.random() < 0.2])
         on_offer = {number: of for number, of in kept.items() if number >= first}
         budget = int(rng.integers(0, 7))
         assert bank.select("test", view, budget, first=first) == plain.select(view, on_offer, budget)
@@ -85,6 +90,9 @@ def check_session(retrieval, kind, seed, capacity, diversity, unit, noise, first
             bank.break_off(chunk)
             del kept[chunk]
         assert list(bank._place) == list(kept) and bank.num_dropped == dropped
+        free = {number: of for number, of in kept.items() if rng.random() < 0.7}
+        if free:
+            assert bank._kept.drop(kept.keys() - free.keys()) == plain.drop(free)
         chunk += 1
         if rng.random() < 0.03:
             bank.clear()
@@ -112,16 +120,75 @@ def test_thousands_of_sessions_choose_as_brute_force_does(**session):
 
 
 @pytest.mark.parametrize("kind", PATHS)
-def test_a_large_bank_drops_as_brute_force_does(kind):
-    """Of more chunks than are compared at once."""
+def test_a_large_bank_drops_as_brute_force_does(kind, monkeypatch):
+    """Of more pairs than are compared at once."""
+    monkeypatch.setattr(kept_module, "_BLOCK", 1000)
     rng, policy = np.random.default_rng(1), PoseRetrieval()
-    bank, plain, kept = bank_of(policy, 200), Plain(policy), {}
-    for chunk, pose in enumerate(camera_path(kind, rng, 260, 1.0, 1e-4)):
+    bank, plain, kept = bank_of(policy, 100), Plain(policy), {}
+    for chunk, pose in enumerate(camera_path(kind, rng, 160, 1.0, 1e-4)):
         bank.row_to_fill(chunk, pose)
         kept[chunk] = pose
-        if len(kept) > 200:
+        if len(kept) > 100:
             del kept[plain.drop(kept)]
             assert list(bank._place) == list(kept)
+
+
+@pytest.mark.parametrize("samples", [16, 700])
+@pytest.mark.parametrize("kind", PATHS)
+def test_overlaps_are_those_of_brute_force_and_few_are_looked_at(kind, samples, monkeypatch):
+    monkeypatch.setattr(frusta_module, "_BLOCK", 2000)
+    rng, policy = np.random.default_rng(2), FovRetrieval(depth_range=(0.5, 6.0), samples=samples)
+    kept, plain, looked_at = KeptViews(policy, 40), Plain(policy), []
+    inside = Frusta._inside
+    monkeypatch.setattr(Frusta, "_inside", lambda frusta, turns: looked_at.append(turns) or inside(frusta, turns))
+    views = [policy.describe(pose[None], CAMERAS[i % 2]) for i, pose in enumerate(camera_path(kind, rng, 40, 1.0, 0.1))]
+    for chunk, view in enumerate(views):
+        kept.add(chunk, view)
+    looked_at.clear()
+    sharing = 0
+    for view in views:
+        seen = kept._seen(view[0], *Frusta.matrices(*view[:2]), slice(40))
+        expected = [samples * (plain.seen(view[2], one) + plain.seen(one[2], view)) for one in views]
+        assert seen.tolist() == np.rint(expected).tolist()
+        sharing += np.count_nonzero(seen)
+    assert seen[-1] == 2 * samples  # of itself
+    pairs = sum(turns.shape[2] for turns in looked_at) // 2
+    assert sharing <= pairs and (kind != "jump" or pairs < 40 * 40 // 4)
+
+
+def test_pairs_follow_rows_that_move():
+    rng, pairs, square = np.random.default_rng(3), Pairs(np.int64), np.zeros((9, 9), dtype=np.int64)
+    pairs.grow(4)
+    for row in range(9):
+        if row == 4:
+            pairs.grow(9)
+        square[row, :row] = square[:row, row] = rng.integers(1000, size=row)
+        pairs.put(row, square[row, :row])
+    for count, row in ((9, 3), (8, 0), (7, 5), (6, 4)):  # the last row but one too
+        last = count - 1
+        pairs.move(last, row)
+        square[row], square[:, row] = square[last], square[:, last]
+        square[row, row] = 0
+        for one in range(last):
+            assert pairs.of(one, last, 0).tolist() == square[one, :last].tolist()
+            assert np.sort(pairs.all(last)[pairs.places(one, last)]).tolist() == sorted(
+                square[one, :last][np.arange(last) != one]
+            )
+        assert pairs.all(last).tolist() == [square[i, j] for i in range(last) for j in range(i)]
+
+
+def test_a_chunk_foreseen_is_not_measured_again():
+    policy = FovRetrieval(samples=16, diversity=0.5)
+    kept, measured = KeptViews(policy, 9), []
+    write = kept._describe
+    kept._describe = lambda row, description: measured.append(row) or write(row, description)
+    views = [policy.describe(pose[None], CAMERA) for pose in camera_path("walk", np.random.default_rng(0), 9, 1.0, 0.0)]
+    kept.select(views[1], 3, 0, (0, views[0]))
+    kept.add(0, views[0])
+    assert measured == [0]
+    kept.select(views[1], 3, 0, (1, views[1]))
+    kept.add(1, views[2])  # another view of that chunk
+    assert measured == [0, 1, 1]
 
 
 def test_what_is_kept_is_bounded_by_the_bank():
@@ -132,7 +199,8 @@ def test_what_is_kept_is_bounded_by_the_bank():
             "test", bank._kept._policy.describe(pose[None], CAMERA), 3, coming=(chunk + 1, (pose, np.ones(6), 0))
         )
     kept = bank._kept
-    assert [len(array) for array in (*kept._arrays(), kept._dt, kept._dr)] == [12] * 6
+    assert [array.shape[-1] for array in kept._arrays.values()] == [12] * 5
+    assert [len(pairs.all(12)) for pairs in kept._pairs.values()] == [66] * 2
     assert bank.num_dropped == 290
     assert all(not isinstance(value, list) or len(value) <= 10 for value in vars(bank).values())
 

@@ -370,11 +370,11 @@ def test_what_cannot_be_pinned_or_forgotten():
     memory.pin(0)  # in the sink: stays anyway
     plan = memory.begin_chunk(rollout.poses[8])
     memory.pin(banked)  # at any time
-    with pytest.raises(RuntimeError, match="forget: must be called between chunks, got a call while chunk 8 is begun"):
+    with pytest.raises(RuntimeError, match="forget: chunk 8 must be ended or aborted before, got one that is begun"):
         memory.forget(plan.retrieved[0])
     with pytest.raises(ValueError, match="forget: chunk must be from 0 to 7, got 8"):
         memory.forget(8)
-    with pytest.raises(RuntimeError, match="change: must be called between chunks, got a call while chunk 8 is begun"):
+    with pytest.raises(RuntimeError, match="change: chunk 8 must be ended or aborted before, got one that is begun"):
         memory.change(retrieved_chunks=0)
     with pytest.raises(TypeError, match="end_chunk: bank must be True or False, got 1"):
         memory.end_chunk(bank=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 
-from ..poses import rotation_angles
+from .frusta import Frusta
+from .pairs import Pairs
 from .retrieval import (
     TIE_RESOLUTION,
     FovRetrieval,
@@ -17,7 +19,6 @@ from .retrieval import (
     Scale,
     ordered,
     pick_nearest,
-    squared_distances,
 )
 
 _CHOOSES = ("describe", "distances", "select", "drop")
@@ -58,109 +59,133 @@ class KeptDescriptions:
 class KeptPoses:
     """For retrieval by pose: poses side by side, and how far all are from each other, in place and in angle.
 
-    It chooses what the policy would, to the bit: only the two maxima that distances are divided by differ from call to
-    call, so a pair is compared once, when the younger of the two comes, and a drop divides, adds and looks for the
-    least. That takes the same time whatever the camera did. Rows have no order: where a chunk goes, the last row moves.
-    16 bytes a pair, of at most `most` chunks, and one more that is coming.
+    It chooses what the policy would: only the two maxima that distances are divided by differ from call to call, so a
+    pair is compared once, when the younger of the two comes, and a drop scales, adds and looks for the least. That
+    takes the same time wherever the camera went. Rows have no order: where a chunk goes, the last row moves. 8 bytes
+    each way between at most `most` chunks, and one more that is coming.
     """
 
     def __init__(self, policy: NearestPolicy, most: int) -> None:
         self._policy, self._most = policy, most + 2  # one is added before one is dropped
         self._by_pose = policy if isinstance(policy, PoseRetrieval) else policy.by_pose
+        self._scratch = np.empty(_BLOCK)
         self.clear()
 
     def clear(self) -> None:
         self._count = 0
-        self._chunks = np.empty(0, dtype=np.int64)
-        self._poses = np.empty((0, 4, 4))
-        self._dt, self._dr = np.empty((2, 0, 0))  # symmetric; infinite from a chunk to itself
+        self._ready: tuple[int, Any, int] | None = None  # chunk, description and row of what was written last
+        self._arrays = {"chunks": np.empty(0, dtype=np.int64), "poses": np.empty((4, 4, 0))}  # rows in the last axis
+        self._pairs = {"dt": Pairs(np.float64), "dr": Pairs(np.float64)}
 
     def add(self, chunk: int, description: Any) -> None:
-        row = self._count
-        if row == len(self._chunks):
-            self._grow(min(max(8, 2 * row), self._most))
-        self._chunks[row] = chunk
-        self._describe(row, description)
-        now, others = self._poses[row : row + 1], self._poses[:row]
-        self._dt[row, :row] = self._dt[:row, row] = squared_distances(now, others)[0]
-        self._dr[row, :row] = self._dr[:row, row] = rotation_angles(now[:, :3, :3], others[:, :3, :3])[0]
-        self._dt[row, row] = self._dr[row, row] = np.inf
-        self._count = row + 1
+        self._write(chunk, description)
+        self._count += 1
 
     def description(self, chunk: int) -> Any:
         """A copy of what was given of a chunk."""
-        return self._poses[self._row(chunk)].copy()
+        return self._array("poses")[..., self._row(chunk)].copy()
 
     def remove(self, chunk: int) -> None:
         last, row = self._count - 1, self._row(chunk)
         if row != last:
-            for array in self._arrays():
-                array[row] = array[last]
-            for pairs in (self._dt, self._dr):
-                pairs[row, :last] = pairs[:last, row] = pairs[last, :last]
-                pairs[row, row] = np.inf
-        self._count = last
+            for array in self._arrays.values():
+                array[..., row] = array[..., last]
+            for pairs in self._pairs.values():
+                pairs.move(last, row)
+        self._count, self._ready = last, None
 
     def select(self, current: Any, budget: int, first: int, coming: tuple[int, Any] | None) -> list[int]:
         """Up to `budget` chunks from `first` on, or the one that is `coming`, as NearestPolicy.select picks them."""
         if coming is None:
             return self._select(current, budget, first)
-        self.add(*coming)
+        self._write(*coming)
+        self._count += 1
         try:
             return self._select(current, budget, first)
         finally:
-            self._count -= 1  # the last row
+            self._count -= 1  # what is written stays: it will be added, as a rule
 
     def drop(self, exclude: Collection[int] = ()) -> int:
-        """As NearestPolicy.drop: the older of the two that are most alike; the chunk added last sets the scale.
-        As if those to exclude were not there; one other is, at least."""
-        if exclude:
-            return self._drop_of(np.flatnonzero(~np.isin(self._chunks[: self._count], list(exclude))))
-        count, chunks = self._count, self._chunks[: self._count]
-        if count == 1:
-            return int(chunks[0])
-        last = count - 1
-        scale = self._by_pose.scale(self._poses[:count], self._dt[last, :last].max(), self._dr[last, :last].max())
-        least = np.empty(count)  # twice the distance of each chunk from the one most like it
-        step = max(1, _BLOCK // count)
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            least[rows] = scale.sum(self._dt[rows, :count], self._dr[rows, :count]).min(axis=1)
-        least *= 0.5
-        # The oldest of all chunks that are in such a pair is the older one of it.
-        return int(chunks[least <= least.min() + TIE_RESOLUTION].min())
+        """As NearestPolicy.drop: the older of the two that are most alike; the youngest sets the scale. As if those to
+        exclude were not there; one other is, at least."""
+        count, chunks = self._count, self._array("chunks")
+        held = np.flatnonzero(np.isin(chunks, list(exclude))) if exclude else np.empty(0, dtype=np.int64)
+        rows: Any = np.delete(np.arange(count), held) if len(held) else slice(count)
+        youngest = int(np.arange(count)[rows][chunks[rows].argmax()])
+        dt, dr = (self._pairs[name].of(youngest, count, -np.inf)[rows].max() for name in ("dt", "dr"))
+        scale = self._by_pose.scale(np.moveaxis(self._array("poses")[..., rows], -1, 0), dt, dr)
+        if len(chunks[rows]) == 1 or scale == (None, None):
+            return int(chunks[rows].min())
+        measured = self._pairs["dr" if scale.dt is None else "dt"].all(count)
+        places = [self._pairs["dt"].places(row, count) for row in held]
+        before = [measured[of_row] for of_row in places]
+        for of_row in places:
+            measured[of_row] = np.inf
+        try:
+            return self._oldest_of_least(scale)
+        finally:
+            for of_row, numbers in zip(places, before, strict=True):
+                measured[of_row] = numbers
+
+    def _oldest_of_least(self, scale: Scale) -> int:
+        """The oldest chunk of all pairs whose distance is the least, or within TIE_RESOLUTION of it: in such a pair it
+        is the older one. In one go over all pairs, of which those are noted that are so near the least so far."""
+        starts = self._pairs["dt"].starts[: self._count + 1]
+        unit = 2 * (scale.dr if scale.dt is None else scale.dt)  # of the numbers that are compared, in distances
+        least, noted = np.inf, []
+        for start in range(0, int(starts[-1]), _BLOCK):
+            numbers = self._compared(scale, slice(start, min(start + _BLOCK, int(starts[-1]))))
+            here = numbers.min()
+            least = min(least, here)
+            if here <= least + unit * TIE_RESOLUTION:
+                hits = np.flatnonzero(numbers <= least + unit * TIE_RESOLUTION)
+                noted.append((start + hits, numbers[hits]))
+        hits, numbers = (np.concatenate(some) for some in zip(*noted, strict=True))
+        hits = hits[numbers <= least + unit * TIE_RESOLUTION]
+        chunks = self._array("chunks")
+        num = np.diff(np.searchsorted(hits, starts))  # of them in each row
+        return int(min(chunks[num > 0].min(), chunks[hits - np.repeat(starts[:-1], num)].min()))
+
+    def _compared(self, scale: Scale, some: slice) -> np.ndarray:
+        """Of some pairs a number that is in proportion to their distance."""
+        dt, dr = (self._pairs[name].all(self._count)[some] for name in ("dt", "dr"))
+        if scale.dt is None or scale.dr is None:
+            return dr if scale.dt is None else dt
+        numbers = np.multiply(dr, scale.dt / scale.dr, out=self._scratch[: len(dr)])
+        return np.add(numbers, dt, out=numbers)
 
     def _row(self, chunk: int) -> int:
-        return int(np.flatnonzero(self._chunks[: self._count] == chunk)[0])
+        return int(np.flatnonzero(self._array("chunks") == chunk)[0])
 
-    def _drop_of(self, rows: np.ndarray) -> int:
-        """`drop` of the chunks at some rows, of which the youngest sets the scale."""
-        chunks, last = self._chunks[rows], rows[self._chunks[rows].argmax()]
-        if len(rows) == 1:
-            return int(chunks[0])
-        others = rows[rows != last]
-        scale = self._by_pose.scale(self._poses[rows], self._dt[last, others].max(), self._dr[last, others].max())
-        parts = np.array_split(rows, max(1, len(rows) ** 2 // _BLOCK))
-        pairs = (np.ix_(part, rows) for part in parts)
-        least = 0.5 * np.concatenate([scale.sum(self._dt[some], self._dr[some]).min(axis=1) for some in pairs])
-        return int(chunks[least <= least.min() + TIE_RESOLUTION].min())
+    def _array(self, name: str) -> np.ndarray:
+        return self._arrays[name][..., : self._count]
 
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        """With a row for each chunk."""
-        return self._chunks, self._poses
-
-    def _grow(self, room: int) -> None:
-        count = self._count
-        self._chunks, self._poses = (_grown(array, count, room) for array in self._arrays()[:2])
-        pairs = np.empty((2, room, room))
-        pairs[0, :count, :count], pairs[1, :count, :count] = self._dt, self._dr
-        self._dt, self._dr = pairs
+    def _write(self, chunk: int, description: Any) -> None:
+        """Into the row after the last, unless it stands there already."""
+        row = self._count
+        if self._ready is not None and self._ready[::2] == (chunk, row) and self._ready[1] is description:
+            return
+        self._ready = None
+        if row == self._arrays["chunks"].shape[-1]:
+            room = min(max(8, 2 * row), self._most)
+            self._arrays = {name: _grown(array, row, room) for name, array in self._arrays.items()}
+            for pairs in self._pairs.values():
+                pairs.grow(room)
+        self._arrays["chunks"][row] = chunk
+        self._describe(row, description)
+        self._ready = chunk, description, row
 
     def _describe(self, row: int, description: Any) -> None:
-        self._poses[row] = description
+        self._describe_pose(row, description)
+
+    def _describe_pose(self, row: int, pose: np.ndarray) -> None:
+        self._arrays["poses"][..., row] = pose
+        dt, dr = _differences(pose, self._array("poses"))
+        self._pairs["dt"].put(row, dt)
+        self._pairs["dr"].put(row, dr)
 
     def _select(self, current: Any, budget: int, first: int) -> list[int]:
-        chunks = self._chunks[: self._count]
+        chunks = self._array("chunks")
         rows: Any = slice(self._count)
         if chunks.size and chunks.min() < first:
             rows = np.flatnonzero(chunks >= first)
@@ -174,51 +199,69 @@ class KeptPoses:
     def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
         """From `current` to these rows, and on its scale from the one at a place among them to all of them."""
         scale, to_current = self._pose_distances(current, rows)
-        return to_current, lambda place: 0.5 * scale.sum(*self._pairs(rows, place))
+        return to_current, lambda place: self._to_picked(scale, rows, place)
 
     def _pose_distances(self, pose: np.ndarray, rows: Any) -> tuple[Scale, np.ndarray]:
-        now, others = pose[None], self._poses[rows]
-        dt = squared_distances(now, others)[0]
-        dr = rotation_angles(now[:, :3, :3], others[:, :3, :3])[0]
-        scale = self._by_pose.scale(others, dt.max(), dr.max(), now)
+        others = self._array("poses")[..., rows]
+        dt, dr = _differences(pose, others)
+        scale = self._by_pose.scale(np.moveaxis(others, -1, 0), dt.max(), dr.max(), pose[None])
         return scale, 0.5 * scale.sum(dt, dr)
 
-    def _pairs(self, rows: Any, place: int) -> tuple[np.ndarray, np.ndarray]:
-        row = place if isinstance(rows, slice) else rows[place]
-        return self._dt[row][rows], self._dr[row][rows]
+    def _to_picked(self, scale: Scale, rows: Any, place: int) -> np.ndarray:
+        dt, dr = (self._of_pairs(name, rows, place, np.inf) for name in ("dt", "dr"))
+        return 0.5 * scale.sum(dt, dr)
+
+    def _of_pairs(self, name: str, rows: Any, place: int, itself: float) -> np.ndarray:
+        row = place if isinstance(rows, slice) else int(rows[place])
+        return self._pairs[name].of(row, self._count, itself)[rows]
 
 
 class KeptViews(KeptPoses):
-    """For retrieval by field of view: cameras and the points of their frusta too. A drop goes by pose."""
+    """For retrieval by field of view: cameras too, and how much they see of each other where that is asked for, with
+    diversity: 4 bytes more of a pair, 2 of up to 127 samples. A drop goes by pose."""
+
+    def __init__(self, policy: FovRetrieval, most: int) -> None:
+        self._frusta = Frusta(policy.scaled_points, policy.depth_range)
+        super().__init__(policy, most)
 
     def clear(self) -> None:
         super().clear()
-        self._cameras = np.empty((0, 6))
-        self._points = np.empty((0, self._policy.samples, 3))
-
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return *super()._arrays(), self._cameras, self._points
-
-    def _grow(self, room: int) -> None:
-        super()._grow(room)
-        self._cameras, self._points = (_grown(array, self._count, room) for array in (self._cameras, self._points))
-
-    def _describe(self, row: int, description: Any) -> None:
-        self._poses[row], self._cameras[row], self._points[row] = description
+        self._arrays |= {"cameras": np.empty((6, 0)), "out": np.empty((3, 3, 0)), "into": np.empty((3, 3, 0))}
+        if self._policy.diversity:
+            self._pairs["seen"] = Pairs(np.min_scalar_type(2 * self._policy.samples))
 
     def description(self, chunk: int) -> Any:
         row = self._row(chunk)
-        return tuple(array[row].copy() for array in (self._poses, self._cameras, self._points))
+        pose, camera = (self._arrays[name][..., row].copy() for name in ("poses", "cameras"))
+        return pose, camera, self._policy.points(pose, camera)
+
+    def _describe(self, row: int, description: Any) -> None:
+        pose, camera, _ = description
+        self._describe_pose(row, pose)
+        out, into = self._frusta.matrices(pose, camera)
+        for name, array in {"cameras": camera, "out": out, "into": into}.items():
+            self._arrays[name][..., row] = array
+        if "seen" in self._pairs:
+            self._pairs["seen"].put(row, self._seen(pose, out, into, slice(self._count)))
 
     def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
-        poses, cameras, points = self._poses[rows], self._cameras[rows], self._points[rows]
-        scale, by_pose = self._pose_distances(current[0], rows)
+        pose, camera, _ = current
+        scale, by_pose = self._pose_distances(pose, rows)
 
         def to_picked(place: int) -> np.ndarray:
-            overlap = self._policy.overlaps((poses[place], cameras[place], points[place]), poses, cameras, points)
-            return ordered(overlap, 0.5 * scale.sum(*self._pairs(rows, place)))
+            if "seen" in self._pairs:
+                seen = self._of_pairs("seen", rows, place, 2 * self._policy.samples)
+            else:  # diversity was set later
+                one = (self._array(name)[..., rows][..., place] for name in ("poses", "out", "into"))
+                seen = self._seen(*one, rows)
+            return ordered(seen / self._policy.samples, self._to_picked(scale, rows, place))
 
-        return ordered(self._policy.overlaps(current, poses, cameras, points), by_pose), to_picked
+        seen = self._seen(pose, *self._frusta.matrices(pose, camera), rows)
+        return ordered(seen / self._policy.samples, by_pose), to_picked
+
+    def _seen(self, pose: np.ndarray, out: np.ndarray, into: np.ndarray, rows: Any) -> np.ndarray:
+        poses, outs, intos = (self._array(name)[..., rows] for name in ("poses", "out", "into"))
+        return self._frusta.seen(pose[:3, 3], out, into, poses[:3, 3], outs, intos)
 
 
 def keep(policy: RetrievalPolicy, most: int) -> KeptDescriptions | KeptPoses:
@@ -232,7 +275,15 @@ def keep(policy: RetrievalPolicy, most: int) -> KeptDescriptions | KeptPoses:
     return KeptDescriptions(policy)
 
 
+def _differences(pose: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of a pose [4, 4] from others [4, 4, n]: squared distances and angles, see retrieval.py and poses.py."""
+    differences = others[:3] - pose[:3, :, None]
+    squares = np.square(differences, out=differences)
+    chord = np.sqrt(squares[:, :3].reshape(9, -1).sum(axis=0)) / (2 * math.sqrt(2))
+    return squares[:, 3].sum(axis=0), 2 * np.arcsin(np.minimum(chord, 1.0))
+
+
 def _grown(array: np.ndarray, count: int, room: int) -> np.ndarray:
-    grown = np.empty((room, *array.shape[1:]), dtype=array.dtype)
-    grown[:count] = array[:count]
+    grown = np.empty((*array.shape[:-1], room), dtype=array.dtype)
+    grown[..., :count] = array[..., :count]
     return grown

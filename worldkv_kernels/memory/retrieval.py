@@ -237,11 +237,21 @@ class FovRetrieval(NearestPolicy):
         assert intrinsics is not None
         pose = mean_pose(poses)
         fx, fy, cx, cy = intrinsics.mean(axis=0)
-        height, width = self.image_size or (2 * cy, 2 * cx)
+        camera = np.array([fx, fy, cx, cy, *(self.image_size or (2 * cy, 2 * cx))])
+        return pose, camera, self.points(pose, camera)
+
+    def points(self, pose: np.ndarray, camera: np.ndarray) -> np.ndarray:
+        """What fills the frustum of a mean pose and camera, in the world, [samples, 3]."""
+        fx, fy, cx, cy, height, width = camera
         points = np.stack(
             [(self._u * width - cx) / fx * self._z, (self._v * height - cy) / fy * self._z, self._z], axis=-1
         )
-        return pose, np.array([fx, fy, cx, cy, height, width]), points @ pose[:3, :3].T + pose[:3, 3]
+        return points @ pose[:3, :3].T + pose[:3, 3]
+
+    @property
+    def scaled_points(self) -> np.ndarray:
+        """The same for all views: (u z, v z, z), where u and v go from 0 to 1 over the image, [3, samples]."""
+        return np.stack([self._u * self._z, self._v * self._z, self._z])
 
     def distances(self, views: Sequence[Any], others: Sequence[Any], current: Any) -> np.ndarray:
         poses, cameras, points = (np.stack(arrays) for arrays in zip(*others, strict=True))

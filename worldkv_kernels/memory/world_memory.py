@@ -623,12 +623,6 @@ class WorldMemory:
             raise ValueError(f"{op}: memory must be of mode 'worldkv', which has a bank, got {self.config.mode!r}")
         return self._bank
 
-    def _check_between(self, op: str) -> None:
-        if self._plan is not None:
-            raise RuntimeError(
-                f"{op}: must be called between chunks, got a call while chunk {self._plan.chunk} is begun"
-            )
-
     def _release(self) -> None:
         """No chunk is begun any more; the passes queued so far are all that read its window."""
         self._plan = None
