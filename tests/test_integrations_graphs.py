@@ -251,7 +251,7 @@ def test_what_passes_were_given_is_let_go():
     case = Lingbot()
     with case.enable(True) as handle:
         case.latents()
-        assert handle._passes._now == []
+        assert handle._session.passes._now == []
 
 
 def test_a_model_enabled_in_inference_mode_may_be_called_outside_of_it():
@@ -279,7 +279,7 @@ def test_disable_leaves_nothing():
     own = case.latents()
     handle = case.enable(True)
     case.latents()
-    kept = [weakref.ref(handle._passes), weakref.ref(handle.memory)]
+    kept = [weakref.ref(handle._session.passes), weakref.ref(handle.memory)]
     gc.collect()
     gc.disable()  # what the graphs hold is to be free at once
     try:

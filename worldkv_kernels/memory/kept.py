@@ -61,8 +61,8 @@ class KeptPoses:
 
     It chooses what the policy would: only the two maxima that distances are divided by differ from call to call, so a
     pair is compared once, when the younger of the two comes, and a drop scales, adds and looks for the least. That
-    takes the same time wherever the camera went. Rows have no order: where a chunk goes, the last row moves. 8 bytes
-    each way between at most `most` chunks, and one more that is coming.
+    takes the same time wherever the camera went. Rows have no order: where a chunk goes, the last row moves. 16
+    bytes of each two of at most `most` chunks, and one more that is coming.
     """
 
     def __init__(self, policy: NearestPolicy, most: int) -> None:
@@ -217,8 +217,8 @@ class KeptPoses:
 
 
 class KeptViews(KeptPoses):
-    """For retrieval by field of view: cameras too, and how much they see of each other where that is asked for, with
-    diversity: 4 bytes more of a pair, 2 of up to 127 samples. A drop goes by pose."""
+    """For retrieval by field of view: cameras too. With diversity, which compares chunks with each other, how much they
+    see of each other too: 2 bytes more of each two, 4 from 32768 samples on. A drop goes by pose."""
 
     def __init__(self, policy: FovRetrieval, most: int) -> None:
         self._frusta = Frusta(policy.scaled_points, policy.depth_range)

@@ -16,11 +16,6 @@ class Pairs:
         self._numbers = np.empty(0, dtype)
         self.starts = first_pairs(0)
 
-    @property
-    def room(self) -> int:
-        """For so many rows."""
-        return len(self.starts) - 1
-
     def grow(self, room: int) -> None:
         numbers = np.empty(room * (room - 1) // 2, self._numbers.dtype)
         numbers[: len(self._numbers)] = self._numbers

@@ -53,7 +53,6 @@ def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
     bank = memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
-    whole = _whole(memory)
     tree = {
         "config": config_tree(memory._configured),
         "changed": {name: getattr(memory.config, name) for name in _CHANGEABLE},
@@ -65,10 +64,9 @@ def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
         "retrieved_total": memory._retrieved_total,
         "integrator": None if memory.integrator is None else tuple(memory.integrator.state),
         "last_view": _view_tree(memory._last_view),
-        # Not of a chunk that was aborted after its pruning failed: it is no history.
-        "descriptions": {chunk: memory._descriptions[chunk] for chunk in _described(memory, whole)},
-        "unbanked": sorted(memory._unbanked.intersection(whole)),
-        "whole": {chunk: memory._storage.held(chunk) for chunk in whole},
+        "descriptions": dict(memory._descriptions),
+        "unbanked": sorted(memory._unbanked),
+        "whole": {chunk: memory._storage.held(chunk) for chunk in _whole(memory)},
         "bank": None,
     }
     if bank is not None:
