@@ -246,10 +246,10 @@ def test_a_rope_of_ones_own_comes_back_whole(tmp_path):
     memory.save(tmp_path / "m")
     loaded = WorldMemory.load(tmp_path / "m")
     assert loaded.config == memory.config and loaded.config.rope.pairs == (12, 12, 8)
-    for one in (memory, loaded):
-        walk(one, 9, 10)
-        with pytest.raises(RuntimeError, match=r"chunk must be below 10"):
-            walk(one, 10, 11)
+    other = WorldMemory(config(rope=Rope3D(64, theta=501.0, pairs=(12, 12, 8))), dtype=torch.float32)
+    walk(other, 0, 9)
+    made, again, others = (walk(one, 9, 12) for one in (memory, loaded, other))
+    assert all(map(torch.equal, made, again)) and not any(map(torch.equal, made, others))
 
 
 @pytest.mark.parametrize("bank", [True, False])
