@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
+import published_path
 import torch
 from common import append_json_line, bench_main, parse_device, picked, trace_file
 from machine import clocks, environment
@@ -358,10 +359,9 @@ def cases_from(
             check_room(f"--layers: {layers} layers of {of.name}", weights_of(of, DTYPES[device.type]), device)
             case = replace(case, of=of)
         if chunks is not None:
-            config = case.of.config()
-            most = config.memory().make_rope().max_position // config.chunk_frames - 1  # one more is traced
+            most = published_path.POSITIONS // case.of.config().chunk_frames - 1  # one more is traced
             if chunks > most:
-                wanted = f"at most {most}, which the rotary embedding can number"
+                wanted = f"at most {most}, which the published code's rotations number"
                 raise ValueError(f"--chunks must be {wanted}, got {chunks}")
             case = replace(case, chunks=chunks)
         changed.append(case)

@@ -22,7 +22,8 @@ _OFFICIAL = {
     "prune_rule": "similarity", "merge_pruned": False, "rope": "wan", "round_before_rope": True,
 }  # fmt: skip
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_THETA, _POSITIONS = 10000.0, 1024
+_THETA = 10000.0
+POSITIONS = 1024  # rotations, of frames and of rows and columns
 
 
 class PublishedPlan(NamedTuple):
@@ -115,8 +116,8 @@ class PublishedMemory:
             raise RuntimeError(
                 f"begin_chunk: chunk {self._plan.chunk} must be ended or dropped first, got a second begin_chunk"
             )
-        if (chunk + 1) * config.chunk_frames > _POSITIONS:
-            raise RuntimeError(f"begin_chunk: frames must stay below position {_POSITIONS}, got chunk {chunk}")
+        if (chunk + 1) * config.chunk_frames > POSITIONS:
+            raise RuntimeError(f"begin_chunk: frames must stay below position {POSITIONS}, got chunk {chunk}")
         if poses is None:
             raise ValueError(f"begin_chunk: poses must be [{config.chunk_frames}, 4, 4], got None")
         checked = as_poses("begin_chunk", poses, config.chunk_frames)
@@ -390,7 +391,7 @@ def _frequencies(pairs: int, device: torch.device) -> torch.Tensor:
 
 def _rotations(head_dim: int, device: torch.device) -> list[torch.Tensor]:
     """Unit complex128 numbers [positions, pairs] for each axis."""
-    positions = torch.arange(_POSITIONS, dtype=torch.float64, device=device)
+    positions = torch.arange(POSITIONS, dtype=torch.float64, device=device)
     angles = [torch.outer(positions, _frequencies(pairs, device)) for pairs in _pairs(head_dim)]
     return [torch.polar(torch.ones_like(angle), angle) for angle in angles]
 

@@ -22,7 +22,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch allocates
 import torch
 from common import ERROR_LIMITS, parse_device, relative_error, worst
 
-from worldkv_kernels import Rope3D, Segment, Window, compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels import Rope3D, RopeTable, Segment, Window, compress_chunk, norm_rope_append, segment_attention
 from worldkv_kernels.ops.backends import OpBackends
 
 Outputs = Sequence[torch.Tensor]
@@ -72,12 +72,12 @@ def append_case(heads: int, dtype: torch.dtype, *, weights: bool, on_device: boo
         q, k, v = random(30, 3 * columns, dtype=dtype).to(device).split(columns, dim=1)
         pools = [torch.zeros(41, heads, 128, dtype=q.dtype, device=device) for _ in range(2)]
         weight = random(columns, dtype=dtype).to(device) if weights else None
-        first_row, start_frame = (
-            (torch.tensor([n], dtype=torch.int64, device=device) for n in (11, 7)) if on_device else (11, 7)
-        )
+        where = dict(first_row=11, rope=Rope3D(128), start_frame=7)
+        if on_device:
+            rope = RopeTable(where["rope"], (2, 3, 5), device=device, start_frame=7)
+            where = dict(first_row=torch.tensor([11], dtype=torch.int64, device=device), rope=rope)
         out = norm_rope_append(
-            q, k, v, *pools, first_row, rope=Rope3D(128, max_position=16), grid=(2, 3, 5), start_frame=start_frame,
-            q_weight=weight, k_weight=weight, backend=backend,
+            q, k, v, *pools, **where, grid=(2, 3, 5), q_weight=weight, k_weight=weight, backend=backend
         )  # fmt: skip
         return out, *pools
 

@@ -201,8 +201,9 @@ def attend(attention: wan.SelfAttention, y: torch.Tensor, turns: torch.Tensor, *
 def rotations(config: SmallWorldConfig, chunks: int, device: torch.device) -> torch.Tensor:
     """Complex numbers that turn the pairs of a head, [chunks, tokens, head_dim / 2]: Rope3D at consecutive frames."""
     rope, (height, width) = Rope3D(config.head_dim), config.grid
-    table = torch.view_as_complex(rope.table(device))  # [positions, pairs]
     frames = chunks * config.chunk_frames
+    positions = range(max(frames, height, width))
+    table = torch.view_as_complex(torch.from_numpy(rope.table(positions)).to(device))  # [positions, pairs]
     parts = table.split(rope.pairs, dim=1)
     axes = [
         part[:size].view([size if axis == i else 1 for i in range(3)] + [-1]).expand(frames, height, width, -1)

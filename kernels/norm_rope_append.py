@@ -68,22 +68,21 @@ def _store_row(
         tl.store(out_ptr + offsets, y.to(DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "start_frame", "grid_height", "grid_width", "eps"])
+@triton.jit(do_not_specialize=["first_row", "grid_height", "grid_width", "eps"])
 def norm_rope_append_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, table_ptr, q_out_ptr, k_pool_ptr, v_pool_ptr,
-    first_row, start_frame, grid_height, grid_width, eps,
+    first_row, grid_height, grid_width, eps,
     stride_q_token, stride_k_token, stride_v_token, stride_q_out_token, stride_k_pool_row, stride_v_pool_row,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     PAIRS_TIME: tl.constexpr, PAIRS_HEIGHT: tl.constexpr,
     HAS_Q_WEIGHT: tl.constexpr, HAS_K_WEIGHT: tl.constexpr, HAS_ROPE: tl.constexpr, ROUND: tl.constexpr,
-    DEVICE_POSITION: tl.constexpr,
+    DEVICE_ROW: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     tensor = tl.program_id(1)
-    if DEVICE_POSITION:
+    if DEVICE_ROW:
         first_row = tl.load(first_row)
-        start_frame = tl.load(start_frame).to(tl.int32)
-    frame = start_frame + token // (grid_height * grid_width)
+    frame = token // (grid_height * grid_width)
     row = (token // grid_width) % grid_height
     col = token % grid_width
     pool_row = first_row.to(tl.int64) + token
@@ -128,7 +127,6 @@ def norm_rope_append(
     q_out: torch.Tensor,
     table: torch.Tensor | None,
     first_row: int | torch.Tensor,
-    start_frame: int | torch.Tensor,
     *,
     grid: tuple[int, int, int],
     pairs: tuple[int, int, int],
@@ -148,12 +146,15 @@ def norm_rope_append(
             stride, so that they may be slices of one projection. head_dim 64 or 128, 1 to 128 heads.
         k_pool, v_pool: [rows, heads, head_dim], q_out: [tokens, heads, head_dim], all of q's dtype; dense in heads and
             head_dim, rows and tokens of any stride.
-        table: fp32 [positions, head_dim / 2, 2], contiguous: cosine and sine of pair i's angle at each position,
-            commonly position * theta ** (-j / n) for the j-th of the n pairs of its axis. None for no rotation.
-        first_row: the pool row of the first token. start_frame: the position of its frame. Both int, or both int64
-            tensors [1] on q's device, which are read when the kernel runs, so that a captured graph serves any.
-        grid: (frames, height, width), tokens = frames * height * width in that order. Token t has the positions
-            start_frame + t // (height * width), t // width % height and t % width.
+        table: fp32 [positions, head_dim / 2, 2], contiguous: cosine and sine of pair i's angle at each position of its
+            axis, commonly position * theta ** (-j / n) for the j-th of the n pairs of that axis. It is the table of one
+            chunk: its entries of the pairs that turn by frame begin at the chunk's first frame, whatever its number. It
+            is read when the kernel runs, so that a captured graph serves every chunk whose entries are written there.
+            None for no rotation.
+        first_row: the pool row of the first token: an int, or an int64 tensor [1] on q's device, which is read when the
+            kernel runs.
+        grid: (frames, height, width), tokens = frames * height * width in that order. Token t reads the table's entries
+            t // (height * width), t // width % height and t % width.
         pairs: how many of a head's pairs turn by frame, then by row, then by column; not used without a table.
         q_weight, k_weight: [heads * head_dim], contiguous, q's dtype or fp32; None for no norm.
         eps: added to the mean square, not negative and finite.
@@ -168,8 +169,8 @@ def norm_rope_append(
     gradients.
 
     Raises ValueError or TypeError, before the launch, on shapes, dtypes and strides other than these, on rows outside
-    the pools and on positions outside the table. Undefined, since not looked at: a first_row or start_frame on the
-    device that leads there, and outputs that overlap each other or an input.
+    the pools and on a grid larger than the table. Undefined, since not looked at: a first_row on the device that leads
+    outside the pools, and outputs that overlap each other or an input.
     """
     pool = k_pool.shape
     if len(pool) != 3 or pool[2] not in (64, 128) or not 1 <= pool[1] <= MAX_HEADS:
@@ -210,11 +211,9 @@ def norm_rope_append(
     if not 0 <= eps < math.inf:
         raise ValueError(_wrong("eps", "finite and not negative", eps))
     on_device = not isinstance(first_row, int)
-    if on_device or not isinstance(start_frame, int):
-        for position in (first_row, start_frame):
-            if not (isinstance(position, torch.Tensor) and position.dtype is torch.int64 and position.shape == (1,)):
-                wanted = "two ints or two torch.int64 tensors [1]"
-                raise TypeError(_wrong("first_row and start_frame", wanted, first_row, start_frame))
+    if on_device:
+        if not (isinstance(first_row, torch.Tensor) and first_row.dtype is torch.int64 and first_row.shape == (1,)):
+            raise TypeError(_wrong("first_row", "an int or torch.int64 [1]", first_row))
     elif not 0 <= first_row <= rows - tokens:
         raise ValueError(_wrong("first_row", f"from 0 to {rows - tokens}", first_row))
     if table is not None:
@@ -222,19 +221,17 @@ def norm_rope_append(
         positions, half = shape[0] if shape else "positions", head_dim // 2
         if not (shape == (positions, half, 2) and table.dtype is torch.float32 and table.is_contiguous()):
             raise ValueError(_wrong("table", f"torch.float32 [{positions}, {half}, 2], contiguous", table))
-        if not (0 < height <= positions and 0 < width <= positions):
+        if not (0 < height <= positions and 0 < width <= positions and frames <= positions):
             raise ValueError(_wrong("grid", f"within the table's {positions} positions", grid))
-        if not (on_device or 0 <= start_frame <= positions - frames):
-            raise ValueError(_wrong("start_frame", f"from 0 to {positions - frames}", start_frame))
         if pairs[0] + pairs[1] + pairs[2] != half or min(pairs) < 0:
             raise ValueError(_wrong("pairs", f"three counts that add up to {half}", pairs))
     norm_rope_append_kernel[(tokens, 3)](
         q, k, v, q_weight, k_weight, table, q_out, k_pool, v_pool,
-        first_row, start_frame, height, width, eps,
+        first_row, height, width, eps,
         stride_q_token, stride_k_token, stride_v_token, stride_q_out_token, stride_k_pool_row, stride_v_pool_row,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_HEADS=heads_per_step(heads, head_dim),
         PAIRS_TIME=pairs[0], PAIRS_HEIGHT=pairs[1],
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None,
         HAS_ROPE=table is not None, ROUND=round_before_rope,
-        DEVICE_POSITION=on_device, num_warps=4, enable_fp_fusion=True,
+        DEVICE_ROW=on_device, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -181,14 +181,14 @@ def append_launches():
     ]:  # fmt: skip
         x = torch.empty(4680, heads * head_dim, dtype=dtype, device="meta")
         pool = torch.empty(9999, heads, head_dim, dtype=dtype, device="meta")
-        table = torch.empty(1024, head_dim // 2, 2, device="meta") if rope else None
-        # Both ways of saying where: on the device, as WorldMemory does, and as numbers.
-        where = [torch.empty(1, dtype=torch.int64, device="meta")] * 2 if weight else (4736, 9)
+        table = torch.empty(52, head_dim // 2, 2, device="meta") if rope else None
+        # Both ways of saying where: on the device, as WorldMemory does, and as a number.
+        first_row = torch.empty(1, dtype=torch.int64, device="meta") if weight else 4736
         scale = x[0] if weight else None
         yield (
             f"{str(dtype)[6:]} {heads}x{head_dim}{' norm' * weight}{' rope' * rope}",
             partial(
-                norm_rope_append.norm_rope_append, x, x, x, pool, pool, pool[:4680], table, *where, grid=(3, 30, 52),
+                norm_rope_append.norm_rope_append, x, x, x, pool, pool, pool[:4680], table, first_row, grid=(3, 30, 52),
                 pairs=(22, 21, 21) if head_dim == 128 else (12, 10, 10),
                 q_weight=scale, k_weight=scale, eps=1e-6, round_before_rope=True,
             ),

@@ -17,11 +17,10 @@ HEAD_DIM = 64
 # Similarities are computed in fp32 (error some 1e-7); keys are drawn so that they decide by more than this.
 SIMILARITY_GAP = 1e-5
 MAX_CHUNKS = 14
-# Few positions, or the unbounded bank takes room for a thousand chunks.
 ROPES = [
-    Rope3D(HEAD_DIM, max_position=64),
-    Rope3D(HEAD_DIM, max_position=64, pairs=(12, 12, 8), theta=500.0),
-    Rope3D(HEAD_DIM, max_position=64, pairs=(32, 0, 0)),
+    Rope3D(HEAD_DIM),
+    Rope3D(HEAD_DIM, pairs=(12, 12, 8), theta=500.0),
+    Rope3D(HEAD_DIM, pairs=(32, 0, 0)),
 ]
 seeds = st.integers(0, 2**31)
 
@@ -166,11 +165,7 @@ def configs(draw, whole_chunks: bool = False, **fixed) -> MemoryConfig:
     whole = whole_chunks or draw(st.booleans())
     retrieved = draw(st.integers(0, 4))
     rope = draw(st.sampled_from([*ROPES, ROPES[0], None]))
-    bounds = [None] * (rope is not None) + [max(1, retrieved) + draw(st.integers(0, 3))]
-    if mode == "full":
-        bounds = [MAX_CHUNKS]
-    elif rope is None:
-        bounds.append(MAX_CHUNKS)
+    bounds = [MAX_CHUNKS] + [max(1, retrieved) + draw(st.integers(0, 3))] * (mode != "full")
     drawn = dict(
         num_layers=draw(st.integers(1, 2)),
         num_heads=draw(st.integers(1, 3)),
@@ -202,6 +197,6 @@ def tiny(**fields) -> MemoryConfig:
     """One layer, one head, 2 x 3 tokens a frame, chunks of 2; sink 1, recent 2, retrieved 2."""
     small = dict(
         num_layers=1, num_heads=1, head_dim=HEAD_DIM, grid=(2, 3), chunk_frames=2, sink_frames=2, recent_frames=4,
-        retrieved_chunks=2, rope=ROPES[0],
+        retrieved_chunks=2, rope=ROPES[0], bank_chunks=32,
     )  # fmt: skip
     return MemoryConfig(**{**small, **fields})

@@ -20,7 +20,7 @@ from worldkv_kernels.saved import Rows
 
 SIZES = dict(
     num_layers=1, num_heads=1, head_dim=64, grid=(1, 2), chunk_frames=2, retrieved_chunks=2, bank_chunks=3,
-    recent_frames=2, rope=Rope3D(64, max_position=200),
+    recent_frames=2, rope=Rope3D(64),
 )  # fmt: skip
 # A memory of each kind, and after how many chunks it is saved: with the bank full, before anything, on the way.
 KINDS = {
@@ -31,8 +31,9 @@ KINDS = {
     "new": (dict(retrieval="action"), 0),
     "full": (dict(mode="full", bank_chunks=40), 3),
     "sink_recent": (dict(mode="sink_recent", retrieval="action"), 5),
-    "unbounded": (dict(bank_chunks=None, rope=Rope3D(64, max_position=48)), 5),
+    "unbounded": (dict(bank_chunks=None, rope=Rope3D(64)), 5),
     "without a rope": (dict(mode="sliding", rope=None), 5),
+    "turned": (dict(bank="host", recent_frames=4, keep_ratio=0.8), 8),
 }
 OPS = ("begin_chunk: ", "end_chunk: ", "attend: ")
 
@@ -40,12 +41,15 @@ OPS = ("begin_chunk: ", "end_chunk: ", "attend: ")
 def memory_of(kind: str) -> WorldMemory:
     fields, chunks = KINDS[kind]
     memory = WorldMemory(MemoryConfig(**{**SIZES, **fields}), dtype=torch.bfloat16)
-    walk(memory, chunks)
+    walk(memory, chunks, turns=kind == "turned")
     return memory
 
 
-def walk(memory: WorldMemory, chunks: int) -> list[torch.Tensor]:
-    """What each layer attended to gave in the next chunks, of numbers, poses or actions that their numbers say."""
+def walk(memory: WorldMemory, chunks: int, *, turns: bool = False) -> list[torch.Tensor]:
+    """What each layer attended to gave in the next chunks, of numbers, poses or actions that their numbers say.
+
+    With `turns` chunks are pinned, forgotten and left out of the bank between them, and what the window takes changes.
+    """
     config, made = memory.config, []
     for _ in range(chunks):
         chunk = memory.stats()["chunks"]
@@ -54,8 +58,31 @@ def walk(memory: WorldMemory, chunks: int) -> list[torch.Tensor]:
         for layer in range(config.num_layers):
             qkv = torch.randn(3, config.chunk_tokens, config.num_heads * config.head_dim, generator=generator)
             made.append(memory.attend(layer, *qkv.to(memory.device, memory.dtype)).cpu())
-        memory.end_chunk()
+        memory.end_chunk(bank=not turns or chunk % 5 != 3)
+        if turns:
+            turn(memory, chunk)
     return made
+
+
+def turn(memory: WorldMemory, chunk: int) -> None:
+    """One thing that may be done after this chunk, as its number says."""
+    random, config = np.random.default_rng(chunk), memory.config
+    kept = [past for past in range(chunk + 1) if memory.location(past) != "dropped"]
+    to_forget = [past for past in kept if memory.location(past) != "sink"]
+    what = random.choice(["pin", "unpin", "forget", "change"])
+    if what == "change":
+        most = memory._configured
+        memory.change(
+            retrieved_chunks=int(random.integers(0, most.retrieved_chunks + 1)),
+            recent_frames=int(random.integers(0, most.recent_frames + 1)),
+            keep_ratio=float(random.uniform(0.1, 1)) * most.keep_ratio,
+        )
+    elif what == "pin" and config.has_bank:
+        memory.pin(int(random.choice(kept)))
+    elif what == "unpin" and memory.pinned:
+        memory.unpin(memory.pinned[0])
+    elif what == "forget" and config.has_bank and to_forget:
+        memory.forget(int(random.choice(to_forget)))
 
 
 def begin(memory: WorldMemory, chunk: int) -> None:

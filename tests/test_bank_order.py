@@ -60,7 +60,7 @@ class Play:
         config = dict(
             num_layers=LAYERS, num_heads=1, head_dim=64, grid=(1, 1), chunk_frames=CHUNK, sink_frames=0,
             recent_frames=self.random.choice([0, CHUNK]), retrieved_chunks=2, keep_ratio=1.0, bank="host",
-            bank_chunks=places, device_slots=slots, retrieval=Scattered(), rope=Rope3D(64, max_position=400),
+            bank_chunks=places, device_slots=slots, retrieval=Scattered(), rope=Rope3D(64),
             prefetch=self.random.random() < 0.5,
         )  # fmt: skip
         self.memory = WorldMemory(MemoryConfig(**{**config, **fields}), dtype=torch.float32)

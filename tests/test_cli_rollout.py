@@ -325,7 +325,6 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--trajectory", "jump*3"], "--trajectory: a move must be one of right, .*, got 'jump'"),
         (["--trajectory", "nowhere"], "--trajectory: must be an existing folder, or moves .*, got 'nowhere'"),
         (["--trajectory", "right*7"], "--trajectory must have at least 9 video frames .*, got 2 latent frames"),
-        (["--trajectory", "right*4200", "--modes", "sliding"], "--chunks must be at most 341, .*, got 350"),
         (["--model", "large"], "--model must be one of small_world, lingbot_world_fast, matrix_game_2, got 'large'"),
         (["--modes", "full,fast"], "--modes must be one of worldkv, full, sliding, sink_recent, got 'fast'"),
         (["--modes", ""], "--modes must be one of .*, got ''"),
@@ -347,10 +346,21 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--seed", "9" * 5000], f"argument --seed: must be at most {2**64 - 1}, got '9"),
         (["--chunks", "+-5"], "argument --chunks: must be an integer of at least 1, got"),
         (["--layers", "\u0663"], "argument --layers: must be an integer of at least 1, got"),
-        (["--retrieved-chunks", "3000000"], "--retrieved-chunks must be at most 341, which the rotary .*, got 3000000"),
+        (
+            ["--retrieved-chunks", str(2**31 - 1)],
+            "--grid, --layers or --chunks must be smaller: WorldMemory: storage must",
+        ),
+        (
+            ["--bank-chunks", str(2**31 - 1)],
+            "--bank-chunks, --grid or --layers must be smaller: WorldMemory: storage must",
+        ),
         (["--bank-chunks", str(10**30)], "argument --bank-chunks: must be at most 2147483647, got '1000"),
-        (["--sink-frames", "3000"], "--sink-frames must be at most 1024, which the rotary embedding .*, got 3000"),
-        (["--recent-frames", "3000"], "--recent-frames must be at most 1024, which the rotary embedding .*, got 3000"),
+        (
+            ["--sink-frames", str(2**31 - 1), "--modes", "full,sink_recent"],
+            "--grid, --layers or --chunks must be smaller",
+        ),
+        (["--recent-frames", str(2**31 - 1)], "--bank-chunks, --grid or --layers must be smaller: .*recent "),
+        (["--recent-frames", str(2**31)], f"argument --recent-frames: must be at most {2**31 - 1}, got '{2**31}'"),
         (["--grid", "9" * 500 + ",1"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '9"),
         (["--grid", "1,99999"], "argument --grid: must be height,width of 1 to 1024 tokens each, got '1,99999'"),
         (["--trajectory", ""], "--trajectory: must be an existing folder, or moves .*, got ''"),
@@ -390,6 +400,13 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     out, err = capsys.readouterr()
     assert status == 2 and out == "" and len(err) < 700
     assert re.fullmatch(f"worldkv rollout: {message}.*\n", err), err
+
+
+def test_a_rollout_goes_past_the_positions_that_the_models_number(tmp_path):
+    """Their tables end at frame 1023."""
+    far = of_worldkv(tmp_path, "--trajectory", "right*4200", "--grid", "1,2", "--retrieved-chunks", "2")
+    assert [chunk["chunk"] for chunk in far["chunks"]] == list(range(350))
+    assert far["chunks_retrieved"] == 2 * 345 + 1 and far["chunks_dropped"] == 0
 
 
 def test_trajectories_that_cannot_be_read_are_named(tmp_path, capsys):

@@ -9,7 +9,7 @@ from conftest import APPEND_BACKENDS, ATTENTION_BACKENDS, COMPRESS_BACKENDS, DEV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldkv_kernels import Rope3D, norm_rope_append
+from worldkv_kernels import Rope3D, RopeTable, norm_rope_append
 from worldkv_kernels.ops import cuda
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
@@ -169,7 +169,8 @@ def tokens_to_append(draw):
         dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), pads=draw(PADS),
         weights=draw(st.tuples(*[st.sampled_from(["none", "same", "float"])] * 2)),
         roped=draw(st.booleans()), on_device=draw(st.booleans()), round_before_rope=draw(st.booleans()),
-        first_row=draw(st.integers(0, 5)), start_frame=draw(st.integers(0, 30)), eps=draw(st.sampled_from([1e-6, 0.5])),
+        first_row=draw(st.integers(0, 5)), start_frame=draw(st.integers(0, 10**7)),
+        eps=draw(st.sampled_from([1e-6, 0.5])),
     )  # fmt: skip
 
 
@@ -187,16 +188,18 @@ def test_append_agrees_with_the_reference_and_writes_nothing_else(case, seed):
         None if kind == "none" else (torch.randn(columns, generator=generator)).to(DEVICE, {"same": dtype}.get(kind))
         for kind in case["weights"]
     )
-    first, start = torch.tensor([[first_row], [case["start_frame"]]], device=DEVICE)
-    if not case["on_device"]:
-        first, start = first_row, case["start_frame"]
+    where = dict(first_row=first_row, rope=Rope3D(head_dim), start_frame=case["start_frame"])
+    if case["on_device"]:
+        rope = RopeTable(where["rope"], case["grid"], device=DEVICE, start_frame=case["start_frame"])
+        where = dict(first_row=torch.tensor([first_row], device=DEVICE), rope=rope)
+    if not case["roped"]:
+        where["rope"] = None
 
     def run(backend):
         order_threads_by(seed)
         stores = [surrounded(1, tokens + 5, heads, head_dim, dtype, pad) for pad in case["pads"][:3]]
         norm_rope_append(
-            q, k, v, stores[0][1][0], stores[1][1][0], first, start_frame=start, grid=case["grid"],
-            rope=Rope3D(head_dim, max_position=40) if case["roped"] else None, q_weight=q_weight, k_weight=k_weight,
+            q, k, v, stores[0][1][0], stores[1][1][0], **where, grid=case["grid"], q_weight=q_weight, k_weight=k_weight,
             round_before_rope=case["round_before_rope"], eps=case["eps"], out=stores[2][1][0, :tokens], backend=backend,
         )  # fmt: skip
         written = [stores[i][1][0, first_row : first_row + tokens] for i in range(2)] + [stores[2][1][0, :tokens]]
@@ -241,7 +244,7 @@ def call_of_append(heads=2, tokens=2, **changes):
     x = torch.zeros(tokens, heads * 64, dtype=torch.bfloat16, device=DEVICE)
     pool = x.view(tokens, heads, 64)
     arguments = dict(
-        q=x, k=x, v=x, k_pool=pool, v_pool=pool.clone(), q_out=pool.clone(), table=None, first_row=0, start_frame=0,
+        q=x, k=x, v=x, k_pool=pool, v_pool=pool.clone(), q_out=pool.clone(), table=None, first_row=0,
         grid=(1, 1, 2), pairs=(0, 0, 0), q_weight=None, k_weight=None, eps=1e-6, round_before_rope=True,
     )  # fmt: skip
     cuda.norm_rope_append(**{**arguments, **changes})

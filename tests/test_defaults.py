@@ -17,7 +17,7 @@ import torch
 from safetensors_files import write
 from tiny_memory import AWAY_AND_BACK, latents, tiny
 
-from worldkv_kernels import Rope3D, Segment, Window
+from worldkv_kernels import Rope3D, RopeTable, Segment, Window
 from worldkv_kernels.models.action_module import frame_turns
 from worldkv_kernels.models.lingbot_camera import ray_map
 from worldkv_kernels.models.rollout import noise
@@ -92,7 +92,8 @@ def small_cases():
 def windows():
     segments = [Segment(256, 300, 7), Segment(0, 1, -3), Segment(100, 128)]
     yield from zip("abcdef", Window(segments, device="cpu", rope=Rope3D(64)).tables, strict=True)
-    yield "rope", Rope3D(64).table("cpu")
+    yield "rope", RopeTable(Rope3D(64), (1, 3, 9), device="cpu", start_frame=7).table
+    yield "chunk", Rope3D(64).chunk_table_on(CPU, (1, 3, 9), 7)
 
 
 def window_tables():

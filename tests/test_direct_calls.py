@@ -127,7 +127,7 @@ def append():
     q, k, v = zeros(3, 12, 128)
     return dict(
         q=q, k=k, v=v, k_pool=zeros(20, 2, 64), v_pool=zeros(20, 2, 64), q_out=zeros(12, 2, 64), table=zeros(8, 32, 2),
-        device_first_row=None, device_start_frame=None, first_row=8, start_frame=6, grid=[2, 2, 3], pairs=[12, 10, 10],
+        device_first_row=None, first_row=8, grid=[2, 2, 3], pairs=[12, 10, 10],
         q_weight=zeros(128), k_weight=zeros(128), eps=1e-6, round_before_rope=True, backend="auto",
     )  # fmt: skip
 
@@ -150,12 +150,12 @@ AT = zeros(1, dtype=torch.int64)
         ({"table": zeros(8, 32, 2, dtype=F64)}, TypeError, "table must be torch.float32"),
         ({"grid": [2, 2, 2]}, ValueError, "grid must be (frames, height, width) of 12 tokens in all, got (2, 2, 2)"),
         ({"grid": [12]}, ValueError, "grid must be (frames, height, width) of 12 tokens in all, got (12,)"),
-        ({"grid": [1, 1, 12]}, ValueError, "grid must be within the rope's 8 positions, got (1, 1, 12)"),
+        ({"grid": [1, 1, 12]}, ValueError, "grid must be within the table's 8 positions, got (1, 1, 12)"),
         ({"pairs": [40, -4, -4]}, ValueError, "pairs must be three counts that add up to 32, got (40, -4, -4)"),
         ({"first_row": 9}, ValueError, "first_row must be from 0 to 8 for 12 tokens in 20 rows, got 9"),
-        ({"start_frame": 7}, ValueError, "start_frame must be from 0 to 6 within the rope's positions, got 7"),
-        ({"device_first_row": AT}, TypeError, "start_frame must be a tensor [1], got None"),
-        ({"device_first_row": AT, "device_start_frame": AT.int()}, TypeError, "start_frame must be torch.int64"),
+        ({"grid": [12, 1, 1]}, ValueError, "grid must be within the table's 8 positions, got (12, 1, 1)"),
+        ({"device_first_row": AT.int()}, TypeError, "first_row must be torch.int64"),
+        ({"device_first_row": AT + 9}, ValueError, "first_row must be from 0 to 8 for 12 tokens in 20 rows, got 9"),
         ({"q_weight": zeros(64)}, ValueError, "q_weight must be [128], got [64]"),
         *[({"eps": eps}, ValueError, f"eps must be finite and not negative, got {eps}") for eps in (-1e-6, math.nan)],
     ],

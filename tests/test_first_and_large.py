@@ -22,7 +22,7 @@ HALF = dict(dtype=torch.bfloat16, device=DEVICE)
 
 FIRST_CALL = """
 import torch
-from worldkv_kernels import Rope3D, Segment, Window, compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels import Rope3D, RopeTable, Segment, Window, compress_chunk, norm_rope_append, segment_attention
 
 def random(*shape, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -31,10 +31,10 @@ def random(*shape, seed=0):
 k, v, q = (random(600, 4, 128, seed=i) for i in range(3))
 window = Window([Segment(100, 300), Segment(0, 57)], device="cuda")
 pools = [torch.zeros_like(k) for _ in range(2)]
-position = torch.tensor([30], device="cuda")
-rope = Rope3D(128)
-if {table}:
-    rope.table("cuda:0")
+first_row = torch.tensor([30], device="cuda")
+where = dict(rope=RopeTable(Rope3D(128), (2, 6, 10), device="cuda", start_frame=30))
+if not {table}:
+    where = dict(rope=Rope3D(128), start_frame=30)
 outs = [torch.empty_like(k[:400]) for _ in range(2)]
 made = torch.empty_like(q)
 
@@ -43,8 +43,8 @@ def segment_attention_once(backend=None):
 
 def norm_rope_append_once(backend=None):
     rows = [x[:120].flatten(1) for x in (q, k, v)]
-    options = dict(rope=rope, grid=(2, 6, 10), start_frame=position, backend=backend)
-    return [norm_rope_append(*rows, *pools, position, **options), *pools]
+    options = dict(**where, grid=(2, 6, 10), backend=backend)
+    return [norm_rope_append(*rows, *pools, first_row, **options), *pools]
 
 def compress_chunk_once(backend=None):
     given = dict(frames=3, keep_ratio=0.5, out_k=outs[0], out_v=outs[1], backend=backend)
@@ -79,7 +79,7 @@ def test_the_first_call_of_a_process_may_be_inside_a_capture(op, self_check, mon
 
 def test_a_rope_that_is_new_inside_a_capture_is_told_of():
     done = first_call("norm_rope_append", table=False)
-    assert "Rope3D.table: rope must have been used on cuda:0 before a graph is captured" in done.stderr
+    assert "norm_rope_append: rope must be a RopeTable inside the capture of a graph, or have been used" in done.stderr
 
 
 @pytest.mark.parametrize("backend", OF_ATTENTION)

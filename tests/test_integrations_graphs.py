@@ -68,15 +68,16 @@ class Lingbot:
 
 
 class OtherPrompt(small_lingbot.pipeline.WanI2VFast):
-    """From chunk 5 on another prompt, of as many tokens or of others, whose keys and values the next pass makes."""
+    """From chunk 5 on another prompt, of as many tokens or of others, whose keys and values the next pass makes, and
+    from chunk 8 on again."""
 
     tokens = 5
 
     def prompt(self, context, chunk, crossattn_cache):
-        if chunk == 5:
+        if chunk in (5, 8):
             for cache in crossattn_cache:
                 cache["is_init"] = torch.tensor(0)
-        return context if chunk < 5 else -context[: self.tokens]
+        return context if chunk < 5 else (-context if chunk < 8 else 2 * context)[: self.tokens]
 
 
 class WithoutActions(CausalInferencePipeline):
@@ -250,7 +251,7 @@ def test_what_passes_were_given_is_let_go():
     case = Lingbot()
     with case.enable(True) as handle:
         case.latents()
-        assert handle._passes._now == []
+        assert handle._session.passes._now == []
 
 
 def test_a_model_enabled_in_inference_mode_may_be_called_outside_of_it():
@@ -278,7 +279,7 @@ def test_disable_leaves_nothing():
     own = case.latents()
     handle = case.enable(True)
     case.latents()
-    kept = [weakref.ref(handle._passes), weakref.ref(handle.memory)]
+    kept = [weakref.ref(handle._session.passes), weakref.ref(handle.memory)]
     gc.collect()
     gc.disable()  # what the graphs hold is to be free at once
     try:
@@ -500,5 +501,5 @@ def test_another_prompt_is_no_reason_against_graphs(tokens):
     assert torch.equal(wanted[:, :15], unchanged[:, :15]) and not torch.equal(wanted[:, 15:], unchanged[:, 15:])
     with case.enable(True) as handle:
         assert torch.equal(case.latents(pipe=pipe), wanted)
-        # From chunk 2 on all but the one that makes the prompt's keys; of other shapes, kernels and a capture first.
-        assert handle.replayed_passes == (10 * STEPS - 1 if tokens == 5 else 8 * STEPS)
+        # From chunk 2 on all but the two that make the prompt's keys; of other shapes, kernels and a capture first.
+        assert handle.replayed_passes == (10 * STEPS - 2 if tokens == 5 else 8 * STEPS - 1)

@@ -134,7 +134,7 @@ def test_enabling_twice_is_refused():
         ({"eps": 1e-5}, "eps must be the model's 1e-06, got 1e-05"),
         ({"rope": None}, "rope must be the model's, .* got None"),
         ({"rope": Rope3D(64, theta=256)}, "rope must be the model's"),
-        ({"rope": Rope3D(64, max_position=512)}, "rope must be the model's"),
+        ({"rope": Rope3D(64, pairs=(10, 11, 11))}, "rope must be the model's"),
     ],
 )
 def test_a_config_of_another_model_is_refused(options, message):
@@ -142,6 +142,21 @@ def test_a_config_of_another_model_is_refused(options, message):
     with pytest.raises(ValueError, match=rf"lingbot.enable: config's {message}"):
         enable(model, **options)
     assert "forward" not in model.__dict__ and "forward" not in model.blocks[0].self_attn.__dict__
+
+
+@pytest.mark.parametrize("rows", [4, 512, 3000])
+def test_a_model_may_number_any_positions(rows):
+    """Its own table goes unused: a short one ends no rollout, and only has to be the beginning of the same angles."""
+    model, other = make_model(), make_model()
+    angles = torch.from_numpy(Rope3D(64).table(range(rows))).double()
+    other.freqs = torch.view_as_complex(angles)
+    enable(model)
+    enable(other)
+    assert torch.equal(generate(other, 9), generate(model, 9))
+    off = make_model()
+    off.freqs = torch.view_as_complex(angles.flip(0))
+    with pytest.raises(ValueError, match=rf"config's rope must be the model's, \[{rows}, 32\] angles, got Rope3D"):
+        enable(off)
 
 
 @pytest.mark.parametrize("config", [{"num_layers": 2}, "worldkv"])

@@ -24,8 +24,7 @@ def drawn(seed: int) -> tuple[MemoryConfig, torch.dtype]:
     head_dim = of.choice((64, 128))
     frames = of.choice((1, 2, 3, 4))
     half = head_dim // 2
-    ropes = (None, "wan", Rope3D(head_dim, max_position=of.randint(40, 70), pairs=(half - 20, 20, 0)),
-             Rope3D(head_dim, max_position=50, pairs=(0, half // 2, half // 2)))  # fmt: skip
+    ropes = (None, "wan", Rope3D(head_dim, pairs=(half - 20, 20, 0)), Rope3D(head_dim, pairs=(0, half // 2, half // 2)))
     rope, mode = of.choice(ropes), of.choice(("worldkv", "worldkv", "worldkv", "full", "sliding", "sink_recent"))
     retrieved = of.randint(0, 4)
     config = MemoryConfig(
@@ -67,11 +66,12 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
     sizes = config.bytes(dtype)
     of_pool = sizes.sink + sizes.recent + sizes.gap + sizes.current + sizes.bank
     assert bytes_of([memory._pool.k, memory._pool.v]) == of_pool == memory.stats()["device_bytes"]
-    assert bytes_of(memory.window._device_tables) == sizes.tables
-    assert bytes_of(memory.window._host_tables) == sizes.host_tables
+    tables = [of._tables for of in (memory.window, memory._rotations) if of is not None]
+    assert [bytes_of(x.on_device) for x in tables] == [sizes.tables, sizes.rotations][: len(tables)]
+    assert bytes_of([x.on_host for x in tables]) == sizes.host_tables == sizes.tables + sizes.rotations
     host_bank = memory._bank._cache if config.has_bank and config.bank == "host" else None
     assert sizes.host_bank == (bytes_of(host_bank.arena.rows) if host_bank else 0)
-    assert bytes_of(memory) == sizes.device - sizes.rotations + sizes.host
+    assert bytes_of(memory) == sizes.device + sizes.host
     memory.begin_chunk(np.tile(np.eye(4), (config.chunk_frames, 1, 1)))
     memory.attend(0, *torch.zeros(3, config.chunk_tokens, config.num_heads * config.head_dim, dtype=dtype))
     assert bytes_of(memory) == sizes.device + sizes.host
@@ -96,7 +96,8 @@ def test_parts_by_hand():
     sizes = LINGBOT.memory(bank="host", bank_chunks=10).bytes(torch.bfloat16)
     assert (sizes.sink, sizes.recent, sizes.gap, sizes.current) == (4736 * row, 2 * 4736 * row, 0, 4736 * row)
     assert sizes.bank == 8 * 2432 * row and 0 <= sizes.host_bank - 10 * 2340 * row <= 8192
-    assert sizes.rotations == 1024 * 128 * 4 and sizes.scratch == 4680 * 5120 * 2 + 2 * 40 * 2340 * 4 + 16
+    assert sizes.rotations == 52 * 128 * 4 and sizes.scratch == 4680 * 5120 * 2 + 2 * 40 * 2340 * 4 + 8
+    assert sizes.host_tables == sizes.tables + sizes.rotations
     on_device = LINGBOT.memory(bank_chunks=10).bytes()
     assert (on_device.bank, on_device.host_bank) == (10 * 2432 * row, 0)
     assert LINGBOT.memory(bank_chunks=10).bytes(torch.float32).bank == 2 * on_device.bank
@@ -111,7 +112,7 @@ def test_without_bank_chunks_it_is_told_how_many(fields, monkeypatch):
     memory = WorldMemory(config)
     chunks = memory._storage.max_chunks if config.mode == "full" else memory.stats()["bank_capacity"]
     sizes = config.bytes(bank_chunks=chunks)
-    assert chunks > 2 and bytes_of(memory) == sizes.device - sizes.rotations + sizes.host
+    assert chunks > 2 and bytes_of(memory) == sizes.device + sizes.host
     assert config.bytes(bank_chunks=chunks) == replace(config, bank_chunks=chunks).bytes()
     assert config.bytes(bank_chunks=chunks + 1) != config.bytes(bank_chunks=chunks)
 
@@ -220,8 +221,10 @@ def test_an_arena_leaves_a_sixteenth_of_the_host(monkeypatch):
 def test_the_most_chunks_that_fit():
     config = LINGBOT.memory(bank_chunks=6)
     each = config.bytes(bank_chunks=7).device - config.bytes(bank_chunks=6).device
-    for chunks in (6, 7, 40, 341):
+    for chunks in (6, 7, 40, 1000):
         for limit, found in ((config.bytes(bank_chunks=chunks).device, chunks), (config.bytes().device - 1, None)):
             assert room.most_bank_chunks(config, torch.bfloat16, lambda sizes, n=limit: sizes.device <= n) == found
-    assert room.most_bank_chunks(config, torch.bfloat16, lambda sizes: True) == 1024 // 3
+    assert room.most_bank_chunks(config, torch.bfloat16, lambda sizes: True) == room.BANK_LIMIT == 1000
+    more = replace(config, retrieved_chunks=1200, bank_chunks=1200)
+    assert room.most_bank_chunks(more, torch.bfloat16, lambda sizes: True) == 1200  # what a window retrieves has room
     assert each == room.place_bytes(config, torch.bfloat16)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import DEVICE, backends, relative_error
 
-from worldkv_kernels import Rope3D, norm_rope_append
+from worldkv_kernels import Rope3D, RopeTable, norm_rope_append
 from worldkv_kernels.ops.norm_rope_append import BACKENDS
 
 BACKEND_NAMES = backends(BACKENDS)
@@ -104,15 +104,67 @@ def test_rounding_is_that_of_the_models(backend, dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_position_on_the_device_is_read_when_the_kernel_runs(backend):
+@pytest.mark.parametrize("start", [10**7, 2**31 - 2], ids=["ten million", "the last"])
+def test_a_frame_far_out_is_turned_as_in_float64(backend, start):
+    """To the rounding of fp32, and of an angle of so many radians to float64. The kernels know no frame's number."""
+    (q, k, v), weights, pools = inputs(30, 2, 64, WIDEST.get(backend, torch.float32))
+    got = norm_rope_append(
+        q, k, v, *pools, 3, rope=Rope3D(64), grid=(2, 3, 5), start_frame=start, q_weight=weights[0], backend=backend
+    )
+    limit = LIMIT.get(backend, 5e-7)
+    assert relative_error(got, brute_force(q, weights[0], 2, (2, 3, 5), start)) <= limit
+    assert relative_error(pools[0, 3:33], brute_force(k, None, 2, (2, 3, 5), start)) <= limit
+    assert relative_error(got, brute_force(q, weights[0], 2, (2, 3, 5), start - 1)) > 0.1
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_row_and_rotations_on_the_device_are_read_when_the_kernel_runs(backend):
+    """Of one call's arguments, chunk after chunk, as a captured graph has them."""
     (q, k, v), weights, pools = inputs(6, 2, 64, WIDEST.get(backend, torch.float32))
-    position = torch.tensor([9, 40], device=DEVICE)
-    kwargs = dict(rope=Rope3D(64), grid=(1, 2, 3), q_weight=weights[0], backend=backend)
-    want = norm_rope_append(q, k, v, *pools, 9, start_frame=40, **kwargs)
-    other = torch.full_like(pools, math.nan)
-    got = norm_rope_append(q, k, v, *other, position[:1], start_frame=position[1:], **kwargs)
-    assert torch.equal(got, want)
-    assert torch.equal(other.nan_to_num(7.0), pools.nan_to_num(7.0))
+    rope, grid = Rope3D(64), (1, 2, 3)
+    row, table = torch.zeros(1, dtype=torch.int64, device=DEVICE), RopeTable(rope, grid, device=DEVICE)
+    address = table.table.data_ptr()
+    kwargs = dict(grid=grid, q_weight=weights[0], backend=backend)
+    for first_row, start in ((9, 40), (0, 0), (31, 10**7), (40, 41)):
+        row.fill_(first_row)
+        table.move(start)
+        other = torch.full_like(pools, math.nan)
+        got = norm_rope_append(q, k, v, *other, row, rope=table, **kwargs)
+        pools.fill_(math.nan)
+        want = norm_rope_append(q, k, v, *pools, first_row, rope=rope, start_frame=start, **kwargs)
+        assert torch.equal(got, want)
+        assert torch.equal(other.nan_to_num(7.0), pools.nan_to_num(7.0))
+    assert table.table.data_ptr() == address
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_where_and_how_to_turn_are_told_apart(backend):
+    """A row on the device goes with a frame of the host's, and a row of the host's with rotations on the device."""
+    (q, k, v), _, pools = inputs(6, 2, 64, WIDEST.get(backend, torch.float32))
+    rope, grid = Rope3D(64), (1, 2, 3)
+    want = norm_rope_append(q, k, v, *pools, 9, rope=rope, grid=grid, start_frame=5, backend=backend)
+    row, table = torch.tensor([9], device=DEVICE), RopeTable(rope, grid, device=DEVICE, start_frame=5)
+    for first_row, how in (
+        (row, dict(rope=rope, start_frame=5)),
+        (9, dict(rope=table)),
+        (9, dict(rope=table.rope, start_frame=5)),
+    ):
+        other = torch.full_like(pools, math.nan)
+        assert torch.equal(norm_rope_append(q, k, v, *other, first_row, **how, grid=grid, backend=backend), want)
+        assert torch.equal(other.nan_to_num(7.0), pools.nan_to_num(7.0))
+    plain = norm_rope_append(q, k, v, *pools, 9, rope=None, grid=grid, backend=backend)
+    for start in (None, 0, 5):
+        other = norm_rope_append(q, k, v, *pools, row, rope=None, grid=grid, start_frame=start, backend=backend)
+        assert torch.equal(other, plain) and not torch.equal(other, want)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("grid", [(5, 1, 1), (1, 5, 1), (1, 1, 5), (2, 1, 7), (7, 2, 1)])
+def test_a_chunk_may_be_longest_in_any_direction(backend, grid):
+    tokens = math.prod(grid)
+    (q, k, v), _, pools = inputs(tokens, 2, 64, WIDEST.get(backend, torch.float32))
+    got = norm_rope_append(q, k, v, *pools, 0, rope=Rope3D(64), grid=grid, start_frame=1022, backend=backend)
+    assert relative_error(got, brute_force(q, None, 2, grid, 1022)) <= LIMIT.get(backend, 5e-7)
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
@@ -127,7 +179,7 @@ def test_same_bits_every_time_and_contiguous_or_sliced(backend):
 def good(**changes):
     (q, k, v), weights, pools = inputs(30, 2, 64)
     arguments = dict(
-        q=q, k=k, v=v, k_pool=pools[0], v_pool=pools[1], first_row=0, rope=Rope3D(64, max_position=100),
+        q=q, k=k, v=v, k_pool=pools[0], v_pool=pools[1], first_row=0, rope=Rope3D(64),
         grid=(2, 3, 5), start_frame=0, q_weight=weights[0], k_weight=weights[1],
     )  # fmt: skip
     return {**arguments, **changes}
@@ -138,6 +190,9 @@ def zeros(*shape, dtype=torch.float32):
 
 
 SIZES = "[rows, heads, head_dim], heads not first, with 1 to 128 heads and head_dim 64 or 128"
+
+
+TABLE = RopeTable(Rope3D(64), (2, 3, 5), device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +214,19 @@ SIZES = "[rows, heads, head_dim], heads not first, with 1 to 128 heads and head_
         ({"k_weight": zeros(128, dtype=torch.float16)}, TypeError, "k_weight must be torch.float32"),
         ({"first_row": 41}, ValueError, "first_row must be from 0 to 40 for 30 tokens in 70 rows, got 41"),
         ({"first_row": -1}, ValueError, "first_row must be from 0 to 40"),
-        ({"start_frame": 99}, ValueError, "start_frame must be from 0 to 98 within the rope's positions, got 99"),
+        ({"start_frame": -1}, ValueError, "start_frame must be from 0 to 2147483646, got -1"),
+        ({"start_frame": 2**31 - 1}, ValueError, "start_frame must be from 0 to 2147483646, got 2147483647"),
+        ({"start_frame": zeros(1)}, TypeError, "start_frame must be an integer, got [1] torch.float32 on"),
+        ({"rope": TABLE}, ValueError, "start_frame must be None with a RopeTable, which has its own, got 0"),
+        ({"rope": TABLE, "start_frame": None, "grid": (2, 5, 3)}, ValueError,
+         "grid must be the RopeTable's (2, 3, 5), got (2, 5, 3)"),
+        ({"rope": RopeTable(Rope3D(128), (2, 3, 5), device=DEVICE), "start_frame": None}, ValueError,
+         "rope must be for head_dim 64, got RopeTable(Rope3D(128"),
         ({"rope": Rope3D(128)}, ValueError, "rope must be for head_dim 64, got Rope3D(128"),
         ({"eps": math.nan}, ValueError, "eps must be finite and not negative, got nan"),
         ({"out": zeros(30, 128)}, ValueError, "out must be [30, 2, 64], got [30, 128]"),
-        ({"first_row": zeros(1, dtype=torch.int64)}, TypeError, "start_frame must be a tensor [1], got 0"),
+        ({"first_row": zeros(1)}, TypeError, "first_row must be torch.int64, got [1] torch.float32"),
+        ({"first_row": zeros(2, dtype=torch.int64)}, ValueError, "first_row must be [1], got [2]"),
         ({"q": np.zeros((30, 128))}, TypeError, "q must be a tensor [tokens, 128], got a numpy array [30, 128] fl"),
         ({"k_pool": np.zeros(3)}, TypeError, "k_pool must be a tensor [rows, heads, head_dim], got a numpy array [3]"),
         ({"k_weight": zeros(128, dtype=torch.float64)}, TypeError, "k_weight must be torch.float32, got [128]"),
@@ -178,18 +241,20 @@ SIZES = "[rows, heads, head_dim], heads not first, with 1 to 128 heads and head_
         ({"eps": None}, TypeError, "eps must be a number, got None"),
         ({"eps": math.inf}, ValueError, "eps must be finite and not negative, got inf"),
         ({"round_before_rope": "no"}, TypeError, "round_before_rope must be True or False, got 'no'"),
-        ({"rope": "wan"}, TypeError, "rope must be a Rope3D or None, got 'wan'"),
-        ({"rope": 5}, TypeError, "rope must be a Rope3D or None, got 5"),
+        ({"rope": "wan"}, TypeError, "rope must be a Rope3D, a RopeTable or None, got 'wan'"),
+        ({"rope": 5}, TypeError, "rope must be a Rope3D, a RopeTable or None, got 5"),
         ({"first_row": "a"}, TypeError, "first_row must be an integer, got 'a'"),
         ({"first_row": None}, TypeError, "first_row must be an integer, got None"),
         ({"first_row": 1.5}, TypeError, "first_row must be an integer, got 1.5"),
         ({"start_frame": None}, TypeError, "start_frame must be an integer, got None"),
         ({"start_frame": 1.5}, TypeError, "start_frame must be an integer, got 1.5"),
-        ({"start_frame": None, "rope": None}, TypeError, "start_frame must be an integer, got None"),
+        ({"start_frame": 1.5, "rope": None}, TypeError, "start_frame must be an integer, got 1.5"),
+        ({"grid": (2, 3, 5, 1)}, ValueError, "grid must be (frames, height, width) of 30 tokens in all, got (2, 3,"),
+        ({"grid": (2**40, 3, 5)}, ValueError, "grid must be (frames, height, width) of 30 tokens in all, got (109951"),
         ({"backend": 1}, TypeError, "backend must be None or a name, got 1"),
         ({"backend": "nope"}, ValueError, "backend must be None or one of"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named_and_nothing_is_written(changes, error, message):
     arguments = good(**changes)
     with pytest.raises(error, match="norm_rope_append: ") as caught:
@@ -198,21 +263,22 @@ def test_bad_arguments_are_named_and_nothing_is_written(changes, error, message)
     assert "k_pool" in changes or arguments["k_pool"].isnan().all()
 
 
-@pytest.mark.parametrize(
-    ("position", "message"),
-    [
-        ((41, 0), "first_row must be from 0 to 40 for 30 tokens in 70 rows, got 41"),
-        ((-1, 0), "first_row must be from 0 to 40 for 30 tokens in 70 rows, got -1"),
-        ((0, 99), "start_frame must be from 0 to 98 within the rope's positions, got 99"),
-        ((0, -1), "start_frame must be from 0 to 98 within the rope's positions, got -1"),
-    ],
-)
-def test_a_position_in_a_tensor_is_checked_on_a_cpu(position, message):
-    given = torch.tensor(position)
+@pytest.mark.parametrize("first_row", [41, -1])
+def test_a_row_in_a_tensor_is_checked_on_a_cpu(first_row):
     arguments = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in good().items()}
-    with pytest.raises(ValueError, match=message):
-        norm_rope_append(**{**arguments, "first_row": given[:1], "start_frame": given[1:]})
+    with pytest.raises(ValueError, match=f"first_row must be from 0 to 40 for 30 tokens in 70 rows, got {first_row}"):
+        norm_rope_append(**{**arguments, "first_row": torch.tensor([first_row])})
     assert arguments["k_pool"].isnan().all()
+
+
+def test_a_table_on_another_device_is_told():
+    """One that torch has without a GPU is meta; a table is made on none, so it says that it is there."""
+    table = RopeTable(Rope3D(64), (2, 3, 5), device="cpu")
+    table.device = torch.device("meta")
+    with pytest.raises(
+        ValueError, match=rf"rope must be on {DEVICE}, got RopeTable\(Rope3D.*device='meta', start_frame=0"
+    ):
+        norm_rope_append(**good(rope=table, start_frame=None))
 
 
 def columns(x, first):
@@ -253,29 +319,49 @@ def test_tensors_of_one_storage_that_lie_apart():
         assert torch.equal(pools[0, :30], given["k_pool"][:30]) and torch.equal(pools[1, :30], given["v_pool"][:30])
 
 
-def test_debug_checks_positions_on_the_device(monkeypatch):
+def test_debug_checks_a_row_on_the_device(monkeypatch):
     monkeypatch.setenv("WORLDKV_DEBUG", "1")
-    position = torch.tensor([41, 0], device=DEVICE)
     with pytest.raises(ValueError, match="first_row must be from 0 to 40 for 30 tokens in 70 rows, got 41"):
-        norm_rope_append(**good(first_row=position[:1], start_frame=position[1:]))
+        norm_rope_append(**good(first_row=torch.tensor([41], device=DEVICE)))
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("moved", [False, True], ids=["a frame", "a table that moves"])
+def test_opcheck_and_compile(moved):
     (q, k, v), weights, pools = inputs(30, 2, 64)
     rope, grid = Rope3D(64), (2, 3, 5)
+    row, table = torch.tensor([5], device=DEVICE), RopeTable(rope, grid, device=DEVICE, start_frame=2)
     pools = pools.nan_to_num()
     args = (
-        q, k, v, pools[0].clone(), pools[1].clone(), zeros(30, 2, 64), rope.table(DEVICE), None, None, 5, 2,
+        q, k, v, pools[0].clone(), pools[1].clone(), zeros(30, 2, 64), table.table, *((row, 0) if moved else (None, 5)),
         list(grid), list(rope.pairs), weights[0], weights[1], 1e-6, True, "auto",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.worldkv.norm_rope_append.default, args)
-    kwargs = dict(rope=rope, grid=grid, start_frame=2, q_weight=weights[0], k_weight=weights[1])
+    kwargs = dict(grid=grid, q_weight=weights[0], k_weight=weights[1])
+    kwargs |= dict(rope=table) if moved else dict(rope=rope, start_frame=2)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(q, k, v, k_pool, v_pool):
-        return norm_rope_append(q * 1, k, v, k_pool, v_pool, 5, **kwargs)
+        return norm_rope_append(q * 1, k, v, k_pool, v_pool, row if moved else 5, **kwargs)
 
-    eager_pools, compiled_pools = pools.clone(), pools.clone()
-    want = norm_rope_append(q, k, v, *eager_pools, 5, **kwargs)
-    assert torch.equal(compiled(q, k, v, *compiled_pools), want)
-    assert torch.equal(compiled_pools, eager_pools)
+    for start in (2, 3, 4000) if moved else (2,):
+        table.move(start)
+        eager_pools, compiled_pools = pools.clone(), pools.clone()
+        want = norm_rope_append(
+            q, k, v, *eager_pools, 5, rope=rope, start_frame=start, grid=grid, q_weight=weights[0], k_weight=weights[1]
+        )
+        assert torch.equal(compiled(q, k, v, *compiled_pools), want)
+        assert torch.equal(compiled_pools, eager_pools)
+
+
+def test_a_compiled_function_may_meet_new_frames():
+    """Of a Rope3D, where a graph may end: their tables are made outside of it. In one graph it takes a RopeTable."""
+    (q, k, v), _, pools = inputs(30, 2, 64)
+    rope = Rope3D(64)
+
+    def appended(q, k, v, k_pool, v_pool, start):
+        return norm_rope_append(q * 1, k, v, k_pool, v_pool, 5, rope=rope, grid=(2, 3, 5), start_frame=start)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(appended, backend="aot_eager")
+    for start in (2, 4, 10**7, 2):
+        assert torch.equal(compiled(q, k, v, *pools, start), appended(q, k, v, *pools, start))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from worldkv_kernels import MemoryConfig, WorldMemory
+from worldkv_kernels.memory import room
 from worldkv_kernels.memory.retrieval import OfficialPoseRetrieval, PoseRetrieval
 
 NUM_CHUNKS, FRAMES = 30, 3
@@ -371,4 +372,4 @@ def test_default_is_free_of_fault_7_the_sink_is_not_banked_and_the_bank_is_bound
         assert plan.chunk == 0 or memory.location(0) == "sink"
     assert memory.stats()["chunks_dropped"] == 30 - 1 - 2 - 8  # past chunks, sink, recent, banked
     unbounded = WorldMemory(dataclasses.replace(default(), bank_chunks=None), dtype=torch.float32)
-    assert unbounded.stats()["bank_capacity"] == 1024 // 3  # as many as the rope can number
+    assert unbounded.stats()["bank_capacity"] == room.BANK_LIMIT

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from worldkv_kernels import MemoryConfig
 from worldkv_kernels.memory.plan import Piece, capacity, leaving, pieces, place, ring_chunks
@@ -90,4 +92,52 @@ def test_rebased_the_frames_follow_one_another():
     assert starts == [
         ("sink", 17), ("sink", 21), ("retrieved", 23), ("retrieved", 27), ("recent", 31), ("recent", 32),
         ("current", 36),
+    ]  # fmt: skip
+
+
+@st.composite
+def rebased_windows(draw):
+    """A config that rebases, a chunk number however large, what may be retrieved then, and which chunks are whole."""
+    frames, retrieved = draw(st.integers(1, 5)), draw(st.integers(0, 8))
+    of = config(
+        mode=draw(st.sampled_from(["worldkv", "worldkv", "sink_recent"])), chunk_frames=frames, rebase_time=True,
+        sink_frames=draw(st.integers(0, 3 * frames)), recent_frames=draw(st.integers(0, 4 * frames)),
+        retrieved_chunks=retrieved, unattended_chunks=draw(st.integers(0, 2)),
+    )  # fmt: skip
+    chunk = draw(st.integers(0, 60) | st.integers(0, 10**7))
+    gone = leaving(of, chunk, of.sink_chunks)
+    first_whole = max(gone.stop, of.sink_chunks)
+    if draw(st.booleans()):  # the recent frames were fewer
+        first_whole = min(chunk, first_whole + draw(st.integers(0, 3)))
+    if not of.has_bank or first_whole <= of.sink_chunks:
+        return of, chunk, {}, first_whole
+    left = st.integers(of.sink_chunks, first_whole - 1)
+    left |= st.integers(of.sink_chunks, min(first_whole - 1, of.sink_chunks + 9))
+    chosen = draw(st.lists(left, unique=True, max_size=retrieved))
+    return of, chunk, {past: draw(st.integers(1, of.banked_tokens)) for past in chosen}, first_whole
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(rebased_windows())
+def test_rebased_no_query_sees_farther_than_its_window_is_long(drawn):
+    """At any chunk up to ten million, and so for ever: the window's frames stand in a row up to the current ones."""
+    of, chunk, retrieved, first_whole = drawn
+    frames, found, stands = of.chunk_frames, pieces(of, chunk, retrieved, first_whole), []
+    for piece in found:
+        count = frames if piece.role == "retrieved" else piece.num_tokens // 5  # as many as it had before pruning
+        first = piece.chunk * frames + piece.first_token // 5 + piece.time_shift
+        stands += range(first, first + count)
+        assert piece.role != "current" or piece.time_shift == 0
+        assert abs(piece.time_shift) < 2**31
+    end = (chunk + 1) * frames
+    assert stands == list(range(end - len(stands), end))
+    longest = of.sink_frames + of.retrieved_chunks * frames + of.recent_frames + of.gap_chunks * frames + frames
+    assert len(stands) <= longest
+
+
+def test_without_it_what_was_made_first_goes_as_far_as_the_rollout():
+    """What is in the window then stands at its own frame."""
+    of, chunk = config(rebase_time=False, sink_frames=3, recent_frames=6, retrieved_chunks=2), 10**7
+    assert [(piece.chunk, piece.time_shift) for piece in pieces(of, chunk, {1: 9, 5: 9}, chunk - 2)] == [
+        (0, 0), (1, 0), (5, 0), (chunk - 2, 0), (chunk - 1, 0), (chunk, 0)
     ]  # fmt: skip

@@ -1,8 +1,10 @@
 """Memories that are saved, loaded and forked go on bit for bit."""
 
 import json
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from conftest import DEVICE
 from tiny_memory import MODEL, jumps
 
-from worldkv_kernels import WorldMemory
+from worldkv_kernels import Rope3D, WorldMemory
 from worldkv_kernels.actions import ActionIntegrator, Actions
 from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
 from worldkv_kernels.models.checkpoint import read_tensors
@@ -236,3 +238,78 @@ def test_the_file_is_safetensors_and_says_what_wrote_it(tmp_path):
     k, _ = memory.pools(1)
     stored = read_tensors(tmp_path / "m.safetensors")["whole.0"]
     assert torch.equal(stored[1, 0], k[memory.window.segments[0].first_row :][:18].cpu())
+
+
+def test_a_rope_of_ones_own_comes_back_whole(tmp_path):
+    memory = WorldMemory(config(rope=Rope3D(64, theta=500.0, pairs=(12, 12, 8))), dtype=torch.float32)
+    walk(memory, 0, 9)
+    memory.save(tmp_path / "m")
+    loaded = WorldMemory.load(tmp_path / "m")
+    assert loaded.config == memory.config and loaded.config.rope.pairs == (12, 12, 8)
+    for one in (memory, loaded):
+        walk(one, 9, 10)
+        with pytest.raises(RuntimeError, match=r"chunk must be below 10"):
+            walk(one, 10, 11)
+
+
+@pytest.mark.parametrize("bank", [True, False])
+def test_a_chunk_that_was_aborted_after_its_pruning_failed_is_not_saved(bank, tmp_path, monkeypatch):
+    memory = WorldMemory(config(), dtype=torch.float32)
+    walk(memory, 0, 6)
+    memory.begin_chunk(jumps(5, 64)[6])
+    memory.replayed()
+
+    def fails(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(type(memory._storage), "prune", fails)
+    with pytest.raises(MemoryError):
+        memory.end_chunk(bank=bank)
+    monkeypatch.undo()
+    memory.abort_chunk()
+    memory.save(tmp_path / "m")
+    loaded, forked = WorldMemory.load(tmp_path / "m"), memory.fork()
+    want = walk(memory, 6, 12)
+    assert equal(walk(loaded, 6, 12), want) and equal(walk(forked, 6, 12), want)
+
+
+class Told(Newest):
+    """Describes chunks by what it is given."""
+
+    def __init__(self, description) -> None:
+        self.description = description
+
+    def describe(self, poses, intrinsics):
+        return self.description
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        np.float32(0.1),
+        np.int64(3),
+        np.bool_(True),
+        {1: np.ones(2), "1": np.zeros(3)},
+        {"a": {"b": np.ones(1)}, "a.b": np.zeros(2)},
+    ],
+)
+def test_numbers_and_names_come_back_as_they_were(description, tmp_path):
+    memory = WorldMemory(config(retrieval=Told(description)), dtype=torch.float32)
+    walk(memory, 0, 2)
+    memory.save(tmp_path / "m")
+    again = WorldMemory.load(tmp_path / "m", retrieval=Told(description))._last_view.description
+    assert type(again) is type(description) and str(again) == str(description)
+
+
+@pytest.mark.parametrize("description", [Pair(1, 2), OrderedDict(a=1), np.array(["a"]), {(1, 2): 3}, [Pair(1, 2)]])
+def test_what_would_come_back_as_another_type_is_refused(description, tmp_path):
+    memory = WorldMemory(config(retrieval=Told(description)), dtype=torch.float32)
+    walk(memory, 0, 2)
+    with pytest.raises(TypeError, match=r"WorldMemory.save: \S+ must be of plain values"):
+        memory.save(tmp_path / "m")
+    assert not list(tmp_path.iterdir())

@@ -151,7 +151,7 @@ def test_random_changes_of_the_state(examples, parts, tmp_path):
         went_on.append(told is None)
 
     check()
-    assert True in went_on and False in went_on
+    assert False in went_on and (examples < 1000 or True in went_on)
 
 
 # --- one by one ---
@@ -163,11 +163,22 @@ def of(kind, tmp_path):
 
 
 REFUSED = [
-    ("pose", ["next_chunk"], 9, r"whole must be of chunks \[0, 8\]"),
-    ("pose", ["next_chunk"], 10**18, r"next_chunk must be at most 100, which the config has room for"),
+    ("pose", ["next_chunk"], 9, r"first_whole must be one that 9 chunks leave, got 7"),
+    ("pose", ["next_chunk"], 7, r"whole must be of chunks \[0\], got"),
+    ("pose", ["first_whole"], 8, r"whole must be of chunks \[0\], got"),
+    ("pose", ["first_whole"], 0, r"first_whole must be one that 8 chunks leave"),
+    ("full", ["first_whole"], 3, r"first_whole must be one that 3 chunks leave"),
+    ("pose", ["unbanked"], [0], r"unbanked must be of the chunks \[7\], got \[0\]"),
+    ("pose", ["unbanked"], [True], r"unbanked must be of the chunks \[7\], got \[True\]"),
+    ("full", ["unbanked"], [1], r"unbanked must be of the chunks \[\]"),
+    ("pose", ["bank", "pinned"], [99], r"pinned must be of the chunks \[.*, got \[99\]"),
+    ("pose", ["changed", "retrieved_chunks"], 3, r"retrieved_chunks must be from 0 to the configured 2, got 3"),
+    ("pose", ["changed", "keep_ratio"], NAN, r"keep_ratio must be above 0"),
+    ("full", ["changed", "recent_frames"], HUGE, r"recent_frames must be from 0 to the configured 2"),
+    ("pose", ["next_chunk"], 10**18, r"next_chunk must be at most 1073741824, which the config has room for"),
     ("pose", ["next_chunk"], -1, r"next_chunk must be at least 0, got -1"),
     ("pose", ["next_chunk"], True, r"an integer was expected, got True"),
-    ("without a rope", ["next_chunk"], 10**18, r"next_chunk must be at most 2147483647"),
+    ("without a rope", ["next_chunk"], 10**18, r"next_chunk must be at most 1073741824"),
     ("full", ["next_chunk"], 41, r"next_chunk must be at most 40"),
     ("pose", ["tokens_attended"], "many", r"an integer was expected, got 'many'"),
     ("pose", ["retrieved_total"], -1, r"retrieved_total must be at least 0"),
@@ -205,7 +216,6 @@ REFUSED = [
     ("unbounded", ["places"], HUGE, r"bank_chunks must be at most 2147483647"),
     ("pose", ["dtype"], "int8", r"must be what save wrote, got KeyError: 'int8'"),
     ("pose", ["dtype"], "float16", r"with whole.0 F16 \[1, 2, 4, 1, 64\], got BF16"),
-    ("pose", ["config", "rope", "max_position"], 8, r"next_chunk must be at most 4"),
     ("pose", ["config", "rope", "theta"], NAN, r"theta must be finite and above 1, got nan"),
     ("pose", ["config", "keep_ratio"], NAN, r"keep_ratio must be above 0 and at most 1, got nan"),
     ("pose", ["config", "retrieval", "arguments", "diversity"], NAN, r"diversity must be from 0 to 1, got nan"),
@@ -252,7 +262,6 @@ def test_a_bank_of_more_than_it_holds(tmp_path):
         dict(retrieved_chunks=10**9, bank_chunks=10**9, device_slots=10**9),
         dict(chunk_frames=2**31 - 1, sink_frames=0, recent_frames=0),
         dict(grid={"tuple": [2**31 - 1, 2**31 - 1]}),
-        dict(rope={"dict": [["head_dim", 64], ["max_position", 2**31 - 1]]}),
     ],
     ids=lambda fields: next(iter(fields)),
 )

@@ -32,14 +32,14 @@ ON_GPU = DEVICE.type == "cuda"
 # --- the models here: a memory each ---
 
 
-def of_way(model, way: int, **options):
+def of_way(model, way: int, graph: bool | None = None, **options):
     """A rollout along one of WAYS, with a memory of its own."""
     poses, intrinsics = (rows[: 3 * CHUNKS] for rows in latent_poses(load(WAYS[way])))
     sizes = dict(sink_frames=3, recent_frames=3, retrieved_chunks=2, bank_chunks=CHUNKS)
     memory = WorldMemory(model.config.memory(**sizes, **options), device=DEVICE, dtype=model.dtype)
     pressed = np.random.default_rng(way).integers(0, 2, (video_frames(3 * CHUNKS), 4)).astype(float)
     along = {"actions": Actions(pressed[:, :2], pressed)} if type(model).__name__ == "MatrixGame2" else {}
-    return rollout(model, memory, poses, intrinsics, seed=way, **along)
+    return rollout(model, memory, poses, intrinsics, seed=way, graph=graph, **along)
 
 
 def model_of(name: str):
@@ -53,18 +53,19 @@ def test_rollouts_that_take_turns_are_each_as_alone(name, bank):
     model = model_of(name)
     alone = [[(chunk.latents, chunk.plan) for chunk in of_way(model, way, bank=bank)] for way in (0, 1)]
     assert any(plan.retrieved for _, plan in alone[0])
-    for a, b in zip(zip(*alone, strict=True), zip(*(of_way(model, way, bank=bank) for way in (0, 1)), strict=True),
-                    strict=True):  # fmt: skip
-        for (latents, plan), chunk in zip(a, b, strict=True):
+    turns = [of_way(model, way, bank=bank) for way in (0, 1)]
+    for number in range(CHUNKS):
+        for way, rolled in enumerate(turns):
+            chunk, (latents, plan) = next(rolled), alone[way][number]
             assert torch.equal(chunk.latents, latents) and chunk.plan == plan
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_that_fails_or_is_reset_leaves_the_other_alone(name):
     model = model_of(name)
-    alone = [chunk.latents for chunk in of_way(model, 1)]
-    whole = [chunk.latents for chunk in of_way(model, 0)]
-    failing, other = of_way(model, 0), of_way(model, 1)
+    alone = [chunk.latents for chunk in of_way(model, 1, graph=False)]
+    whole = [chunk.latents for chunk in of_way(model, 0, graph=False)]
+    failing, other = of_way(model, 0, graph=False), of_way(model, 1, graph=False)
     made = [next(other).latents for _ in range(2) if next(failing)]
     attend, calls = failing.memory.attend, []
 
@@ -82,7 +83,7 @@ def test_one_that_fails_or_is_reset_leaves_the_other_alone(name):
     del failing.memory.attend
     failing.memory.reset()
     made.append(next(other).latents)
-    again = of_way(model, 0)
+    again = of_way(model, 0, graph=False)
     for chunk in range(CHUNKS):
         assert torch.equal(next(again).latents, whole[chunk])
         if chunk < 2:

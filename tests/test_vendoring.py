@@ -71,12 +71,13 @@ for of_time, has_weight, capacity in (
 NORM_ROPE_APPEND = """
 from norm_rope_append import norm_rope_append
 
-grid, pairs, start_frame, first_row = (2, 3, 5), (12, 10, 10), 4, 7
+grid, pairs, start_frame, first_row = (2, 3, 5), (12, 10, 10), 4000, 7
 frames, height, width = grid
 q, k, v = torch.randn(30, 3 * 128).split(128, dim=1)  # slices of one projection
 q_weight, k_weight = torch.randn(2, 128)
 rates = torch.cat([10000.0 ** (-torch.arange(n).double() / n) for n in pairs])
-angles = torch.arange(8)[:, None] * rates
+of_chunk = torch.tensor([start_frame, 0, 0]).repeat_interleave(torch.tensor(pairs))
+angles = (torch.arange(5)[:, None] + of_chunk) * rates  # begins at the chunk's first frame
 table = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 token = torch.arange(30)
 axes = token // (height * width) + start_frame, token // width % height, token % width
@@ -85,15 +86,12 @@ positions = torch.cat([axis[:, None].expand(30, n) for axis, n in zip(axes, pair
 def normed(x, weight):
     return x.double() * (x.double().square().mean(1, keepdim=True) + 1e-6).rsqrt() * weight.double()
 
-def where(on_device):
-    return [torch.tensor([n]) for n in (first_row, start_frame)] if on_device else [first_row, start_frame]
-
 for whole in (True, False):  # with norm and rotation, without
-    for on_device in (True, False):
+    for row in (torch.tensor([first_row]), first_row):
         k_pool, v_pool = torch.full((2, 50, 2, 64), 3.0)
         q_out = torch.empty(30, 2, 64)
         norm_rope_append(
-            q, k, v, k_pool, v_pool, q_out, table if whole else None, *where(on_device), grid=grid, pairs=pairs,
+            q, k, v, k_pool, v_pool, q_out, table if whole else None, row, grid=grid, pairs=pairs,
             q_weight=q_weight if whole else None, k_weight=k_weight if whole else None, eps=1e-6,
             round_before_rope=True,
         )
@@ -359,7 +357,7 @@ def append_arguments():
     k_pool, v_pool = torch.zeros(2, 20, 2, 64)
     return dict(
         q=q, k=k, v=v, k_pool=k_pool, v_pool=v_pool, q_out=torch.zeros(12, 2, 64), table=torch.zeros(8, 32, 2),
-        first_row=8, start_frame=6, grid=(2, 2, 3), pairs=(12, 10, 10), q_weight=torch.zeros(128),
+        first_row=8, grid=(2, 2, 3), pairs=(12, 10, 10), q_weight=torch.zeros(128),
         k_weight=torch.zeros(128), eps=1e-6, round_before_rope=True,
     )  # fmt: skip
 
@@ -409,12 +407,9 @@ AT = torch.zeros(1, dtype=torch.int64)
         ({"grid": (2, -2, -3)}, ValueError, "grid must be within the table's 8 positions, got (2, -2, -3)"),
         ({"first_row": 9}, ValueError, "first_row must be from 0 to 8, got 9"),
         ({"first_row": -1}, ValueError, "first_row must be from 0 to 8, got -1"),
-        ({"start_frame": 7}, ValueError, "start_frame must be from 0 to 6, got 7"),
-        ({"start_frame": -1}, ValueError, "start_frame must be from 0 to 6, got -1"),
-        ({"first_row": AT}, TypeError, "first_row and start_frame must be two ints or two torch.int64"),
-        ({"start_frame": AT}, TypeError, "first_row and start_frame must be two ints"),
-        ({"first_row": AT, "start_frame": AT.int()}, TypeError, "first_row and start_frame must be two ints"),
-        ({"first_row": AT[:0], "start_frame": AT}, TypeError, "first_row and start_frame must be two ints"),
+        ({"first_row": AT.int()}, TypeError, "first_row must be an int or torch.int64 [1], got [1] torch.int32"),
+        ({"first_row": AT[:0]}, TypeError, "first_row must be an int or torch.int64 [1], got [0]"),
+        ({"first_row": None}, TypeError, "first_row must be an int or torch.int64 [1], got None"),
         (
             {"table": torch.zeros(8, 64, 2)},
             ValueError,
@@ -423,7 +418,8 @@ AT = torch.zeros(1, dtype=torch.int64)
         ({"table": torch.zeros(8, 32, 2).double()}, ValueError, "table must be torch.float32 [8, 32, 2], contiguous"),
         ({"table": torch.zeros(())}, ValueError, "table must be torch.float32 [positions, 32, 2], contiguous, got []"),
         ({"table": torch.zeros(8, 2, 32).mT}, ValueError, "table must be torch.float32 [8, 32, 2], contiguous"),
-        ({"table": torch.zeros(2, 32, 2), "start_frame": 0}, ValueError, "grid must be within the table's 2 positions"),
+        ({"table": torch.zeros(2, 32, 2)}, ValueError, "grid must be within the table's 2 positions"),
+        ({"grid": (12, 1, 1)}, ValueError, "grid must be within the table's 8 positions, got (12, 1, 1)"),
         ({"pairs": (12, 10, 9)}, ValueError, "pairs must be three counts that add up to 32, got (12, 10, 9)"),
         ({"q_weight": torch.zeros(64)}, ValueError, "q_weight and k_weight must be None or [128], contiguous"),
         ({"k_weight": torch.zeros(256)[::2]}, ValueError, "q_weight and k_weight must be None or [128], contiguous"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from worldkv_kernels import Rope3D, Segment, Window
 
-ROPE = Rope3D(64, max_position=8)
+ROPE = Rope3D(64)
 
 lengths = st.one_of(st.integers(1, 5000), st.sampled_from([1, 127, 128, 129, 256, 4680]))
 segment_lists = st.lists(

@@ -370,11 +370,11 @@ def test_what_cannot_be_pinned_or_forgotten():
     memory.pin(0)  # in the sink: stays anyway
     plan = memory.begin_chunk(rollout.poses[8])
     memory.pin(banked)  # at any time
-    with pytest.raises(RuntimeError, match="forget: must be called between chunks, got a call while chunk 8 is begun"):
+    with pytest.raises(RuntimeError, match="forget: chunk 8 must be ended or aborted before, got one that is begun"):
         memory.forget(plan.retrieved[0])
     with pytest.raises(ValueError, match="forget: chunk must be from 0 to 7, got 8"):
         memory.forget(8)
-    with pytest.raises(RuntimeError, match="change: must be called between chunks, got a call while chunk 8 is begun"):
+    with pytest.raises(RuntimeError, match="change: chunk 8 must be ended or aborted before, got one that is begun"):
         memory.change(retrieved_chunks=0)
     with pytest.raises(TypeError, match="end_chunk: bank must be True or False, got 1"):
         memory.end_chunk(bank=1)
@@ -441,7 +441,8 @@ def test_a_change_moves_and_allocates_nothing(bank):
     config = tiny(bank=bank, bank_chunks=9, rebase_time=True, retrieved_log_weight=0.5)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     walk(memory, rollout, 0, 6)
-    kept = [memory._q, memory._position, memory._pool.k, memory._pool.v, *memory.window.tables]
+    chunks = memory._q, memory._first_row, memory._rotations.table
+    kept = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables]
     addresses, window = [x.data_ptr() for x in kept], memory.window
     shapes = window.has_shift, window.has_weight, window.capacity
     with NewStorages() as seen:
@@ -451,7 +452,8 @@ def test_a_change_moves_and_allocates_nothing(bank):
         memory.change(retrieved_chunks=2, keep_ratio=0.25, recent_frames=4)
     assert not seen.ops, seen.ops
     walk(memory, rollout, 6, MAX_CHUNKS)
-    now = [memory._q, memory._position, memory._pool.k, memory._pool.v, *memory.window.tables]
+    chunks = memory._q, memory._first_row, memory._rotations.table
+    now = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables]
     assert [x.data_ptr() for x in now] == addresses and memory.window is window
     assert (window.has_shift, window.has_weight, window.capacity) == shapes
 

@@ -14,6 +14,7 @@ import torch
 from random_rollouts import HEAD_DIM, Rollout, make, same, state, tiny
 
 import worldkv_kernels.memory.pool as pool_module
+import worldkv_kernels.memory.room as room_module
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
 from worldkv_kernels.memory.config import MODES
 from worldkv_kernels.memory.retrieval import PoseRetrieval
@@ -224,7 +225,7 @@ def test_storage_that_does_not_fit(monkeypatch, bank):
     each = {"device": 64, "host": 4}[bank] * 1024
     monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 3 * each)
     with pytest.raises(ValueError, match=r"WorldMemory: bank_chunks must be at least 2 .* got 1 that fit half of the"):
-        make(tiny(bank=bank))
+        make(tiny(bank=bank, bank_chunks=None))
     with pytest.raises(
         ValueError, match=r"WorldMemory: storage must fit the (192.0|11.2) KiB that .* on cpu, got [4-6]"
     ):
@@ -235,9 +236,14 @@ def test_storage_that_does_not_fit(monkeypatch, bank):
         make(tiny(bank=bank, bank_chunks=100000))
     with pytest.raises(ValueError, match=r"WorldMemory: storage must fit"):
         make(tiny(mode="full", bank_chunks=10))
-    monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 2 * 64 * 1024 * 10)  # the rope numbers 32 chunks
-    assert make(tiny(sink_frames=0, bank=bank)).stats()["bank_capacity"] == {"device": 10, "host": 32}[bank]
-    assert make(tiny(sink_frames=0, mode="full")).stats()["device_bytes"] == 10 * 64 * 1024
+    monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 2 * 64 * 1024 * 10)
+    monkeypatch.setattr(room_module, "BANK_LIMIT", 32)
+    unstated = tiny(sink_frames=0, bank=bank, bank_chunks=None)
+    assert make(unstated).stats()["bank_capacity"] == {"device": 10, "host": 32}[bank]
+    assert make(dataclasses.replace(unstated, mode="full")).stats()["device_bytes"] == 10 * 64 * 1024
+    many = dataclasses.replace(unstated, bank="host", retrieved_chunks=40, device_slots=40)
+    monkeypatch.setattr(pool_module, "_free_host_bytes", lambda: 2**23)
+    assert make(many).stats()["bank_capacity"] == 40  # what a window retrieves has room whatever the limit
 
 
 def test_real_free_memory_is_found():
@@ -400,17 +406,22 @@ def test_fov_needs_intrinsics():
         memory.abort_chunk()
 
 
-@pytest.mark.parametrize("mode", ["worldkv", "sliding"])
-def test_rope_positions_run_out(mode):
-    config = tiny(mode=mode, rope=Rope3D(HEAD_DIM, max_position=9))  # four chunks of 2, one position left over
-    memory, rollout = make(config), Rollout(config, 0, 4)
+@pytest.mark.parametrize("fields", [dict(mode="sink_recent", rebase_time=True), dict(mode="sliding", rope=None)])
+def test_a_rollout_ends_with_its_positions(fields):
+    """Of which there are 2**31, in chunks of 2."""
+    memory, rollout = make(tiny(**fields)), Rollout(tiny(**fields), 0, 3)
     for _ in rollout.run(memory):
         pass
+    memory._next_chunk = memory._first_whole = 2**30 - 1
+    assert memory.begin_chunk().start_frame == 2**31 - 2
+    memory.attend(0, *rollout.passes[2][0][0])
+    memory.end_chunk()
     before = state(memory, 4)
-    raises(RuntimeError, ["begin_chunk: chunk must be below 4", "got chunk 4"], memory.begin_chunk, rollout.poses[0])
+    raises(RuntimeError, ["begin_chunk: chunk must be below 1073741824 (2**31 frames), got chunk 1073741824"],
+           memory.begin_chunk)  # fmt: skip
     assert state(memory, 4) == before
     memory.reset()
-    assert memory.begin_chunk(rollout.poses[0]).chunk == 0
+    assert memory.begin_chunk().chunk == 0
 
 
 def test_full_ends_with_its_pool():

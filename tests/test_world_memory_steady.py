@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_rollouts import HEAD_DIM, MAX_CHUNKS, Rollout, make, tiny
+from random_rollouts import HEAD_DIM, MAX_CHUNKS, Rollout, error, make, tiny
+from slow_memory import pair_frequencies, turned
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import worldkv_kernels.memory.storage as storage_module
-from worldkv_kernels import Rope3D, compress_chunk
+from worldkv_kernels import compress_chunk
 
 
 class NewStorages(TorchDispatchMode):
@@ -54,13 +55,16 @@ def test_the_recorder_sees_allocations():
     ids=lambda fields: "-".join(map(str, fields.values())),
 )
 def test_200_chunks_allocate_nothing_and_move_no_table(fields):
-    config = tiny(num_layers=2, grid=(1, 3), rope=Rope3D(HEAD_DIM, max_position=400), **fields)
+    config = tiny(num_layers=2, grid=(1, 3), **fields)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     out = torch.empty_like(memory._q)
-    kept = [memory._q, memory._storage.index, memory._storage.count, memory._position, memory._pool.k, memory._pool.v]
-    kept += memory.window.tables
-    kept += [x for layer in range(2) for x in memory.pools(layer)]
-    addresses, window = [x.data_ptr() for x in kept], memory.window
+
+    def addresses():
+        kept = [memory._q, memory._storage.index, memory._storage.count, memory._first_row, memory._rotations.table]
+        kept += [memory._pool.k, memory._pool.v, *memory.window.tables]
+        return [x.data_ptr() for x in [*kept, *(x for layer in range(2) for x in memory.pools(layer))]]
+
+    before, window = addresses(), memory.window
     for chunk in range(200):
         with NewStorages() as seen:
             memory.begin_chunk(rollout.poses[chunk % MAX_CHUNKS])
@@ -68,12 +72,58 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
                 for layer, x in enumerate(layers):
                     assert memory.attend(layer, *x, out=out) is out
             memory.end_chunk()
-        assert chunk == 0 or not seen.ops, seen.ops  # the first may make the rope's table
-    now = [memory._q, memory._storage.index, memory._storage.count, memory._position, memory._pool.k, memory._pool.v]
-    now += memory.window.tables
-    now += [x for layer in range(2) for x in memory.pools(layer)]
-    assert [x.data_ptr() for x in now] == addresses
+        assert not seen.ops, seen.ops
+    assert addresses() == before
     assert memory.window is window
+
+
+class Long:
+    """A rollout of four tokens a chunk, unpruned, whose numbers follow from the chunk's."""
+
+    def __init__(self, **fields) -> None:
+        self.config = tiny(grid=(1, 2), keep_ratio=1.0, **fields)
+        self.memory = make(self.config)
+        self.frequencies = pair_frequencies(HEAD_DIM)
+
+    def made(self, chunk: int) -> torch.Tensor:
+        """q, k and v [3, tokens, heads * head_dim]."""
+        return torch.randn(3, 4, HEAD_DIM, generator=torch.Generator().manual_seed(chunk))
+
+    def chunk(self, chunk: int, checked: bool = True) -> float:
+        """Makes it; the error, to attention in float64 over what the plan says of the window, 0 if not looked at."""
+        poses = torch.eye(4).repeat(2, 1, 1)
+        poses[:, 0, 3] = chunk * 7 % 31
+        plan = self.memory.begin_chunk(poses)
+        got = self.memory.attend(0, *self.made(chunk))
+        self.memory.end_chunk()
+        assert (plan.chunk, plan.start_frame) == (chunk, 2 * chunk)
+        if not checked:
+            return 0.0
+        keys = [self.turned(self.made(past)[1], 2 * past + s.time_shift) for _, past, s in plan.segments]
+        values = [self.made(past)[2].double() for _, past, _ in plan.segments]
+        scores = self.turned(self.made(chunk)[0], 2 * chunk) @ torch.cat(keys).T / HEAD_DIM**0.5
+        return error(got.flatten(1), scores.softmax(dim=-1) @ torch.cat(values))
+
+    def turned(self, x: torch.Tensor, frame: int) -> torch.Tensor:
+        return turned(x.double().view(4, 1, HEAD_DIM), (2, 1, 2), frame, self.frequencies).flatten(1)
+
+
+@pytest.mark.parametrize("fields", [dict(rebase_time=True), dict(rebase_time=False, bank="host"), dict(mode="sliding")])
+def test_a_rollout_goes_on_past_the_positions_that_the_models_number(fields):
+    """Which end with frame 1023, of chunk 511."""
+    long = Long(**fields)
+    errors = [long.chunk(chunk, checked=chunk % 100 < 4 or 505 < chunk < 520) for chunk in range(2100)]
+    assert sum(error > 0 for error in errors) > 80 and max(errors) < 2e-6
+    retrieved, dropped = (long.memory.stats()[name] for name in ("chunks_retrieved", "chunks_dropped"))
+    assert (retrieved > 4000, dropped > 2000) == (long.config.has_bank, True)
+
+
+@pytest.mark.parametrize("fields", [dict(mode="sliding"), dict(mode="sink_recent", rebase_time=True)])
+def test_far_out_it_is_as_exact(fields):
+    long, far = Long(**fields), 10**7
+    assert max(long.chunk(chunk) for chunk in range(3)) < 2e-6
+    long.memory._next_chunk = long.memory._first_whole = far
+    assert max(long.chunk(chunk) for chunk in range(far, far + 20)) < 2e-6
 
 
 @pytest.mark.parametrize("bank", ["device", "host"])

@@ -25,7 +25,7 @@ if TYPE_CHECKING or "torch" in sys.modules or not _command_starts():
     from .memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
     from .memory.world_memory import ChunkPlan, WorldMemory
     from .ops import CompressedChunk, compress_chunk, norm_rope_append, segment_attention
-    from .rope import Rope3D
+    from .rope import Rope3D, RopeTable
     from .window import Segment, Window
 
 
@@ -50,6 +50,7 @@ __all__ = [
     "PoseRetrieval",
     "RetrievalPolicy",
     "Rope3D",
+    "RopeTable",
     "Segment",
     "Window",
     "WorldMemory",

@@ -12,6 +12,7 @@ import torch
 
 from .checks import as_device, bad_type, bad_value, check_bool, describe, is_integer, is_number
 from .rope import Rope3D
+from .tables import Tables
 
 TILE_ROWS = 128
 _INT32_MAX = 2**31 - 1
@@ -71,7 +72,6 @@ class Window:
     integer, or for a log weight no number, the rope no Rope3D, or `weighted` not True or False.
     """
 
-    @torch.inference_mode(False)  # tables made in inference mode could not be rewritten outside of it
     def __init__(
         self,
         segments: Iterable[Segment | tuple[float, ...]],
@@ -97,16 +97,7 @@ class Window:
         self.has_shift = rope is not None
         self.has_weight = weighted
         self._turned_pairs = _turned_pairs(rope)
-        on_gpu = self.device.type == "cuda"
-        self._device_tables = {
-            name: torch.zeros(shape, dtype=dtype, device=self.device)
-            for name, (shape, dtype) in table_shapes(self.capacity, rope, weighted).items()
-        }
-        self._host_tables = {
-            name: torch.zeros(table.shape, dtype=table.dtype, pin_memory=on_gpu, device="cpu")
-            for name, table in self._device_tables.items()
-        }
-        self._copied = torch.cuda.Event() if on_gpu else None
+        self._tables = Tables(table_shapes(self.capacity, rope, weighted), self.device)
         self.segments: tuple[Segment, ...] = ()
         self._load(checked)
 
@@ -118,7 +109,7 @@ class Window:
         int32 [1], turns fp32 [capacity, pairs, 2] of the rope's pairs that turn with time, one at least, or [1, 1, 2]
         without a rope, weights fp32 [capacity], or [1] of a window that is not weighted.
         """
-        return tuple(self._device_tables.values())
+        return tuple(self._tables.on_device.values())
 
     def update(self, segments: Iterable[Segment | tuple[float, ...]]) -> None:
         """Replace the segments. Copies asynchronously on the current stream; the old window stays on error."""
@@ -132,9 +123,7 @@ class Window:
 
     def _load(self, segments: tuple[Segment, ...]) -> None:
         self._check_capacity(segments)
-        if self._copied is not None:
-            self._copied.synchronize()  # the last copy out of the pinned tables; long done in practice
-        host = {name: table.numpy() for name, table in self._host_tables.items()}
+        host = self._tables.host()
         first = np.array([s.first_row for s in segments], dtype=np.int64)
         rows = np.array([s.num_rows for s in segments], dtype=np.int64)
         full, tail = rows // TILE_ROWS, rows % TILE_ROWS
@@ -156,11 +145,7 @@ class Window:
         if self.has_weight:
             used["weights"] = len(segments)
             host["weights"][: len(segments)] = np.array([s.log_weight for s in segments]) / math.log(2)
-        for name, count in used.items():
-            if count:
-                self._device_tables[name][:count].copy_(self._host_tables[name][:count], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self.device))
+        self._tables.copy(used)
         self.segments = segments
         self.num_segments = len(segments)
         self.num_tokens = int(rows.sum())

@@ -14,7 +14,7 @@ import torch
 
 from ..checks import byte_size
 from ..memory.config import MemoryConfig
-from ..memory.room import HOST_SHARE, advice, bank_limit, changes, least_chunks, most_bank_chunks
+from ..memory.room import BANK_LIMIT, HOST_SHARE, advice, changes, least_chunks, most_bank_chunks
 from ..memory.sizes import MemoryBytes, memory_bytes, place_bytes
 from . import report, rollout_models
 from .plan_activations import activations
@@ -155,13 +155,6 @@ def _ratios(text: str) -> list[float]:
 def _memory(args: argparse.Namespace, config: Config, keep_ratio: float, bank: str) -> MemoryConfig:
     """With a bank of as few chunks as there may be."""
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    positions = config.memory().make_rope().max_position
-    chunks = positions // config.chunk_frames
-    most = {"retrieved_chunks": chunks, "device_slots": chunks, "sink_frames": positions, "recent_frames": positions}
-    for name, count in given.items():
-        if count > most[name]:
-            raise ValueError(f"--{name.replace('_', '-')} must be at most {most[name]}, which the rotary embedding can "
-                             f"number, got {count}")  # fmt: skip
     retrieved = given.get("retrieved_chunks", 0)
     if given.get("device_slots", retrieved) < retrieved:
         raise ValueError(f"--device-slots must be at least --retrieved-chunks {retrieved}, got {given['device_slots']}")
@@ -202,7 +195,7 @@ def _row(
         "bank": memory.bank,
         "fits": chunks is not None,
         "bank_chunks": chunks,
-        "is_most": chunks == bank_limit(memory),  # more than the model's positions can number make no sense
+        "is_most": chunks == max(BANK_LIMIT, memory.bank_chunks),  # no more were tried
         "video_frames": chunks and STRIDE * memory.chunk_frames * chunks,
         "seconds": chunks and chunk_seconds and chunks * chunk_seconds,
         "device_bytes": taken + sizes.device,  # with the weights and all; where nothing fits, of the smallest bank
@@ -249,7 +242,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         known = row["seconds"] is not None
-        found = [f"{row['bank_chunks']}{' (all)' if row['is_most'] else ''}", f"{row['video_frames']:,}",
+        found = [f"{row['bank_chunks']}{' or more' if row['is_most'] else ''}", f"{row['video_frames']:,}",
                  f"{row['seconds']:.1f}" if known else "-"] if row["fits"] else ["does not fit", "-", "-"]  # fmt: skip
         cells.append([row["gpu"], row["bank"], f"{row['keep_ratio']:g}", *found, f"{row['device_bytes'] / GIB:.1f}",
                       f"{row['gpu_bytes'] / GIB:.1f}", f"{row['host_bytes'] / GIB:.1f}"])  # fmt: skip

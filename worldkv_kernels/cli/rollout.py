@@ -15,6 +15,7 @@ import torch
 
 from ..memory.config import MODES, ORDERS, MemoryConfig
 from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
+from ..memory.room import check_room, least_chunks
 from ..memory.world_memory import WorldMemory
 from ..models.checkpoint import write_tensors
 from ..models.rollout import Rollout, RolloutChunk, WorldModel, rollout
@@ -117,6 +118,8 @@ def _run(args: argparse.Namespace) -> int:
     policy = _policy(args, motion)
     memories = {mode: _memory_config(args, config, policy, mode, chunks) for mode in modes}
     rollout_models.check_weights(args, config, device, dtype)
+    for memory_config in memories.values():
+        _check_least_room(memory_config, args, device, dtype)
     say = functools.partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     say(_introduction(args, motion, chunks, config, device, dtype))
 
@@ -206,16 +209,7 @@ def _chunk_count(args: argparse.Namespace, motion: Motion, config: Config) -> in
             f"--{motion.kind} must have at least {least} video frames for a chunk of {frames} latent frames, "
             f"got {motion.latent_frames} latent frames"
         )
-    chunks = min(chunks, args.chunks or chunks)
-    positions = config.memory().make_rope().max_position
-    most = {"chunks": positions // frames, "retrieved_chunks": positions // frames, "bank_chunks": positions // frames,
-            "sink_frames": positions, "recent_frames": positions}  # fmt: skip
-    asked = {"chunks": chunks, **{name: getattr(args, name) or 0 for name in most if name != "chunks"}}
-    for name, count in asked.items():
-        if count > most[name]:
-            raise ValueError(f"--{name.replace('_', '-')} must be at most {most[name]}, which the rotary embedding can "
-                             f"number, got {count}")  # fmt: skip
-    return chunks
+    return min(chunks, args.chunks or chunks)
 
 
 def _memory_config(
@@ -234,14 +228,28 @@ def _memory_config(
         raise ValueError(f"--{field.replace('_', '-')} {rest}") from error
 
 
+def _check_least_room(config: MemoryConfig, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what cannot fit even without the model, before its weights are loaded and other modes have run."""
+    if config.has_bank and not args.bank_chunks:
+        config = replace(config, bank_chunks=least_chunks(config))
+    try:
+        check_room(config, device, dtype, config.bank_chunks or 1)
+    except ValueError as error:
+        raise _too_large(config, error) from error
+
+
+def _too_large(config: MemoryConfig, error: ValueError) -> ValueError:
+    smaller = "--bank-chunks, --grid or --layers" if config.has_bank else "--grid, --layers or --chunks"
+    return ValueError(f"{smaller} must be smaller: {error}")
+
+
 def _memory(config: MemoryConfig, args: argparse.Namespace, say: Callable[[str], None], **options: Any) -> WorldMemory:
     """With a bank for the whole rollout, or for fewer chunks where that has no room and no number was asked for."""
     try:
         return WorldMemory(config, **options)
     except ValueError as error:
         if args.bank_chunks or not config.has_bank:
-            smaller = "--bank-chunks, --grid or --layers" if config.has_bank else "--grid, --layers or --chunks"
-            raise ValueError(f"{smaller} must be smaller: {error}") from error
+            raise _too_large(config, error) from error
     memory = WorldMemory(replace(config, bank_chunks=None), **options)
     say(f"bank: room for {memory.stats()['bank_capacity']} chunks in half of the free memory, not for the rollout's "
         f"{config.bank_chunks}; past that, chunks are dropped")  # fmt: skip

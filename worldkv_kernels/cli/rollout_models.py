@@ -26,7 +26,6 @@ from ..models.matrix_game_config import MatrixGameConfig
 from ..models.rollout import WorldModel
 from ..models.small_world import WEIGHTS, SmallWorld, SmallWorldConfig
 from ..poses import convention_hint
-from ..rope import Rope3D
 from ..trajectory import DEFAULT_INTRINSICS, latent_poses, load
 from . import report
 
@@ -52,7 +51,7 @@ DEFAULT_ACTIONS = {
     "templerun": "Q*24,Z*24,W*12,D*12,S*12,C*24,Q*24",
 }
 _CLASSES = {"small_world": SmallWorld, "lingbot_world_fast": LingBotWorldFast, "matrix_game_2": MatrixGame2}
-_MOST_ROWS = Rope3D().max_position  # of tokens, or columns
+_MOST_ROWS = 1024  # of tokens, or columns: 16,384 pixels
 _COUNTED_LAYERS = 48  # of which weights are counted one by one; any past that are like the last
 STRIDE = 4  # video frames to a latent frame, of all these models' autoencoders
 

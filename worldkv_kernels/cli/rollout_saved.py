@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..memory.config import MemoryConfig
-from ..memory.saving import WHERE_ROWS_LIE, config_tree
+from ..memory.saving import WHERE_ROWS_LIE, differences
 from ..models.rollout import Rollout, WorldModel, resume
 from . import report
 from .rollout_models import Motion
@@ -45,9 +45,7 @@ def resumed(args: argparse.Namespace, model: WorldModel, asked: MemoryConfig, al
         )
     if rolling.seed != args.seed:
         raise ValueError(f"--seed must be {rolling.seed}, as in {args.resume}, got {args.seed}")
-    kept, wanted = config_tree(rolling.memory.config), config_tree(asked)
-    for name in kept:
-        if name not in WHERE_ROWS_LIE and kept[name] != wanted[name]:
-            option = "modes" if name == "mode" else name.replace("_", "-")
-            raise ValueError(f"--{option} must be {kept[name]}, as in {args.resume}, got {wanted[name]}")
+    for name, kept, wanted in differences(rolling.memory.config, asked, but=WHERE_ROWS_LIE):
+        option = "modes" if name == "mode" else name.replace("_", "-")
+        raise ValueError(f"--{option} must be {kept}, as in {args.resume}, got {wanted}")
     return rolling

@@ -23,7 +23,7 @@ from .world_picture import animation, picture
 _TAKES = "downloads nothing; the default takes about a minute on two cores"
 _CHUNKS, _WORLDS = 30, 8
 _STRIDE = 4  # moves, or video frames of a folder, to a frame
-_MOST_FRAMES = 1020  # as many as the rotary embedding can number, in chunks
+_MOST_FRAMES = 3000  # full KV, which is compared, takes time as the square of them
 _LEAST_CHUNKS = 14  # so that some view was last seen long enough ago
 _MAKES = "latents of [16, 12, 16], 3 frames a chunk"  # what worlds.py's codec and the journeys are of
 # Worlds that no training has drawn: of another seed in the low 32 bits, which are all that a CPU's generator takes.

@@ -81,6 +81,14 @@ class Chunks:
             self.config = memory.config
         self._forget()
 
+    def go_on(self, memory: WorldMemory) -> None:
+        """Take a memory as it is: the next pass is at the first token of the chunk after its last one, or at token 0,
+        which is a new rollout."""
+        self.check_used()
+        self.memory, self.config = memory, memory.config
+        self._forget(reset=False)
+        self._stream = _ANY
+
     def restart(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> None:
         """Forget the rollout; the one that comes goes along these poses or actions.
 
@@ -180,9 +188,13 @@ class Chunks:
 
     def stats(self) -> dict[str, int]:
         """WorldMemory.stats. Ends the current chunk first if its clean pass is done, which reads the timestep back."""
+        self.settle()
+        return self.made().stats()
+
+    def settle(self) -> None:
+        """End the current chunk if its clean pass is done, which reads the timestep back."""
         if self._chunk is not None and not self.inside and _is_zero(self._timestep):
             self._end_chunk()
-        return self.made().stats()
 
     def made(self) -> WorldMemory:
         """The memory. Raises RuntimeError where it is still to be taken."""
@@ -237,13 +249,13 @@ class Chunks:
         self.memory.end_chunk()
         self._chunk = None
 
-    def _forget(self) -> None:
-        if self.memory is not None:
+    def _forget(self, *, reset: bool = True) -> None:
+        if self.memory is not None and reset:
             self.memory.reset()
         self._chunk: int | None = None  # begun and not ended
         self._attended: set[int] = set()  # layers, in the last pass
         self._timestep: object = None  # of the last pass
-        self._stream: int | None = None  # the id of that of the last pass
+        self._stream: object = None  # the id of that of the last pass
         self._of_first: list[object] = []  # the streams of chunk 0, held so that another one has another id
         self._broken_off = False  # by an exception inside the last pass
 
@@ -270,7 +282,7 @@ class Chunks:
                 f"{self._name}: current_start must be {turn} or 0 (a new rollout), got {int(current_start)}: "
                 f"the memory cannot skip chunks or go back"
             )
-        if following and _identity(stream) != self._stream:
+        if following and self._stream is not _ANY and _identity(stream) != self._stream:
             if chunk or any(stream is one for one in self._of_first):
                 raise RuntimeError(
                     f"{self._name}: all passes of a rollout must have one cache, got a second one at chunk {chunk}: "
@@ -297,6 +309,9 @@ class Chunks:
         self.begun += 1
         self._chunk, self._stream, self._broken_off = chunk, _identity(stream), False
         self._of_first = [] if chunk else [*self._of_first, stream]
+
+
+_ANY = object()  # in place of a stream's id: of whichever comes
 
 
 class _Controls:

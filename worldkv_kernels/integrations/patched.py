@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..checks import DTYPES, check_backend, describe
 from ..memory.config import MemoryConfig
+from ..memory.saving import WHERE_ROWS_LIE, differences, is_of_this_package
 from ..memory.world_memory import WorldMemory
 from ..ops.all import EVERY_BACKEND
 from ..tracing import untraced
@@ -113,6 +115,14 @@ class PatchedModel:
         self._sessions.add(made)
         return made
 
+    def save(self, path: str | Path) -> None:
+        """Session.save, of the rollout in place."""
+        self._session.save(path)
+
+    def load(self, path: str | Path, *, device: torch.device | str | None = None) -> None:
+        """Session.load, in place of the rollout that is."""
+        self._session.load(path, device=device)
+
     def disable(self) -> None:
         """Give the model its own attention back; does nothing the second time. What the memory holds can still be read,
         but not be gone on from.
@@ -150,6 +160,27 @@ class PatchedModel:
             raise RuntimeError(f"{self._op}: sessions must change between passes, got a change inside one")
         before, self._session = self._session, session
         return before
+
+    def load_into(self, session: Session, path: str | Path, device: torch.device | str | None) -> None:
+        """What Session.load does."""
+        if session.chunks.inside:
+            raise RuntimeError(f"{self._op}: load must be called between passes, got a call inside one")
+        config = session.chunks.config
+        places = {name: getattr(config, name) for name in WHERE_ROWS_LIE}
+        if config.bank_chunks is None:
+            del places["bank_chunks"]
+        own = None if is_of_this_package(config.retrieval) else config.retrieval
+        device = self._attentions[0].q.weight.device if device is None else device
+        memory = WorldMemory.load(path, device=device, backend=self._backend, retrieval=own, **places)
+        anew = () if self._keep_grid else ("grid",)
+        differ = differences(memory.config, config, but=(*WHERE_ROWS_LIE, *anew))
+        if differ:
+            name, kept, wanted = differ[0]
+            raise ValueError(f"{self._op}.load: {path} must be of {name}={wanted}, as enable was told, got {kept}")
+        self._check_graphs(memory.device)
+        session.forget_passes()
+        session.chunks.go_on(memory)
+        self._give_graphs(session)
 
     def actions_or_pressed(self, actions: object) -> object:
         """A rollout's actions, where none are given those that the forwards show, if they do."""
@@ -216,18 +247,24 @@ class PatchedModel:
                 f"{self._op}: the model must stay on {memory.device} in {memory.dtype} for all of a rollout, where its "
                 f"memory is, got {device} and {dtype}"
             )
-        no_graphs = passes.why_not_on(device)
-        if self._graph and no_graphs:
-            raise ValueError(f"{self._op}: graph must be None or False where {no_graphs}, got True")
+        self._check_graphs(device)
         self._session.forget_passes()
         memory = None  # and with the next line the room of the one before is free, before the new one needs it
         self._chunks.take(None)
         config = replace(self._chunks.config, grid=grid)
         self._chunks.take(WorldMemory(config, device=device, dtype=dtype, backend=self._backend))
-        if self._may_be_graphs and no_graphs is None:
+        self._give_graphs(self._session)
+
+    def _check_graphs(self, device: torch.device) -> None:
+        no_graphs = passes.why_not_on(device)
+        if self._graph and no_graphs:
+            raise ValueError(f"{self._op}: graph must be None or False where {no_graphs}, got True")
+
+    def _give_graphs(self, session: Session) -> None:
+        """Over its memory, where there are graphs."""
+        if self._may_be_graphs and passes.why_not_on(session.memory.device) is None:
             insists = bool(self._graph)
-            made = passes.Passes(self._op, self._model, self._chunks, self._signature, insists=insists)
-            self._session.passes = made
+            session.passes = passes.Passes(self._op, self._model, session.chunks, self._signature, insists=insists)
 
     @untraced
     def _give_up_graphs(self) -> None:
@@ -377,7 +414,7 @@ def check_sizes(op: str, model: nn.Module, attentions: list[nn.Module], config: 
         if got != value:
             raise ValueError(f"{op}.enable: config's {field} must be the model's {value}, got {got}")
     rope, freqs = config.make_rope(), torch.view_as_real(model.freqs).cpu()
-    table = rope.table("cpu") if rope is not None else None
+    table = torch.from_numpy(rope.table(range(len(freqs)))) if rope is not None else None
     if table is None or table.shape != freqs.shape or not torch.allclose(table, freqs.float(), atol=1e-5):
         raise ValueError(f"{op}.enable: config's rope must be the model's, {list(freqs.shape[:2])} angles, got {rope}")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from ..memory.world_memory import WorldMemory
 from .chunks import Chunks
@@ -47,6 +50,25 @@ class Session:
     def finish(self) -> None:
         """Make the current chunk history, where no clean pass and no next chunk will tell that it is done."""
         self.chunks.finish()
+
+    def save(self, path: str | Path) -> None:
+        """WorldMemory.save, for `load` on another day; a chunk whose clean pass (timestep 0) is done counts.
+
+        What the pipeline itself holds from chunk to chunk is not in it, such as its generator of noise, and of
+        Matrix-Game-2.0 the caches of actions. Raises RuntimeError also inside a pass and while a chunk is not done.
+        """
+        self.chunks.settle()
+        self.memory.save(path)
+
+    def load(self, path: str | Path, *, device: torch.device | str | None = None) -> None:
+        """Go on from what `save` wrote, in place of the rollout so far: the next pass is over the chunk after its last
+        one, along the poses or actions given, which count from the start of the rollout that was saved.
+
+        `device`: the model's, in its forwards; None for where its weights are. Bank and slots are as enable was told.
+        Raises RuntimeError inside a pass and once disabled, ValueError as WorldMemory.load does, and where enable has
+        other sizes or choices than the saved memory; the rollout so far is then as before.
+        """
+        self._enabled("load").load_into(self, path, device)
 
     def restart(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> None:
         """Forget the rollout; the next one goes along these, which are as enable's. RuntimeError once disabled."""

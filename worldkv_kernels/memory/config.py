@@ -82,7 +82,7 @@ class MemoryConfig:
     be `stateless`, see RetrievalPolicy). Neither changes a result.
     `bank_chunks`: how many chunks the bank holds, or in mode "full" how many chunks in all; past that the policy
     drops one ("full" raises). None: what fits half of the memory that is free when the WorldMemory is made,
-    at most what the rope's positions can number.
+    at most 1000.
 
     `unattended_chunks` and `bank_sink` reproduce two faults of the published code, see official(); in mode "worldkv"
     alone.

@@ -86,12 +86,12 @@ def leaving(config: MemoryConfig, next_chunk: int, first_whole: int) -> range:
     return range(first_whole, next_chunk - config.recent_chunks - config.gap_chunks)
 
 
-def ring_chunks(config: MemoryConfig, max_chunks: int) -> int:
-    """How many chunks are whole at once besides the sink's, the current one included."""
-    return max_chunks if config.mode == "full" else config.recent_chunks + config.gap_chunks + 1
+def ring_chunks(config: MemoryConfig, places: int) -> int:
+    """How many chunks are whole at once besides the sink's, the current one included; in mode "full" the `places`."""
+    return places if config.mode == "full" else config.recent_chunks + config.gap_chunks + 1
 
 
-def capacity(config: MemoryConfig, max_chunks: int) -> int:
+def capacity(config: MemoryConfig, places: int) -> int:
     """Tiles of 128 rows that the largest window can take."""
-    whole = config.sink_chunks + ring_chunks(config, max_chunks)
+    whole = config.sink_chunks + ring_chunks(config, places)
     return whole * tiles_of(config.chunk_tokens) + config.retrieved_chunks * tiles_of(config.banked_tokens)

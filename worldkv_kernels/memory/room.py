@@ -11,19 +11,16 @@ import torch
 from ..checks import byte_size
 from .config import MemoryConfig
 from .pool import free_bytes
-from .sizes import MemoryBytes, memory_bytes, most_chunks, place_bytes
+from .sizes import MemoryBytes, memory_bytes, place_bytes
 
-_CHUNKS_WITHOUT_ROPE = 340  # that a bank of unstated size holds at most; as many as 1024 positions number
+# Chunks that a bank (mode "full": the pool) of unstated size holds at most. The host's time for a chunk grows with the
+# square of them where one is given up, and has been measured up to so many: some milliseconds.
+BANK_LIMIT = 1000
 HOST_SHARE = 15 / 16  # of the free host memory that an arena may take: page-locked, it cannot be swapped out
 _LEAST_KEEP_RATIO = 1 / 16  # that is proposed
 _PARTS_NAMED = 4  # of what does not fit
 
 Fits = Callable[[MemoryBytes], bool]
-
-
-def bank_limit(config: MemoryConfig) -> int:
-    """How many chunks a bank (mode "full": the pool) holds at most, where its size is not given."""
-    return most_chunks(config) if config.rope else _CHUNKS_WITHOUT_ROPE
 
 
 def least_chunks(config: MemoryConfig) -> int:
@@ -33,7 +30,7 @@ def least_chunks(config: MemoryConfig) -> int:
 
 def bank_places(config: MemoryConfig, device: torch.device, dtype: torch.dtype) -> int:
     """How many chunks the bank (mode "full": the pool) holds: as configured, else what fits half of what is free, at
-    most bank_limit. Raises ValueError when that is less than a window retrieves."""
+    most BANK_LIMIT. Raises ValueError when that is less than a window retrieves."""
     if config.bank_chunks is not None or not (config.has_bank or config.mode == "full"):
         return config.bank_chunks or 1
     on_device = device.type == "cuda" and not (config.has_bank and config.bank == "host")
@@ -46,7 +43,7 @@ def bank_places(config: MemoryConfig, device: torch.device, dtype: torch.dtype) 
             f"WorldMemory: bank_chunks must be at least {least} at {each / 2**20:.0f} MiB each, "
             f"got {fits} that fit half of the {free / 2**30:.1f} GiB that are free {where}"
         )
-    return min(fits, bank_limit(config))
+    return min(fits, max(least, BANK_LIMIT))
 
 
 def check_room(config: MemoryConfig, device: torch.device, dtype: torch.dtype, places: int) -> None:
@@ -82,9 +79,9 @@ def has_places(config: MemoryConfig) -> bool:
 
 
 def most_bank_chunks(config: MemoryConfig, dtype: torch.dtype, fits: Fits) -> int | None:
-    """The most `bank_chunks`, up to bank_limit, of a memory that fits; None where the least does not."""
-    limit = max(least_chunks(config), bank_limit(config))
-    return _most(least_chunks(config), limit, lambda chunks: fits(memory_bytes(config, dtype, chunks)))
+    """The most `bank_chunks`, up to BANK_LIMIT, of a memory that fits; None where the least does not."""
+    least = least_chunks(config)
+    return _most(least, max(least, BANK_LIMIT), lambda chunks: fits(memory_bytes(config, dtype, chunks)))
 
 
 def changes(

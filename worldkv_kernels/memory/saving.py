@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,6 @@ def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
     bank = memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
-    whole = _whole(memory)
     tree = {
         "config": config_tree(memory._configured),
         "changed": {name: getattr(memory.config, name) for name in _CHANGEABLE},
@@ -65,10 +64,9 @@ def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
         "retrieved_total": memory._retrieved_total,
         "integrator": None if memory.integrator is None else tuple(memory.integrator.state),
         "last_view": _view_tree(memory._last_view),
-        # Not of a chunk that was aborted after its pruning failed: it is no history.
-        "descriptions": {chunk: memory._descriptions[chunk] for chunk in _described(memory, whole)},
-        "unbanked": sorted(memory._unbanked.intersection(whole)),
-        "whole": {chunk: memory._storage.held(chunk) for chunk in whole},
+        "descriptions": dict(memory._descriptions),
+        "unbanked": sorted(memory._unbanked),
+        "whole": {chunk: memory._storage.held(chunk) for chunk in _whole(memory)},
         "bank": None,
     }
     if bank is not None:
@@ -170,6 +168,19 @@ def config_tree(config: MemoryConfig) -> dict[str, Any]:
     return made
 
 
+def differences(one: MemoryConfig, other: MemoryConfig, *, but: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Fields in which two configs differ, but for some, and what each has there; of policies, what they are made of."""
+    here, there = (
+        {**config_tree(config), "retrieval": _policy_tree(make_policy(config.retrieval))} for config in (one, other)
+    )
+    return [(name, here[name], there[name]) for name in here if name not in but and here[name] != there[name]]
+
+
+def is_of_this_package(policy: str | RetrievalPolicy) -> bool:
+    """Whether a saved memory brings it along."""
+    return type(make_policy(policy)) in _POLICIES
+
+
 def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) -> MemoryConfig:
     """Raises ValueError or what is MALFORMED."""
     given = dict(tree)
@@ -180,7 +191,7 @@ def config_of(tree: dict[str, Any], retrieval: RetrievalPolicy | None = None) ->
 
 
 def rope_tree(rope: Rope3D) -> dict[str, Any]:
-    return {name: getattr(rope, name) for name in ("head_dim", "theta", "max_position", "pairs")}
+    return {name: getattr(rope, name) for name in ("head_dim", "theta", "pairs")}
 
 
 def _policy_tree(policy: RetrievalPolicy) -> dict[str, Any]:

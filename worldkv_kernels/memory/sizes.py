@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict, dataclass
 
 import torch
 
+from ..rope import rope_table_shapes
+from ..tables import Shapes
 from ..window import table_shapes
 from .arena import arena_bytes
 from .config import MemoryConfig
 from .plan import capacity, ring_chunks
 from .pool import Pool
 
-_FP32, _INT32, _INT64 = 4, 4, 8
+_INT32, _INT64 = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,10 @@ class MemoryBytes:
 
     On its device: `sink`, `recent`, `gap` (chunks that are whole but unattended) and `current` chunks; `bank`, the
     banked chunks, or of a bank in host memory the slots that are a cache of it; `tables` of the window; `scratch`,
-    which is queries, what compress_chunk says of a chunk, and its position; `rotations`, the rope's table, which the
-    first `attend` makes. In host memory: `host_bank`, the arena with its page, and `host_tables`, the window's, both
-    page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses that a policy remembers.
+    which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that is made. In host
+    memory: `host_bank`, the arena with its page, and `host_tables`, which the window's and the rotations are written
+    from, both page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses that a policy
+    remembers.
     """
 
     sink: int
@@ -58,23 +60,16 @@ class MemoryBytes:
         return {device_type: self.device, "cpu": self.host}
 
 
-def most_chunks(config: MemoryConfig, places: int | None = None) -> int:
-    """How many chunks a rollout can have: for the rope's positions or, in mode "full", for the pool's `places`."""
-    rope = config.make_rope()
-    most = rope.max_position // config.chunk_frames if rope else sys.maxsize
-    return min(most, places) if config.mode == "full" and places is not None else most
-
-
 def pool_slots(config: MemoryConfig, places: int) -> list[tuple[int, int]]:
     """The pool's slots, (tokens, count): of the sink, of the ring of whole chunks, and of the bank of `places`."""
     bank = (config.host_bank_slots if config.bank == "host" else places) if config.has_bank else 0
-    ring = ring_chunks(config, most_chunks(config, places))
+    ring = ring_chunks(config, places)
     return [(config.chunk_tokens, config.sink_chunks), (config.chunk_tokens, ring), (config.banked_tokens, bank)]
 
 
 def window_capacity(config: MemoryConfig, places: int) -> int:
     """Of the window's tables, in tiles."""
-    return capacity(config, most_chunks(config, places))
+    return capacity(config, places)
 
 
 def arena_shape(config: MemoryConfig, places: int) -> tuple[int, ...]:
@@ -95,10 +90,10 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
     whole = _slot_bytes(config, config.chunk_tokens, dtype)
     on_host = config.has_bank and config.bank == "host"
     rope = config.make_rope()
-    shapes = table_shapes(
-        window_capacity(config, places), rope if config.turns_segments else None, config.weighs_segments
+    tables = _table_bytes(
+        table_shapes(window_capacity(config, places), rope if config.turns_segments else None, config.weighs_segments)
     )
-    tables = sum(math.prod(shape) * of_table.itemsize for shape, of_table in shapes.values())
+    rotations = _table_bytes(rope_table_shapes(rope, (config.chunk_frames, *config.grid))) if rope else 0
     queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize
     return MemoryBytes(
         sink=sink * whole,
@@ -107,11 +102,15 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         current=whole,
         bank=bank * _slot_bytes(config, config.banked_tokens, dtype),
         tables=tables,
-        scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + 2 * _INT64,
-        rotations=rope.max_position * rope.head_dim * _FP32 if rope else 0,
+        scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64,
+        rotations=rotations,
         host_bank=arena_bytes(arena_shape(config, places), dtype) if on_host else 0,
-        host_tables=tables,
+        host_tables=tables + rotations,
     )
+
+
+def _table_bytes(shapes: Shapes) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
 
 def _slot_bytes(config: MemoryConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..ops.compress_chunk import compress_chunk
+from ..rope import NUM_POSITIONS
 from ..saved import Rows
 from ..window import Segment
 from .bank import Bank
@@ -15,7 +16,7 @@ from .plan import Piece
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .room import bank_places, check_room
-from .sizes import most_chunks, pool_slots, window_capacity
+from .sizes import pool_slots, window_capacity
 from .slots import COUNTS
 from .streams import SideStream
 
@@ -24,7 +25,7 @@ class Storage:
     """Slots of the pool for the sink and for the chunks that are whole, one after the other in a ring; and the bank.
 
     All of it is allocated here, once, of the sizes that sizes.py works out. `bank` is None in a mode without one.
-    `max_chunks`: how many chunks a rollout can have, for the rope's positions or, in mode "full", for the pool.
+    `max_chunks`: how many chunks a rollout can have: in mode "full" those that the pool holds, else 2**31 frames.
     `places`: how many chunks the bank holds, in mode "full" the pool.
     `window_capacity`: tiles of 128 rows that the largest window can take.
 
@@ -46,7 +47,7 @@ class Storage:
         banked, on_host = config.banked_tokens, config.has_bank and config.bank == "host"
         self.places = places = bank_places(config, device, dtype)
         check_room(config, device, dtype, places)
-        self.max_chunks = most_chunks(config, places)
+        self.max_chunks = places if config.mode == "full" else NUM_POSITIONS // config.chunk_frames
         self.window_capacity = window_capacity(config, places)
         self.pool = Pool(pool_slots(config, places), device=device, dtype=dtype, **sizes)
         self._sink_rows, self._ring_rows, self._bank_rows = self.pool.first_rows

@@ -15,6 +15,7 @@ from ..ops.all import check_every_backend
 from ..ops.norm_rope_append import norm_rope_append
 from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
+from ..rope import RopeTable
 from ..window import Segment, Window
 from . import saving
 from .bank import Bank
@@ -31,8 +32,9 @@ class WorldMemory:
     """The keys and values of a rollout: sink, recent and current chunks whole, older ones banked and pruned.
 
     For each chunk: `begin_chunk` chooses the window, any number of passes call `attend` for every layer, and
-    `end_chunk` makes the rows of the last pass history. All storage is allocated here, once; the window's tables
-    and the chunk's position are rewritten at fixed addresses, so a pass can be captured in a CUDA graph.
+    `end_chunk` makes the rows of the last pass history. All storage is allocated here, once; the window's tables, the
+    chunk's row and its rotations are rewritten at fixed addresses, so a pass can be captured in a CUDA graph. In mode
+    "full" a rollout ends with the pool, else with 2**31 frames, which are 17 years at 4 latent frames a second.
     Every past chunk is in exactly one of sink, recent and bank, unless a mode, the bank's bound or the caller drops it.
 
     `config` says what holds now, see `change`.
@@ -76,7 +78,6 @@ class WorldMemory:
         check_every_backend("WorldMemory: backend", backend, self.device)
         self.dtype = dtype
         self._backend = backend
-        self._rope = config.make_rope()
         self._process = os.getpid() if self.device.type == "cuda" else None
         policy = make_policy(config.retrieval)
         self._views = Views(config, policy)
@@ -85,14 +86,18 @@ class WorldMemory:
         self._foresees = config.has_bank and config.bank == "host" and config.prefetch and self._may_ask_ahead
         self._storage = Storage(config, policy, device=self.device, dtype=dtype, backend=backend)
         self._pool, self._bank = self._storage.pool, self._storage.bank
+        rope = config.make_rope()
+        self._rotations = None
+        if rope is not None:
+            self._rotations = RopeTable(rope, (config.chunk_frames, *config.grid), device=self.device)
         self._window = Window(
             [Segment(0, 1)],
             device=self.device,
-            rope=self._rope if config.turns_segments else None,
+            rope=rope if config.turns_segments else None,
             weighted=config.weighs_segments,
             capacity=self._storage.window_capacity,
         )
-        self._position = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._first_row = torch.zeros(1, dtype=torch.int64, device=self.device)
         heads = config.num_heads, config.head_dim
         self._q = torch.empty((config.chunk_tokens, *heads), dtype=dtype, device=self.device)
         self.reset()
@@ -132,11 +137,11 @@ class WorldMemory:
                 in the integrator's layout, 4 * chunk_frames - 3 of chunk 0, then 4 * chunk_frames a chunk. The
                 memory integrates them; a chunk that is aborted or not begun leaves no trace.
 
-        Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError
-        when a chunk is already begun or the frames would pass the rope's positions (or, in mode "full", the
-        pool), ValueError when the poses or actions are missing, misshapen, not rigid or not finite, or
-        are what this retrieval does not take, or a policy object selects what is not on offer, TypeError when
-        that is no list of chunk numbers; the memory is then as before. With a host bank, the copies of what is missing
+        Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError when a chunk
+        is already begun or the rollout has ended (in mode "full" with its pool), ValueError when the poses or actions
+        are missing, misshapen, not rigid or not finite, or are what this retrieval does not take, or a policy object
+        selects what is not on offer, TypeError when that is no list of chunk numbers; the memory is then as before.
+        With a host bank, the copies of what is missing
         on the device are begun, then, under `MemoryConfig.prefetch`, those of what the next chunk would retrieve if
         the camera went on as it did.
         """
@@ -148,10 +153,9 @@ class WorldMemory:
         self._check_process("begin_chunk")
         config, chunk = self.config, self._next_chunk
         if chunk >= self._storage.max_chunks:
-            raise RuntimeError(
-                f"begin_chunk: chunk must be below {self._storage.max_chunks} "
-                f"(rope positions, or bank_chunks in mode 'full'), got chunk {chunk}"
-            )
+            most = self._storage.max_chunks
+            of_what = "bank_chunks in mode 'full'" if config.mode == "full" else "2**31 frames"
+            raise RuntimeError(f"begin_chunk: chunk must be below {most} ({of_what}), got chunk {chunk}")
         view = self._views.of("begin_chunk", chunk, poses, intrinsics, actions)
         start_frame = chunk * config.chunk_frames
         retrieved: list[int] = []
@@ -167,8 +171,9 @@ class WorldMemory:
         tokens = {past: self._bank.tokens[past] for past in retrieved}
         segments = self._storage.segments(pieces(config, chunk, tokens, self._first_whole))
         self._window.update([segment for _, _, segment in segments])
-        self._position[:1].fill_(self._storage.first_row(chunk))  # by launch argument: no copy to wait for
-        self._position[1:].fill_(start_frame)
+        self._first_row.fill_(self._storage.first_row(chunk))  # by launch argument: no copy to wait for
+        if self._rotations is not None:
+            self._rotations.move(start_frame)
         if self._foresees and self._last_view.poses is not None:
             following = self._views.following(self._last_view, view)
             self._prefetch("begin_chunk", following, self._coming(chunk, view.description))
@@ -229,8 +234,7 @@ class WorldMemory:
         heads = config.num_heads * config.head_dim
         zeros = torch.zeros((config.chunk_tokens, heads), dtype=self.dtype, device=self.device)
         first_row = self._storage.first_row(0)
-        self._position.zero_()
-        self._position[:1].fill_(first_row)
+        self._first_row.fill_(first_row)
         self._window.update([Segment(first_row, config.chunk_tokens)])
         self._attend(0, zeros, zeros, zeros, q_weight, k_weight)
         pool = self._pool
@@ -548,8 +552,8 @@ class WorldMemory:
     ) -> torch.Tensor:  # fmt: skip
         pool, config = self._pool, self.config
         turned = norm_rope_append(
-            q, k, v, pool.k[layer], pool.v[layer], self._position[:1],
-            rope=self._rope, grid=(config.chunk_frames, *config.grid), start_frame=self._position[1:],
+            q, k, v, pool.k[layer], pool.v[layer], self._first_row,
+            rope=self._rotations, grid=(config.chunk_frames, *config.grid),
             q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
             out=self._q, backend=self._backend,
         )  # fmt: skip
@@ -622,12 +626,6 @@ class WorldMemory:
         if self._bank is None:
             raise ValueError(f"{op}: memory must be of mode 'worldkv', which has a bank, got {self.config.mode!r}")
         return self._bank
-
-    def _check_between(self, op: str) -> None:
-        if self._plan is not None:
-            raise RuntimeError(
-                f"{op}: must be called between chunks, got a call while chunk {self._plan.chunk} is begun"
-            )
 
     def _release(self) -> None:
         """No chunk is begun any more; the passes queued so far are all that read its window."""

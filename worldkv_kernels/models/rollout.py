@@ -6,29 +6,21 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from .. import saved
-from ..actions import ActionIntegrator, Actions, IntegratorState, video_frames
+from ..actions import Actions, IntegratorState
 from ..memory import saving
 from ..memory.retrieval import RetrievalPolicy
 from ..memory.world_memory import ChunkPlan, WorldMemory
-from ..poses import as_intrinsics, as_poses
+from ..poses import as_poses
 from ..ranges import phase
+from .controls import Controls, along, steered
 from .from_host import on_device
 from .graphs import Passes
-
-
-class Controls(NamedTuple):
-    """What steers one chunk."""
-
-    poses: np.ndarray | None  # camera-to-world [chunk_frames, 4, 4] of its latent frames, OpenCV coordinates
-    intrinsics: np.ndarray | None = None  # fx, fy, cx, cy in pixels, [chunk_frames, 4]
-    actions: Actions | None = None  # of the whole video up to the chunk's last frame
-    conditions: Any = None  # from this chunk on, of the model's own kind, such as another prompt; None: as before
 
 
 class _Took:
@@ -138,7 +130,7 @@ def rollout(
     there are too few for one chunk, too few actions, more given frames than chunks are made, or neither poses nor
     actions to integrate.
     """
-    controls, latent_frames = _along("rollout", model, memory, poses, intrinsics, actions)
+    controls, latent_frames = along("rollout", model, memory, poses, intrinsics, actions)
     most = latent_frames // model.chunk_frames * model.chunk_frames
     if given is not None and len(given) > most:
         raise ValueError(f"rollout: given must be of at most the {most} latent frames of the rollout, got {len(given)}")
@@ -321,7 +313,7 @@ class Rollout(Iterator[RolloutChunk]):
     def _made(self, controls: Iterable[Controls]) -> Iterator[RolloutChunk]:
         model, memory, before = self.model, self.memory, None
         for number, of_one in enumerate(controls, memory.stats()["chunks"]):
-            of_one, of_memory = _steered(of_one, number * model.chunk_frames, model.chunk_frames, self._integrator)
+            of_one, of_memory = steered(of_one, number * model.chunk_frames, model.chunk_frames, self._integrator)
             if self._of_rollout is None:
                 self._prepare(self._conditions if of_one.conditions is None else of_one.conditions, of_one.poses[0])
             elif of_one.conditions is not None:
@@ -366,7 +358,7 @@ def resume(
 
     def rest(made: Rollout) -> Iterable[Controls]:
         first = made.memory.stats()["chunks"]
-        controls, latent_frames = _along("resume", model, made.memory, poses, intrinsics, actions)
+        controls, latent_frames = along("resume", model, made.memory, poses, intrinsics, actions)
         if latent_frames // model.chunk_frames <= first:
             most = latent_frames // model.chunk_frames
             raise ValueError(f"resume: trajectory must be of more than the {first} chunks made, got one of {most}")
@@ -377,37 +369,6 @@ def resume(
         return controls(first)
 
     return Rollout.load(path, model, rest, backend=backend, retrieval=retrieval, graph=graph, **changes)
-
-
-def _along(
-    op: str, model: WorldModel, memory: WorldMemory, poses: object, intrinsics: object, actions: Actions | None
-) -> tuple[Callable[[int], Iterator[Controls]], int]:
-    """The controls from a chunk on along a trajectory, which is checked, and how many latent frames that has."""
-    frames = model.chunk_frames
-    if poses is not None:
-        poses = as_poses(op, poses)
-        latent_frames = len(poses)
-    elif memory.integrator is None or actions is None:
-        raise ValueError(f"{op}: poses must be [n, 4, 4], or None with actions that the memory goes by, got None")
-    else:
-        latent_frames = (len(actions.keyboard) + 3) // 4
-    if intrinsics is not None:
-        intrinsics = as_intrinsics(op, intrinsics, latent_frames)
-    if latent_frames < frames:
-        source = "actions" if poses is None else "poses"
-        raise ValueError(f"{op}: {source} must be of at least chunk_frames={frames} latent frames, got {latent_frames}")
-    for name, rows in (actions._asdict() if actions is not None else {}).items():
-        least = video_frames(latent_frames // frames * frames)
-        if rows is not None and len(rows) < least:
-            raise ValueError(f"{op}: actions must have a row for {least} video frames, got {len(rows)} of {name}")
-
-    def controls(first_chunk: int) -> Iterator[Controls]:
-        for first in range(first_chunk * frames, latent_frames - frames + 1, frames):
-            rows = slice(first, first + frames)
-            done = actions.until(video_frames(rows.stop)) if actions is not None else None
-            yield Controls(*(array if array is None else array[rows] for array in (poses, intrinsics)), done)
-
-    return controls, latent_frames
 
 
 def _check_sizes(model: WorldModel, memory: WorldMemory) -> None:
@@ -425,21 +386,6 @@ def noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> torch.Tenso
     (state,) = np.random.SeedSequence((seed, chunk, step)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
-
-
-def _steered(
-    controls: Controls, start_frame: int, frames: int, integrator: ActionIntegrator | None
-) -> tuple[Controls, dict[str, Any]]:
-    """The controls with poses, and what begin_chunk is given of them."""
-    rows = controls.actions.of_frames(start_frame, frames) if controls.actions is not None else None
-    of_memory = {"actions": rows}
-    if integrator is None:
-        of_memory = {"poses": controls.poses, "intrinsics": controls.intrinsics}
-    if controls.poses is None:
-        if integrator is None or rows is None:
-            raise ValueError("rollout: controls must have poses, or actions that the memory goes by, got neither")
-        controls = controls._replace(poses=integrator.advance(*rows))
-    return controls, of_memory
 
 
 @torch.inference_mode(False)  # what is made in it and kept could not be written outside of it

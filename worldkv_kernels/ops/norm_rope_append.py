@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,7 +22,7 @@ from ..checks import (
     readable,
 )
 from ..reference.norm_rope_append import norm_rope_append as reference
-from ..rope import Rope3D
+from ..rope import Rope3D, RopeTable, checked_start
 from . import cuda
 from .backends import (
     NAMESPACE,
@@ -46,9 +46,9 @@ def norm_rope_append(
     v_pool: torch.Tensor,
     first_row: int | torch.Tensor,
     *,
-    rope: Rope3D | None,
+    rope: Rope3D | RopeTable | None,
     grid: tuple[int, int, int],
-    start_frame: int | torch.Tensor,
+    start_frame: int | None = None,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -68,11 +68,14 @@ def norm_rope_append(
             in that order; head_dim 64 or 128, 1 to 128 heads.
         k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in heads and head_dim, apart from each
             other and from q, k and v.
-        first_row: the pool row of the first token. start_frame: its absolute latent frame. Both int, or
-            both one-element int64 tensors on q's device, which are read when the kernel runs, so that a
-            captured CUDA graph serves every chunk; on a GPU these are checked only under WORLDKV_DEBUG=1.
-        rope: None for no rotation.
+        first_row: the pool row of the first token, an int or a one-element int64 tensor on q's device, which is read
+            when the kernel runs; on a GPU that is checked only under WORLDKV_DEBUG=1.
+        rope: None for no rotation; a Rope3D, with `start_frame`; or a RopeTable of q's device and this grid, which is
+            read as it is when the kernel runs. With the last and a tensor first_row a captured CUDA graph serves every
+            chunk.
         grid: (frames, height, width) in tokens.
+        start_frame: the absolute latent frame of the first token, from 0 to 2**31 - frames. None with a RopeTable,
+            which has its own.
         q_weight, k_weight: [heads * head_dim], dtype of q or fp32; None for no norm.
         eps: added to the mean square.
         round_before_rope: round to the input's dtype after the norm, and after the weight where it has
@@ -81,13 +84,15 @@ def norm_rope_append(
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
     Limits: no batch dimension, one session a call; as many heads in the pools as in q; K and V of one head_dim; no
-    gradients.
+    gradients. Under torch.compile a Rope3D that meets a new frame ends the graph; a RopeTable never does.
 
-    Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32 from a float64 table. Deterministic, does
-    not synchronise. Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that
-    wants a gradient, on rows outside the pool, on frames past the rope's max_position, on pools or an out that overlap
-    each other or q, k or v (from addresses and strides), and on a backend that is unknown or unavailable.
-    torch.ops.worldkv.norm_rope_append raises the same.
+    Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32, by cosines and sines out of float64. Deterministic.
+    Does not synchronise, but where a Rope3D meets a grid and frame that are none of its last few: their table is then
+    made, and copied to the device. Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on
+    an input that wants a gradient, on rows outside the pool, on frames that no position numbers, on pools or an out
+    that overlap each other or q, k or v (from addresses and strides), and on a backend that is unknown or unavailable;
+    RuntimeError on a Rope3D whose table would be made inside the capture of a graph.
+    torch.ops.worldkv.norm_rope_append, which takes the table, raises the same.
     """
     check_layout(_OP, "k_pool", k_pool, ("rows", "heads", "head_dim"))
     check_heads(_OP, "k_pool", k_pool, "[rows, heads, head_dim]")
@@ -106,42 +111,58 @@ def norm_rope_append(
     eps = as_number(_OP, "eps", eps)
     check_bool(_OP, "round_before_rope", round_before_rope)
     check_backend(_OP, backend)
-    if rope is not None and not isinstance(rope, Rope3D):
-        raise bad_type(_OP, "rope", "a Rope3D or None", rope)
-    if rope is not None and rope.head_dim != head_dim:
-        raise bad_value(_OP, "rope", f"for head_dim {head_dim}", rope)
-    position = None
-    if isinstance(first_row, torch.Tensor) or isinstance(start_frame, torch.Tensor):
-        for name, value in (("first_row", first_row), ("start_frame", start_frame)):
-            check_layout(_OP, name, value, (1,), like=k_pool)
-        position = first_row, start_frame
-        first_row = start_frame = 0
+    row = None
+    if isinstance(first_row, torch.Tensor):
+        check_layout(_OP, "first_row", first_row, (1,), like=k_pool)
+        row, first_row = first_row, 0
     else:
         check_int64(_OP, "first_row", first_row)
-        check_int64(_OP, "start_frame", start_frame)
+    _check_grid(grid, q.shape[0])
+    table, pairs = _rotations(rope, head_dim, tuple(grid), start_frame, q.device)
     if out is None:
         out = torch.empty((q.shape[0], heads, head_dim), dtype=q.dtype, device=q.device)
     else:
         check_layout(_OP, "out", out, (q.shape[0], heads, head_dim), like=k_pool)
     NAMESPACE.norm_rope_append(
-        q, k, v, k_pool, v_pool, out, rope.table(q.device) if rope is not None else None,
-        *(position or (None, None)), first_row, start_frame, grid, rope.pairs if rope is not None else (0, 0, 0),
+        q, k, v, k_pool, v_pool, out, table, row, first_row, grid, pairs,
         q_weight, k_weight, eps, round_before_rope, backend or "auto",
     )  # fmt: skip
     return out
 
 
+def _rotations(
+    rope: object, head_dim: int, grid: tuple[int, int, int], start_frame: object, device: torch.device
+) -> tuple[torch.Tensor | None, tuple[int, int, int]]:
+    """The table that a kernel reads, and how many pairs turn with each axis."""
+    if rope is None:
+        if start_frame is not None:
+            check_int64(_OP, "start_frame", start_frame)
+        return None, (0, 0, 0)
+    if not isinstance(rope, (Rope3D, RopeTable)):
+        raise bad_type(_OP, "rope", "a Rope3D, a RopeTable or None", rope)
+    angles = rope if isinstance(rope, Rope3D) else rope.rope
+    if angles.head_dim != head_dim:
+        raise bad_value(_OP, "rope", f"for head_dim {head_dim}", rope)
+    if isinstance(rope, Rope3D):
+        return rope.chunk_table_on(device, grid, checked_start(_OP, start_frame, grid[0])), rope.pairs
+    if start_frame is not None:
+        raise bad_value(_OP, "start_frame", "None with a RopeTable, which has its own", start_frame)
+    if grid != rope.grid:
+        raise bad_value(_OP, "grid", f"the RopeTable's {rope.grid}", grid)
+    if device != rope.device:
+        raise bad_value(_OP, "rope", f"on {device}", rope)
+    return rope.table, angles.pairs
+
+
 def _run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
     q_out: torch.Tensor, table: torch.Tensor | None,
-    device_first_row: torch.Tensor | None, device_start_frame: torch.Tensor | None,
-    first_row: int, start_frame: int, grid: list[int], pairs: list[int],
+    device_first_row: torch.Tensor | None, first_row: int, grid: list[int], pairs: list[int],
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     eps: float, round_before_rope: bool, backend: str,
 ) -> None:  # fmt: skip
     _check(
-        q, k, v, k_pool, v_pool, q_out, table, device_first_row, device_start_frame, first_row, start_frame,
-        grid, pairs, q_weight, k_weight, eps,
+        q, k, v, k_pool, v_pool, q_out, table, device_first_row, first_row, grid, pairs, q_weight, k_weight, eps,
     )  # fmt: skip
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (q, k, v, k_pool, v_pool, q_out))
     aligned = aligned and all(w is None or w.data_ptr() % 16 == 0 for w in (q_weight, k_weight))
@@ -152,7 +173,6 @@ def _run(
         run(
             q, k, v, k_pool, v_pool, q_out, table,
             first_row if device_first_row is None else device_first_row,
-            start_frame if device_start_frame is None else device_start_frame,
             grid=grid, pairs=pairs, q_weight=q_weight, k_weight=k_weight, eps=eps,
             round_before_rope=round_before_rope,
         )  # fmt: skip
@@ -161,8 +181,7 @@ def _run(
 def _check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
     q_out: torch.Tensor, table: torch.Tensor | None,
-    device_first_row: torch.Tensor | None, device_start_frame: torch.Tensor | None,
-    first_row: int, start_frame: int, grid: list[int], pairs: list[int],
+    device_first_row: torch.Tensor | None, first_row: int, grid: list[int], pairs: list[int],
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
 ) -> None:  # fmt: skip
     """What every call needs, also one of torch.ops.worldkv."""
@@ -176,19 +195,17 @@ def _check(
     check_tensor(_OP, "v", v, (tokens, columns), like=k_pool)
     check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=k_pool, inner=2)
     check_tensor(_OP, "out", q_out, (tokens, heads, head_dim), like=k_pool, inner=2)
-    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != tokens:
-        raise bad_value(_OP, "grid", f"(frames, height, width) of {tokens} tokens in all", tuple(grid))
+    _check_grid(grid, tokens)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_tensor(_OP, name, weight, (columns,), like=k_pool, dtypes=(k_pool.dtype, torch.float32))
     if not 0 <= eps < math.inf:
         raise bad_value(_OP, "eps", "finite and not negative", eps)
     known = True
-    if device_first_row is not None or device_start_frame is not None:
-        for name, value in (("first_row", device_first_row), ("start_frame", device_start_frame)):
-            check_tensor(_OP, name, value, (1,), like=k_pool, dtypes=(torch.int64,))
+    if device_first_row is not None:
+        check_tensor(_OP, "first_row", device_first_row, (1,), like=k_pool, dtypes=(torch.int64,))
         known = readable(q)
-        first_row, start_frame = (int(device_first_row), int(device_start_frame)) if known else (0, 0)
+        first_row = int(device_first_row) if known else 0
     if known and not 0 <= first_row <= rows - tokens:
         wanted = f"from 0 to {rows - tokens} for {tokens} tokens in {rows} rows"
         raise bad_value(_OP, "first_row", wanted, first_row)
@@ -198,12 +215,14 @@ def _check(
         positions = table.shape[0]
         if len(pairs) != 3 or min(pairs) < 0 or sum(pairs) != head_dim // 2:
             raise bad_value(_OP, "pairs", f"three counts that add up to {head_dim // 2}", tuple(pairs))
-        if max(grid[1:]) > positions:
-            raise bad_value(_OP, "grid", f"within the rope's {positions} positions", tuple(grid))
-        if known and not 0 <= start_frame <= positions - grid[0]:
-            wanted = f"from 0 to {positions - grid[0]} within the rope's positions"
-            raise bad_value(_OP, "start_frame", wanted, start_frame)
+        if max(grid) > positions:
+            raise bad_value(_OP, "grid", f"within the table's {positions} positions", tuple(grid))
     check_apart(_OP, {"k_pool": k_pool, "v_pool": v_pool, "out": q_out}, {"q": q, "k": k, "v": v})
+
+
+def _check_grid(grid: Sequence[int], tokens: int) -> None:
+    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != tokens:
+        raise bad_value(_OP, "grid", f"(frames, height, width) of {tokens} tokens in all", tuple(grid))
 
 
 def _load_triton() -> Callable[..., None]:
@@ -223,14 +242,14 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
         torch.randn(columns, **fp32).to(device, of) if of is not None else None
         for of in (q_weight_dtype, k_weight_dtype)
     )
-    rope = Rope3D(head_dim, max_position=64)
+    rope, grid = Rope3D(head_dim), (2, 3, 5)
+    table = torch.from_numpy(rope.chunk_table(grid, 40)).to(device) if has_rope else None
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
         pools = torch.full((2, 40, heads, head_dim), float("nan"), dtype=dtype, device=device)
         q_out = torch.full((30, heads, head_dim), float("nan"), dtype=dtype, device=device)
         run(
-            q, k, v, pools[0], pools[1], q_out, rope.table(device) if has_rope else None, 5, 40,
-            grid=(2, 3, 5), pairs=rope.pairs if has_rope else (0, 0, 0),
+            q, k, v, pools[0], pools[1], q_out, table, 5, grid=grid, pairs=rope.pairs if has_rope else (0, 0, 0),
             q_weight=q_weight, k_weight=k_weight, eps=1e-6, round_before_rope=round_before_rope,
         )  # fmt: skip
         untouched = pools.isnan()
@@ -259,8 +278,7 @@ BACKENDS = OpBackends(
 
 register(
     "norm_rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!) q_out, "
-    "Tensor? table, Tensor? device_first_row, Tensor? device_start_frame, SymInt first_row, SymInt start_frame, "
-    "SymInt[] grid, int[] pairs, Tensor? q_weight, Tensor? k_weight, float eps, bool round_before_rope, "
-    "str backend) -> ()",
+    "Tensor? table, Tensor? device_first_row, SymInt first_row, SymInt[] grid, int[] pairs, Tensor? q_weight, "
+    "Tensor? k_weight, float eps, bool round_before_rope, str backend) -> ()",
     _run,
 )

@@ -14,7 +14,6 @@ def norm_rope_append(
     q_out: torch.Tensor,
     table: torch.Tensor | None,
     first_row: int | torch.Tensor,
-    start_frame: int | torch.Tensor,
     *,
     grid: tuple[int, int, int],
     pairs: tuple[int, int, int],
@@ -28,19 +27,17 @@ def norm_rope_append(
     rows = torch.arange(tokens, dtype=torch.int64, device=q.device) + first_row
     factors = None
     if table is not None:
-        factors = _factors(table, start_frame, grid, pairs)
+        factors = _factors(table, grid, pairs)
     q_out.copy_(_norm_rope(q, q_weight, factors, q_out.shape, eps, round_before_rope))
     k_pool.index_copy_(0, rows, _norm_rope(k, k_weight, factors, q_out.shape, eps, round_before_rope))
     v_pool.index_copy_(0, rows, v.reshape(q_out.shape))
 
 
-def _factors(
-    table: torch.Tensor, start_frame: int | torch.Tensor, grid: tuple[int, int, int], pairs: tuple[int, int, int]
-) -> torch.Tensor:
+def _factors(table: torch.Tensor, grid: tuple[int, int, int], pairs: tuple[int, int, int]) -> torch.Tensor:
     """Cosine and sine of every token's pairs, [tokens, 1, head_dim / 2, 2]."""
     frames, height, width = grid
     token = torch.arange(frames * height * width, dtype=torch.int64, device=table.device)
-    frame = token // (height * width) + start_frame
+    frame = token // (height * width)
     row = token // width % height
     col = token % width
     of_time, of_height, of_width = torch.split(table, pairs, dim=1)
