@@ -358,10 +358,10 @@ def test_a_compiled_function_may_meet_new_frames():
     (q, k, v), _, pools = inputs(30, 2, 64)
     rope = Rope3D(64)
 
-    def appended(q, k, v, k_pool, v_pool, start):
+    def appended(q, k, v, k_pool, v_pool, start, rope=rope):
         return norm_rope_append(q * 1, k, v, k_pool, v_pool, 5, rope=rope, grid=(2, 3, 5), start_frame=start)
 
     torch._dynamo.reset()
     compiled = torch.compile(appended, backend="aot_eager")
     for start in (2, 4, 10**7, 2):
-        assert torch.equal(compiled(q, k, v, *pools, start), appended(q, k, v, *pools, start))
+        assert torch.equal(compiled(q, k, v, *pools, start), appended(q, k, v, *pools, start, Rope3D(64)))
