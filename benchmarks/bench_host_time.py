@@ -101,7 +101,7 @@ def policy_of(retrieval: str, diversity: float) -> NearestPolicy:
 
 
 def memory_of(session: Session) -> WorldMemory:
-    """With a bank of `sizes[0]` chunks if it is to be full, else of as many as there are rope positions."""
+    """With a bank of `sizes[0]` chunks if it is to be full, else of more than are timed."""
     policy = policy_of(session.retrieval, session.diversity)
     config = MemoryConfig(
         num_layers=1, num_heads=1, head_dim=64, grid=(1, 1), chunk_frames=1, sink_frames=_SINK, recent_frames=_RECENT,

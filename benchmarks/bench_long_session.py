@@ -127,7 +127,7 @@ def main() -> int:
     add("--bank", metavar="A,B", default="device,host", help="of device and host (default: %(default)s)")
     add("--chunks", type=int, default=100_000, metavar="N", help="of a session (default: %(default)s)")
     add("--bank-chunks", type=int, default=300, metavar="N", help="that a bank holds (default: %(default)s)")
-    add("--rope", action="store_true", help="turn keys and queries, as far as a rope's positions reach")
+    add("--rope", action="store_true", help="turn keys and queries in time and place")
     args = parser.parse_args()
     if args.table:
         print(report(measured_in(args.table)))

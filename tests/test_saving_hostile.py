@@ -66,6 +66,14 @@ def test_the_parts_make_the_same_file_again(memory, parts, tmp_path):
     assert same_state(loaded(made.write(tmp_path / "m")), memory)
 
 
+def test_all_that_a_caller_may_do_is_in_one_of_the_files(tmp_path):
+    memory = memory_of("turned")
+    memory.save(tmp_path / "m")
+    found = loaded(tmp_path / "m")
+    assert found.pinned == memory.pinned == (0, 2) and found._unbanked == memory._unbanked == {8}
+    assert found.config.retrieved_chunks == memory.config.retrieved_chunks == 1
+
+
 def test_every_value_is_another(parts, tmp_path):
     """Each of JSON's values, a few others in turn; all of them: the slow test below."""
     for number, way in enumerate(nodes(parts.tree)):

@@ -144,11 +144,12 @@ def enable(
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(poses)`, `.finish()`,
-    `.replayed_passes`, `.session(poses)` for another rollout with a memory of its own, `.disable()`; a context manager
-    that disables at its end. Raises before anything is changed: TypeError when the model is not of the published class,
-    the config no MemoryConfig or fields are given beside one; ValueError when the config does not agree with the model,
-    a grid is in pixels, or the poses are missing or wrong; RuntimeError when the model is enabled already, something
-    else has replaced its attention, or it runs in sequence parallel on more than one device.
+    `.replayed_passes`, `.session(poses)` for another rollout with a memory of its own, `.save(file)` and `.load(file)`
+    for another day, `.disable()`; a context manager that disables at its end. Raises before anything is changed:
+    TypeError when the model is not of the published class, the config no MemoryConfig or fields are given beside one;
+    ValueError when the config does not agree with the model, a grid is in pixels, or the poses are missing or wrong;
+    RuntimeError when the model is enabled already, something else has replaced its attention, or it runs in sequence
+    parallel on more than one device.
     """
     wrapper, model = patched.called(model), patched.unwrapped(model)
     attentions = patched.attentions_of(_OP, model, _MODEL)
