@@ -130,6 +130,28 @@ def test_a_rollout_that_failed_is_saved_as_it_was_before_the_chunk(tmp_path):
     assert [torch.equal(a.latents, b.latents) for a, b in zip(got, want[3:], strict=True)] == [True, True]
 
 
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_given_latents_of_a_chunk_that_failed_are_kept(fails_at, tmp_path, monkeypatch):
+    model, _ = made("small_world")
+    given = normal(6, *model.latent_shape)
+    want = list(rollout(model, memory_of(model), POSES[:9], INTRINSICS[:9], given=given, sigmas=SIGMAS))
+    prepare = model.prepare_chunk
+
+    def fails(of_rollout, start_frame, controls):
+        if start_frame == 3 * fails_at:
+            raise MemoryError("no room")
+        return prepare(of_rollout, start_frame, controls)
+
+    failing = rollout(model, memory_of(model), POSES[:9], INTRINSICS[:9], given=given, sigmas=SIGMAS)
+    monkeypatch.setattr(model, "prepare_chunk", fails)
+    with pytest.raises(MemoryError):
+        list(failing)
+    failing.save(tmp_path / "walk.worldkv")
+    monkeypatch.undo()
+    got = list(resume(tmp_path / "walk.worldkv", model, POSES[:9], INTRINSICS[:9]))
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(got, want[fails_at:], strict=True))
+
+
 def test_what_cannot_go_on_is_refused(tmp_path):
     file = tmp_path / "walk.worldkv"
     model, conditions = made("lingbot")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .. import saved
-from ..actions import Actions, IntegratorState
+from ..actions import Actions, as_state, video_frames
 from ..memory import saving
 from ..memory.retrieval import RetrievalPolicy
 from ..memory.world_memory import ChunkPlan, WorldMemory
@@ -224,9 +224,9 @@ class Rollout(Iterator[RolloutChunk]):
         conditions, state = self._conditions, None
         if isinstance(conditions, getattr(self.model, "Conditions", ())):
             conditions = {_FIELDS: conditions._asdict()}
-        if self._of_rollout is not None:
-            state = {"first_pose": self._first_pose, "carried": self._carried()}
         number = self.memory.stats()["chunks"]
+        if number:
+            state = {"first_pose": self._first_pose, "carried": self._carried()}
         tree = {
             "memory": saving.tree_of("save", self.memory),
             "seed": self.seed,
@@ -289,7 +289,9 @@ class Rollout(Iterator[RolloutChunk]):
                 raise ValueError(f"given must be of chunks after those made, got {chunk} of {list(latents.shape)}")
         self._given = tree["given"]
         if self._integrator is not None:
-            self._integrator.restore(IntegratorState(*tree["integrator"]))
+            frames = first * self.model.chunk_frames
+            rows = video_frames(frames) if frames else 0
+            self._integrator.restore(as_state("Rollout.load", tree["integrator"], rows))
             self._integrated = self._integrator.state
         if (state is None) != (first == 0):
             raise ValueError(f"state must be there if and only if chunks were made, got {first} chunks")
@@ -321,13 +323,14 @@ class Rollout(Iterator[RolloutChunk]):
             took = _Took(model.device)
             plan = memory.begin_chunk(**of_memory)
             try:
-                given = self._given.pop(number, None)
+                given = self._given.get(number)
                 latents = _denoised(model, self._passes, plan, self._of_rollout, of_one, given, self.seed, self.sigmas)
                 memory.end_chunk()
                 took.end()
             except BaseException:
                 memory.abort_chunk()
                 raise
+            self._given.pop(number, None)
             self._integrated = self._integrator and self._integrator.state
             yield RolloutChunk(plan, latents, took)
             if before is not None:
