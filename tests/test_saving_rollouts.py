@@ -130,6 +130,57 @@ def test_a_rollout_that_failed_is_saved_as_it_was_before_the_chunk(tmp_path):
     assert [torch.equal(a.latents, b.latents) for a, b in zip(got, want[3:], strict=True)] == [True, True]
 
 
+@pytest.mark.parametrize("mode", ["worldkv", "sliding"])
+def test_poses_beside_a_memory_that_goes_by_actions(mode, tmp_path):
+    """The model goes along the poses given, the memory along the actions; in a baseline there may be none."""
+    model, _ = made("small_world")
+    fields = dict(retrieval=ActionRetrieval(), mode=mode)
+    options = dict(actions=ACTIONS) if mode == "worldkv" else {}
+    walk = rollout(model, memory_of(model, **fields), POSES, INTRINSICS, **options, sigmas=SIGMAS)
+    for _ in range(4):
+        next(walk)
+    walk.save(tmp_path / "walk.worldkv")
+    got = resume(tmp_path / "walk.worldkv", model, POSES, INTRINSICS, **options)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(got, walk, strict=True))
+
+
+@pytest.mark.parametrize("where", ["prepare", "ended"])
+def test_of_a_chunk_that_failed_nothing_is_saved(where, tmp_path, monkeypatch):
+    """Neither its other conditions, nor, where an interrupt falls behind end_chunk, only half of what it was."""
+    model, conditions = made("matrix_game")
+    other = MatrixGameConditions(conditions.image_tokens + 1, conditions.image_latents)
+
+    def controls(first, changes=False):
+        for chunk in range(first, 5):
+            done = ACTIONS.until(video_frames(3 * chunk + 3))
+            yield Controls(None, None, done, other if changes and chunk == 2 else None)
+
+    def stream(**options):
+        memory = memory_of(model, retrieval=ActionRetrieval())
+        return Rollout(model, memory, controls(0, **options), conditions=conditions, sigmas=SIGMAS)
+
+    want = [chunk.latents for chunk in stream()]
+    failing = stream(changes=where == "prepare")
+    for _ in range(2):
+        next(failing)
+    with monkeypatch.context() as patch:
+        broken = "_denoised" if where == "prepare" else "_Took.end"
+        patch.setattr(f"worldkv_kernels.models.rollout.{broken}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(failing)
+    with pytest.raises(RuntimeError, match="rollout: a chunk has failed, and no other can follow it here"):
+        next(failing)
+    failing.save(tmp_path / "walk.worldkv")
+    number = failing.memory.stats()["chunks"]
+    assert number == (2 if where == "prepare" else 3)
+    got = Rollout.load(tmp_path / "walk.worldkv", model, controls(number))
+    assert all(torch.equal(a.latents, b) for a, b in zip(got, want[number:], strict=True))
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("fails_at", [0, 1])
 def test_given_latents_of_a_chunk_that_failed_are_kept(fails_at, tmp_path, monkeypatch):
     model, _ = made("small_world")

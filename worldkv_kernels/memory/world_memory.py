@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import saved
@@ -502,11 +501,6 @@ class WorldMemory:
         """K and V pools of a layer, [rows, heads, head_dim]."""
         self._check_layer("pools", layer)
         return self._pool.k[layer], self._pool.v[layer]
-
-    @property
-    def last_poses(self) -> np.ndarray | None:
-        """Of the last chunk of history, float64 [chunk_frames, 4, 4]; None where it had none."""
-        return self._last_view.poses
 
     def location(self, chunk: int) -> str:
         """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""

@@ -63,8 +63,9 @@ def steered(
     of_memory = {"actions": rows}
     if integrator is None:
         of_memory = {"poses": controls.poses, "intrinsics": controls.intrinsics}
+    integrated = integrator.advance(*rows) if integrator is not None and rows is not None else None
     if controls.poses is None:
-        if integrator is None or rows is None:
+        if integrated is None:
             raise ValueError("rollout: controls must have poses, or actions that the memory goes by, got neither")
-        controls = controls._replace(poses=integrator.advance(*rows))
+        controls = controls._replace(poses=integrated)
     return controls, of_memory

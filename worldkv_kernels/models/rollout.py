@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from .. import saved
-from ..actions import Actions, as_state, video_frames
+from ..actions import Actions, IntegratorState, as_state, video_frames
 from ..memory import saving
 from ..memory.retrieval import RetrievalPolicy
 from ..memory.world_memory import ChunkPlan, WorldMemory
@@ -49,6 +49,14 @@ class _Took:
     def seconds(self) -> float:
         self.wait()
         return self._start.elapsed_time(self._end) / 1e3 if self._on_gpu else self._end - self._start
+
+
+class _End(NamedTuple):
+    """What a rollout stands at the end of a chunk, besides the memory and what the model carries."""
+
+    conditions: Any
+    integrated: IntegratorState | None
+    poses: np.ndarray | None  # of that chunk
 
 
 _KIND = "rollout"
@@ -165,7 +173,8 @@ class Rollout(Iterator[RolloutChunk]):
             replayed from the third on, if a first replay there gives the same bits; these two chunks take longer. True
             insists on it, False has none. The rows of a host bank are then waited for before a pass, not by layer.
 
-    An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on. On a GPU a chunk is
+    An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on; the rollout can then be
+    saved, and gone on with where it is loaded, and asked for another chunk raises RuntimeError. On a GPU a chunk is
     yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and no other
     before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are no whole
     chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True; at a
@@ -203,16 +212,25 @@ class Rollout(Iterator[RolloutChunk]):
             raise ValueError(f"rollout: given must be [n, {wanted}], n a multiple of {frames}, got {list(given.shape)}")
         self.model, self.memory, self.seed, self.sigmas = model, memory, seed, sigmas
         self._conditions, self._first_pose, self._of_rollout = conditions, None, None
+        self._failed = False
         # Of no frames, split makes one chunk without any.
         chunks = [] if given is None else [chunk.float() for chunk in given.split(frames) if len(chunk)]
         self._given = dict(enumerate(chunks))
         self._integrator = memory.integrator.fresh() if memory.integrator is not None else None
-        self._integrated = self._integrator and self._integrator.state  # at the end of the last chunk
+        self._ends = {0: self._end(None)}  # by the chunks made: of those so far, and of one that is being ended
         self._passes = Passes(model, memory, graph)
         self._chunks = self._made(controls)
 
     def __next__(self) -> RolloutChunk:
-        return next(self._chunks)
+        if self._failed:
+            raise RuntimeError("rollout: a chunk has failed, and no other can follow it here: save and resume to go on")
+        try:
+            return next(self._chunks)
+        except StopIteration:
+            raise
+        except BaseException:
+            self._failed = True
+            raise
 
     def save(self, path: str | Path) -> None:
         """Write the memory, and all else that the chunks to come are made from, to a file that `load` reads.
@@ -221,19 +239,19 @@ class Rollout(Iterator[RolloutChunk]):
         sigmas, and what the model carries from chunk to chunk. Neither weights nor controls are in it. Raises as
         WorldMemory.save, TypeError also on conditions that are neither the model's own nor plain values and tensors.
         """
-        conditions, state = self._conditions, None
+        number, state = self.memory.stats()["chunks"], None
+        conditions, integrated, poses = self._ends[number]
         if isinstance(conditions, getattr(self.model, "Conditions", ())):
             conditions = {_FIELDS: conditions._asdict()}
-        number = self.memory.stats()["chunks"]
         if number:
-            state = {"first_pose": self._first_pose, "carried": self._carried()}
+            state = {"first_pose": self._first_pose, "last_poses": poses, "carried": self._carried()}
         tree = {
             "memory": saving.tree_of("save", self.memory),
             "seed": self.seed,
             "sigmas": tuple(map(float, self.sigmas)),
             "conditions": conditions,
             "given": {chunk: latents for chunk, latents in self._given.items() if chunk >= number},
-            "integrator": self._integrated and tuple(self._integrated),
+            "integrator": integrated and tuple(integrated),
             "state": state,
         }
         saved.write("Rollout.save", path, _KIND, tree)
@@ -290,14 +308,20 @@ class Rollout(Iterator[RolloutChunk]):
         self._given = tree["given"]
         if self._integrator is not None:
             frames = first * self.model.chunk_frames
-            rows = video_frames(frames) if frames else 0
+            stands = not first or tree["integrator"][:1] == (0,)  # where the chunks were made without actions
+            rows = 0 if stands else video_frames(frames)
             self._integrator.restore(as_state("Rollout.load", tree["integrator"], rows))
-            self._integrated = self._integrator.state
         if (state is None) != (first == 0):
             raise ValueError(f"state must be there if and only if chunks were made, got {first} chunks")
         if state is not None:
             first_pose = as_poses("Rollout.load", state["first_pose"][None])[0]
             self._prepare(self._conditions, first_pose, state["carried"])
+        last_poses = None if state is None else as_poses("Rollout.load", state["last_poses"], self.model.chunk_frames)
+        self._ends = {first: self._end(last_poses)}
+
+    def _end(self, poses: np.ndarray | None) -> _End:
+        """Where the rollout is once a chunk of these poses is made."""
+        return _End(self._conditions, self._integrator and self._integrator.state, poses)
 
     def _prepare(self, conditions: Any, first_pose: np.ndarray, carried: Any = None) -> None:
         """For the chunks to come; what raises leaves all as before."""
@@ -325,13 +349,13 @@ class Rollout(Iterator[RolloutChunk]):
             try:
                 given = self._given.get(number)
                 latents = _denoised(model, self._passes, plan, self._of_rollout, of_one, given, self.seed, self.sigmas)
+                self._ends = {number: self._ends[number], number + 1: self._end(of_one.poses)}
                 memory.end_chunk()
                 took.end()
             except BaseException:
                 memory.abort_chunk()
                 raise
             self._given.pop(number, None)
-            self._integrated = self._integrator and self._integrator.state
             yield RolloutChunk(plan, latents, took)
             if before is not None:
                 before.wait()
@@ -367,7 +391,7 @@ def resume(
             raise ValueError(f"resume: trajectory must be of more than the {first} chunks made, got one of {most}")
         if first and poses is not None:
             before, begins = next(controls(first - 1)).poses, next(controls(0)).poses
-            if not (np.array_equal(begins[0], made._first_pose) and np.array_equal(before, made.memory.last_poses)):
+            if not (np.array_equal(begins[0], made._first_pose) and np.array_equal(before, made._ends[first].poses)):
                 raise ValueError(f"resume: poses must lead through the {first} chunks made, got others")
         return controls(first)
 
