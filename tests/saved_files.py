@@ -73,7 +73,7 @@ def turn(memory: WorldMemory, chunk: int) -> None:
     to_forget = [past for past in kept if memory.location(past) != "sink"]
     what = random.choice(["pin", "unpin", "forget", "change"])
     if what == "change":
-        most = memory._configured
+        most = memory.configured
         memory.change(
             retrieved_chunks=int(random.integers(0, most.retrieved_chunks + 1)),
             recent_frames=int(random.integers(0, most.recent_frames + 1)),

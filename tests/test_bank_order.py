@@ -142,7 +142,7 @@ class Play:
         if self.random.random() < 0.1:
             memory.change(
                 retrieved_chunks=self.random.randint(0, 2),
-                recent_frames=self.random.randint(0, memory._configured.recent_frames),
+                recent_frames=self.random.randint(0, memory.configured.recent_frames),
             )
 
     def begin(self, poses: np.ndarray) -> None:

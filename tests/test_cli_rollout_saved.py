@@ -5,23 +5,13 @@ import json
 import pytest
 import torch
 
+from worldkv_kernels import WorldMemory
 from worldkv_kernels.cli import main
 from worldkv_kernels.models.checkpoint import read_tensors
 from worldkv_kernels.models.small_world import SmallWorld
 
-RUN = [
-    "rollout",
-    "--random",
-    "--layers",
-    "1",
-    "--device",
-    "cpu",
-    "--trajectory",
-    "right*54,left*53",
-    "--modes",
-    "worldkv",
-]
-RUN += ["--retrieved-chunks", "2", "--recent-frames", "3"]
+RUN = ["rollout", "--random", "--layers", "1", "--device", "cpu", "--trajectory", "right*54,left*53"]
+RUN += ["--modes", "worldkv", "--retrieved-chunks", "2", "--recent-frames", "3"]
 
 
 def latents(path):
@@ -53,11 +43,44 @@ def test_an_interrupted_walk_is_put_by(tmp_path, monkeypatch, capsys):
         return prepare(self, of_rollout, start_frame, controls)
 
     monkeypatch.setattr(SmallWorld, "prepare_chunk", interrupted)
-    assert main([*RUN, "--chunks", "6", "--save", walk]) == 130
+    first = str(tmp_path / "first.safetensors")
+    assert main([*RUN, "--chunks", "6", "--save", walk, "--save-latents", first]) == 130
     assert f"wrote {walk}: 3 chunks" in capsys.readouterr().err
     monkeypatch.undo()
     assert main([*RUN, "--chunks", "6", "--resume", walk, "--save-latents", rest]) == 0
-    assert torch.equal(latents(rest), latents(whole)[9:])
+    assert torch.equal(torch.cat([latents(first), latents(rest)]), latents(whole))
+
+
+DEFAULTS = RUN[: RUN.index("worldkv")]
+
+
+@pytest.mark.parametrize("mode", ["worldkv", "full", "sliding"])
+def test_a_longer_walk_needs_no_more_arguments(mode, tmp_path):
+    """With the defaults, of which some follow the number of chunks."""
+    walk, whole, rest = (str(tmp_path / name) for name in ("walk", "whole.safetensors", "rest.safetensors"))
+    run = [*DEFAULTS, mode, "--save-latents"]
+    assert main([*run, whole, "--chunks", "9"]) == 0
+    assert main([*run, rest, "--chunks", "3", "--save", walk]) == 0
+    assert main([*run, rest, "--chunks", "9", "--resume", walk]) == 0
+    longer, made = read_tensors(whole)[mode][9:], read_tensors(rest)[mode]
+    assert made.shape == longer.shape and made.isfinite().all()
+    if mode != "worldkv":  # there the window was made for as many chunks as the first walk had
+        assert torch.equal(made, longer)
+
+
+def test_a_bank_with_no_room_for_all_is_resumed_as_it_was(tmp_path, monkeypatch, capsys):
+    walk, load = str(tmp_path / "walk"), WorldMemory.__init__
+    assert main([*RUN, "--chunks", "3", "--save", walk]) == 0
+
+    def without_room(self, config, **options):
+        if config.bank_chunks == 9:
+            raise ValueError("WorldMemory: storage must fit the little that is free")
+        load(self, config, **options)
+
+    monkeypatch.setattr(WorldMemory, "__init__", without_room)
+    assert main([*RUN, "--chunks", "9", "--resume", walk]) == 0
+    assert main([*RUN, "--chunks", "9", "--resume", walk, "--bank-chunks", "9"]) == 2
+    assert "--resume: " in (said := capsys.readouterr().err) and "storage must fit" in said
 
 
 @pytest.mark.parametrize(

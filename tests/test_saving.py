@@ -3,6 +3,7 @@
 import json
 from collections import OrderedDict
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,6 +152,57 @@ def test_a_fork_shares_nothing_that_is_written():
     assert equal(walk(memory, 8, 20), walk(again, 8, 20))
     memory.reset()
     assert forks[0].stats()["chunks"] == 17
+
+
+class CountsUses(Newest):
+    """Writes into what it has described, and picks what was used least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = None
+
+    def describe(self, poses, intrinsics):
+        self.last = {"uses": 0}
+        return self.last
+
+    def select(self, current, candidates, budget):
+        picked = sorted(candidates, key=lambda item: (item[1]["uses"], item[0]))[:budget]
+        for _, description in picked:
+            description["uses"] += 1
+        return [chunk for chunk, _ in picked]
+
+
+def test_a_fork_has_descriptions_of_its_own_where_a_policy_writes_into_them():
+    memory, alone = (WorldMemory(config(retrieval=CountsUses()), dtype=torch.float32) for _ in range(2))
+    walk(memory, 0, 8)
+    fork = memory.fork()
+    walk(fork, 8, 12)
+    walk(alone, 0, 8)
+    assert equal(walk(memory, 8, 14), walk(alone, 8, 14))
+    policy = fork.config.retrieval
+    assert policy.last is fork._last_view.description  # what was one object still is
+
+
+def test_a_rope_of_ones_own_is_refused_by_save_and_forked(tmp_path):
+    class Slow(Rope3D):
+        pass
+
+    memory = WorldMemory(config(rope=Slow(64)), dtype=torch.float32)
+    walk(memory, 0, 3)
+    with pytest.raises(
+        TypeError, match=r"WorldMemory.save: config.rope must be a Rope3D itself to be saved, got a Slow"
+    ):
+        memory.save(tmp_path / "m")
+    assert type(memory.fork().config.rope) is Slow
+
+
+def test_strings_of_an_enum_are_strings(tmp_path):
+    class Modes(str, Enum):
+        KEEP = "worldkv"
+
+    memory = WorldMemory(config(mode=Modes.KEEP), dtype=torch.float32)
+    memory.save(tmp_path / "m")
+    assert type(memory.config.mode) is str and WorldMemory.load(tmp_path / "m").config == memory.config
 
 
 def test_a_policy_of_ones_own_is_given_anew(tmp_path):

@@ -79,6 +79,77 @@ def test_what_is_not_of_this_model_is_refused(saved, tmp_path):
         handle.load(saved)
 
 
+def test_a_window_that_was_changed_is_of_the_same_config(tmp_path):
+    model, both, file = make_model(), caches(), tmp_path / "walk.worldkv"
+    with enable(model, **WORLDKV) as handle:
+        for chunk in range(3):
+            lingbot_chunk(model, chunk, both, 0)
+        handle.stats()
+        handle.memory.change(retrieved_chunks=1)
+        handle.save(file)
+    with enable(model, **WORLDKV) as handle:
+        handle.load(file)
+        lingbot_chunk(model, 3, caches(), 0)
+        assert handle.memory.config.retrieved_chunks == 1
+        handle.restart(POSES)
+        assert handle.memory.config.retrieved_chunks == 2
+    wanted = pytest.raises(ValueError, match=r"must be of retrieved_chunks=1, as enable was told, got 2")
+    with enable(model, **{**WORLDKV, "retrieved_chunks": 1}) as handle, wanted:
+        handle.load(file)
+    with enable(model, **{**WORLDKV, "bank_chunks": None}) as handle:
+        handle.load(file)
+        assert handle._chunks.config.bank_chunks is None and handle.memory.config.bank_chunks == 9
+
+
+class Stateful:
+    needs_intrinsics = False
+
+    def __init__(self):
+        self.asked = 0
+
+    def describe(self, poses, intrinsics):
+        return poses.mean(axis=0)
+
+    def select(self, current, candidates, budget):
+        self.asked += 1
+        return [chunk for chunk, _ in candidates][:budget]
+
+    def drop(self, candidates):
+        return candidates[0][0]
+
+
+def test_sessions_do_not_share_a_policy_that_has_a_state():
+    model = make_model()
+    with enable(model, **WORLDKV, retrieval=Stateful()) as handle:
+        other, both, of_other = handle.session(OTHER), caches(), caches()
+        for chunk in range(3):
+            lingbot_chunk(model, chunk, both, 0)
+        with other:
+            lingbot_chunk(model, 0, of_other, 1)
+        policies = handle.memory.config.retrieval, other.memory.config.retrieval
+        assert policies[0] is not policies[1] and [policy.asked for policy in policies] == [3, 1]
+
+
+def test_sessions_left_out_of_order_change_nothing():
+    model = make_model()
+    with enable(model, **WORLDKV) as handle:
+        first, second = handle.session(POSES), handle.session(POSES)
+        first.__enter__()
+        second.__enter__()
+        with pytest.raises(RuntimeError, match="sessions must be left in the opposite order"):
+            first.__exit__()
+        second.__exit__()
+        first.__exit__()
+        lingbot_chunk(model, 0, caches(), 0)
+        assert handle.stats()["chunks"] == 1  # the handle's own is in place again
+
+
+def test_another_dtype_than_enable_was_told_is_refused(saved):
+    wanted = pytest.raises(ValueError, match=r"must be of dtype=torch.bfloat16, as enable was told, got torch.float32")
+    with enable(make_model(), **WORLDKV, dtype=torch.bfloat16) as handle, wanted:
+        handle.load(saved)
+
+
 def test_its_dtype_is_that_of_the_forwards(saved):
     model = make_model(torch.bfloat16)
     with enable(model, **WORLDKV) as handle:

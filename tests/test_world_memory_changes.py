@@ -64,7 +64,7 @@ def check_places(memory: WorldMemory, slow: SlowMemory, chunks: int) -> None:
 
 def do(kind: str, memory: WorldMemory, slow: SlowMemory, ratios: list[float], data) -> None:
     """One thing that a caller may do between chunks, drawn."""
-    configured = memory._configured
+    configured = memory.configured
     here = [chunk for chunk, where in slow.where.items() if where != "dropped"]
     if kind == "change":
         fields = {

@@ -104,9 +104,9 @@ class Rope3D:
         """
         key = device, grid, start_frame
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if key not in self._tables:
-            self._make_table(device, grid, start_frame, capturing)
-        table = self._tables[key]
+        table = self._tables.get(key)
+        if table is None:
+            table = self._make_table(device, grid, start_frame, capturing)
         if capturing:
             self._captured.add(key)
         elif device.type == "cuda" and not torch.compiler.is_compiling():
@@ -120,16 +120,20 @@ class Rope3D:
         return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
 
     @untraced  # numpy's numbers are not for the compiler to make
-    def _make_table(self, device: torch.device, grid: tuple[int, int, int], start_frame: int, capturing: bool) -> None:
+    def _make_table(
+        self, device: torch.device, grid: tuple[int, int, int], start_frame: int, capturing: bool
+    ) -> torch.Tensor:
         if capturing:
             raise RuntimeError(
                 f"norm_rope_append: rope must be a RopeTable inside the capture of a graph, or have been used before "
                 f"with this grid and start_frame, got the first use of {self} with {grid}, {start_frame}"
             )
-        passing = [old for old in self._tables if old not in self._captured]
+        passing = [old for old in list(self._tables) if old not in self._captured]
         for old in passing[: 1 - _KEPT_TABLES]:
             self._tables.pop(old, None)
-        self._tables[device, grid, start_frame] = torch.from_numpy(self.chunk_table(grid, start_frame)).to(device)
+        table = torch.from_numpy(self.chunk_table(grid, start_frame)).to(device)
+        self._tables[device, grid, start_frame] = table
+        return table
 
     def _write_time(self, rows: np.ndarray, start_frame: int) -> None:
         """The pairs that turn with time of frames from `start_frame` on, into rows [frames, head_dim / 2, 2]."""

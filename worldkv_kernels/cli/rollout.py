@@ -286,7 +286,8 @@ def _rolling(
 ) -> Rollout:  # fmt: skip
     """A rollout along the motion from its start, or from where --resume is."""
     if args.resume is not None:
-        rolling = rollout_saved.resumed(args, model, config, motion)
+        derived = [name for name in _FIELDS if getattr(args, name) is None]
+        rolling = rollout_saved.resumed(args, model, config, motion, derived=derived)
         say(f"resumed: {rolling.memory.stats()['chunks']} chunks are made")
         return rolling
     memory = _memory(config, args, say, device=model.device, dtype=model.dtype, backend=args.backend)
@@ -327,6 +328,10 @@ def _made(mode: str, rolling: Rollout, chunks: int, args: argparse.Namespace) ->
                 rolling.save(args.save)
             size = report.size(os.path.getsize(args.save))
             report.note(f"wrote {args.save}: {memory.stats()['chunks']} chunks, {size}")
+            if (
+                args.save_latents is not None
+            ):  # of an interrupted rollout, too: what is resumed does not make them again
+                write_tensors(args.save_latents, {mode: torch.cat([chunk.latents.cpu() for chunk in made])})
     return made, banked
 
 

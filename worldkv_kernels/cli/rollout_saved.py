@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..memory.config import MemoryConfig
+from ..memory.room import has_places
 from ..memory.saving import WHERE_ROWS_LIE, differences
 from ..models.rollout import Rollout, WorldModel, resume
 from . import report
@@ -35,17 +36,33 @@ def check(args: argparse.Namespace, modes: Sequence[str]) -> None:
     report.different_files(save=args.save, picture=args.picture, json=args.json, save_latents=args.save_latents)
 
 
-def resumed(args: argparse.Namespace, model: WorldModel, asked: MemoryConfig, along: Motion) -> Rollout:
-    """What --resume names, along a motion of which it has made the beginning. Raises ValueError where the arguments ask
-    for another memory, seed or trajectory."""
-    places: dict[str, Any] = {name: getattr(asked, name) for name in ("bank", "bank_chunks") if asked.has_bank}
+def resumed(
+    args: argparse.Namespace, model: WorldModel, asked: MemoryConfig, along: Motion, *, derived: Sequence[str]
+) -> Rollout:
+    """What --resume names, along a motion of which it has made the beginning, with a bank as `asked`, or where that has
+    no room and no number was asked for, as it was.
+
+    Raises ValueError where the arguments ask for another memory, but for the fields that are `derived` of others, for
+    another seed or another trajectory.
+    """
+    options: dict[str, Any] = dict(actions=along.actions, backend=args.backend, graph=args.graph)
+    if asked.has_bank:
+        options["bank"] = asked.bank
+    enough = {"bank_chunks": asked.bank_chunks} if has_places(asked) else {}
+
+    def opened(**places: Any) -> Rollout:
+        return resume(args.resume, model, *along.controls, **options, **places)
+
     with report.naming("--resume", "Rollout.load", "resume"), report.waiting(f"reading {args.resume}"):
-        rolling = resume(
-            args.resume, model, *along.controls, actions=along.actions, backend=args.backend, graph=args.graph, **places
-        )
+        try:
+            rolling = opened(**enough)
+        except ValueError:
+            if args.bank_chunks or not asked.has_bank:
+                raise
+            rolling = opened()  # which says what else is wrong
     if rolling.seed != args.seed:
         raise ValueError(f"--seed must be {rolling.seed}, as in {args.resume}, got {args.seed}")
-    for name, kept, wanted in differences(rolling.memory.config, asked, but=WHERE_ROWS_LIE):
+    for name, kept, wanted in differences(rolling.memory.configured, asked, but=(*WHERE_ROWS_LIE, *derived)):
         option = "modes" if name == "mode" else name.replace("_", "-")
         raise ValueError(f"--{option} must be {kept}, as in {args.resume}, got {wanted}")
     return rolling

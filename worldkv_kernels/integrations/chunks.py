@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Chunks:
         """Take a memory as it is: the next pass is at the first token of the chunk after its last one, or at token 0,
         which is a new rollout."""
         self.check_used()
-        self.memory, self.config = memory, memory.config
+        self.memory, self.config = memory, replace(self.config, grid=memory.config.grid)
         self._forget(reset=False)
         self._stream = _ANY
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checks import DTYPES, check_backend, describe
 from ..memory.config import MemoryConfig
-from ..memory.saving import WHERE_ROWS_LIE, differences, is_of_this_package
+from ..memory.saving import WHERE_ROWS_LIE, differences, is_of_this_package, with_own_policy
 from ..memory.world_memory import WorldMemory
 from ..ops.all import EVERY_BACKEND
 from ..tracing import untraced
@@ -59,7 +59,7 @@ class PatchedModel:
         self._op = op
         self._model = unwrapped(model)
         self._attentions = attentions
-        self._config = chunks.config  # that sessions begin with
+        self._config = with_own_policy(chunks.config)  # that sessions begin with
         self._session = Session(op, self, chunks)  # in place now
         self._sessions = weakref.WeakSet([self._session])
         self._keep_grid, self._dtype, self._backend = keep_grid, dtype, backend
@@ -110,7 +110,9 @@ class PatchedModel:
         disabled, ValueError or TypeError when what retrieval needs is missing or wrong.
         """
         self._check_enabled("session")
-        chunks = Chunks(self._op, self._config, poses, intrinsics, actions=self.actions_or_pressed(actions))
+        chunks = Chunks(
+            self._op, with_own_policy(self._config), poses, intrinsics, actions=self.actions_or_pressed(actions)
+        )
         made = Session(self._op, self, chunks)
         self._sessions.add(made)
         return made
@@ -154,6 +156,9 @@ class PatchedModel:
     def enabled(self) -> bool:
         return bool(self._originals)
 
+    def has_in_place(self, session: Session) -> bool:
+        return self._session is session
+
     def put(self, session: Session) -> Session:
         """Put a session in place; returns the one that was. RuntimeError inside a pass."""
         if self._chunks.inside:
@@ -173,7 +178,9 @@ class PatchedModel:
         device = self._attentions[0].q.weight.device if device is None else device
         memory = WorldMemory.load(path, device=device, backend=self._backend, retrieval=own, **places)
         anew = () if self._keep_grid else ("grid",)
-        differ = differences(memory.config, config, but=(*WHERE_ROWS_LIE, *anew))
+        differ = differences(memory.configured, config, but=(*WHERE_ROWS_LIE, *anew))
+        if self._dtype not in (None, memory.dtype):
+            differ.append(("dtype", memory.dtype, self._dtype))
         if differ:
             name, kept, wanted = differ[0]
             raise ValueError(f"{self._op}.load: {path} must be of {name}={wanted}, as enable was told, got {kept}")

@@ -88,9 +88,12 @@ class Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        handle, before = self._handle(), self._before.pop()
-        if handle is not None and handle.put(before) is not self:
+        handle = self._handle()
+        if handle is not None and not handle.has_in_place(self):
             raise RuntimeError(f"{self._op}: sessions must be left in the opposite order to that they were entered in")
+        before = self._before.pop()
+        if handle is not None:
+            handle.put(before)
 
     def __del__(self) -> None:
         self.forget_passes()  # they and their graphs hold each other

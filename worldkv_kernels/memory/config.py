@@ -128,6 +128,9 @@ class MemoryConfig:
             if not right:
                 raise bad_value("MemoryConfig", field, wanted, getattr(self, field))
 
+        for field in ("mode", "prune_rule", "retrieval", "order", "bank", "rope"):
+            if isinstance(getattr(self, field), str):
+                object.__setattr__(self, field, str.__str__(getattr(self, field)))  # of an enum its string
         for field in (*_INTEGERS, *(name for name in _INTEGERS_IF_GIVEN if getattr(self, name) is not None)):
             object.__setattr__(self, field, as_integer("MemoryConfig", field, getattr(self, field)))
             check(getattr(self, field) <= _LARGEST, field, f"at most {_LARGEST}")

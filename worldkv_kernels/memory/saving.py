@@ -46,15 +46,21 @@ _POLICIES: dict[type, tuple[str, ...]] = {
 }
 
 
+def file_tree(op: str, memory: WorldMemory) -> dict[str, Any]:
+    """All that a file holds of it. Raises as `tree_of`, and TypeError where its rope is none that a file can name."""
+    return {"config": config_tree(memory.configured), **tree_of(op, memory)}
+
+
 def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
-    """Its state. Rows are named where they lie: to be read before the memory is used again. Raises RuntimeError naming
-    `op` while a chunk is begun."""
+    """Its state, but for the config. Rows are named where they lie: to be read before the memory is used again.
+
+    Raises RuntimeError naming `op` while a chunk is begun.
+    """
     memory._check_between(op)
     bank = memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
     tree = {
-        "config": config_tree(memory._configured),
         "changed": {name: getattr(memory.config, name) for name in _CHANGEABLE},
         "places": memory._storage.places,
         "dtype": str(memory.dtype).removeprefix("torch."),
@@ -146,14 +152,28 @@ def new_of(
 
 
 def forked(memory: WorldMemory) -> WorldMemory:
-    tree, config = tree_of("fork", memory), memory._configured
+    tree, config = tree_of("fork", memory), memory.configured
     if has_places(config):
         config = replace(config, bank_chunks=memory._storage.places)
-    if not getattr(make_policy(config.retrieval), "stateless", False):
-        config = replace(config, retrieval=copy.deepcopy(config.retrieval))
+    if not is_stateless(config):
+        rows = [*tree["whole"].values(), *(rows for _, _, rows in (tree["bank"] or {"chunks": {}})["chunks"].values())]
+        policy, tree = copy.deepcopy((config.retrieval, tree), {id(of_chunk): of_chunk for of_chunk in rows})
+        config = replace(config, retrieval=policy)
     made = type(memory)(config, device=memory.device, dtype=memory.dtype, backend=memory._backend)
     restore(made, tree)
+    if memory.device.type == "cuda":
+        torch.cuda.current_stream(memory.device).synchronize()  # either may be used on another stream from here on
     return made
+
+
+def is_stateless(config: MemoryConfig) -> bool:
+    """Whether memories may share its retrieval policy."""
+    return getattr(make_policy(config.retrieval), "stateless", False)
+
+
+def with_own_policy(config: MemoryConfig) -> MemoryConfig:
+    """For one more memory: with a copy of the policy, as it stands, where memories may not share it."""
+    return config if is_stateless(config) else replace(config, retrieval=copy.deepcopy(config.retrieval))
 
 
 # --- configs and policies ---
@@ -162,6 +182,9 @@ def forked(memory: WorldMemory) -> WorldMemory:
 def config_tree(config: MemoryConfig) -> dict[str, Any]:
     made = {field.name: getattr(config, field.name) for field in fields(config)}
     if isinstance(config.rope, Rope3D):
+        if type(config.rope) is not Rope3D:
+            got = type(config.rope).__name__
+            raise TypeError(f"WorldMemory.save: config.rope must be a Rope3D itself to be saved, got a {got}")
         made["rope"] = rope_tree(config.rope)
     if not isinstance(config.retrieval, str):
         made["retrieval"] = _policy_tree(config.retrieval)
@@ -171,7 +194,8 @@ def config_tree(config: MemoryConfig) -> dict[str, Any]:
 def differences(one: MemoryConfig, other: MemoryConfig, *, but: Sequence[str]) -> list[tuple[str, Any, Any]]:
     """Fields in which two configs differ, but for some, and what each has there; of policies, what they are made of."""
     here, there = (
-        {**config_tree(config), "retrieval": _policy_tree(make_policy(config.retrieval))} for config in (one, other)
+        config_tree(replace(config, retrieval=make_policy(config.retrieval), rope=config.make_rope()))
+        for config in (one, other)
     )
     return [(name, here[name], there[name]) for name in here if name not in but and here[name] != there[name]]
 
@@ -239,6 +263,7 @@ class _Described:
         own = type(policy) not in _POLICIES
         self._wanted = None if own else _layout(policy.describe(np.eye(4)[None], np.ones((1, 4))))
         self._has_pose = isinstance(policy, PoseRetrieval | FovRetrieval)
+        self._has_camera = isinstance(policy, FovRetrieval)
 
     def checked(self, description: Any) -> Any:
         """It, if distances can be taken of it; any, of a policy of a user's own."""
@@ -249,6 +274,10 @@ class _Described:
             raise ValueError(f"{_OP}: descriptions must be of {self._wanted}, got {got!r:.200}")
         if self._has_pose:
             as_poses(_OP, (description if isinstance(description, np.ndarray) else description[0])[None])
+        if self._has_camera:
+            as_intrinsics(_OP, description[1][:4], 1)
+            if not (description[1][4:] > 0).all():
+                raise ValueError(f"{_OP}: descriptions must be of an image, got one of {description[1][4:]} pixels")
         return description
 
 

@@ -36,7 +36,7 @@ class WorldMemory:
     "full" a rollout ends with the pool, else with 2**31 frames, which are 17 years at 4 latent frames a second.
     Every past chunk is in exactly one of sink, recent and bank, unless a mode, the bank's bound or the caller drops it.
 
-    `config` says what holds now, see `change`.
+    `config` says what holds now, and `configured` what it was made with, see `change`.
 
     With a bank in host memory, chunks go there and come back by copies on streams of their own. No call waits for
     them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
@@ -71,7 +71,7 @@ class WorldMemory:
             raise bad_type("WorldMemory", "config", "a MemoryConfig", config)
         if dtype not in DTYPES:
             raise TypeError(f"WorldMemory: dtype must be bfloat16, float16 or float32, got {dtype}")
-        self.config = self._configured = config
+        self.config = self.configured = config
         self.device = as_device("WorldMemory", device)
         check_backend("WorldMemory", backend)
         check_every_backend("WorldMemory: backend", backend, self.device)
@@ -105,7 +105,7 @@ class WorldMemory:
         """Forget the rollout and start again at chunk 0, with no chunk pinned and the config that the memory was made
         with. Keeps all storage."""
         self._check_process("reset")
-        self._configure(self._configured)
+        self._configure(self.configured)
         self._next_chunk = 0
         self._first_whole = self.config.sink_chunks  # see plan.leaving
         self._unbanked: set[int] = set()  # chunks that are whole and will not be banked
@@ -363,7 +363,7 @@ class WorldMemory:
         what is no plain value, array or tensor (or lists, tuples and dictionaries of these), ValueError where `path` is
         a folder, OSError where the system cannot write.
         """
-        saved.write("WorldMemory.save", path, saving.KIND, saving.tree_of("save", self))
+        saved.write("WorldMemory.save", path, saving.KIND, saving.file_tree("save", self))
 
     @classmethod
     def load(
@@ -380,7 +380,9 @@ class WorldMemory:
         Args:
             device, backend: as of a new one. The dtype is the saved one's.
             retrieval: the policy object where one was saved that is not of this package: of a class of that name. Its
-                own state is its owner's to bring along. Else None, or one of the same class in place of the saved one.
+                own state is its owner's to bring along. Else None, or one of the same class in place of the saved one,
+                which describes chunks alike (ActionRetrieval with the same integrator, FovRetrieval with as many
+                samples).
             changes: of `bank`, `bank_chunks`, `device_slots` and `prefetch`, fields of MemoryConfig for where rows lie.
                 A bank of "None" chunks, of what fitted, has as many again. More or fewer change only what it drops.
 
@@ -480,7 +482,7 @@ class WorldMemory:
         before = self.config
         self._configure(
             changed(
-                before, self._configured, retrieved_chunks=retrieved_chunks, keep_ratio=keep_ratio,
+                before, self.configured, retrieved_chunks=retrieved_chunks, keep_ratio=keep_ratio,
                 recent_frames=recent_frames,
             )
         )  # fmt: skip
@@ -609,9 +611,9 @@ class WorldMemory:
         if chunk in self._unbanked:
             self._bank.pass_over(chunk)
             self._unbanked.remove(chunk)
-        else:
+        elif chunk not in self._bank:  # as it would be where an interrupt fell just behind it
             self._storage.prune(chunk, self._descriptions[chunk])
-        del self._descriptions[chunk]
+        self._descriptions.pop(chunk, None)
 
     def _configure(self, config: MemoryConfig) -> None:
         self.config = self._storage.config = config

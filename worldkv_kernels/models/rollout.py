@@ -246,7 +246,7 @@ class Rollout(Iterator[RolloutChunk]):
         if number:
             state = {"first_pose": self._first_pose, "last_poses": poses, "carried": self._carried()}
         tree = {
-            "memory": saving.tree_of("save", self.memory),
+            "memory": saving.file_tree("save", self.memory),
             "seed": self.seed,
             "sigmas": tuple(map(float, self.sigmas)),
             "conditions": conditions,
