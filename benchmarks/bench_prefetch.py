@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, run_cases
 from prefetch_rivals import RIVALS, Rows
@@ -85,7 +86,7 @@ class Banked:
         generator = torch.Generator(device=device).manual_seed(0)
         for chunk in range(SETS * case.chunks):
             data = torch.randn(shape[1:], generator=generator, dtype=torch.float32, device=device).to(case.dtype)
-            first = self.bank.row_to_fill(chunk, None)
+            first = self.bank.row_to_fill(chunk, np.eye(4))
             self.pool.k[:, first : first + case.tokens] = data[:, 0]
             self.pool.v[:, first : first + case.tokens] = data[:, 1]
             self.bank.stored(chunk)

@@ -65,26 +65,27 @@ def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
     assert len(copied) > 20 and all(copied)
 
 
-def one_row_more(cache, chunks, places, keep):
-    SlotCache.right(cache, chunks, places, keep)
+def one_row_more(cache, chunks, places, tokens, keep):
+    SlotCache.right(cache, chunks, places, tokens, keep)
     for chunk in chunks:
-        cache._pool.v[0, cache._rows[cache._cached[chunk]] + cache._tokens] = 0.0
+        cache._pool.v[0, cache._rows[cache._cached[chunk]] + tokens[chunk]] = 0.0
 
 
-def a_bit_off(cache, chunks, places, keep):
-    SlotCache.right(cache, chunks, places, keep)
+def a_bit_off(cache, chunks, places, tokens, keep):
+    SlotCache.right(cache, chunks, places, tokens, keep)
     for chunk in chunks:
         cache._pool.k[-1, cache._rows[cache._cached[chunk]], 0, 0] *= 1.01
 
 
-def never(cache, chunks, places, keep):
+def never(cache, chunks, places, tokens, keep):
     for chunk in chunks:
         cache._cached[chunk] = cache._take(keep)
 
 
-def another(cache, chunks, places, keep):
+def another(cache, chunks, places, tokens, keep):
     num_places = len(cache.arena.rows)
-    SlotCache.right(cache, chunks, {chunk: (place + 1) % num_places for chunk, place in places.items()}, keep)
+    elsewhere = {chunk: (place + 1) % num_places for chunk, place in places.items()}
+    SlotCache.right(cache, chunks, elsewhere, tokens, keep)
 
 
 @pytest.mark.parametrize("fault", [one_row_more, a_bit_off, never, another])
