@@ -103,7 +103,7 @@ def begin(memory: WorldMemory, chunk: int) -> None:
 
 
 def equal(one: object, other: object) -> bool:
-    """Whether two states, as saving.tree_of gives them, are of the same types, numbers and order."""
+    """Whether two states, as saving.file_tree gives them, are of the same types, numbers and order."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Rows):
@@ -120,7 +120,7 @@ def equal(one: object, other: object) -> bool:
 
 
 def same_state(one: WorldMemory, other: WorldMemory) -> bool:
-    trees = [saving.tree_of("test", memory) for memory in (one, other)]
+    trees = [saving.file_tree("test", memory) for memory in (one, other)]
     for tree in trees:
         tree["config"].pop("bank_chunks")  # which is `places` once loaded, where it was None
     return equal(*trees)
