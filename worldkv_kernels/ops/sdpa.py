@@ -34,7 +34,7 @@ _WITHIN = np.arange(TILE_ROWS, dtype=np.int32)
 def unavailable(device: torch.device) -> str | None:
     """Why PyTorch's attention cannot serve on `device`; None when it can."""
     if device.type == "cpu":
-        has = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+        has = hasattr(torch, "_scaled_dot_product_flash_attention_for_cpu")
         return None if has else f"torch {torch.__version__} has no flash attention for CPUs"
     reason = triton_unavailable(device)  # which gathers
     if reason is None and not _takes_lengths():
@@ -107,7 +107,7 @@ def _on_cpu(
     if has_weight:
         mask = (weights.index_select(0, segments) * math.log(2)).expand(1, 1, len(q), len(index))
     batch = (q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
-    found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batch, attn_mask=mask, scale=scale)
+    found, log_sum = torch._scaled_dot_product_flash_attention_for_cpu(*batch, attn_mask=mask, scale=scale)
     if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE[q.dtype]:  # NaN is not, either
         options = dict(scale=scale, has_shift=has_shift, has_weight=has_weight)
         exact(reference)(q, k_pool, v_pool, *tables, out, lse, None, **options)

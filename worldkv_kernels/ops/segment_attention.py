@@ -155,7 +155,7 @@ def segment_attention(
     check_bool(_OP, "return_mass", return_mass)
     check_backend(_OP, backend)
     if out is None:
-        out = torch.empty((q_len, heads, head_dim), dtype=q.dtype, device=q.device)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         check_layout(_OP, "out", out, (q_len, heads, head_dim), like=q)
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
@@ -178,10 +178,9 @@ def _run(
 ) -> None:  # fmt: skip
     tables = (tiles, tail_rows, ranges, num_segments, turns, weights)
     given = (q, k_pool, v_pool, *tables, out, lse, mass)
-    layouts = [
-        x if x is None else (x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device, x.requires_grad) for x in given
-    ]
-    key = (has_shift, has_weight, torch.is_grad_enabled(), *layouts)
+    layouts = [x if x is None else (x.shape, x.stride(), x.data_ptr() % 16, x.dtype, x.device) for x in given]
+    grads = [x is not None and x.requires_grad for x in given] if torch.is_grad_enabled() else ()
+    key = (has_shift, has_weight, *grads, *layouts)
     known = _KNOWN.get(key)
     if known is None:
         _check_layouts(*given, has_shift, has_weight)
