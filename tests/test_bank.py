@@ -217,7 +217,7 @@ def test_a_hundred_chunks_do_not_depend_on_when_copies_are_made(monkeypatch, on_
     streams = LateStreams(seed, queues_compute=False)
     monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: streams)
     memory = tiny(bank="host", device_slots=3 + seed)
-    memory._bank._cache.arena.rows.fill_(math.nan)
+    memory._bank._cache.shelf.rows.fill_(math.nan)
     assert torch.equal(latents(memory), on_device)
     assert streams.copies > 100 * 2 * MODEL.num_layers
 
@@ -338,4 +338,4 @@ def test_a_forked_child_is_told(monkeypatch):
 def test_fewer_slots_than_a_window_takes_are_refused():
     with pytest.raises(ValueError, match="device_slots must be None or at least 3 with retrieved_chunks=3, got 2"):
         tiny(device_slots=2)
-    assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1), retrieved_chunks=0, device_slots=1).host_bank_slots == 1
+    assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1), retrieved_chunks=0, device_slots=1).cache_slots == 1

@@ -186,7 +186,7 @@ class Play:
                 self.memory.end_chunk()
 
     def check_residency(self) -> None:
-        bank, slots = self.memory._bank, self.memory.config.host_bank_slots
+        bank, slots = self.memory._bank, self.memory.config.cache_slots
         taken = list(self.cache._cached.values())
         assert set(self.plan.retrieved) <= set(self.cache._cached) <= set(bank._place)
         assert sorted(taken + self.cache._free) == list(range(slots))
@@ -206,7 +206,7 @@ class Play:
         for chunk, place in self.memory._bank._place.items():
             for layer in range(LAYERS):
                 for kind in range(2):
-                    rows = self.cache.arena.rows[place, layer, kind]
+                    rows = self.cache.shelf.rows[place, layer, kind]
                     if not (rows == self.number(self.marks[chunk], layer, kind)).all():
                         self.wrong.append(("banked", chunk, layer, kind))
         return self.wrong

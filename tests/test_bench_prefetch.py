@@ -83,7 +83,7 @@ def never(cache, chunks, places, tokens, keep):
 
 
 def another(cache, chunks, places, tokens, keep):
-    num_places = len(cache.arena.rows)
+    num_places = len(cache.shelf.rows)
     elsewhere = {chunk: (place + 1) % num_places for chunk, place in places.items()}
     SlotCache.right(cache, chunks, elsewhere, tokens, keep)
 

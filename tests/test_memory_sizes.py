@@ -32,6 +32,7 @@ def drawn(seed: int) -> tuple[MemoryConfig, torch.dtype]:
         grid=(of.randint(1, 9), of.randint(1, 23)), chunk_frames=frames, mode=mode, rope=rope,
         sink_frames=of.randint(0, 2 * frames), recent_frames=of.randint(0, 3 * frames), retrieved_chunks=retrieved,
         keep_ratio=of.choice((0.01, 0.25, 0.3, 0.5, 1)), bank=of.choice(("device", "host")),
+        bank_bits=of.choice((16, 16, 8, 4)),
         bank_chunks=of.randint(max(1, retrieved), 9),
         device_slots=of.choice((None, max(1, retrieved) + of.randint(0, 3))),
         rebase_time=rope is not None and of.random() < 0.5, retrieved_log_weight=of.choice((0, 0, 0.5)),
@@ -65,12 +66,14 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
     memory = WorldMemory(config, dtype=dtype)
     sizes = config.bytes(dtype)
     of_pool = sizes.sink + sizes.recent + sizes.gap + sizes.current + sizes.bank
-    assert bytes_of([memory._pool.k, memory._pool.v]) == of_pool == memory.stats()["device_bytes"]
+    assert bytes_of([memory._pool.k, memory._pool.v]) == of_pool
+    assert memory.stats()["device_bytes"] == of_pool + sizes.packed_bank + sizes.staging
     tables = [of._tables for of in (memory.window, memory._rotations) if of is not None]
     assert [bytes_of(x.on_device) for x in tables] == [sizes.tables, sizes.rotations][: len(tables)]
     assert bytes_of([x.on_host for x in tables]) == sizes.host_tables == sizes.tables + sizes.rotations
-    host_bank = memory._bank._cache if config.has_bank and config.bank == "host" else None
-    assert sizes.host_bank == (bytes_of(host_bank.arena.rows) if host_bank else 0)
+    shelf = memory._bank._cache.shelf if config.caches_bank else None
+    on_shelf = bytes_of(shelf.rows) if shelf else 0
+    assert (sizes.host_bank, sizes.packed_bank) == ((on_shelf, 0) if config.bank == "host" else (0, on_shelf))
     assert bytes_of(memory) == sizes.device + sizes.host
     memory.begin_chunk(np.tile(np.eye(4), (config.chunk_frames, 1, 1)))
     memory.attend(0, *torch.zeros(3, config.chunk_tokens, config.num_heads * config.head_dim, dtype=dtype))
@@ -80,12 +83,13 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
 
 def test_the_walk_meets_every_kind_of_config():
     configs = [drawn(seed)[0] for seed in range(60)]
-    assert {(c.mode, c.bank) for c in configs if c.has_bank} == {("worldkv", "device"), ("worldkv", "host")}
+    banks = {(c.bank, c.bank_bits) for c in configs if c.has_bank}
+    assert banks == {(bank, bits) for bank in ("device", "host") for bits in (16, 8, 4)}
     assert {c.mode for c in configs} == {"worldkv", "full", "sliding", "sink_recent"}
     for seen in (
         {c.rope is None for c in configs}, {c.turns_segments for c in configs}, {c.weighs_segments for c in configs},
         {c.gap_chunks > 0 for c in configs}, {c.sink_frames % c.chunk_frames > 0 for c in configs},
-        {c.has_bank and c.bank == "host" and c.device_slots is not None for c in configs},
+        {c.caches_bank and c.device_slots is not None for c in configs},
     ):  # fmt: skip
         assert seen == {True, False}
 
@@ -101,6 +105,18 @@ def test_parts_by_hand():
     on_device = LINGBOT.memory(bank_chunks=10).bytes()
     assert (on_device.bank, on_device.host_bank) == (10 * 2432 * row, 0)
     assert LINGBOT.memory(bank_chunks=10).bytes(torch.float32).bank == 2 * on_device.bank
+
+
+@pytest.mark.parametrize(("bits", "of_a_layer"), [(8, 40 * (128 + 2) * 2340), (4, 40 * 128 * (2340 / 2 + 37 * 4))])
+def test_parts_of_a_packed_bank_by_hand(bits, of_a_layer):
+    """2340 tokens of 40 heads in bf16: a scale a token and head, or a scale and a minimum a channel and 64 tokens."""
+    chunk = 40 * 2 * of_a_layer
+    on_device = LINGBOT.memory(bank_bits=bits, bank_chunks=10).bytes()
+    assert (on_device.packed_bank, on_device.staging, on_device.host_bank) == (10 * chunk, 0, 0)
+    assert on_device.bank == 8 * 2432 * 2 * 40 * 40 * 128 * 2
+    on_host = LINGBOT.memory(bank_bits=bits, bank="host", bank_chunks=10).bytes()
+    assert (on_host.packed_bank, on_host.staging) == (0, chunk + 8 * chunk / 40)
+    assert on_host.bank == on_device.bank and 0 <= on_host.host_bank - 10 * chunk <= 8192
 
 
 @pytest.mark.parametrize("fields", [{}, dict(bank="host"), dict(mode="full"), dict(bank="host", rope=None)])

@@ -265,7 +265,7 @@ def test_poisoned_storage_is_never_read(config, seed, num_chunks):
         assert (pool[:, tail] == 0).all()
         pool[:, ~tail] = math.nan
     if memory._bank is not None and memory._bank._cache is not None:
-        memory._bank._cache.arena.rows.fill_(math.nan)
+        memory._bank._cache.shelf.rows.fill_(math.nan)
     memory._q.fill_(math.nan)
     rollout = Rollout(config, seed, num_chunks)
     for poisoned, expected in zip(rollout.run(memory), rollout.run(clean), strict=True):

@@ -115,7 +115,7 @@ def test_a_host_bank_is_the_device_bank_bitwise(config, seed, data):
     ratios = [config.keep_ratio, 0.5 * config.keep_ratio]
     config = dataclasses.replace(config, bank_chunks=max(3, config.retrieved_chunks))
     memories = [make(dataclasses.replace(config, bank=bank)) for bank in ("device", "host")]
-    memories[1]._bank._cache.arena.rows.fill_(float("nan"))
+    memories[1]._bank._cache.shelf.rows.fill_(float("nan"))
     rollout = Rollout(config, seed, MAX_CHUNKS)
     for chunk in range(MAX_CHUNKS):
         assert same(*(rollout.chunk(memory, chunk) for memory in memories))

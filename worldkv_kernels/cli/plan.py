@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import re
 import sys
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checks import byte_size
-from ..memory.config import MemoryConfig
+from ..memory.config import BANK_BITS, MemoryConfig
 from ..memory.room import BANK_LIMIT, HOST_SHARE, advice, changes, least_chunks, most_bank_chunks
 from ..memory.sizes import MemoryBytes, memory_bytes, place_bytes
 from . import report, rollout_models
@@ -62,10 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of host memory for a bank there, said as --gpu is (default: as much as it takes)",
     )
     add("--keep-ratio", default=_KEEP_RATIOS, metavar="RATIO,...", help="to compare (default: %(default)s)")
+    add("--bank-bits", default="16", metavar="BITS,...",
+        help=f"of banked keys and values, to compare: {', '.join(map(str, BANK_BITS))} (default: %(default)s)")  # fmt: skip
     add("--retrieved-chunks", type=report.integer(0), help="brought back at most (default: 6)")
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
-    add("--device-slots", type=report.integer(1), help="of a bank in host memory (default: --retrieved-chunks + 2)")
+    add("--device-slots", type=report.integer(1),
+        help="of a bank in host memory or in fewer bits (default: "
+        "--retrieved-chunks + 2)")  # fmt: skip
     add("--grid", type=rollout_models.grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--dtype", default="bfloat16", help=f"{', '.join(_DTYPES)} (default: %(default)s)")
     add("--fp8", action="store_true", help="linear layers in FP8, for compute capability 9.0 and newer")
@@ -89,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--other must be from 0 to {_MOST_GIB} GiB, got {args.other}")
     dtype, config = _DTYPES[args.dtype], rollout_models.model_config(args)
     rollout_models.check_fp8(args.fp8, dtype)
-    memories = [_memory(args, config, ratio, bank) for ratio in _ratios(args.keep_ratio) for bank in BANKS]
+    ratios, of_bits = _ratios(args.keep_ratio), _bits(args.bank_bits)
+    memories = [_memory(args, config, *of) for of in itertools.product(ratios, of_bits, BANKS)]
 
     parameters, loaded = rollout_models.count_weights(args.model, config, dtype)  # FP8 is made of what was loaded
     weights = rollout_models.count_weights(args.model, config, dtype, args.fp8)[1]
@@ -152,13 +158,21 @@ def _ratios(text: str) -> list[float]:
     return list(dict.fromkeys(ratios))
 
 
-def _memory(args: argparse.Namespace, config: Config, keep_ratio: float, bank: str) -> MemoryConfig:
+def _bits(text: str) -> list[int]:
+    known = {str(bits): bits for bits in BANK_BITS}
+    parts = [part.strip() for part in text.split(",")]
+    if not set(parts) <= set(known):
+        raise ValueError(f"--bank-bits must be of {', '.join(known)}, joined by commas, got {text!r:.60}")
+    return [known[part] for part in dict.fromkeys(parts)]
+
+
+def _memory(args: argparse.Namespace, config: Config, keep_ratio: float, bits: int, bank: str) -> MemoryConfig:
     """With a bank of as few chunks as there may be."""
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     retrieved = given.get("retrieved_chunks", 0)
     if given.get("device_slots", retrieved) < retrieved:
         raise ValueError(f"--device-slots must be at least --retrieved-chunks {retrieved}, got {given['device_slots']}")
-    memory = config.memory(keep_ratio=keep_ratio, bank=bank, **given)
+    memory = config.memory(keep_ratio=keep_ratio, bank=bank, bank_bits=bits, **given)
     return replace(memory, bank_chunks=least_chunks(memory))
 
 
@@ -193,6 +207,7 @@ def _row(
         "gpu_bytes": gpu.bytes,
         "keep_ratio": memory.keep_ratio,
         "bank": memory.bank,
+        "bank_bits": memory.bank_bits,
         "fits": chunks is not None,
         "bank_chunks": chunks,
         "is_most": chunks == max(BANK_LIMIT, memory.bank_chunks),  # no more were tried
@@ -228,24 +243,36 @@ def _parts(memories: list[MemoryConfig], dtype: torch.dtype, fixed: dict[str, in
     rows += [["tables, scratch", byte_size(sizes.tables + sizes.scratch + sizes.rotations)]]
     for memory in memories:
         where = "host memory" if memory.bank == "host" else "the GPU"
-        rows.append(
-            [f"a banked chunk, keep_ratio {memory.keep_ratio:g}, in {where}", byte_size(place_bytes(memory, dtype))]
-        )
-        if memory.bank == "host":
-            slots = memory_bytes(memory, dtype, memory.bank_chunks).bank
-            rows.append([f"  and {memory.host_bank_slots} slots for such chunks on the GPU", byte_size(slots)])
+        numbers = f"keep_ratio {memory.keep_ratio:g}, {memory.bank_bits} bits"
+        rows.append([f"a banked chunk, {numbers}, in {where}", byte_size(place_bytes(memory, dtype))])
+        if memory.caches_bank:
+            sizes = memory_bytes(memory, dtype, memory.bank_chunks)
+            through = ", and the way to them" if sizes.staging else ""
+            slots = f"  and {memory.cache_slots} slots for such chunks on the GPU{through}"
+            rows.append([slots, byte_size(sizes.bank + sizes.staging)])
     return report.table(["what", "takes"], rows)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = ["GPU", "bank", "keep_ratio", "banked chunks", "video frames", "seconds", "GPU GiB", "of", "host GiB"]
+    columns = [
+        "GPU",
+        "bank",
+        "keep_ratio",
+        "bits",
+        "banked chunks",
+        "video frames",
+        "seconds",
+        "GPU GiB",
+        "of",
+        "host GiB",
+    ]
     cells = []
     for row in rows:
         known = row["seconds"] is not None
         found = [f"{row['bank_chunks']}{' or more' if row['is_most'] else ''}", f"{row['video_frames']:,}",
                  f"{row['seconds']:.1f}" if known else "-"] if row["fits"] else ["does not fit", "-", "-"]  # fmt: skip
-        cells.append([row["gpu"], row["bank"], f"{row['keep_ratio']:g}", *found, f"{row['device_bytes'] / GIB:.1f}",
-                      f"{row['gpu_bytes'] / GIB:.1f}", f"{row['host_bytes'] / GIB:.1f}"])  # fmt: skip
+        cells.append([row["gpu"], row["bank"], f"{row['keep_ratio']:g}", f"{row['bank_bits']}", *found,
+                      *(f"{row[name] / GIB:.1f}" for name in ("device_bytes", "gpu_bytes", "host_bytes"))])  # fmt: skip
     return report.table(columns, cells, left=2)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..memory.config import MODES, ORDERS, MemoryConfig
+from ..memory.config import BANK_BITS, MODES, ORDERS, MemoryConfig
 from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.room import check_room, least_chunks
 from ..memory.world_memory import WorldMemory
@@ -66,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="turn retrieved and sink chunks in time next to the recent ones (default: in mode worldkv)")  # fmt: skip
     add("--order", default="time", help=f"of retrieved chunks: {', '.join(ORDERS)} (default: %(default)s)")
     add("--bank", default="device", help="where banked chunks lie: device or host (default: %(default)s)")
+    add("--bank-bits", type=report.integer(1), default=16,
+        help=f"of banked keys and values: {', '.join(map(str, BANK_BITS))} (default: %(default)s)")  # fmt: skip
     add("--bank-chunks", type=report.integer(1), help="that the bank holds (default: enough for the rollout)")
     add("--dtype", help=f"{', '.join(_DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="such as cpu or cuda:0 (default: the first GPU, else the CPU)")
@@ -169,7 +171,7 @@ def _run(args: argparse.Namespace) -> int:
         "memory": {
             **{name: getattr(args, name) for name in (
                 "keep_ratio", "pooled", "retrieval", "depth_range", "diversity", "order",
-                "bank", "bank_chunks", "backend")},
+                "bank", "bank_bits", "bank_chunks", "backend")},
             **{name: getattr(memories.get("worldkv", memories[modes[0]]), name) for name in _FIELDS},
         },
         "interrupted": stopped is not None,
@@ -220,7 +222,7 @@ def _memory_config(
     try:
         return config.memory(
             mode=mode, keep_ratio=args.keep_ratio, pooled=args.pooled,
-            retrieval=policy, order=args.order, bank=args.bank,
+            retrieval=policy, order=args.order, bank=args.bank, bank_bits=args.bank_bits,
             bank_chunks=(args.bank_chunks if mode == "worldkv" else None) or enough, **given,
         )  # fmt: skip
     except ValueError as error:  # the fields have the arguments' names

@@ -15,7 +15,7 @@ import torch
 
 
 class Arena:
-    """`rows`, a tensor [places, num_layers, 2, tokens, heads, head_dim], allocated once; [..., 0, ...] is K.
+    """`rows`, a tensor [places, num_layers, ...], allocated once.
 
     For a GPU the memory is page-locked, so that copies run beside compute, and comes from the NUMA node that the GPU
     hangs on where Linux names it. It is registered with CUDA in place: torch's pinned allocator would
@@ -25,7 +25,7 @@ class Arena:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         size, page = math.prod(shape) * dtype.itemsize, mmap.PAGESIZE
-        memory = torch.empty(arena_bytes(shape, dtype), dtype=torch.uint8, device="cpu")
+        memory = torch.empty(arena_bytes(size), dtype=torch.uint8, device="cpu")
         span = len(memory) - page
         first = -memory.data_ptr() % page
         self.rows = memory[first : first + size].view(dtype).view(shape)
@@ -51,10 +51,10 @@ class Arena:
             )
 
 
-def arena_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """What an arena of this shape allocates: whole pages, which no other memory shares, and one to start on a page."""
+def arena_bytes(size: int) -> int:
+    """What an arena of so many bytes allocates: whole pages, which no other memory shares, and one to start on a page."""
     page = mmap.PAGESIZE
-    return (-(-math.prod(shape) * dtype.itemsize // page) + 1) * page
+    return (-(-size // page) + 1) * page
 
 
 def page_lock(address: int, span: int, device: torch.device) -> str | None:

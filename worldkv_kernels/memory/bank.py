@@ -6,19 +6,22 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from ..checks import describe, is_integer
 from ..saved import Rows
 from .kept import keep
 from .pool import Pool
 from .retrieval import RetrievalPolicy
+from .shelf import PackedShelf, WholeShelf
 from .slots import COUNTS, SlotCache
 
 
 class Bank:
     """Which banked chunk lies where, and what is given up when there is no more room.
 
-    On the device, a chunk has a slot of the pool for as long as it is banked. In host memory it has a place in
-    one arena [places, num_layers, 2, tokens, heads, head_dim], and the pool's slots are a cache of it, see SlotCache.
+    On the device, as it was pruned, a chunk has a slot of the pool for as long as it is banked. In host memory, or in
+    fewer `bits`, it has a place on a shelf, and the pool's slots are a cache of that, see SlotCache.
 
     To bank a chunk: `row_to_fill`, then write its rows, then `stored`, all on the current stream, which has waited for
     the passes before. To attend to chunks: `request`, `wait_layer` or `wait`, then read their rows, then `release`.
@@ -34,10 +37,17 @@ class Bank:
         places: int,
         on_host: bool,
         policy: RetrievalPolicy,
+        bits: int = 16,
+        backend: str | None = None,
     ) -> None:
         self._pool, self._slots, self._slot_tokens = pool, slots, tokens
         self._kept = keep(policy, places)
-        self._cache = SlotCache(pool, slots, tokens=tokens, num_places=places) if on_host else None
+        self._cache = None
+        if on_host or bits < 16:
+            room = dict(tokens=tokens, num_places=places)
+            packed = dict(num_slots=len(slots), bits=bits, on_host=on_host, backend=backend)
+            shelf = WholeShelf(pool, **room) if bits == 16 else PackedShelf(pool, **room, **packed)
+            self._cache = SlotCache(pool, slots, shelf, on_host=on_host, restores=bits < 16)
         self.capacity = places
         self.clear()
 
@@ -64,10 +74,6 @@ class Bank:
         return self._tokens
 
     @property
-    def num_tokens(self) -> int:
-        return sum(self._tokens.values())
-
-    @property
     def settled(self) -> bool:
         """Whether attention to the window needs to wait for no copy."""
         return self._cache is None or self._cache.settled
@@ -76,8 +82,22 @@ class Bank:
     def copies_in(self) -> int:
         return self.counts()["host_copies_in"]
 
+    @property
+    def device_tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it has on the device beside the pool."""
+        return self._cache.shelf.device_tensors if self._cache is not None else ()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of all banked chunks, where the bank keeps them."""
+        return sum(map(self.bytes_of, self._tokens.values()))
+
+    def bytes_of(self, tokens: int) -> int:
+        """What the bank keeps of a chunk of so many tokens."""
+        return self._cache.shelf.bytes_of(tokens) if self._cache is not None else tokens * self._pool.token_bytes
+
     def counts(self) -> dict[str, int]:
-        """Of a host bank's copies, see WorldMemory.stats; zeros of a bank on the device."""
+        """Of what a shelf takes and gives, see WorldMemory.stats; zeros where there is none."""
         return self._cache.counts() if self._cache is not None else dict.fromkeys(COUNTS, 0)
 
     # --- to be saved ---
@@ -87,17 +107,17 @@ class Bank:
         return self._kept.description(chunk)
 
     def held(self, chunk: int) -> Rows:
-        """A banked chunk's K and V, where the bank keeps them, for who has waited for them."""
+        """A banked chunk's K and V, or what they were packed to, where the bank keeps them, for who has waited."""
         if self._cache is not None:
             return self._cache.held(self._place[chunk], self._tokens[chunk])
         return self._pool.held(self._slots[self._place[chunk]], self._tokens[chunk])
 
     def copied(self) -> dict[str, int] | None:
-        """Counts of a host bank's copies; None of a bank on the device."""
+        """Counts of what a shelf took and gave; None where there is none."""
         return self._cache.copied() if self._cache is not None else None
 
     def adopt(self, chunk: int, description: Any, tokens: int) -> Rows:
-        """Bank a chunk younger than all that are there, with room for it; returns where its K and V are to be put.
+        """Bank a chunk younger than all that are there, with room for it; returns where what was `held` is to be put.
 
         Raises ValueError where it has more tokens than a slot, or none.
         """
@@ -109,12 +129,17 @@ class Bank:
         return self.held(chunk)
 
     def count(self, num_dropped: int, copied: Mapping[str, int] | None) -> None:
-        """Go on counting from here; of a bank that was on the device there is nothing copied to go on from."""
+        """Go on counting from here; of a bank that had no shelf there is nothing to go on from."""
         self.num_dropped = num_dropped
         if self._cache is not None and copied is not None:
             self._cache.count(copied)
 
     # --- into the bank ---
+
+    def try_out(self) -> None:
+        """Let a slot that has been pruned into go to the shelf and back, while nothing is banked."""
+        if self._cache is not None:
+            self._cache.try_out(self._slot_tokens)
 
     def row_to_fill(self, chunk: int, description: Any, tokens: int | None = None) -> int | None:
         """Where to prune a chunk to: the first pool row; None when the full bank gives up this very chunk.

@@ -35,7 +35,8 @@ Mode = Literal["worldkv", "full", "sliding", "sink_recent"]
 Order = Literal["time", "nearest_last", "nearest_first"]
 PruneRule = Literal["nearest", "similarity"]
 MODES = ("worldkv", "full", "sliding", "sink_recent")
-_INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks")
+BANK_BITS = (16, 8, 4)
+_INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks", "bank_bits")
 _INTEGERS_IF_GIVEN = ("sink_frames", "recent_frames", "retrieved_chunks", "bank_chunks", "device_slots")
 _NOT_GIVEN: Any = None  # of what then follows from others
 _LARGEST = 2**31 - 1  # of every count: far more than memory holds, and sums and products of them stay in float's range
@@ -75,8 +76,12 @@ class MemoryConfig:
     turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
     recent ones; by default in mode "worldkv", where there is a rope.
 
-    `bank`: "device", or "host" for host memory, page-locked on a GPU, with `device_slots` chunks of it cached on the
-    device. None for retrieved_chunks + 2: the window, one to prune into and one to prefetch into without giving up
+    `bank_bits`: 16, banked chunks as they are, whatever the dtype; or 8 or 4, as quantize_chunk packs them when they
+    are pruned, .51 and .28 of the bytes in 16 bits. Sink, recent and current chunks stay as they are, and a retrieved
+    chunk is restored into a slot.
+
+    `bank`: "device", or "host" for host memory, page-locked on a GPU. Of a bank in host memory, or in fewer bits than
+    16, `device_slots` chunks are cached on the device as attention reads them. None for retrieved_chunks + 2: the window, one to prune into and one to prefetch into without giving up
     the window; 2 * retrieved_chunks + 1 let a prefetch replace a whole window. `prefetch`: at begin_chunk, copy ahead
     what the next chunk would retrieve if the camera moved on as it did (a policy object of a user's own must
     be `stateless`, see RetrievalPolicy). Neither changes a result.
@@ -111,6 +116,7 @@ class MemoryConfig:
     rebase_time: bool = _NOT_GIVEN
     order: Order = "time"
     bank: Literal["device", "host"] = "device"
+    bank_bits: Literal[16, 8, 4] = 16
     bank_chunks: int | None = None
     device_slots: int | None = None
     prefetch: bool = True
@@ -169,6 +175,7 @@ class MemoryConfig:
         check(self.prune_rule in RULES, "prune_rule", f"one of {', '.join(RULES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")
+        check(self.bank_bits in BANK_BITS, "bank_bits", f"one of {', '.join(map(str, BANK_BITS))}")
         make_policy(self.retrieval)
         least = max(1, self.retrieved_chunks) if self.mode == "worldkv" else 1
         enough = self.bank_chunks is None or self.bank_chunks >= least
@@ -284,8 +291,13 @@ class MemoryConfig:
         return self.unattended_chunks if self.mode == "worldkv" else 0
 
     @property
-    def host_bank_slots(self) -> int:
-        """Device slots of a bank in host memory."""
+    def caches_bank(self) -> bool:
+        """Whether slots on the device are a cache of the bank, which lies in host memory or in fewer bits."""
+        return self.has_bank and (self.bank == "host" or self.bank_bits < 16)
+
+    @property
+    def cache_slots(self) -> int:
+        """Slots on the device where they are a cache of the bank."""
         return self.retrieved_chunks + 2 if self.device_slots is None else self.device_slots
 
     @property

@@ -48,10 +48,19 @@ class Pool:
             self.v[:, first:last].zero_()
         self.rows = rows
 
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token, all layers."""
+        return self.bytes // self.rows
+
+    def views(self, layer: int, first_row: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer from a row on."""
+        rows = slice(first_row, first_row + tokens)
+        return self.k[layer, rows], self.v[layer, rows]
+
     def held(self, first_row: int, tokens: int) -> Rows:
         """K and V of all layers from a row on, [num_layers, 2, tokens, heads, head_dim]."""
-        rows = slice(first_row, first_row + tokens)
-        pieces = [pool[layer, rows] for layer in range(len(self.k)) for pool in (self.k, self.v)]
+        pieces = [piece for layer in range(len(self.k)) for piece in self.views(layer, first_row, tokens)]
         return Rows(pieces, (len(self.k), 2))
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checks import byte_size
-from .config import MemoryConfig
+from .config import BANK_BITS, MemoryConfig
 from .pool import free_bytes
 from .sizes import MemoryBytes, memory_bytes, place_bytes
 
@@ -90,8 +90,8 @@ def changes(
     """The changes of a config that does not fit, each of which alone makes it fit and is the smallest of its kind.
 
     `config` has `bank_chunks` wherever they mean anything. Fields to change, and what the memory then takes: fewer
-    bank_chunks, a bank in host memory, a smaller keep_ratio (halved and halved again, down to 1/16), fewer
-    device_slots where they are given, fewer retrieved or recent. A bank that holds no more than a window retrieves
+    bank_chunks, a bank in host memory, a smaller keep_ratio (halved and halved again, down to 1/16), fewer bank_bits,
+    fewer device_slots where they are given, fewer retrieved or recent. A bank that holds no more than a window retrieves
     shrinks with it.
     """
 
@@ -114,7 +114,9 @@ def changes(
         while ratio >= _LEAST_KEEP_RATIO and not fits(of(keep_ratio=ratio)):
             ratio /= 2
         tried.append({"keep_ratio": ratio} if ratio >= _LEAST_KEEP_RATIO else None)
-        if config.bank == "host" and config.device_slots is not None:
+        bits = [bits for bits in BANK_BITS if bits < config.bank_bits and fits(of(bank_bits=bits))]
+        tried.append({"bank_bits": bits[0]} if bits else None)
+        if config.caches_bank and config.device_slots is not None:
             slots = _most(least_chunks(config), config.device_slots - 1, lambda n: fits(of(device_slots=n)))
             tried.append({"device_slots": slots} if slots is not None else None)
         chunks = _most(0, config.retrieved_chunks - 1, lambda n: fits(of(**retrieving(n))))
@@ -134,6 +136,7 @@ def advice(config: MemoryConfig, dtype: torch.dtype, fits: Fits, *, device_type:
     fields: dict[str, Any] = {"recent_frames": 0} if config.mode != "full" and config.recent_frames else {}
     if config.has_bank:
         fields["keep_ratio"] = min(config.keep_ratio, _LEAST_KEEP_RATIO)
+        fields["bank_bits"] = BANK_BITS[-1]
         fields["retrieved_chunks"] = min(config.retrieved_chunks, 1)
     if has_places(config):
         fields["bank_chunks"] = 1

@@ -14,6 +14,7 @@ from .arena import arena_bytes
 from .config import MemoryConfig
 from .plan import capacity, ring_chunks
 from .pool import Pool
+from .shelf import shelf_bytes
 
 _INT32, _INT64 = 4, 8
 
@@ -23,8 +24,9 @@ class MemoryBytes:
     """Bytes that a WorldMemory allocates, by part.
 
     On its device: `sink`, `recent`, `gap` (chunks that are whole but unattended) and `current` chunks; `bank`, the
-    banked chunks, or of a bank in host memory the slots that are a cache of it; `tables` of the window; `scratch`,
-    which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that is made. In host
+    banked chunks, or of a bank in host memory or in fewer bits the slots that are a cache of it; `packed_bank`, the
+    chunks of a bank on the device in fewer bits; `staging`, through which a bank in host memory packs and restores
+    them; `tables` of the window; `scratch`, which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that is made. In host
     memory: `host_bank`, the arena with its page, and `host_tables`, which the window's and the rotations are written
     from, both page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses that a policy
     remembers.
@@ -35,6 +37,8 @@ class MemoryBytes:
     gap: int
     current: int
     bank: int
+    packed_bank: int
+    staging: int
     tables: int
     scratch: int
     rotations: int
@@ -62,7 +66,7 @@ class MemoryBytes:
 
 def pool_slots(config: MemoryConfig, places: int) -> list[tuple[int, int]]:
     """The pool's slots, (tokens, count): of the sink, of the ring of whole chunks, and of the bank of `places`."""
-    bank = (config.host_bank_slots if config.bank == "host" else places) if config.has_bank else 0
+    bank = (config.cache_slots if config.caches_bank else places) if config.has_bank else 0
     ring = ring_chunks(config, places)
     return [(config.chunk_tokens, config.sink_chunks), (config.chunk_tokens, ring), (config.banked_tokens, bank)]
 
@@ -72,15 +76,10 @@ def window_capacity(config: MemoryConfig, places: int) -> int:
     return capacity(config, places)
 
 
-def arena_shape(config: MemoryConfig, places: int) -> tuple[int, ...]:
-    """Of the arena of a bank in host memory."""
-    return (places, config.num_layers, 2, config.banked_tokens, config.num_heads, config.head_dim)
-
-
 def place_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
     """What one more of `bank_chunks` takes, but for the tables."""
-    if config.has_bank and config.bank == "host":
-        return math.prod(arena_shape(config, 1)) * dtype.itemsize
+    if config.caches_bank:
+        return config.num_layers * _shelf_bytes(config, dtype)
     return _slot_bytes(config, config.banked_tokens if config.has_bank else config.chunk_tokens, dtype)
 
 
@@ -88,7 +87,8 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
     """Of a memory whose bank, or pool in mode "full", has room for `places` chunks; unused in other modes."""
     (_, sink), (_, ring), (_, bank) = pool_slots(config, places)
     whole = _slot_bytes(config, config.chunk_tokens, dtype)
-    on_host = config.has_bank and config.bank == "host"
+    on_shelf = places * place_bytes(config, dtype) if config.caches_bank else 0
+    on_host, packed = config.bank == "host", config.caches_bank and config.bank_bits < 16
     rope = config.make_rope()
     tables = _table_bytes(
         table_shapes(window_capacity(config, places), rope if config.turns_segments else None, config.weighs_segments)
@@ -101,16 +101,23 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         gap=config.gap_chunks * whole,
         current=whole,
         bank=bank * _slot_bytes(config, config.banked_tokens, dtype),
+        packed_bank=0 if on_host else on_shelf,
+        staging=(config.num_layers + bank) * _shelf_bytes(config, dtype) if packed and on_host else 0,
         tables=tables,
         scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64,
         rotations=rotations,
-        host_bank=arena_bytes(arena_shape(config, places), dtype) if on_host else 0,
+        host_bank=arena_bytes(on_shelf) if on_host and on_shelf else 0,
         host_tables=tables + rotations,
     )
 
 
 def _table_bytes(shapes: Shapes) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+
+def _shelf_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
+    """Of one layer of a banked chunk."""
+    return shelf_bytes(config.banked_tokens, config.num_heads, config.head_dim, config.bank_bits, dtype)
 
 
 def _slot_bytes(config: MemoryConfig, tokens: int, dtype: torch.dtype) -> int:

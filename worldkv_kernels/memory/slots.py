@@ -1,21 +1,20 @@
-"""Device slots as a cache of the chunks in host memory, filled and written back by copies beside compute."""
+"""Device slots as a cache of the chunks on a shelf, filled and written back beside compute."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
-
-import torch
 
 from ..ranges import ranged
 from ..saved import Rows
 from ..tracing import untraced
-from .arena import Arena
 from .pool import Pool
+from .shelf import Move, Shelf
 from .streams import COMPUTE, LOAD, SAVE, CopyEngine
 
 COUNTS = (
     "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
-    "prefetched", "prefetch_hits", "prefetch_misses", "host_bytes", "pinned",
+    "prefetched", "prefetch_hits", "prefetch_misses", "restored", "host_bytes", "pinned",
 )  # fmt: skip
 COUNTED = (
     "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out"
@@ -23,40 +22,40 @@ COUNTED = (
 
 
 class SlotCache:
-    """Which banked chunks lie on the device, and the order of the copies that bring them there.
+    """Which banked chunks lie in slots, and the order of the copies, or what else the shelf does, that bring them there.
 
     Policy: a chunk takes a free slot, else that of the least recently used chunk that the present window does not
     use. A chunk is pruned straight into a slot and copied out from there, so it starts out cached. One that is asked
     for while it is cached costs no copy, be it still on its way.
 
-    Copies in go layer by layer over all chunks asked for at once, since a pass needs layer 0 of all of them first. Two
-    copies a chunk and layer, as K and V are one piece in the arena but two tensors on the device. What each waits for:
+    Copies in go step by step, layer by layer between host and device, over all chunks asked for at once, since a pass
+    needs layer 0 of all of them first. What each waits for:
 
     - a load into a slot: the passes that read the slot (`release`), the copy out of it, and the copy out that
-      fills the arena's place;
+      fills the place;
     - pruning into a slot: the loads into it and the copy out of it; its stream has waited for the passes;
-    - a copy out of a slot: the pruning into it;
+    - packing, where it goes through a staging place: the copy out of that;
+    - a copy out of a slot: the pruning into it, and packing;
     - attention to a layer: the loads of that layer's rows, no other; its stream has waited for all pruning.
 
     A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
     came before the pruning, and a load that nothing attended to fills a slot whose next owner waits for it.
 
-    `rows` are the slots' first pool rows. Chunks are numbers; `places` say where in the arena each lies, `tokens` how
-    many of a slot's, and of a place's, it takes: no more are copied.
+    `rows` are the slots' first pool rows. Chunks are numbers; `places` say where on the shelf each lies, `tokens` how
+    many of a slot's, and of a place's, it takes: no more are copied. `restores`: whether the shelf is in fewer bits.
     """
 
-    def __init__(self, pool: Pool, rows: list[int], *, tokens: int, num_places: int) -> None:
-        num_layers, _, heads, head_dim = pool.k.shape
-        self.arena = Arena((num_places, num_layers, 2, tokens, heads, head_dim), pool.k.dtype, pool.k.device)
-        self._pool, self._rows, self._num_layers = pool, rows, num_layers
-        self._token_bytes = self.arena.bytes // (num_places * tokens)  # K and V of all layers
-        self._engine = CopyEngine(pool.k.device, pool.k, pool.v)
+    def __init__(self, pool: Pool, rows: list[int], shelf: Shelf, *, on_host: bool, restores: bool) -> None:
+        self.shelf, self._on_host, self._restores = shelf, on_host, restores
+        self._rows, self._num_layers = rows, len(pool.k)
+        self._engine = CopyEngine(pool.k.device, pool.k, pool.v, *shelf.device_tensors)
         event = self._engine.event
         self._released = event()  # passes over windows before this one
         self._pruned = event()  # what was pruned last
-        self._loaded = [[event() for _ in range(num_layers)] for _ in rows]  # into slots
+        self._unstaged = event()  # what was put on the shelf last
+        self._loaded = [[event() for _ in pool.k] for _ in rows]  # into slots
         self._saved = [event() for _ in rows]  # out of slots
-        self._written = [event() for _ in range(num_places)]  # into places
+        self._written = [event() for _ in shelf.rows]  # into places
         self._in_use = True  # before the first window too: memory may come from what passes still read
         self.clear()
 
@@ -153,15 +152,28 @@ class SlotCache:
     @ranged("bank_copy_out")
     def save(self, chunk: int, place: int, tokens: int) -> None:
         """Copy out a chunk that the current stream has pruned."""
-        engine, slot, pairs = self._engine, self._cached[chunk], []
-        for layer in range(self._num_layers):
-            pairs += zip(self._place_views(place, layer, tokens), self._views(slot, layer, tokens), strict=True)
+        engine, slot = self._engine, self._cached[chunk]
+        move = Move(self._rows[slot], place, tokens)
+        if self.shelf.has_staging:
+            engine.wait(self._unstaged, COMPUTE)
+        self.shelf.pack(engine, move)
         engine.record(self._pruned, COMPUTE)
         engine.wait(self._pruned, SAVE)
-        engine.copy(pairs, SAVE)
+        self.shelf.put(engine, move)
+        engine.record(self._unstaged, SAVE)
         self._mark_saved(slot, place)
         self.copies_out += 1
-        self.bytes_out += tokens * self._token_bytes
+        self.bytes_out += self.shelf.bytes_of(tokens)
+
+    def try_out(self, tokens: int) -> None:
+        """What packs and restores a chunk, once, in the first slot and place, while nothing is banked."""
+        move = Move(self._rows[0], 0, tokens)
+        self.shelf.pack(self._engine, move)
+        self._engine.record(self._pruned, COMPUTE)
+        self._engine.wait(self._pruned, LOAD)
+        self.shelf.bring(self._engine, self.shelf.steps[0], [move])
+        for loaded in self._loaded[0]:
+            self._engine.record(loaded, LOAD)
 
     def break_off(self, chunk: int, place: int) -> None:
         """Forget a chunk that is not all pruned and saved; what is on its way goes on."""
@@ -178,10 +190,14 @@ class SlotCache:
 
     def counts(self) -> dict[str, int]:
         """See WorldMemory.stats."""
-        counts = (
-            self.misses + self.prefetched, self.copies_out, self.hits, self.misses, self.bytes_in, self.bytes_out,
-            self.prefetched, self.prefetch_hits, self.prefetch_misses, self.arena.bytes, int(self.arena.pinned),
+        brought = self.misses + self.prefetched
+        of_host = (
+            brought, self.copies_out, self.hits, self.misses, self.bytes_in, self.bytes_out, self.shelf.rows.nbytes,
+            int(self.shelf.pinned),
         )  # fmt: skip
+        *copied, host_bytes, pinned = of_host if self._on_host else (0,) * len(of_host)
+        ahead = (self.prefetched, self.prefetch_hits, self.prefetch_misses)
+        counts = (*copied, *ahead, brought if self._restores else 0, host_bytes, pinned)
         return dict(zip(COUNTS, counts, strict=True))
 
     def copied(self) -> dict[str, int]:
@@ -190,9 +206,8 @@ class SlotCache:
         return {**counts, "prefetch_misses": counts["prefetch_misses"] + len(self._unused)}
 
     def held(self, place: int, tokens: int) -> Rows:
-        """K and V of all layers in the arena, [num_layers, 2, tokens, heads, head_dim], for who has waited for them."""
-        pieces = [piece for layer in range(self._num_layers) for piece in self._place_views(place, layer, tokens)]
-        return Rows(pieces, (self._num_layers, 2))
+        """All of a chunk on the shelf, for who has waited for it."""
+        return self.shelf.held(place, tokens)
 
     # --- parts of the above ---
 
@@ -220,43 +235,31 @@ class SlotCache:
     ) -> None:
         if not chunks:
             return
-        engine, moves = self._engine, []  # of slots, places and numbers of tokens
+        engine, slots, moves = self._engine, [], []
         engine.wait(self._released, LOAD)
         try:
             for chunk in chunks:
                 slot, place = self._take(keep), places[chunk]
                 self._cached[chunk] = slot
-                moves.append((slot, place, tokens[chunk]))
+                slots.append(slot)
+                moves.append(Move(self._rows[slot], place, tokens[chunk]))
                 engine.wait(self._saved[slot], LOAD)
                 engine.wait(self._written[place], LOAD)
-            for layer in range(self._num_layers):
-                pairs = []
-                for slot, place, rows in moves:
-                    pairs += zip(self._views(slot, layer, rows), self._place_views(place, layer, rows), strict=True)
-                engine.copy(pairs, LOAD)
-                for slot, _, _ in moves:
+            for layers in self.shelf.steps:
+                self.shelf.bring(engine, layers, moves)
+                for slot, layer in itertools.product(slots, layers):
                     engine.record(self._loaded[slot][layer], LOAD)
         except BaseException:
             for chunk in chunks:  # none that is half there may count as cached
                 self.drop(chunk)
-            for slot, _, _ in moves:
+            for slot in slots:
                 engine.record(self._loaded[slot][-1], LOAD)
             raise
-        self.bytes_in += sum(rows for _, _, rows in moves) * self._token_bytes
+        self.bytes_in += sum(self.shelf.bytes_of(move.tokens) for move in moves)
 
     def _mark_saved(self, slot: int, place: int) -> None:
         self._engine.record(self._saved[slot], SAVE)
         self._engine.record(self._written[place], SAVE)
-
-    def _views(self, slot: int, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the first tokens of a slot's layer on the device."""
-        rows = slice(self._rows[slot], self._rows[slot] + tokens)
-        return self._pool.k[layer, rows], self._pool.v[layer, rows]
-
-    def _place_views(self, place: int, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the first tokens of a place's layer in the arena."""
-        k, v = self.arena.rows[place, layer, :, :tokens]
-        return k, v
 
     def _refuse_capture(self, op: str) -> None:
         if self._engine.capturing():

@@ -43,8 +43,7 @@ class Storage:
     ) -> None:
         self.config, self._backend = config, backend  # the config may change as far as WorldMemory.change allows
         sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
-        self._token_bytes = 2 * config.num_layers * config.num_heads * config.head_dim * dtype.itemsize  # K and V
-        banked, on_host = config.banked_tokens, config.has_bank and config.bank == "host"
+        banked = config.banked_tokens
         self.places = places = bank_places(config, device, dtype)
         check_room(config, device, dtype, places)
         self.max_chunks = places if config.mode == "full" else NUM_POSITIONS // config.chunk_frames
@@ -53,10 +52,15 @@ class Storage:
         self._sink_rows, self._ring_rows, self._bank_rows = self.pool.first_rows
         self.bank = None
         if config.has_bank:
-            self.bank = Bank(self.pool, self._bank_rows, tokens=banked, places=places, on_host=on_host, policy=policy)
+            self.bank = Bank(
+                self.pool, self._bank_rows, tokens=banked, places=places, on_host=config.bank == "host", policy=policy,
+                bits=config.bank_bits, backend=backend,
+            )  # fmt: skip
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
         self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
-        self._side = SideStream(device, self.pool.k, self.pool.v, self.index, self.count)
+        of_bank = self.bank.device_tensors if self.bank is not None else ()
+        self.device_bytes = self.pool.bytes + sum(tensor.nbytes for tensor in of_bank)
+        self._side = SideStream(device, self.pool.k, self.pool.v, self.index, self.count, *of_bank)
 
     def first_row(self, chunk: int) -> int:
         """Of a chunk that is whole: in the sink, recent, or current."""
@@ -104,6 +108,7 @@ class Storage:
         if self.bank is not None:
             with self._side.beside():
                 self._compress(first_row, self._bank_rows[0])
+                self.bank.try_out()
             self._side.join()
 
     def _compress(self, first_row: int, row: int) -> None:
@@ -126,18 +131,18 @@ class Storage:
     def stats(self, next_chunk: int, first_whole: int) -> dict[str, int]:
         """Of the bank, and bytes, before `next_chunk`; see WorldMemory.stats, and plan.leaving for `first_whole`.
 
-        kept_bytes are of the rows that hold the past, a chunk that the window cuts with all of its frames, without room
-        that is free or a slot's tail.
+        kept_bytes are of what holds the past, a chunk that the window cuts with all of its frames and a banked one in
+        its bits, without room that is free, a slot's tail, or the slots that are a cache.
         """
         bank, has_bank = self.bank, self.bank is not None  # an empty bank is falsy
         whole = next_chunk - (first_whole - self.config.sink_chunks)
         banked = len(bank) if has_bank else 0  # with the sink's copy where bank_sink keeps one
-        kept_tokens = whole * self.config.chunk_tokens + (bank.num_tokens if has_bank else 0)
+        kept_bytes = whole * self.config.chunk_tokens * self.pool.token_bytes + (bank.kept_bytes if has_bank else 0)
         return {
             "chunks_banked": banked,
             "bank_capacity": bank.capacity if has_bank else 0,
             "chunks_dropped": bank.num_dropped if has_bank else next_chunk - whole,
-            "device_bytes": self.pool.bytes,
-            "kept_bytes": kept_tokens * self._token_bytes,
+            "device_bytes": self.device_bytes,
+            "kept_bytes": kept_bytes,
             **(bank.counts() if has_bank else dict.fromkeys(COUNTS, 0)),
         }

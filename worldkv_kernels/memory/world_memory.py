@@ -38,8 +38,8 @@ class WorldMemory:
 
     `config` says what holds now, and `configured` what it was made with, see `change`.
 
-    With a bank in host memory, chunks go there and come back by copies on streams of their own. No call waits for
-    them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
+    With a bank in host memory or in fewer bits, chunks go there and come back on streams of their own. No call waits
+    for them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
     call wait for that layer's rows, the first time. A graph cannot wait for copies outside of it: call
     `wait` after begin_chunk, before a capture and before a replay, and `replayed` after one. The calls of a chunk
     may be on several streams if the caller orders them, end_chunk and abort_chunk after every pass.
@@ -82,7 +82,7 @@ class WorldMemory:
         self._views = Views(config, policy)
         self.integrator = self._views.integrator
         self._may_ask_ahead = getattr(policy, "stateless", False)
-        self._foresees = config.has_bank and config.bank == "host" and config.prefetch and self._may_ask_ahead
+        self._foresees = config.caches_bank and config.prefetch and self._may_ask_ahead
         self._storage = Storage(config, policy, device=self.device, dtype=dtype, backend=backend)
         self._pool, self._bank = self._storage.pool, self._storage.bank
         rope = config.make_rope()
@@ -515,8 +515,10 @@ class WorldMemory:
         Of a bank in host memory, else 0: host_copies_in, host_copies_out: chunks copied to the device and from it,
         host_bytes_in, host_bytes_out: their bytes. host_copies_saved, host_misses: retrieved chunks that were
         on the device (or on their way) when their chunk began, and others, aborted chunks included.
-        prefetched: copies to the device made ahead, of which prefetch_hits were retrieved later and prefetch_misses
-        given up before. host_bytes: of the arena; pinned: 1 if it is page-locked.
+        host_bytes: of the arena; pinned: 1 if it is page-locked.
+        Of such a bank and of one in fewer bits, else 0: prefetched: chunks brought to slots ahead, of which
+        prefetch_hits were retrieved later and prefetch_misses given up before. restored: of a bank in fewer bits,
+        chunks brought to slots. kept_bytes counts its chunks as they are packed.
         """
         return {
             "chunks": self._next_chunk,
