@@ -24,7 +24,14 @@ if TYPE_CHECKING or "torch" in sys.modules or not _command_starts():
     from .memory.config import MemoryConfig
     from .memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
     from .memory.world_memory import ChunkPlan, WorldMemory
-    from .ops import CompressedChunk, compress_chunk, norm_rope_append, segment_attention
+    from .ops import (
+        CompressedChunk,
+        compress_chunk,
+        dequantize_chunk,
+        norm_rope_append,
+        quantize_chunk,
+        segment_attention,
+    )
     from .rope import Rope3D, RopeTable
     from .window import Segment, Window
 
@@ -55,7 +62,9 @@ __all__ = [
     "Window",
     "WorldMemory",
     "compress_chunk",
+    "dequantize_chunk",
     "norm_rope_append",
     "parse_actions",
+    "quantize_chunk",
     "segment_attention",
 ]

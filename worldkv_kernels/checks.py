@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import os
@@ -263,6 +264,16 @@ def check_apart(op: str, outputs: dict[str, torch.Tensor], inputs: dict[str, tor
                 here, there = Pieces.of(tensor, _outermost(tensor)), Pieces.of(other, _outermost(other))
                 if here.meets(there):
                     raise ValueError(f"{op}: {name} must not overlap {other_name}, got {here} and {there}")
+
+
+def check_nested(op: str, argument: str, tensor: torch.Tensor, inner: int) -> None:
+    """Check that what the last `inner` dimensions hold, which is dense, lies apart from the next in every other one."""
+    outer = tensor.dim() - inner
+    reach = math.prod(tensor.shape[outer:])
+    for stride, size in sorted(zip(tensor.stride()[:outer], tensor.shape[:outer], strict=True)):
+        if size > 1 and stride < reach:
+            raise bad_value(op, argument, "of layers and rows that lie apart", tensor)
+        reach += (size - 1) * stride
 
 
 def _clearly_apart(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -2,6 +2,14 @@
 
 from .compress_chunk import CompressedChunk, compress_chunk
 from .norm_rope_append import norm_rope_append
+from .quantize_chunk import dequantize_chunk, quantize_chunk
 from .segment_attention import segment_attention
 
-__all__ = ["CompressedChunk", "compress_chunk", "norm_rope_append", "segment_attention"]
+__all__ = [
+    "CompressedChunk",
+    "compress_chunk",
+    "dequantize_chunk",
+    "norm_rope_append",
+    "quantize_chunk",
+    "segment_attention",
+]

@@ -21,6 +21,7 @@ from ..checks import (
     check_int64,
     check_integer,
     check_layout,
+    check_nested,
     check_number,
     check_scale,
     check_tensor,
@@ -241,12 +242,8 @@ def _check_overlap(
     count: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Of tensors with a dimension of layers."""
-    for name, out in (("out_k", out_k), ("out_v", out_v)):
-        reach = out.shape[2] * out.shape[3]
-        for stride, size in sorted(zip(out.stride()[:2], out.shape[:2], strict=True)):
-            if size > 1 and stride < reach:
-                raise bad_value(_OP, name, "of layers and rows that lie apart", out)
-            reach += (size - 1) * stride
+    check_nested(_OP, "out_k", out_k, inner=2)
+    check_nested(_OP, "out_v", out_v, inner=2)
     outputs = {"out_k": out_k, "out_v": out_v, "out_index": index}
     if count is not None:
         outputs["out_count"] = count
