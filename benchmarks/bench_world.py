@@ -25,12 +25,14 @@ import numpy as np
 import torch
 from common import append_json_line, measured_in
 from machine import environment
+from world_packing import add_outliers, packing
 from world_studies import STUDIES, Memory, RandomRetrieval, Study, pruning
 
-from worldkv_kernels import WorldMemory
+from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.cli.photographs import PHOTOGRAPHS, load
 from worldkv_kernels.cli.report import note, table
 from worldkv_kernels.journeys import fidelity, travel, truth
+from worldkv_kernels.memory.shelf import shelf_bytes
 from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld
 from worldkv_kernels.worlds import draw_worlds, photograph_world
 
@@ -48,15 +50,18 @@ class Seen(NamedTuple):
     ssim: float
     tokens: float
     kept_bytes: int
+    banked_share: float | None = None  # of a whole chunk's bytes in 16 bits, what a banked one takes
 
 
 @cache
-def _model(weights: str, numbers: str) -> SmallWorld:
+def _model(weights: str, numbers: str, outliers: bool) -> SmallWorld:
     torch.set_num_threads(1)
     dtype = torch.float32 if numbers == "fp32" else torch.bfloat16
     model = SmallWorld.from_pretrained(weights, device="cpu", dtype=dtype)
     if numbers == "fp8":
         model.to_fp8()
+    if outliers:
+        add_outliers(model)
     return model
 
 
@@ -70,14 +75,14 @@ def _world(photograph: bool, number: int) -> torch.Tensor:
 
 def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
     """One memory in one world of a study."""
-    model = _model(weights, memory.numbers)
+    model = _model(weights, memory.numbers, memory.outliers)
     world, journey = _world(study.photographs, number), study.journey(number)
     chunks = len(journey.poses) // _CHUNK
     options = dict(memory.options)
     if isinstance(options.get("retrieval"), RandomRetrieval):
         options["retrieval"] = RandomRetrieval(number)  # each world its own draw
     config = model.config.memory(**{"bank_chunks": chunks, **options})
-    with pruning(memory.prune, seed=number):
+    with pruning(memory.prune, seed=number), packing(memory.packing):
         of_memory = WorldMemory(config, device="cpu", dtype=model.dtype)
         trip = travel(model, of_memory, world, journey, seed=number, sigmas=memory.sigmas)
     again = list(journey.seen_again())
@@ -86,7 +91,17 @@ def visit(weights: str, study: Study, memory: Memory, number: int) -> Seen:
         want = trip.frames.flip(0)
         again = [frame for frame in again if frame >= len(want) // 2]  # on the way out others were seen a turn before
     of_again = fidelity(trip, want, again)
-    return Seen(float(np.mean(of_again.psnr)), of_again.ssim, of_again.tokens, trip.stats["kept_bytes"])
+    share = None if memory.packing else banked_share(config, model.dtype)
+    return Seen(float(np.mean(of_again.psnr)), of_again.ssim, of_again.tokens, trip.stats["kept_bytes"], share)
+
+
+def banked_share(config: MemoryConfig, dtype: torch.dtype) -> float | None:
+    """Bytes of a banked chunk over those of a whole one as it is made; None where there is no bank."""
+    if not config.has_bank:
+        return None
+    heads = config.num_heads, config.head_dim
+    whole = shelf_bytes(config.chunk_tokens, *heads, 16, dtype)
+    return shelf_bytes(config.banked_tokens, *heads, config.bank_bits, dtype) / whole
 
 
 def line_of(study: Study, memory: Memory, seen: list[Seen], base: list[Seen]) -> dict[str, Any]:
@@ -105,9 +120,11 @@ def line_of(study: Study, memory: Memory, seen: list[Seen], base: list[Seen]) ->
         "options": {name: value if isinstance(value, int | float | str) else type(value).__name__
                     for name, value in memory.options.items()},
         "prune": memory.prune, "sigmas": memory.sigmas, "numbers": memory.numbers, "against": study.against,
+        "packing": memory.packing, "outliers": memory.outliers,
         "psnr_db": float(of_worlds.mean()), "standard_error": error(of_worlds), "difference": against,
         "ssim": float(np.mean([of.ssim for of in seen])), "tokens_attended": float(np.mean([of.tokens for of in seen])),
-        "kept_bytes": max(of.kept_bytes for of in seen), "psnr_db_per_world": of_worlds.round(3).tolist(),
+        "kept_bytes": max(of.kept_bytes for of in seen), "banked_share": seen[0].banked_share,
+        "psnr_db_per_world": of_worlds.round(3).tolist(),
     }  # fmt: skip
 
 
@@ -124,10 +141,11 @@ def report(lines: Iterable[dict[str, Any]]) -> str:
                 "" if line["difference"] is None
                 else f"{line['difference']['db']:+.2f} +- {line['difference']['standard_error']:.2f}",
                 f"{line['ssim']:.3f}", f"{line['tokens_attended']:,.0f}", f"{line['kept_bytes'] / 2**20:.1f}",
+                f"{line['banked_share']:.3f}" if line.get("banked_share") else "",
             ]
             for line in of_study
         ]  # fmt: skip
-        columns = ["memory", "PSNR, dB", "+-", "to the first", "SSIM", "tokens", "MiB"]
+        columns = ["memory", "PSNR, dB", "+-", "to the first", "SSIM", "tokens", "MiB", "banked"]
         tables.append(f"{study}\n{table(columns, rows)}")
     return "\n\n".join(tables)
 

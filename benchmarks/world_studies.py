@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ class Memory:
     prune: str = ""  # a control of the rule "similarity": the tokens that stay are "random" or the "most alike"
     sigmas: tuple[float, ...] | None = None  # noise levels of the denoising passes; None for the model's
     numbers: str = "fp32"  # that model and memory are in, "bf16", or "fp8": bf16 with linear layers in FP8
+    packing: str = ""  # a control of a bank in 4 bits, see world_packing
+    outliers: bool = False  # whether keys have channels that are much larger than others, see world_packing
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,22 @@ def _weights(base: Mapping[str, Any]) -> list[Memory]:
 
 
 FOUR = {**TWO, "retrieved_chunks": 4}
+
+
+def _bits(**changes: Any) -> list[Memory]:
+    """In bf16, as large models have it, so that scales take their share of the bytes."""
+    base = {**TWO, **changes}
+    return [Memory(f"{bits} bits", {**base, "bank_bits": bits}, numbers="bf16") for bits in (16, 8, 4)]
+
+
+def _packings(*, outliers: bool) -> list[Memory]:
+    """The same, and in 4 bits other ways to pack."""
+    whole, eight, four = _bits()
+    by_token = replace(four, name="4 bits, keys by token", packing="keys by token")
+    memories = [whole, eight, four, by_token, replace(four, name="2 bits", packing="2 bits")]
+    return [replace(memory, outliers=outliers) for memory in memories]
+
+
 DEFAULTS = [
     {"keep_ratio": 1.0}, {"keep_ratio": 0.5}, PUBLISHED, UNMERGED, {"retrieved_chunks": 4}, {"retrieved_chunks": 2},
     {"keep_ratio": 1.0, "retrieved_chunks": 3}, {"recent_frames": 3}, {"recent_frames": 0}, {"recent_frames": 9},
@@ -226,6 +244,12 @@ STUDIES = [
              for changes in DEFAULTS]]),
     Study("numbers", "What do fewer bits of the model cost?",
           [Memory(numbers, numbers=numbers) for numbers in ("fp32", "bf16", "fp8")]),
+    Study("bits", "What does a bank in fewer bits cost, packed in which way?", _packings(outliers=False)),
+    Study("bits, outliers", "The same, where some channels of keys are much larger?", _packings(outliers=True)),
+    Study("bits, pruned to .5", "The same, pruned?", _bits(keep_ratio=0.5)),
+    Study("bits, pruned to .5, dropped", "And without merging?", _bits(keep_ratio=0.5, **UNMERGED)),
+    Study("bits, pruned to .25", "The same, of half a chunk?", _bits(keep_ratio=0.25)),
+    Study("bits, pruned to .25, dropped", "And without merging?", _bits(keep_ratio=0.25, **UNMERGED)),
     Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),

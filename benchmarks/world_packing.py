@@ -1,0 +1,90 @@
+"""For the studies of a bank in fewer bits: other ways to pack it, to compare with, and keys that are harder to pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from worldkv_kernels.memory import shelf
+from worldkv_kernels.models.small_world import SmallWorld
+from worldkv_kernels.ops.quantize_chunk import GROUP_TOKENS
+from worldkv_kernels.reference import quantize_chunk as reference
+
+OUTLIER_PAIRS, OUTLIER_FACTOR = 3, 8.0  # of a head's rotary pairs so many, so much larger
+
+
+@contextmanager
+def packing(scheme: str) -> Iterator[None]:
+    """While inside, a bank in 4 bits is packed in another way, on a CPU; "" for as it is.
+
+    "keys by token": keys have a scale and a minimum for each token and head. "2 bits": four levels for sixteen, in the
+    bytes of 4 bits.
+    """
+    if not scheme:
+        yield
+        return
+    published = shelf.quantize_chunk, shelf.dequantize_chunk
+    shelf.quantize_chunk, shelf.dequantize_chunk = {
+        "keys by token": (_quantize_by_token, _dequantize_by_token),
+        "2 bits": (_quantize_to_four_levels, published[1]),
+    }[scheme]
+    try:
+        yield
+    finally:
+        shelf.quantize_chunk, shelf.dequantize_chunk = published
+
+
+def _quantize_by_token(
+    k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, backend: str | None = None
+) -> torch.Tensor:
+    """Tokens take the channels' place, so that a group of one token's channels shares a scale."""
+    of_keys = out.clone()
+    turned = k.transpose(1, 3)
+    reference.quantize_chunk(turned, turned, of_keys, bits=4, group_tokens=k.shape[3])
+    reference.quantize_chunk(k, v, out, bits=4, group_tokens=GROUP_TOKENS)
+    out[:, 0] = of_keys[:, 0]
+    return out
+
+
+def _dequantize_by_token(
+    packed: torch.Tensor, *, bits: int, out_k: torch.Tensor, out_v: torch.Tensor, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    turned = torch.empty_like(out_k.transpose(1, 3), memory_format=torch.contiguous_format)
+    reference.dequantize_chunk(packed, turned, torch.empty_like(turned), bits=4, group_tokens=out_k.shape[3])
+    reference.dequantize_chunk(packed, torch.empty_like(out_k), out_v, bits=4, group_tokens=GROUP_TOKENS)
+    out_k.copy_(turned.transpose(1, 3))
+    return out_k, out_v
+
+
+def _quantize_to_four_levels(
+    k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, backend: str | None = None
+) -> torch.Tensor:
+    reference.quantize_chunk(_four_levels(k), _four_levels(v), out, bits=4, group_tokens=GROUP_TOKENS)
+    return out
+
+
+def _four_levels(x: torch.Tensor) -> torch.Tensor:
+    """x [layers, tokens, heads, head_dim] at the nearest of four levels, every fifth of the sixteen of 4 bits."""
+    groups = []
+    for group in x.float().split(GROUP_TOKENS, dim=1):
+        low = group.amin(dim=1, keepdim=True)
+        step = (group.amax(dim=1, keepdim=True) - low) / 3
+        groups.append(low + ((group - low) / step.clamp_min(torch.finfo(torch.float32).tiny)).round() * step)
+    return torch.cat(groups, dim=1).to(x.dtype)
+
+
+@torch.no_grad()
+def add_outliers(model: SmallWorld) -> None:
+    """Some rotary pairs of every head larger in all keys and smaller by as much in queries: what the model does is the
+    same to the bit, since the factor is a power of two. The trained one has no such channels; large models may."""
+    heads, head_dim = model.config.num_heads, model.config.head_dim
+    generator = torch.Generator().manual_seed(0)
+    for block in model.blocks:
+        factors = torch.ones(heads, head_dim // 2, 2, dtype=torch.float32, device="cpu")
+        for of_head in factors:
+            of_head[torch.randperm(head_dim // 2, generator=generator, device="cpu")[:OUTLIER_PAIRS]] = OUTLIER_FACTOR
+        attention = block.self_attn
+        attention.norm_k.weight.mul_(factors.flatten())
+        attention.norm_q.weight.div_(factors.flatten())
