@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,8 +15,10 @@ from benchmarks.train_small_world import write_weights
 from worldkv_kernels import WorldMemory, compress_chunk
 from worldkv_kernels.cli import world as world_command
 from worldkv_kernels.journeys import psnr, ssim, travel, truth, turn_and_return
+from worldkv_kernels.memory import shelf
 from worldkv_kernels.memory.retrieval import RetrievalPolicy
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
+from worldkv_kernels.ops.quantize_chunk import packed_bytes
 from worldkv_kernels.poses import as_poses
 from worldkv_kernels.reference import compress_chunk as reference
 from worldkv_kernels.worlds import photograph_world
@@ -31,6 +34,11 @@ def bench(load):
 @pytest.fixture
 def studies(load):
     return load("world_studies")
+
+
+@pytest.fixture
+def packings(load):
+    return load("world_packing")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_journeys_cross_turn_and_repeat_as_they_say(studies):
     assert len(again) >= 30
 
 
-def test_every_study_compares_memories_that_there_are(studies, weights):
+def test_every_study_compares_memories_that_there_are(studies, packings, weights):
     model = SmallWorld.from_pretrained(weights, device="cpu", dtype=torch.float32)
     names = [study.name for study in studies.STUDIES]
     assert len(set(names)) == len(names)
@@ -87,7 +95,8 @@ def test_every_study_compares_memories_that_there_are(studies, weights):
             config = model.config.memory(**{"bank_chunks": chunks, **memory.options})
             assert all(getattr(config, name) == value for name, value in memory.options.items())
             assert not memory.prune or (config.prune_rule, config.merge_pruned) == ("similarity", False)
-            with studies.pruning(memory.prune):
+            assert not memory.packing or config.bank_bits == 4
+            with studies.pruning(memory.prune), packings.packing(memory.packing):
                 pass
             assert memory.sigmas is None or memory.sigmas[0] == 1
 
@@ -171,6 +180,73 @@ def test_pruning_ends_with_an_exception_and_knows_two_controls(studies):
     assert reference.similarities is right
 
 
+def packed_and_back(k, v, *, bits=4):
+    """As a memory's bank does it."""
+    out = torch.empty(len(k), 2, packed_bytes(*k.shape[1:], bits, k.dtype), dtype=torch.uint8)
+    of_k, of_v = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))
+    shelf.quantize_chunk(k, v, bits=bits, out=out, backend=None)
+    shelf.dequantize_chunk(out, bits=bits, out_k=of_k, out_v=of_v, backend=None)
+    return of_k, of_v
+
+
+def test_other_packings_are_what_they_say_and_end(packings):
+    published = shelf.quantize_chunk, shelf.dequantize_chunk
+    k, v = torch.randn(2, 3, 72, 2, 64, generator=torch.Generator().manual_seed(0))  # a group of 64 and one of 8
+    k[:, 5, 1] *= 100  # a token that a scale for all tokens would not stand
+    before, (right_k, right_v) = k.clone(), packed_and_back(k, v)
+    with packings.packing("keys by token"):
+        by_token, of_v = packed_and_back(k, v)
+    assert torch.equal(of_v, right_v) and torch.equal(k, before)
+    step = (k.amax(dim=3, keepdim=True) - k.amin(dim=3, keepdim=True)) / 15
+    assert ((by_token - k).abs() <= 0.501 * step).all()
+    assert all(len(of_head.unique()) <= 16 for of_head in by_token.flatten(0, 2))
+    error, of_right = ((restored - k)[:, torch.arange(72) != 5].norm() for restored in (by_token, right_k))
+    assert error < 0.2 * of_right
+    with packings.packing("2 bits"):
+        for restored, x in zip(packed_and_back(k, v), (k, v), strict=True):
+            for group in (slice(0, 64), slice(64, 72)):
+                of, got = x[:, group], restored[:, group]
+                step = (of.amax(dim=1, keepdim=True) - of.amin(dim=1, keepdim=True)) / 3
+                assert ((got - of).abs() <= 0.501 * step).all()
+                channels = got.transpose(1, 3).flatten(0, 2)
+                assert all(len(channel.unique()) <= 4 for channel in channels)
+    with packings.packing(""):
+        assert torch.equal(packed_and_back(k, v)[0], right_k)
+    with pytest.raises(ZeroDivisionError), packings.packing("2 bits"):
+        raise ZeroDivisionError
+    with pytest.raises(KeyError), packings.packing("1 bit"):
+        pass
+    assert (shelf.quantize_chunk, shelf.dequantize_chunk) == published
+
+
+def test_outliers_change_keys_and_nothing_that_the_model_does(bench, studies, weights):
+    """Three rotary pairs of each head: a channel and its partner, 8 times larger in keys, smaller in queries."""
+    plain, with_outliers = (bench._model(weights, "fp32", outliers) for outliers in (False, True))
+    for block, of in zip(with_outliers.blocks, plain.blocks, strict=True):
+        larger = block.self_attn.norm_k.weight / of.self_attn.norm_k.weight
+        smaller = block.self_attn.norm_q.weight / of.self_attn.norm_q.weight
+        torch.testing.assert_close(larger * smaller, torch.ones_like(larger))
+        factors = larger.view(-1, 32, 2)
+        assert torch.equal(factors[..., 0], factors[..., 1]) and set(factors.unique().tolist()) == {1.0, 8.0}
+        assert ((factors[..., 0] == 8).sum(dim=1) == 3).all()
+    memory = studies.Memory("16 bits", studies.TWO)
+    study = studies.Study("s", "?", [memory], partial(turn_and_return, 12))
+    seen, of_outliers = (bench.visit(weights, study, m, 0) for m in (memory, replace(memory, outliers=True)))
+    assert of_outliers.psnr == pytest.approx(seen.psnr, abs=1e-3)
+
+
+def test_the_share_of_a_banked_chunk_is_that_of_its_bytes(bench):
+    """A chunk of 144 tokens of a head of 64, in bf16 18,432 bytes of K; half of it, 72 tokens, is two groups."""
+    of = {
+        (16, 1.0): 1, (16, 0.25): 0.5, (8, 1.0): (144 * 64 + 144 * 2) / 18_432, (8, 0.25): (72 * 64 + 72 * 2) / 18_432,
+        (4, 1.0): (144 * 32 + 3 * 64 * 4) / 18_432, (4, 0.25): (72 * 32 + 2 * 64 * 4) / 18_432,
+    }  # fmt: skip
+    for (bits, ratio), share in of.items():
+        config = MODEL.memory(bank_bits=bits, keep_ratio=ratio)
+        assert bench.banked_share(config, torch.bfloat16) == pytest.approx(share)
+    assert bench.banked_share(MODEL.memory(mode="full"), torch.bfloat16) is None
+
+
 # --- one memory in one world ---
 
 
@@ -198,10 +274,13 @@ def test_a_visit_is_a_trip_measured_where_views_are_seen_again(bench, short, wei
     assert seen.psnr == pytest.approx(psnr(trip.frames, truth(world, journey))[again].mean().item())
     assert seen.ssim == pytest.approx(float(np.mean(ssim(trip.frames, truth(world, journey))[again])))
     assert seen.tokens == np.mean([trip.plans[frame // 3].num_tokens for frame in again])
-    assert seen.kept_bytes == memory.stats()["kept_bytes"]
+    assert seen.kept_bytes == memory.stats()["kept_bytes"] and seen.banked_share == 0.5
     assert not torch.equal(bench._world(False, 0), world)
-    others = [bench.visit(weights, short, memory, 1) for memory in (at_random, of_chunks)]
-    assert len({seen.psnr, *(other.psnr for other in others)}) == 3  # each option tells
+    in_bits = replace(first, options={**first.options, "bank_bits": 4})
+    changed = [at_random, of_chunks, in_bits, replace(in_bits, packing="2 bits")]
+    others = [bench.visit(weights, short, memory, 1) for memory in changed]
+    assert len({seen.psnr, *(other.psnr for other in others)}) == 5  # each option tells
+    assert others[2].banked_share < 0.2 and others[3].banked_share is None  # of a control the format does not say
     # A policy with a state begins anew with each world, in whichever process.
     assert bench.visit(weights, short, of_chunks, 1) == others[1]
 
@@ -235,12 +314,13 @@ def test_photographs_are_worlds(bench):
 
 
 def test_a_line_has_means_and_standard_errors_by_hand(bench, short):
-    base = [bench.Seen(10, 0.5, 100, 5), bench.Seen(14, 0.6, 200, 7), bench.Seen(12, 0.7, 300, 6)]
+    base = [bench.Seen(10, 0.5, 100, 5, 0.25), bench.Seen(14, 0.6, 200, 7), bench.Seen(12, 0.7, 300, 6)]
     seen = [bench.Seen(11, 0.5, 10, 50), bench.Seen(17, 0.6, 20, 70), bench.Seen(14, 1.0, 60, 60)]
     first = bench.line_of(short, short.memories[0], base, base)
     assert (first["psnr_db"], first["difference"]) == (12, None)
     assert first["standard_error"] == pytest.approx(2 / 3**0.5)  # of -2, 2, 0: squares of 8 over 2
     assert (first["ssim"], first["tokens_attended"], first["kept_bytes"]) == (pytest.approx(0.6), 200, 7)
+    assert (first["banked_share"], first["packing"], first["outliers"]) == (0.25, "", False)
     line = bench.line_of(short, short.memories[2], seen, base)
     assert line["psnr_db"] == 14 and line["standard_error"] == pytest.approx(3 / 3**0.5)
     # Worlds are paired: 1, 3 and 2 dB more.
