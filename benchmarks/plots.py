@@ -15,6 +15,7 @@ from typing import Any
 from common import measured_in
 from plots_common import headline, save, wrapped
 from plots_rollout import draw_rollouts
+from plots_world import draw_bits
 
 COLORS = [
     "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
@@ -42,13 +43,15 @@ def draw(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
     A panel with a line per variant for each shape that comes in more than one context length, and one with bars for
     each other case. Lines leave out what a variant adds to its base, such as lse. Both show the ceiling: of latency,
     the least time that the work can take. A bench of which nothing was timed has no picture.
-    Rollouts have a picture of their own, see plots_rollout.
+    Rollouts have a picture of their own, see plots_rollout, and so have the small world's studies, see plots_world.
     """
     from matplotlib.figure import Figure as Canvas
 
     Path(folder).mkdir(parents=True, exist_ok=True)
+    of_world = [f for f in figures if f["bench"] == "world"]
+    figures = [f for f in figures if f["bench"] != "world"]
     timed = [f for f in figures if f["status"] == "timed" and f["bench"] != "rollout"]
-    written = draw_rollouts([f for f in figures if f["bench"] == "rollout"], folder)
+    written = draw_rollouts([f for f in figures if f["bench"] == "rollout"], folder) + draw_bits(of_world, folder)
     for bench in dict.fromkeys(f["bench"] for f in timed):
         of_bench = [f for f in timed if f["bench"] == bench]
         lined, barred = _panels(of_bench)

@@ -26,7 +26,7 @@ def drawn(load, tmp_path, monkeypatch):
         canvases[path.name] = canvas
         return []
 
-    for module in (plots, load("plots_rollout")):
+    for module in (plots, load("plots_rollout"), load("plots_world")):
         monkeypatch.setattr(module, "save", keep)
 
     def draw(figures):
@@ -100,3 +100,34 @@ def test_thousands_are_separated(load, drawn):
     (axes,) = panels(drawn([figure("a", 9000, 12_345)])["segment_attention_latency"])
     assert "12,345" in [label.get_text() for label in axes.texts]
     assert any("," in label.get_text() for label in axes.get_xticklabels())
+
+
+def of_world(bits, ratio, psnr_db, *, outliers=False, share=0.3, **options):
+    return {
+        "bench": "world", "case": "bits", "options": {"bank_bits": bits, "keep_ratio": ratio, **options},
+        "outliers": outliers, "banked_share": share, "tokens_attended": 480 + 240 * ratio, "psnr_db": psnr_db,
+        "worlds": 32,
+    }  # fmt: skip
+
+
+def test_a_bank_in_fewer_bits_has_a_curve_for_each_number_and_way(drawn):
+    """From what is kept whole on, which is on both ways; by bytes and by tokens."""
+    dropped = {"merge_pruned": False}
+    figures = [
+        of_world(4, 0.25, 32, share=0.15), of_world(4, 1.0, 33, share=0.29),
+        of_world(4, 0.25, 31, share=0.15, **dropped), of_world(16, 1.0, 34, share=1.0),
+        of_world(4, 1.0, 20, outliers=True), {**of_world(4, 1.0, 10), "banked_share": None}, {**of_world(16, 1.0, 9), "options": {"keep_ratio": 1.0}},
+    ]  # fmt: skip
+    by_bytes, by_tokens = panels(drawn([*figures, *TWO_LENGTHS])["bits"])
+    for axes, at_whole, pruned in ((by_bytes, 0.29, 0.15), (by_tokens, 720, 540)):
+        curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        assert curves["4 bits, merged"] == [[at_whole, 33], [pruned, 32]]
+        assert curves["4 bits, dropped"] == [[at_whole, 33], [pruned, 31]]
+        assert [y for _, y in curves["16 bits, merged"]] == [34] and curves["8 bits, merged"] == []
+    assert "share of a whole one" in by_bytes.get_xlabel() and by_tokens.get_xlabel() == "tokens attended"
+    labels = {text.get_text() for axes in (by_bytes, by_tokens) for text in axes.texts}
+    assert labels == {"keep_ratio 1", "keep_ratio 0.25"}
+
+
+def test_other_studies_of_the_small_world_have_no_picture(drawn):
+    assert drawn([{"bench": "world", "case": "sink", "options": {"sink_frames": 3}}]) == {}
