@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -19,15 +20,16 @@ OUTLIER_PAIRS, OUTLIER_FACTOR = 3, 8.0  # of a head's rotary pairs so many, so m
 def packing(scheme: str) -> Iterator[None]:
     """While inside, a bank in 4 bits is packed in another way, on a CPU; "" for as it is.
 
-    "keys by token": keys have a scale and a minimum for each token and head. "2 bits": four levels for sixteen, in the
-    bytes of 4 bits.
+    "keys by token": keys have a scale and a minimum for each token and head; "values by token" likewise. "2 bits": four
+    levels for sixteen, in the bytes of 4 bits.
     """
     if not scheme:
         yield
         return
     published = shelf.quantize_chunk, shelf.dequantize_chunk
     shelf.quantize_chunk, shelf.dequantize_chunk = {
-        "keys by token": (_quantize_by_token, _dequantize_by_token),
+        "keys by token": (partial(_quantize_by_token, 0), partial(_dequantize_by_token, 0)),
+        "values by token": (partial(_quantize_by_token, 1), partial(_dequantize_by_token, 1)),
         "2 bits": (_quantize_to_four_levels, published[1]),
     }[scheme]
     try:
@@ -37,24 +39,25 @@ def packing(scheme: str) -> Iterator[None]:
 
 
 def _quantize_by_token(
-    k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, backend: str | None = None
+    which: int, k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, backend: str | None = None
 ) -> torch.Tensor:
-    """Tokens take the channels' place, so that a group of one token's channels shares a scale."""
-    of_keys = out.clone()
-    turned = k.transpose(1, 3)
-    reference.quantize_chunk(turned, turned, of_keys, bits=4, group_tokens=k.shape[3])
+    """K or V, 0 or 1: its tokens take the channels' place, so that a group of one token's channels shares a scale."""
+    of_one = out.clone()
+    turned = (k, v)[which].transpose(1, 3)
+    reference.quantize_chunk(turned, turned, of_one, bits=4, group_tokens=k.shape[3])
     reference.quantize_chunk(k, v, out, bits=4, group_tokens=GROUP_TOKENS)
-    out[:, 0] = of_keys[:, 0]
+    out[:, which] = of_one[:, which]
     return out
 
 
 def _dequantize_by_token(
-    packed: torch.Tensor, *, bits: int, out_k: torch.Tensor, out_v: torch.Tensor, backend: str | None = None
+    which: int, packed: torch.Tensor, *, bits: int, out_k: torch.Tensor, out_v: torch.Tensor, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    turned = torch.empty_like(out_k.transpose(1, 3), memory_format=torch.contiguous_format)
-    reference.dequantize_chunk(packed, turned, torch.empty_like(turned), bits=4, group_tokens=out_k.shape[3])
-    reference.dequantize_chunk(packed, torch.empty_like(out_k), out_v, bits=4, group_tokens=GROUP_TOKENS)
-    out_k.copy_(turned.transpose(1, 3))
+    layers, tokens, heads, head_dim = out_k.shape
+    turned = torch.empty(2, layers, head_dim, heads, tokens, dtype=out_k.dtype, device=out_k.device)
+    reference.dequantize_chunk(packed, turned[0], turned[1], bits=4, group_tokens=head_dim)
+    reference.dequantize_chunk(packed, out_k, out_v, bits=4, group_tokens=GROUP_TOKENS)
+    (out_k, out_v)[which].copy_(turned[which].transpose(1, 3))
     return out_k, out_v
 
 

@@ -192,8 +192,8 @@ def _bits(**changes: Any) -> list[Memory]:
 def _packings(*, outliers: bool) -> list[Memory]:
     """The same, and in 4 bits other ways to pack."""
     whole, eight, four = _bits()
-    by_token = replace(four, name="4 bits, keys by token", packing="keys by token")
-    memories = [whole, eight, four, by_token, replace(four, name="2 bits", packing="2 bits")]
+    by_token = [replace(four, name=f"4 bits, {of} by token", packing=f"{of} by token") for of in ("keys", "values")]
+    memories = [whole, eight, four, *by_token, replace(four, name="2 bits", packing="2 bits")]
     return [replace(memory, outliers=outliers) for memory in memories]
 
 
