@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,21 +22,26 @@ def packing(scheme: str) -> Iterator[None]:
     """While inside, a bank in 4 bits is packed in another way, on a CPU; "" for as it is.
 
     "keys by token": keys have a scale and a minimum for each token and head; "values by token" likewise. "2 bits": four
-    levels for sixteen, in the bytes of 4 bits.
+    levels for sixteen, in the bytes of 4 bits. "groups of 32": tokens that share a channel's scale, for 64; a memory is
+    to be made inside.
     """
     if not scheme:
         yield
         return
     published = shelf.quantize_chunk, shelf.dequantize_chunk
+    of_op = importlib.import_module("worldkv_kernels.ops.quantize_chunk")  # the package's attribute is the function
     shelf.quantize_chunk, shelf.dequantize_chunk = {
         "keys by token": (partial(_quantize_by_token, 0), partial(_dequantize_by_token, 0)),
         "values by token": (partial(_quantize_by_token, 1), partial(_dequantize_by_token, 1)),
         "2 bits": (_quantize_to_four_levels, published[1]),
+        "groups of 32": published,
     }[scheme]
+    of_op.GROUP_TOKENS = 32 if scheme == "groups of 32" else GROUP_TOKENS
     try:
         yield
     finally:
         shelf.quantize_chunk, shelf.dequantize_chunk = published
+        of_op.GROUP_TOKENS = GROUP_TOKENS
 
 
 def _quantize_by_token(

@@ -197,6 +197,11 @@ def _packings(*, outliers: bool) -> list[Memory]:
     return [replace(memory, outliers=outliers) for memory in memories]
 
 
+def _groups(ratio: float) -> list[Memory]:
+    four = _bits(keep_ratio=ratio)[2]
+    return [four, replace(four, name="4 bits, groups of 32", packing="groups of 32")]
+
+
 DEFAULTS = [
     {"keep_ratio": 1.0}, {"keep_ratio": 0.5}, PUBLISHED, UNMERGED, {"retrieved_chunks": 4}, {"retrieved_chunks": 2},
     {"keep_ratio": 1.0, "retrieved_chunks": 3}, {"recent_frames": 3}, {"recent_frames": 0}, {"recent_frames": 9},
@@ -250,6 +255,8 @@ STUDIES = [
     Study("bits, pruned to .5, dropped", "And without merging?", _bits(keep_ratio=0.5, **UNMERGED)),
     Study("bits, pruned to .25", "The same, of half a chunk?", _bits(keep_ratio=0.25)),
     Study("bits, pruned to .25, dropped", "And without merging?", _bits(keep_ratio=0.25, **UNMERGED)),
+    Study("bits, groups", "Should fewer tokens share a scale in 4 bits?", _groups(1.0)),
+    Study("bits, groups, pruned to .25", "And where merged keys differ in length?", _groups(0.25)),
     Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),

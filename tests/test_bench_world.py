@@ -213,6 +213,11 @@ def test_other_packings_are_what_they_say_and_end(packings):
                 assert ((got - of).abs() <= 0.501 * step).all()
                 channels = got.transpose(1, 3).flatten(0, 2)
                 assert all(len(channel.unique()) <= 4 for channel in channels)
+    with packings.packing("groups of 32"):
+        restored = packed_and_back(k, v)[1][:, :32]
+    for got, is_less in ((restored, True), (right[1][:, :32], False)):
+        step = (v[:, :32].amax(dim=1, keepdim=True) - v[:, :32].amin(dim=1, keepdim=True)) / 15
+        assert ((got - v[:, :32]).abs() <= 0.501 * step).all() == is_less
     with packings.packing(""):
         assert all(map(torch.equal, packed_and_back(k, v), right))
     with pytest.raises(ZeroDivisionError), packings.packing("2 bits"):
