@@ -5,7 +5,7 @@
 
 Every memory goes on the same journeys through the same worlds with the same noise, so differences are paired: a line
 has the mean PSNR over the views seen again, its standard error over worlds, and the same of the difference to the
-study's first memory. All of it takes some 40 minutes on two cores; speed is not what is measured here.
+study's first memory. All of it takes some 50 minutes on two cores; speed is not what is measured here.
 """
 
 from __future__ import annotations

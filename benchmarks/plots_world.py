@@ -26,7 +26,8 @@ def draw_bits(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
     from matplotlib.figure import Figure as Canvas
 
     figures = [f for f in figures if f.get("banked_share") is not None and "bank_bits" in f["options"]]
-    figures = [f for f in figures if not f["outliers"]]
+    # Studies may share a memory: the first counts.
+    figures = list({_key(f): f for f in reversed(figures) if not f["outliers"]}.values())
     if not figures:
         return []
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ def _curves(axes: Any, figures: Sequence[Figure], key: str) -> None:
         of_bits = [f for f in figures if f["options"]["bank_bits"] == bits]
         for merged in (True, False):
             # A chunk that is kept whole has nothing to merge or to drop: both curves begin there.
-            points = [f for f in of_bits if _ratio(f) == 1 or f["options"].get("merge_pruned", True) == merged]
+            points = [f for f in of_bits if _ratio(f) == 1 or _key(f)[2] == merged]
             points = sorted(points, key=_ratio, reverse=True)
             axes.plot(
                 [f[key] for f in points],
@@ -73,6 +74,11 @@ def _curves(axes: Any, figures: Sequence[Figure], key: str) -> None:
                         f"keep_ratio {_ratio(f):g}", (f[key], f["psnr_db"]), textcoords="offset points",
                         xytext=(-7, 4), ha="right", fontsize=8,
                     )  # fmt: skip
+
+
+def _key(figure: Figure) -> tuple[int, float, bool]:
+    options = figure["options"]
+    return options["bank_bits"], _ratio(figure), options.get("merge_pruned", True)
 
 
 def _ratio(figure: Figure) -> float:

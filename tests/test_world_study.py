@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from worldkv_kernels import MemoryConfig
+from worldkv_kernels.cli import main
+from worldkv_kernels.models.lingbot_config import LingBotConfig
+from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
+from worldkv_kernels.ops.quantize_chunk import packed_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-20261126-small-world.jsonl"
@@ -120,3 +125,128 @@ def test_what_fewer_bits_of_the_model_cost():
     said = " ".join((ROOT / "docs" / "models.md").read_text().split())
     fp8, bf16 = (f"{abs(of['db']):.2f} ± {of['standard_error']:.2f} dB" for of in (costs["fp8"], costs["bf16"]))
     assert f"it costs {fp8} of the views seen again, and bf16 {bf16}" in said and costs["fp8"]["db"] < 0
+
+
+# --- a bank in 8 and 4 bits ---
+
+
+IN_BITS = [
+    json.loads(line) for line in (RESULTS.parent / "cpu-20261127-small-world-bits.jsonl").read_text().splitlines()
+]
+BITS_PAGE = (ROOT / "docs" / "bits.md").read_text()
+# | keep_ratio or keys | bank | PSNR ± error | difference ± error, or nothing | tokens | bytes, or nothing | line |
+ROW_IN_BITS = re.compile(
+    r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+) ± ([\d.]+) \| (?:([+-][\d.]+) ± ([\d.]+))? ?"
+    r"\| ([\d,]+) \| ([\d.]+)? ?\| (\d+) \|$",
+    re.MULTILINE,
+)
+
+
+def test_the_rows_of_a_bank_in_fewer_bits_are_its_lines():
+    rows = ROW_IN_BITS.findall(BITS_PAGE)
+    assert sorted(int(row[-1]) for row in rows) == list(range(1, len(IN_BITS) + 1))
+    for kind, bank, psnr, error, difference, of_difference, tokens, share, number in rows:
+        line = IN_BITS[int(number) - 1]
+        assert (bank, psnr, error) == (line["variant"], f"{line['psnr_db']:.2f}", f"{line['standard_error']:.2f}")
+        gained = line["difference"] or {"db": None}
+        wanted = ("", "") if not line["difference"] else (f"{gained['db']:+.2f}", f"{gained['standard_error']:.2f}")
+        assert (difference, of_difference) == wanted, number
+        assert tokens == f"{line['tokens_attended']:,.0f}"
+        assert share == ("" if line["banked_share"] is None else f"{line['banked_share']:.3f}")
+        assert line["worlds"] == 32 and line["numbers"] == "bf16" and line["bench"] == "world"
+        ratio, _, way = kind.partition(", ")
+        if kind in ("as trained", "with outliers"):
+            assert line["outliers"] == (kind == "with outliers")
+        else:
+            assert not line["outliers"] and float(ratio) == line["options"]["keep_ratio"]
+            assert (way == "dropped") == (line["options"].get("merge_pruned") is False)
+
+
+def costs(case, variant, of_case=None, of_variant="16 bits"):
+    """Decibels to another memory in the same worlds, 16 bits of the same study by default, and their standard error."""
+    of = {(line["case"], line["variant"]): np.array(line["psnr_db_per_world"]) for line in IN_BITS}
+    lost = of[of_case or case, of_variant] - of[case, variant]
+    return lost.mean(), lost.std(ddof=1) / np.sqrt(len(lost))
+
+
+# Of 4 bits: where merged keys differ in length more than where they are dropped or whole.
+MOST_OF_4_BITS = {
+    "bits": 0.12, "bits, outliers": 0.12, "bits, pruned to .5, dropped": 0.12, "bits, pruned to .25, dropped": 0.13,
+    "bits, pruned to .5": 0.18, "bits, pruned to .25": 0.23,
+}  # fmt: skip
+
+
+def test_the_gate_of_a_bank_in_fewer_bits():
+    assert {line["case"] for line in IN_BITS if "groups" not in line["case"]} == set(MOST_OF_4_BITS)
+    for case, most in MOST_OF_4_BITS.items():
+        assert abs(costs(case, "8 bits")[0]) < (0.02 if "outliers" in case else 0.01), case
+        assert 0.05 < costs(case, "4 bits")[0] < most, case
+    assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1)).bank_bits == 16
+
+
+def test_what_is_said_of_bits_and_pruning():
+    said = " ".join(BITS_PAGE.split())
+
+    def short(db):
+        return f"{db:.2f}".removeprefix("0")
+
+    half, two_thirds = ("bits, pruned to .25", "16 bits"), ("bits, pruned to .5", "16 bits")
+    four, pruned = short(costs("bits", "4 bits")[0]), short(costs(*half, of_case="bits")[0])
+    assert f"4 bits of whole chunks cost {four} dB" in said
+    assert f"(`keep_ratio=0.25`) costs {pruned} dB and leaves half" in said
+    over_half, over_two_thirds = (
+        " ± ".join(short(x) for x in costs(*of, of_case="bits", of_variant="4 bits")) for of in (half, two_thirds)
+    )
+    assert f"are {over_half} dB better than halves in 16 bits, and {over_two_thirds} better than two thirds" in said
+    merged = [short(costs(f"bits, pruned to .{part}", "4 bits")[0]) for part in ("5", "25")]
+    dropped = [short(costs(f"bits, pruned to .{part}, dropped", "4 bits")[0]) for part in ("5", "25")]
+    assert f"4 bits cost {merged[0]} and {merged[1]} dB of chunks that are pruned and merged" in said
+    assert f"{four} of whole ones and {dropped[0]} and {dropped[1]} of what pruning leaves" in said
+    by_token, two_bits = (costs("bits, outliers", of)[0] for of in ("4 bits, keys by token", "2 bits"))
+    both = costs("bits, pruned to .25", "4 bits", of_case="bits")[0]
+    assert f"lose {by_token:.1f} dB with them; by channel nothing changes" in said
+    assert f"2 bits cost {two_bits:.1f} dB, where half a chunk in 4 bits costs {short(both)} and takes fewer" in said
+    assert abs(costs("bits, outliers", "4 bits")[0] - costs("bits", "4 bits")[0]) < 0.005
+    readme, changes = (" ".join((ROOT / page).read_text().split()) for page in ("README.md", "CHANGELOG.md"))
+    assert f"for {four} dB of whole chunks and {merged[1]} of halves" in readme
+    assert f"4 bits {four} of whole chunks, {merged[1]} of merged halves" in changes
+
+
+def test_what_a_bank_in_fewer_bits_takes():
+    models = {
+        "LingBot-World-Fast, 40 layers, 480 x 832": LingBotConfig.fast(),
+        "Matrix-Game-2.0, 30 layers, 352 x 640": MatrixGameConfig.universal(),
+    }
+    found = re.findall(r"^\| (\D[^|]+\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", BITS_PAGE, re.MULTILINE)
+    assert len(found) == 6
+    for model, ratio, *sizes in found:
+        config = models[model].memory(keep_ratio=float(ratio))
+        of = (config.banked_tokens, config.num_heads, config.head_dim)
+        bytes_of_one = [2 * np.prod(of) * 2, *(2 * packed_bytes(*of, bits, torch.bfloat16) for bits in (8, 4))]
+        wanted = [f"{config.num_layers * size / 2**30:.2f}" for size in bytes_of_one]
+        assert sizes == [size if size[0] != "0" else size[1:] for size in wanted]
+    whole = 2 * 4680 * 40 * 128
+    for bits, share in re.findall(r"^\| (\d) \| .* \| (\.\d+) \|$", BITS_PAGE, re.MULTILINE):
+        assert share == f"{packed_bytes(4680, 40, 128, int(bits), torch.bfloat16) / whole:.3f}"[1:]
+    said = " ".join(BITS_PAGE.split())
+    from_on = [fewest_banked_chunks_that_save(bits) for bits in (8, 4)]
+    assert f"from {from_on[0]} banked chunks on in 8 bits, and from {from_on[1]} on in 4" in said
+
+
+def fewest_banked_chunks_that_save(bits):
+    """Of a bank on the device at 14B, whole chunks."""
+
+    def on_device(chunks, bits):
+        takes = LingBotConfig.fast().memory(keep_ratio=1.0, bank_bits=bits).bytes(bank_chunks=chunks)
+        return takes.device
+
+    return next(chunks for chunks in range(6, 100) if on_device(chunks, bits) < on_device(chunks, 16))
+
+
+def test_what_host_memory_holds_in_fewer_bits(capsys):
+    options = ["--gpu", "80", "--host", "128", "--keep-ratio", "0.25", "--bank-bits", "16,8,4", "--json", "-"]
+    assert main(["plan", "--model", "lingbot_world_fast", *options]) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["bank"] == "host"]
+    counted = {row["bank_bits"]: row["bank_chunks"] for row in rows}
+    said = f"{counted[16]} halves of chunks of LingBot-World-Fast in 16 bits, {counted[8]} in 8 and {counted[4]} in 4"
+    assert said in " ".join(BITS_PAGE.split())
