@@ -136,7 +136,6 @@ def advice(config: MemoryConfig, dtype: torch.dtype, fits: Fits, *, device_type:
     fields: dict[str, Any] = {"recent_frames": 0} if config.mode != "full" and config.recent_frames else {}
     if config.has_bank:
         fields["keep_ratio"] = min(config.keep_ratio, _LEAST_KEEP_RATIO)
-        fields["bank_bits"] = BANK_BITS[-1]
         fields["retrieved_chunks"] = min(config.retrieved_chunks, 1)
     if has_places(config):
         fields["bank_chunks"] = 1

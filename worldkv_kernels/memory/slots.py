@@ -160,7 +160,8 @@ class SlotCache:
         engine.record(self._pruned, COMPUTE)
         engine.wait(self._pruned, SAVE)
         self.shelf.put(engine, move)
-        engine.record(self._unstaged, SAVE)
+        if self.shelf.has_staging:
+            engine.record(self._unstaged, SAVE)
         self._mark_saved(slot, place)
         self.copies_out += 1
         self.bytes_out += self.shelf.bytes_of(tokens)
