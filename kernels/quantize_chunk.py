@@ -291,13 +291,16 @@ def _launch(
 ) -> None:  # fmt: skip
     layers, tokens, heads, head_dim = k.shape
     if bits == 8:
-        constants["BLOCK_ROWS"] = 4096 // head_dim
-        kernel, programs = kernel_8, triton.cdiv(tokens * heads, constants["BLOCK_ROWS"])
+        kernel, num_warps, block_rows = kernel_8, 4, 4096 // head_dim
+        constants["BLOCK_ROWS"] = block_rows
+        programs = triton.cdiv(tokens * heads, block_rows)
     else:
+        kernel, num_warps = kernel_4, max(1, group_tokens * head_dim // 1024)
         constants["GROUP_TOKENS"] = group_tokens
-        kernel, programs = kernel_4, triton.cdiv(tokens, group_tokens) * heads
+        programs = triton.cdiv(tokens, group_tokens) * heads
+    # 32 numbers a thread: 16 bytes of each load and store, at few registers.
     kernel[(programs, layers, 2)](
         k, v, packed, tokens, k.stride(0), v.stride(0), k.stride(1), v.stride(1), packed.stride(0), packed.stride(1),
         HEADS=heads, HEAD_DIM=head_dim, INTERPRETED=os.environ.get("TRITON_INTERPRET") == "1",
-        num_warps=4, enable_fp_fusion=False, **constants,
+        num_warps=num_warps, enable_fp_fusion=False, **constants,
     )  # fmt: skip
