@@ -23,6 +23,15 @@ ALIGNMENT = 16  # bytes: of what is packed of K or V of a layer
 
 
 @triton.jit
+def _wide(x, INTERPRETED: tl.constexpr):
+    """To fp32, which holds all. Triton's interpreter, left alone, gets subnormal bf16 wrong."""
+    if INTERPRETED and tl.bfloat16 == x.dtype:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """fp32 to the nearest number of DTYPE. Triton's interpreter, left alone, cuts bf16 off."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
@@ -47,10 +56,10 @@ def _scale(step, low, TOP: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.conste
     usable = step < float("inf")
     step = tl.where(usable, step, 0.0)
     scale = _rounded(step, DTYPE, INTERPRETED)
-    bits = scale.to(BITS, bitcast=True) + (scale.to(tl.float32) < step).to(BITS)
-    over = bits.to(DTYPE, bitcast=True).to(tl.float32) * TOP + low > LARGEST
+    bits = scale.to(BITS, bitcast=True) + (_wide(scale, INTERPRETED) < step).to(BITS)
+    over = _wide(bits.to(DTYPE, bitcast=True), INTERPRETED) * TOP + low > LARGEST
     scale = (bits - over.to(BITS)).to(DTYPE, bitcast=True)
-    return tl.where(usable, scale.to(tl.float32), float("inf"))
+    return tl.where(usable, _wide(scale, INTERPRETED), float("inf"))
 
 
 @triton.jit
@@ -89,7 +98,7 @@ def quantize_8_kernel(
         x = tl.load(k_ptr + layer * stride_k_layer + token * stride_k_token + in_token, mask=mask, other=0.0)
     else:
         x = tl.load(v_ptr + layer * stride_v_layer + token * stride_v_token + in_token, mask=mask, other=0.0)
-    x = x.to(tl.float32)
+    x = _wide(x, INTERPRETED)
 
     finite = _is_finite(x, 1)
     step = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
@@ -100,7 +109,9 @@ def quantize_8_kernel(
     offsets = rows.to(tl.int64)[:, None] * HEAD_DIM + dims
     tl.store(packed_ptr + offsets, codes.to(tl.uint8, bitcast=True), mask=mask)
     scale_ptr = (packed_ptr + num_rows.to(tl.int64) * HEAD_DIM).to(tl.pointer_type(DTYPE))
-    tl.store(scale_ptr + rows, scale.to(DTYPE), mask=rows < tl.cdiv(num_rows, PER_PIECE) * PER_PIECE)
+    tl.store(
+        scale_ptr + rows, _rounded(scale, DTYPE, INTERPRETED), mask=rows < tl.cdiv(num_rows, PER_PIECE) * PER_PIECE
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -119,7 +130,7 @@ def dequantize_8_kernel(
     packed_ptr += layer * stride_packed_layer + tensor * stride_packed_tensor
     codes = tl.load(packed_ptr + rows.to(tl.int64)[:, None] * HEAD_DIM + dims, mask=mask, other=0)
     scale_ptr = (packed_ptr + num_rows.to(tl.int64) * HEAD_DIM).to(tl.pointer_type(DTYPE))
-    scale = tl.load(scale_ptr + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
+    scale = _wide(tl.load(scale_ptr + rows, mask=rows < num_rows, other=0.0), INTERPRETED)
     x = codes.to(tl.int8, bitcast=True).to(tl.float32) * scale[:, None]
     x = _rounded(x, DTYPE, INTERPRETED)
     token = (rows // HEADS).to(tl.int64)[:, None]
@@ -152,7 +163,7 @@ def quantize_4_kernel(
         x = tl.load(k_ptr + layer * stride_k_layer + token * stride_k_token + in_token, mask=mask, other=0.0)
     else:
         x = tl.load(v_ptr + layer * stride_v_layer + token * stride_v_token + in_token, mask=mask, other=0.0)
-    x = x.to(tl.float32)  # [GROUP_TOKENS, HEAD_DIM]
+    x = _wide(x, INTERPRETED)  # [GROUP_TOKENS, HEAD_DIM]
 
     finite = _is_finite(x, 0)
     # Plus zero, since of zeros of both signs a minimum may be either.
@@ -170,8 +181,8 @@ def quantize_4_kernel(
     scale_ptr = (packed_ptr + tokens.to(tl.int64) * (HEADS * PAIRS)).to(tl.pointer_type(DTYPE))
     low_ptr = scale_ptr + tl.cdiv(tokens, GROUP_TOKENS).to(tl.int64) * (HEADS * HEAD_DIM)
     channel = group.to(tl.int64) * (HEADS * HEAD_DIM) + head * HEAD_DIM + dims
-    tl.store(scale_ptr + channel, scale.to(DTYPE))
-    tl.store(low_ptr + channel, low.to(DTYPE))
+    tl.store(scale_ptr + channel, _rounded(scale, DTYPE, INTERPRETED))
+    tl.store(low_ptr + channel, _rounded(low, DTYPE, INTERPRETED))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -197,8 +208,8 @@ def dequantize_4_kernel(
     scale_ptr = (packed_ptr + tokens.to(tl.int64) * (HEADS * PAIRS)).to(tl.pointer_type(DTYPE))
     low_ptr = scale_ptr + tl.cdiv(tokens, GROUP_TOKENS).to(tl.int64) * (HEADS * HEAD_DIM)
     channel = group.to(tl.int64) * (HEADS * HEAD_DIM) + head * HEAD_DIM + dims
-    scale = tl.load(scale_ptr + channel).to(tl.float32)[None, :]
-    low = tl.load(low_ptr + channel).to(tl.float32)[None, :]
+    scale = _wide(tl.load(scale_ptr + channel), INTERPRETED)[None, :]
+    low = _wide(tl.load(low_ptr + channel), INTERPRETED)[None, :]
     x = _rounded(codes.to(tl.float32) * scale + low, DTYPE, INTERPRETED)
     in_token = head * HEAD_DIM + dims[None, :]
     if tensor == 0:

@@ -159,7 +159,7 @@ def dequantize_chunk(
     given = dict(tokens=tokens, heads=heads, head_dim=head_dim)
     for name, out in (("out_k", out_k), ("out_v", out_v)):
         if out is not None:
-            check_layout(_BACK, name, out, (*layers, *("tokens" if tokens is None else tokens, "heads", "head_dim")))
+            check_layout(_BACK, name, out, (*layers, "tokens", "heads", "head_dim"), like=packed)
             sizes = dict(zip(given, out.shape[-3:], strict=True), dtype=out.dtype)
             for size, value in (*given.items(), ("dtype", dtype)):
                 if value is not None and value != sizes[size]:
