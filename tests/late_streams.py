@@ -28,7 +28,8 @@ class Event:
 class LateStreams:
     """Queues what is put on a stream, and runs it at random moments, in order within a stream.
 
-    What is launched runs in one step, a copy in two: first the target is filled with NaN, later it gets what its source then holds.
+    What is launched runs in one step, a copy in two: first the target is filled with NaN, later it gets what its source
+    then holds.
     `queues_compute`: what `call` is given is queued as well, else it runs at once, after making a wait before it true.
     `current` names the stream that is current. `skips` lists waits to leave out, (calling function, attribute of the
     events) as `name_events` named them. `broken_loads`: the share of calls of `copy` on LOAD that raise Broken.

@@ -201,9 +201,7 @@ class Play:
         if bits == 16:
             return shelf.rows[place, layer]
         packed = torch.stack(shelf.held(place, CHUNK).pieces[layer : layer + 1])[0]
-        return torch.stack(
-            dequantize_chunk(packed, bits=bits, tokens=CHUNK, heads=1, head_dim=64, dtype=torch.float32)
-        )
+        return torch.stack(dequantize_chunk(packed, bits=bits, tokens=CHUNK, heads=1, head_dim=64, dtype=torch.float32))
 
     def run(self, num_chunks: int) -> list[tuple]:
         """What was wrong, after so many chunks and a look at all that is banked."""

@@ -74,7 +74,8 @@ def equal(a, b) -> bool:
 
 def counts(memory: WorldMemory) -> dict:
     """Of stats, those that the place of rows does not change."""
-    return {name: n for name, n in memory.stats().items() if not name.startswith(("host_", "prefetch", "pinned"))}
+    of_places = ("host_", "prefetch", "pinned", "restored")
+    return {name: n for name, n in memory.stats().items() if not name.startswith(of_places)}
 
 
 CONFIGS = {

@@ -91,8 +91,8 @@ def changes(
 
     `config` has `bank_chunks` wherever they mean anything. Fields to change, and what the memory then takes: fewer
     bank_chunks, a bank in host memory, a smaller keep_ratio (halved and halved again, down to 1/16), fewer bank_bits,
-    fewer device_slots where they are given, fewer retrieved or recent. A bank that holds no more than a window retrieves
-    shrinks with it.
+    fewer device_slots where they are given, fewer retrieved or recent. A bank that holds no more than a window
+    retrieves shrinks with it.
     """
 
     def of(**fields: Any) -> MemoryBytes:

@@ -5,7 +5,6 @@ As they are in the pool, in host memory; or in fewer bits, in host memory or on 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
