@@ -115,7 +115,7 @@ def test_parts_of_a_packed_bank_by_hand(bits, of_a_layer):
     assert (on_device.packed_bank, on_device.staging, on_device.host_bank) == (10 * chunk, 0, 0)
     assert on_device.bank == 8 * 2432 * 2 * 40 * 40 * 128 * 2
     on_host = LINGBOT.memory(bank_bits=bits, bank="host", bank_chunks=10).bytes()
-    assert (on_host.packed_bank, on_host.staging) == (0, chunk + 8 * chunk / 40)
+    assert (on_host.packed_bank, on_host.staging) == (0, chunk + chunk / 40)
     assert on_host.bank == on_device.bank and 0 <= on_host.host_bank - 10 * chunk <= 8192
 
 

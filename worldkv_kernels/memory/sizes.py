@@ -102,7 +102,7 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         current=whole,
         bank=bank * _slot_bytes(config, config.banked_tokens, dtype),
         packed_bank=0 if on_host else on_shelf,
-        staging=(config.num_layers + bank) * _shelf_bytes(config, dtype) if packed and on_host else 0,
+        staging=(config.num_layers + 1) * _shelf_bytes(config, dtype) if packed and on_host else 0,
         tables=tables,
         scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64,
         rotations=rotations,
