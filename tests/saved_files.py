@@ -36,7 +36,7 @@ KINDS = {
     "in 4 bits": (dict(bank_bits=4), 8),
     "turned": (dict(bank="host", recent_frames=4, keep_ratio=0.8), 9),
 }
-OPS = ("begin_chunk: ", "end_chunk: ", "attend: ")
+OPS = ("begin_chunk: ", "end_chunk: ", "attend: ", "quantize_chunk: ")
 
 
 def memory_of(kind: str) -> WorldMemory:
