@@ -300,7 +300,7 @@ do_fuzz() {
 }
 
 do_models() {
-    local all=("${small[@]+"${small[@]}"}") modes=worldkv,worldkv_eager,sliding_as_long more=published,worldkv_host
+    local all=("${small[@]+"${small[@]}"}") modes=worldkv,worldkv_eager,sliding_as_long more=published,worldkv_host,worldkv_8_bits,worldkv_host_4_bits
     [ "$dry" = 1 ] || modes+=,worldkv_compiled,worldkv_fp8
     small=("${small[@]:0:1}") # a rollout makes the chunks it is told to, whatever the seconds
     called="rollout, matrix" bench 90 rollout --model matrix_game_2 --chunks 40 --only "$modes,$more"

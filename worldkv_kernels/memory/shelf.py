@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..ops.all import backend_of
 from ..ops.quantize_chunk import dequantize_chunk, packed_bytes, quantize_chunk
 from ..saved import Rows
 from .arena import Arena
@@ -112,7 +113,7 @@ class PackedShelf:
         self, pool: Pool, *, tokens: int, num_places: int, bits: int, on_host: bool, backend: str | None
     ) -> None:
         num_layers, _, *self._heads = pool.k.shape
-        self._pool, self._bits, self._backend = pool, bits, backend
+        self._pool, self._bits, self._backend = pool, bits, backend_of("quantize_chunk", backend)
         device, each = pool.k.device, shelf_bytes(tokens, *self._heads, bits, pool.k.dtype)
         shape = (num_places, num_layers, each)
         self.has_staging, self.pinned = on_host, False
