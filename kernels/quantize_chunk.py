@@ -228,8 +228,8 @@ def _check(op: str, k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits
         sizes = f"of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
         raise ValueError(_wrong(op, "k", f"[layers, tokens, heads, head_dim], heads not first, {sizes}", k))
     layers, tokens, heads, head_dim = k.shape
-    if not 1 <= layers <= MAX_LAYERS or not 1 <= tokens < 2**31 // heads:
-        wanted = f"of 1 to {MAX_LAYERS} layers, at least one token and fewer than 2**31 tokens times heads"
+    if not 1 <= layers <= MAX_LAYERS or not 1 <= tokens <= 2**30 // heads:
+        wanted = f"of 1 to {MAX_LAYERS} layers, at least one token and at most 2**30 tokens times heads"
         raise ValueError(_wrong(op, "k", wanted, k))
     if v.shape != k.shape:
         raise ValueError(_wrong(op, "v", f"{list(k.shape)}", v))
@@ -269,8 +269,8 @@ def quantize_chunk(
 
     Args:
         k, v: [layers, tokens, heads, head_dim], one dtype, bf16, fp16 or fp32; dense in heads and head_dim, layers and
-            tokens of any stride. 1 to 65535 layers, at least a token, 1 to 128 heads, head_dim 64 or 128; fewer than
-            2**31 tokens times heads. A layer is k[None].
+            tokens of any stride. 1 to 65535 layers, at least a token, 1 to 128 heads, head_dim 64 or 128; at most 2**30
+            tokens times heads. A layer is k[None].
         packed: uint8 [layers, 2, bytes], K first, dense in its last dimension, with K and V of every layer on multiples
             of 16 bytes. Written whole: of 8 bits, int8 codes [tokens, heads, head_dim], scales T [tokens, heads], and
             zeros up to 16 bytes; of 4, bytes [tokens, heads, head_dim / 2] of which byte j has channel 2 j in its low

@@ -83,12 +83,7 @@ def outputs(to, device, backend):
     )
     chunk = (to(x.unsqueeze(0)) for x in (k, v))
     kept = worldkv_kernels.compress_chunk(*chunk, frames=3, keep_ratio=0.5, backend=backend)
-    chunk = [to(x.unsqueeze(0)) for x in (k, v)]
-    packed = [worldkv_kernels.quantize_chunk(*chunk, bits=bits, backend=backend) for bits in (8, 4)]
-    sizes = dict(tokens=12, heads=2, head_dim=64, dtype=torch.float32, backend=backend)
-    for bits, of_both in zip((8, 4), tuple(packed), strict=True):
-        packed += worldkv_kernels.dequantize_chunk(of_both, bits=bits, **sizes)
-    return [queries, k_pool, v_pool, *attended, *(x for x in kept if x is not None), *packed]
+    return [queries, k_pool, v_pool, *attended, *(x for x in kept if x is not None)]
 
 
 def main():

@@ -219,7 +219,7 @@ def test_no_number_is_off_by_more_than_half_a_step(backend, bits, dtype):
         assert_near(x[0], got[0], plain_quantize(x[0], bits)[1])
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_random_bits_are_packed_as_the_format_says(data):
     """Numbers of any exponent, whole or a few of them in a range; Triton's too, where there is Triton."""
@@ -244,19 +244,18 @@ def test_random_bits_are_packed_as_the_format_says(data):
 @by_backend
 @by_bits
 @by_dtype
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_comes_back_as_nan_and_nothing_else_does(backend, bits, dtype, bad):
+def test_what_is_not_finite_comes_back_as_nan_and_nothing_else_does(backend, bits, dtype):
     k, v = random_chunk(2, 70, 2, 64, dtype=dtype)
-    k[1, 66, 1, 9] = bad
-    v[0, 2, 0, 63] = bad
+    k[1, 66, 1, 9] = math.nan
+    v[0, 2, 0, 63] = math.inf
+    v[1, 2, 0, 63] = -math.inf
     packed, restored = direct_round_trip(k, v, bits, backend)
     assert_packed_and_restored(k, v, packed, restored, bits)
-    lost = torch.zeros_like(k, dtype=torch.bool), torch.zeros_like(k, dtype=torch.bool)
-    where = (slice(66, 67), 1), (slice(2, 3), 0)
-    if bits == 4:
-        where = (slice(64, 70), 1, 9), (slice(0, 64), 0, 63)
-    lost[0][1][where[0]] = True
-    lost[1][0][where[1]] = True
+    lost = [torch.zeros_like(k, dtype=torch.bool) for _ in range(2)]
+    if bits == 8:
+        lost[0][1, 66, 1] = lost[1][:, 2, 0] = True
+    else:
+        lost[0][1, 64:, 1, 9] = lost[1][:, :64, 0, 63] = True
     assert all(torch.equal(got.isnan(), want) for got, want in zip(restored, lost, strict=True))
 
 

@@ -568,10 +568,10 @@ def quantize_arguments():
         ({"k": torch.zeros(12, 2, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
         ({"k": torch.zeros(3, 12, 2, 96)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
         ({"k": torch.zeros(3, 12, 129, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not firs"),
-        ({"k": torch.zeros(0, 12, 2, 64)}, ValueError, "k must be of 1 to 65535 layers, at least one token and fewer"),
-        ({"k": torch.zeros(3, 0, 2, 64)}, ValueError, "k must be of 1 to 65535 layers, at least one token and fewer"),
+        ({"k": torch.zeros(0, 12, 2, 64)}, ValueError, "k must be of 1 to 65535 layers, at least one token and at"),
+        ({"k": torch.zeros(3, 0, 2, 64)}, ValueError, "k must be of 1 to 65535 layers, at least one token and at"),
         ({"k": torch.zeros(1, 1, 2, 64, device="meta").expand(1, 2**30, -1, -1)}, ValueError,
-         "k must be of 1 to 65535 layers, at least one token and fewer than 2**31 tokens times heads"),
+         "k must be of 1 to 65535 layers, at least one token and at most 2**30 tokens times heads"),
         ({"v": torch.zeros(3, 13, 2, 64)}, ValueError, "v must be [3, 12, 2, 64], got [3, 13, 2, 64]"),
         ({"v": torch.zeros(3, 12, 2, 64).half()}, TypeError, "k and v must be of one dtype"),
         *[
