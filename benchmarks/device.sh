@@ -6,7 +6,7 @@
 #                        [--next] [--dry]
 #
 # --check              tests that use the GPU                                      (at most 4 minutes)
-# --ops                benches of norm_rope_append, compress_chunk and prefetch    (4)
+# --ops                benches of norm_rope_append, compress_chunk, quantize_chunk and prefetch    (5)
 # --segment_attention  what a GPU has to do for it (conformance.py, for sm_90), tests of it in CUDA, its bench     (5)
 # --tune               which backend of segment_attention is the fastest (worldkv tune, not kept), and which
 #                      launch configuration                                              (7)
@@ -222,7 +222,7 @@ run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
         "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,first_and_large,graphs,integrations_graphs}.py \
-        "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,rope,segment_attention,segment_attention_sdpa,segment_attention_triton,segment_attention_weights}.py
+        "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,quantize_chunk,rope,segment_attention,segment_attention_sdpa,segment_attention_triton,segment_attention_weights}.py
     stage "tests of sessions" 90 "${pytest[@]}" "$root"/tests/test_{saving,saving_rollouts,saving_handles,sessions,world_memory_changes}.py
     # Without torch.compile's pool of processes, for which a worker of pytest waits at its end.
     stage "tests of models" 90 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" \
@@ -263,6 +263,7 @@ do_check() {
 do_ops() {
     bench 70 norm_rope_append
     bench 90 compress_chunk
+    bench 70 quantize_chunk
     bench 60 prefetch
 }
 
@@ -299,7 +300,7 @@ do_fuzz() {
 }
 
 do_models() {
-    local all=("${small[@]+"${small[@]}"}") modes=worldkv,worldkv_eager,sliding_as_long more=published,worldkv_host
+    local all=("${small[@]+"${small[@]}"}") modes=worldkv,worldkv_eager,sliding_as_long more=published,worldkv_host,worldkv_8_bits,worldkv_host_4_bits
     [ "$dry" = 1 ] || modes+=,worldkv_compiled,worldkv_fp8
     small=("${small[@]:0:1}") # a rollout makes the chunks it is told to, whatever the seconds
     called="rollout, matrix" bench 90 rollout --model matrix_game_2 --chunks 40 --only "$modes,$more"

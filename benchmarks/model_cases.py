@@ -30,8 +30,8 @@ from worldkv_kernels.trajectory import latent_poses, load
 # makes its passes without CUDA graphs, "worldkv_compiled" with fewer kernels between the products, and "worldkv_fp8" so
 # with linear layers in FP8.
 MODES = (
-    "worldkv", "worldkv_eager", "worldkv_host", "official", "full", "sliding", "sliding_as_long", "sink_recent",
-    "published", "worldkv_compiled", "worldkv_fp8",
+    "worldkv", "worldkv_eager", "worldkv_host", "worldkv_8_bits", "worldkv_host_4_bits", "official", "full", "sliding",
+    "sliding_as_long", "sink_recent", "published", "worldkv_compiled", "worldkv_fp8",
 )  # fmt: skip
 # Modes that change the model, for those after them too; on a GPU.
 CHANGED = {"worldkv_compiled": "compile_elementwise", "worldkv_fp8": "to_fp8"}
@@ -146,6 +146,8 @@ def memory_config(mode: str, model: WorldModel, chunks: int) -> MemoryConfig:
         "worldkv": {},
         **{key: {} for key in ("worldkv_eager", *CHANGED)},
         "worldkv_host": {"bank": "host"},
+        "worldkv_8_bits": {"bank_bits": 8},
+        "worldkv_host_4_bits": {"bank": "host", "bank_bits": 4},
         "full": {"mode": "full"},
         "sliding": {"mode": "sliding"},
         "sliding_as_long": {"mode": "sliding", "recent_frames": as_long},

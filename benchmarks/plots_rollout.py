@@ -10,7 +10,8 @@ from plots_common import headline, save, wrapped
 from traces import ORDER
 
 COLORS = {
-    "worldkv": "#1f77b4", "worldkv_host": "#17becf", "official": "#9467bd", "full": "#2ca02c", "sliding": "#8c564b",
+    "worldkv": "#1f77b4", "worldkv_host": "#17becf", "worldkv_8_bits": "#7f7f7f", "worldkv_host_4_bits": "#e377c2",
+    "official": "#9467bd", "full": "#2ca02c", "sliding": "#8c564b",
     "sliding_as_long": "#ff7f0e", "sink_recent": "#bcbd22", "published": "#d62728",
 }  # fmt: skip
 KIND_COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#d62728", "#8c564b", "#d9d9d9"]  # idle last

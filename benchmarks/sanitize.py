@@ -22,7 +22,17 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch allocates
 import torch
 from common import ERROR_LIMITS, parse_device, relative_error, worst
 
-from worldkv_kernels import Rope3D, RopeTable, Segment, Window, compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels import (
+    Rope3D,
+    RopeTable,
+    Segment,
+    Window,
+    compress_chunk,
+    dequantize_chunk,
+    norm_rope_append,
+    quantize_chunk,
+    segment_attention,
+)
 from worldkv_kernels.ops.backends import OpBackends
 
 Outputs = Sequence[torch.Tensor]
@@ -125,6 +135,20 @@ def compress_layers_case(
     return case
 
 
+def quantize_case(heads: int, head_dim: int, dtype: torch.dtype, bits: int) -> Case:
+    """The last 71 of 80 rows of each of three layers, packed, and restored into the last rows of others."""
+
+    def case(device: torch.device, backend: str) -> Outputs:
+        k, v = random(3, 80, heads, head_dim, dtype=dtype), random(3, 80, heads, head_dim, dtype=dtype).flip(1)
+        k[:, :9], v[:, :9] = float("nan"), float("nan")
+        packed = quantize_chunk(k[:, 9:].to(device), v[:, 9:].to(device), bits=bits, backend=backend)
+        outs = [torch.zeros(3, 80, heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
+        dequantize_chunk(packed, bits=bits, out_k=outs[0][:, 9:], out_v=outs[1][:, 9:], backend=backend)
+        return *outs, packed
+
+    return case
+
+
 def cases(device: torch.device) -> dict[str, dict[str, Case]]:
     """Cases by op and name; together they reach every kernel and every compile-time branch of a launch."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter multiplies no bf16 matrices
@@ -167,6 +191,15 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
             "layers, nearest, merged": compress_layers_case(
                 3, half, pooled=True, keep_ratio=0.25, rule="nearest", merge=True
             ),
+        },
+        "quantize_chunk": {
+            f"{bits} bits, {name}": quantize_case(*sizes, bits)
+            for bits in (8, 4)
+            for name, sizes in (
+                ("bf16", (3, 128, torch.bfloat16)),
+                ("fp16", (1, 64, torch.float16)),
+                ("fp32", (2, 64, torch.float32)),
+            )
         },
     }
 
@@ -223,8 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             got: Any = [x.cpu() for x in case(device, backend)]
             want = case(torch.device("cpu"), "reference")
             error = worst(relative_error(g, w) for g, w in zip(got, want, strict=True))
-            copied = op == "compress_chunk" and not name.endswith("merged")
-            right = error <= (0.0 if copied else ERROR_LIMITS[got[0].dtype])
+            exact = op == "quantize_chunk" or (op == "compress_chunk" and not name.endswith("merged"))
+            right = error <= (0.0 if exact else ERROR_LIMITS[got[0].dtype])
             right &= all(torch.equal(g, w) for g, w in zip(got, want, strict=True) if not g.is_floating_point())
             wrong += not right
             print(f"{op} {backend}, {name}: error {error:.1e}{'' if right else ' WRONG'}", flush=True)

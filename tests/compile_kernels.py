@@ -23,11 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-from worldkv_kernels.kernels import compress_chunk, gather_window, norm_rope_append, segment_attention
+from worldkv_kernels.kernels import compress_chunk, gather_window, norm_rope_append, quantize_chunk, segment_attention
+
+from worldkv_kernels.ops.quantize_chunk import packed_bytes
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32",
+    torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -102,6 +105,9 @@ def resources(binary):
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
         "mma": len(re.findall(r"\bHMMA\b", sass)),
         "bulk_copies": len(re.findall(r"\bUTMALDG\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
+        "narrow_stores": len(re.findall(r"\bSTG\.E\b(?!\S*\.128\b)", sass)),
         "tcgen05": len(re.findall(r"\bUTCHMMA\b", sass)),
     }
 
@@ -215,12 +221,29 @@ def compress_launches():
         )  # fmt: skip
 
 
+def quantize_launches():
+    for dtype, heads, head_dim in [
+        (torch.bfloat16, 40, 128), (torch.bfloat16, 24, 64), (torch.float16, 12, 128), (torch.float32, 40, 128),
+    ]:  # fmt: skip
+        k = torch.empty(40, 50_000, heads, head_dim, dtype=dtype, device="meta")[:, :2340]
+        for bits, group_tokens in ((8, 64), (4, 64), (4, 32))[: 3 if (dtype, heads) == (torch.bfloat16, 40) else 2]:
+            size = packed_bytes(2340, heads, head_dim, bits, dtype)
+            size = size if group_tokens == 64 else size + 2 * (74 - 37) * heads * head_dim * dtype.itemsize
+            packed = torch.empty(40, 2, size, dtype=torch.uint8, device="meta")
+            options = dict(bits=bits, group_tokens=group_tokens)
+            case = f"{str(dtype)[6:]} {heads}x{head_dim}{f' groups of {group_tokens}' * (bits == 4)}"
+            yield case, partial(quantize_chunk.quantize_chunk, k, k, packed, **options)
+            yield case, partial(quantize_chunk.dequantize_chunk, packed, k, k, **options)
+
+
 def main(archs: list[int]) -> None:
     report = []
     for arch in archs:
         for module in (segment_attention, compress_chunk):
             module.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
-        for launch_list in (attention_launches, gather_launches, append_launches, compress_launches):
+        for launch_list in (
+            attention_launches, gather_launches, append_launches, compress_launches, quantize_launches,
+        ):  # fmt: skip
             for case, launch in launch_list():
                 with intercepted_launches() as launches:
                     launch()

@@ -158,8 +158,8 @@ def state(memory: WorldMemory, chunk: int) -> tuple:
 
 
 @st.composite
-def configs(draw, whole_chunks: bool = False, **fixed) -> MemoryConfig:
-    """`whole_chunks`: sink and recent frames neither end nor begin inside a chunk."""
+def configs(draw, whole_chunks: bool = False, any_bits: bool = False, **fixed) -> MemoryConfig:
+    """`whole_chunks`: sink and recent frames neither end nor begin inside a chunk. `any_bits`: of the bank, else 16."""
     frames = draw(st.integers(1, 4))
     mode = fixed.get("mode") or draw(st.sampled_from(["worldkv"] * 5 + ["full", "sliding", "sink_recent"]))
     whole = whole_chunks or draw(st.booleans())
@@ -190,6 +190,8 @@ def configs(draw, whole_chunks: bool = False, **fixed) -> MemoryConfig:
         eps=draw(st.sampled_from([1e-6, 1e-2])),
         unattended_chunks=draw(st.integers(0, 1)),
     )
+    if any_bits:
+        drawn["bank_bits"] = draw(st.sampled_from([16, 8, 4]))
     return MemoryConfig(**{**drawn, **fixed})
 
 

@@ -33,9 +33,10 @@ KINDS = {
     "sink_recent": (dict(mode="sink_recent", retrieval="action"), 5),
     "unbounded": (dict(bank_chunks=None, rope=Rope3D(64)), 5),
     "without a rope": (dict(mode="sliding", rope=None), 5),
+    "in 4 bits": (dict(bank_bits=4), 8),
     "turned": (dict(bank="host", recent_frames=4, keep_ratio=0.8), 9),
 }
-OPS = ("begin_chunk: ", "end_chunk: ", "attend: ")
+OPS = ("begin_chunk: ", "end_chunk: ", "attend: ", "quantize_chunk: ")
 
 
 def memory_of(kind: str) -> WorldMemory:

@@ -68,13 +68,13 @@ def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
 def one_row_more(cache, chunks, places, tokens, keep):
     SlotCache.right(cache, chunks, places, tokens, keep)
     for chunk in chunks:
-        cache._pool.v[0, cache._rows[cache._cached[chunk]] + tokens[chunk]] = 0.0
+        cache.shelf._pool.v[0, cache._rows[cache._cached[chunk]] + tokens[chunk]] = 0.0
 
 
 def a_bit_off(cache, chunks, places, tokens, keep):
     SlotCache.right(cache, chunks, places, tokens, keep)
     for chunk in chunks:
-        cache._pool.k[-1, cache._rows[cache._cached[chunk]], 0, 0] *= 1.01
+        cache.shelf._pool.k[-1, cache._rows[cache._cached[chunk]], 0, 0] *= 1.01
 
 
 def never(cache, chunks, places, tokens, keep):

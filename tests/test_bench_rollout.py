@@ -53,6 +53,7 @@ def test_the_memories_that_are_compared(cases):
     chunk = 18
     assert windows == {
         "worldkv": 4 * chunk + 6 * (6 + 2 * 2), "worldkv_eager": 4 * chunk + 6 * 10, "worldkv_host": 4 * chunk + 6 * 10,
+        "worldkv_8_bits": 4 * chunk + 6 * 10, "worldkv_host_4_bits": 4 * chunk + 6 * 10,
         "official": 3 * chunk + 6 * 10, "published": 3 * chunk + 6 * 10,
         "sliding": 3 * chunk, "sliding_as_long": 7 * chunk, "sink_recent": 4 * chunk,
         "worldkv_compiled": 4 * chunk + 6 * 10, "worldkv_fp8": 4 * chunk + 6 * 10,
@@ -62,6 +63,8 @@ def test_the_memories_that_are_compared(cases):
         "worldkv",
         "worldkv_eager",
         "worldkv_host",
+        "worldkv_8_bits",
+        "worldkv_host_4_bits",
         *cases.CHANGED,
     }  # the baselines as they are by default
     even = cases.build(small_case(cases, grid=(2, 4)), CPU)  # a quarter of a frame is a whole number: half a chunk

@@ -14,7 +14,7 @@ from worldkv_kernels.cli import main
 
 CPU = torch.device("cpu")
 SHAPE = "heads=3,kv_heads=3,q=40,head_dim=64,window=40x1+20x3,dtype=float16"
-BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "prefetch", "chunk", "rollout"]
+BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "prefetch", "chunk", "rollout"]
 
 
 def bench(tmp_path, *arguments):
@@ -39,6 +39,11 @@ def bench(tmp_path, *arguments):
             "compress_chunk", "frame_tokens=8,heads=2,head_dim=64,keep_ratio=0.5,pooled=false,layers=2",
             "2 layers of 24 tokens x 2 x 64, keep_ratio 0.5, per frame",
             {"heads": 2, "tokens": 24, "layers": 2, "head_dim": 64, "dtype": "bfloat16"},
+        ),
+        (
+            "quantize_chunk", "tokens=70,heads=2,head_dim=64,bits=4,op=dequantize,layers=2",
+            "dequantize, 4 bits, 2 layers of 70 tokens x 2 x 64",
+            {"heads": 2, "tokens": 70, "layers": 2, "bits": 4, "head_dim": 64, "dtype": "bfloat16"},
         ),
     ],
 )  # fmt: skip
@@ -72,7 +77,7 @@ def test_sizes_that_do_not_fit_are_told_in_bytes(load, monkeypatch, capsys):
     monkeypatch.setattr(shapes, "free_bytes", lambda device: 2**20)
     for name, shape in (
         ("segment_attention", SHAPE), ("norm_rope_append", "heads=40,grid=3x30x52"),
-        ("compress_chunk", "heads=40,frame_tokens=1560"),
+        ("compress_chunk", "heads=40,frame_tokens=1560"), ("quantize_chunk", "heads=40,tokens=2340,bits=8"),
     ):  # fmt: skip
         assert main(["bench", name, "--device", "cpu", "--shape", shape]) == 2
         said = r"worldkv bench: --shape .* must fit the 1\.0 MiB that are free on cpu, got \d+\.\d [MG]iB\n"
@@ -130,6 +135,7 @@ def test_case_and_only_leave_what_they_name(tmp_path):
     assert [(f["bench"], f["variant"]) for f in figures if f["base"] is None] == [
         ("segment_attention", "sdpa backend"), ("segment_attention", "reference"), ("segment_attention", "sdpa flash"),
         ("norm_rope_append", "reference"), ("norm_rope_append", "eager"), ("compress_chunk", "reference"),
+        ("quantize_chunk", "reference"), ("quantize_chunk", "eager"),
     ]  # fmt: skip
     assert all(f["case"].endswith("float16") for f in figures)
 

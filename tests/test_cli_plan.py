@@ -80,9 +80,23 @@ def test_without_host_memory_said_a_host_bank_holds_all(capsys):
     row = row_of(planned(capsys, "--model", "matrix_game_2", "--gpu", "24"), "24 GB", 0.25, "host")
     assert main(["plan", "--model", "matrix_game_2", "--gpu", "24"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["24", "GB", "host", "0.25", "1000", "or", "more", "12,000", "-"] in [line[:9] for line in lines]
+    assert ["24", "GB", "host", "0.25", "16", "1000", "or", "more", "12,000", "-"] in [line[:10] for line in lines]
     assert (row["bank_chunks"], row["is_most"], row["video_frames"]) == (1000, True, 12000)
     assert row["host_bytes"] == MatrixGameConfig().memory(bank="host").bytes(bank_chunks=1000).host
+
+
+def test_fewer_bits_hold_more_chunks(capsys):
+    result = planned(capsys, "--model", "lingbot_world_fast", "--gpu", "80", "--host", "512", "--bank-bits", "16,8, 4")
+    assert [row["bank_bits"] for row in result["rows"]] == 3 * [16, 16, 8, 8, 4, 4]
+    for row in result["rows"]:
+        memory = LingBotConfig().memory(keep_ratio=row["keep_ratio"], bank=row["bank"], bank_bits=row["bank_bits"])
+        assert row["memory_bytes"] == memory.bytes(bank_chunks=row["bank_chunks"] or 6).parts
+    at = {(row["bank_bits"], row["bank"]): row["bank_chunks"] for row in result["rows"] if row["keep_ratio"] == 0.25}
+    assert 1.9 < at[8, "host"] / at[16, "host"] < 2.0 and 3.5 < at[4, "host"] / at[16, "host"] < 3.6
+    assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "80", "--bank-bits", "4"]) == 0
+    assert "a banked chunk, keep_ratio 0.25, 4 bits, in host memory" in capsys.readouterr().out
+    assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "80", "--bank-bits", "16,2"]) == 2
+    assert "--bank-bits must be of 16, 8, 4, joined by commas, got '16,2'" in capsys.readouterr().err
 
 
 def test_no_number_of_frames_is_too_many_to_plan(capsys):
@@ -118,7 +132,7 @@ def test_the_text_says_what_the_document_does(capsys):
         found = [str(row["bank_chunks"]), f"{row['video_frames']:,}", f"{row['seconds']:.1f}"] if row["fits"] else (
             ["does", "not", "fit", "-", "-"])  # fmt: skip
         sizes = [f"{row[name] / GIB:.1f}" for name in ("device_bytes", "gpu_bytes", "host_bytes")]
-        assert [*row["gpu"].split(), row["bank"], f"{row['keep_ratio']:g}", *found, *sizes] in lines
+        assert [*row["gpu"].split(), row["bank"], f"{row['keep_ratio']:g}", "16", *found, *sizes] in lines
     for part in ("weights", "activations"):
         assert [part, f"{result['fixed_bytes'][part] / GIB:.1f}", "GiB"] in lines
     taken = sum(result["fixed_bytes"].values()) / GIB

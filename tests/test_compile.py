@@ -21,6 +21,7 @@ COMPRESS_KERNELS = {
     "anchor_mean_kernel", "similarity_kernel", "norms_kernel", "nearest_kernel", "reduce_kernel", "select_kernel",
     "gather_kernel", "root_kernel", "alike_kernel", "link_kernel", "merge_kernel",
 }  # fmt: skip
+QUANTIZE_KERNELS = {"quantize_8_kernel", "quantize_4_kernel", "dequantize_8_kernel", "dequantize_4_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +46,11 @@ def test_every_kernel_compiles_without_spills_and_fits(report, arch):
     entries = [entry for entry in report if entry["arch"] == arch]
     assert {entry["kernel"] for entry in entries} == {
         "segment_attention_kernel", "merge_pieces_kernel", "gather_window_kernel", "norm_rope_append_kernel",
-        *COMPRESS_KERNELS,
+        *COMPRESS_KERNELS, *QUANTIZE_KERNELS,
     }  # fmt: skip
     for entry in entries:
         limit = max((spills for word, spills in SPILLS.items() if word in entry["case"]), default=0)
-        if entry["kernel"] in {*COMPRESS_KERNELS, "gather_window_kernel"}:
+        if entry["kernel"] in {*COMPRESS_KERNELS, *QUANTIZE_KERNELS, "gather_window_kernel"}:
             limit = 0
             assert entry["stack_bytes"] == 0, entry
         assert entry["spills"] <= limit and entry["spills_in_matrix_loops"] == 0, entry
@@ -66,6 +67,18 @@ def test_the_products_of_the_nearest_rule_keep_the_matrix_unit_fed(report, arch)
     for entry in half:
         assert entry[instruction[arch]] > 0 and entry["async_copies"] > 0, entry
         assert arch != 90 or (entry["mma"] == 0 and entry["warpgroup_starts_in_matrix_loops"] == 1), entry
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_chunks_are_packed_and_restored_in_pieces_of_16_bytes(report, arch):
+    """All but scales and minima, a number a row or a channel."""
+    entries = [e for e in report if e["kernel"] in QUANTIZE_KERNELS and e["arch"] == arch]
+    assert len(entries) == 2 * 9
+    for entry in entries:
+        assert entry["registers"] <= 96 and entry["shared_bytes"] <= 16 * 1024, entry
+        assert entry["wide_loads"] >= 1 and entry["wide_stores"] >= 1, entry
+        scales = {"quantize_8_kernel": 1, "quantize_4_kernel": 2}.get(entry["kernel"], 0)
+        assert entry["narrow_stores"] <= scales, entry
 
 
 def test_attention_issues_the_matrix_instructions_of_each_architecture(report):

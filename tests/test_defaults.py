@@ -166,12 +166,14 @@ def test_making_a_small_world_draws_nothing_from_the_global_generator():
 # --- the tests of the core, in a process with other defaults ---
 
 CORE = (
-    "window", "segment_attention", "norm_rope_append", "compress_chunk", "world_memory", "bank", "backends", "vendoring"
+    "window", "segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "world_memory", "bank",
+    "backends", "vendoring",
 )  # fmt: skip
 # The quick ones that make most kinds of tensors.
 TELLING = (
     "update_in_place or turning_the_query or mass_is_a_share or position_on or equal_scores or policy_object"
     " or attention_mass or costs_no_copy or wait_brings or wrong_kernel or the_check or tables_are or segments_that"
+    " or groups_of_another or one_layer_without"
 )
 
 

@@ -228,3 +228,46 @@ def test_an_index_or_count_that_lies_over_another_tensor_is_refused(layers, othe
     if other in ("out_k", "out_v") or (other, name) == ("index", "count"):
         first, second = second, first
     refuses("compress_chunk", given, {name: over}, ValueError, f"{first} must not overlap {second}, got")
+
+
+def quantize(back=False, **changes):
+    k, v = zeros(2, 3, 12, 2, 64)
+    packed = zeros(3, 2, 12 * 128 + 12 * 8, dtype=torch.uint8)
+    tensors = dict(packed=packed, k=k, v=v) if back else dict(k=k, v=v, packed=packed)
+    return {**tensors, "bits": 8, "backend": "auto", **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"k": zeros(12, 128)}, ValueError, "{k} must be [tokens, heads, head_dim] or [layers, tokens, heads, head_di"),
+        ({"k": zeros(3, 12, 2, 96)}, ValueError, "{k} must be [layers, tokens, heads, head_dim], heads not first, wi"),
+        ({"k": zeros(3, 0, 2, 64)}, ValueError, "{k} must be [layers, tokens, heads, head_dim] of 1 to 65535 layers"),
+        ({"k": zeros(3, 12, 2, 64, dtype=F64)}, TypeError, "{k} must be torch.bfloat16 or torch.float16 or"),
+        ({"k": zeros(3, 12, 64, 2).mT}, ValueError, "{k} must be contiguous in its last 2"),
+        ({"v": zeros(12, 2, 64)}, ValueError, "{v} must be [3, 12, 2, 64], got [12, 2, 64]"),
+        ({"v": zeros(3, 12, 2, 64).half()}, TypeError, "{v} must be torch.float32"),
+        ({"packed": zeros(3, 2, 408)}, ValueError, "{packed} must be [3, 2, 1632], got [3, 2, 408]"),
+        ({"packed": zeros(3, 2, 1632)}, TypeError, "{packed} must be torch.uint8"),
+        ({"packed": zeros(3, 2, 1640, dtype=torch.uint8)[..., 4:-4]}, ValueError,
+         "{packed} must be with K and V of every layer on multiples of 16 bytes"),
+        ({"bits": 4}, ValueError, "{packed} must be [3, 2, 1792], got [3, 2, 1632]"),
+        ({"bits": 16}, ValueError, "bits must be 8 or 4, got 16"),
+        ({"backend": "cuda"}, ValueError, "backend must be None or one of 'triton', 'reference', got 'cuda'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("back", [False, True])
+def test_quantize_refuses(changes, error, message, back):
+    names = dict(k="out_k", v="out_v", packed="packed") if back else dict(k="k", v="v", packed="out")
+    refuses("dequantize_chunk" if back else "quantize_chunk", quantize(back), changes, error, message.format(**names))
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_what_is_packed_may_not_lie_over_what_it_is_packed_of(name):
+    given = quantize()
+    over = given[name].view(torch.uint8).flatten()[: given["packed"].numel()].view(given["packed"].shape)
+    refuses("quantize_chunk", given, {"packed": over}, ValueError, f"out must not overlap {name}, got")
+    back = quantize(back=True)
+    over = back[name].view(torch.uint8).flatten()[: back["packed"].numel()].view(back["packed"].shape)
+    refuses("dequantize_chunk", back, {"packed": over}, ValueError, f"out_{name} must not overlap packed, got")
+    refuses("dequantize_chunk", back, {"v": back["k"]}, ValueError, "out_k must not overlap out_v, got")

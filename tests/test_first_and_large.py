@@ -8,7 +8,16 @@ import torch
 from conftest import DEVICE, backends, relative_error
 from torch.nn.functional import scaled_dot_product_attention
 
-from worldkv_kernels import Rope3D, Segment, Window, compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels import (
+    Rope3D,
+    Segment,
+    Window,
+    compress_chunk,
+    dequantize_chunk,
+    norm_rope_append,
+    quantize_chunk,
+    segment_attention,
+)
 from worldkv_kernels.ops.compress_chunk import BACKENDS as COMPRESS
 from worldkv_kernels.ops.norm_rope_append import BACKENDS as APPEND
 from worldkv_kernels.ops.segment_attention import BACKENDS as ATTENTION
@@ -22,7 +31,10 @@ HALF = dict(dtype=torch.bfloat16, device=DEVICE)
 
 FIRST_CALL = """
 import torch
-from worldkv_kernels import Rope3D, RopeTable, Segment, Window, compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels import (
+    Rope3D, RopeTable, Segment, Window, compress_chunk, dequantize_chunk, norm_rope_append, quantize_chunk,
+    segment_attention,
+)
 
 def random(*shape, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -50,6 +62,15 @@ def compress_chunk_once(backend=None):
     given = dict(frames=3, keep_ratio=0.5, out_k=outs[0], out_v=outs[1], backend=backend)
     return [x for x in compress_chunk(k, v, **given) if x is not None]
 
+packed = {bits: torch.empty_like(quantize_chunk(k, v, bits=bits, backend="reference")) for bits in (8, 4)}
+
+def quantize_chunk_once(backend=None):
+    return [quantize_chunk(k, v, bits=bits, out=packed[bits], backend=backend) for bits in (8, 4)]
+
+def dequantize_chunk_once(backend=None):
+    bytes_of_both = quantize_chunk(k, v, bits=4, out=packed[4], backend=backend)
+    return dequantize_chunk(bytes_of_both, bits=4, out_k=made, tokens=600, backend=backend)
+
 once = {op}_once
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
@@ -70,7 +91,9 @@ def first_call(op, table=True):
 
 
 @pytest.mark.parametrize("self_check", ["1", "0"])
-@pytest.mark.parametrize("op", ["segment_attention", "norm_rope_append", "compress_chunk"])
+@pytest.mark.parametrize(
+    "op", ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "dequantize_chunk"]
+)
 def test_the_first_call_of_a_process_may_be_inside_a_capture(op, self_check, monkeypatch):
     monkeypatch.setenv("WORLDKV_SELF_CHECK", self_check)
     done = first_call(op)
@@ -105,6 +128,8 @@ def test_rows_past_2_31_elements(cuda_kernels):
     for backend in OF_COMPRESS:
         for rule in ("nearest", "similarity") if backend != "cuda" else ("similarity",):
             pruned(pools, backend, rule)
+    for bits in (8, 4):
+        packed_and_restored(pools, bits)
 
 
 def attended(pools, backend):
@@ -142,6 +167,18 @@ def pruned(pools, backend, rule):
     want = compress_chunk(k, v, **options)
     got = compress_chunk(*(pool[first:] for pool in pools), **options)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True) if w is not None), (backend, rule)
+
+
+def packed_and_restored(pools, bits):
+    k, v = (torch.randn(2400, 40, 128, **HALF) for _ in range(2))
+    rows = [pool[len(pool) - 2400 :] for pool in pools]
+    for of_pool, x in zip(rows, (k, v), strict=True):
+        of_pool.copy_(x)
+    packed = quantize_chunk(*rows, bits=bits, backend="triton")
+    assert torch.equal(packed, quantize_chunk(k, v, bits=bits, backend="triton")), bits
+    dequantize_chunk(packed, bits=bits, out_k=rows[0], out_v=rows[1], backend="triton")
+    dequantize_chunk(packed, bits=bits, out_k=k, out_v=v, backend="triton")
+    assert torch.equal(rows[0], k) and torch.equal(rows[1], v), bits
 
 
 @pytest.mark.parametrize("backend", OF_ATTENTION)

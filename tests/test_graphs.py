@@ -60,7 +60,17 @@ def test_a_replay_outside_a_chunk_is_told():
         make("cpu").replayed()
 
 
-@pytest.mark.parametrize("options", [{}, {"bank": "host"}, {"mode": "full"}, {"recent_frames": 0, "sink_frames": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bank": "host"},
+        {"mode": "full"},
+        {"recent_frames": 0, "sink_frames": 0},
+        {"bank_bits": 8},
+        {"bank": "host", "bank_bits": 4},
+    ],
+)
 def test_warming_up_changes_nothing(options, monkeypatch):
     """And runs each op as chunks do: what is compiled, checked and chosen is theirs."""
     of_chunks, of_warm_up = {}, {}
@@ -93,7 +103,9 @@ def test_warming_up_changes_nothing(options, monkeypatch):
             patched.setattr(op, "choose", noting(of_chunks, op))
         got = made(memory, eager(memory))
     assert all(map(torch.equal, got, wanted))
-    assert of_warm_up == of_chunks and len(of_chunks) == (2 if options.get("mode") == "full" else 3)
+    assert of_warm_up == of_chunks and len(of_chunks) == (
+        2 if options.get("mode") == "full" else 5 if "bank_bits" in options else 3
+    )
     with pytest.raises(RuntimeError, match="warm_up: the memory must be new or reset, got one at chunk 9"):
         memory.warm_up()
     memory.reset()
@@ -102,7 +114,11 @@ def test_warming_up_changes_nothing(options, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("options", [{}, {"bank": "host"}, {"rebase_time": True}], ids=["device", "host", "rebase"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bank": "host"}, {"rebase_time": True}, {"bank_bits": 8}, {"bank": "host", "bank_bits": 4}],
+    ids=["device", "host", "rebase", "8 bits", "host, 4 bits"],
+)
 def test_chunks_made_by_replays_are_those_of_the_ops(options):
     wanted = made(plain := make("cuda", **options), eager(plain))
     memory = make("cuda", **options)

@@ -115,7 +115,7 @@ def test_parts_of_a_packed_bank_by_hand(bits, of_a_layer):
     assert (on_device.packed_bank, on_device.staging, on_device.host_bank) == (10 * chunk, 0, 0)
     assert on_device.bank == 8 * 2432 * 2 * 40 * 40 * 128 * 2
     on_host = LINGBOT.memory(bank_bits=bits, bank="host", bank_chunks=10).bytes()
-    assert (on_host.packed_bank, on_host.staging) == (0, chunk + 8 * chunk / 40)
+    assert (on_host.packed_bank, on_host.staging) == (0, chunk + chunk / 40)
     assert on_host.bank == on_device.bank and 0 <= on_host.host_bank - 10 * chunk <= 8192
 
 
@@ -168,12 +168,12 @@ def proposed(message: str) -> list[dict[str, object]]:
     ]
 
 
-KEEP, RETRIEVED, RECENT, CHUNKS = "keep_ratio", "retrieved_chunks", "recent_frames", "bank_chunks"
+KEEP, RETRIEVED, RECENT, CHUNKS, BITS = "keep_ratio", "retrieved_chunks", "recent_frames", "bank_chunks", "bank_bits"
 CASES = [
-    (dict(bank_chunks=20), GPU, dict(cuda=44, cpu=100), [CHUNKS, "bank", KEEP]),
+    (dict(bank_chunks=20), GPU, dict(cuda=44, cpu=100), [CHUNKS, "bank", KEEP, BITS]),
     (dict(bank_chunks=7, keep_ratio=1), GPU, dict(cuda=39, cpu=9), [CHUNKS, KEEP, RECENT]),
     (dict(bank_chunks=9, bank="host"), GPU, dict(cuda=26, cpu=100), [KEEP, RETRIEVED, RECENT]),
-    (dict(bank_chunks=60, bank="host"), GPU, dict(cuda=60, cpu=100), [CHUNKS, KEEP]),
+    (dict(bank_chunks=60, bank="host"), GPU, dict(cuda=60, cpu=100), [CHUNKS, KEEP, BITS]),
     (dict(bank_chunks=60, bank="host", device_slots=13), GPU, dict(cuda=36, cpu=150), [KEEP, "device_slots", RECENT]),
     (dict(bank_chunks=6), GPU, dict(cuda=24.5, cpu=2), [KEEP, RETRIEVED, RECENT]),
     (dict(bank_chunks=30), CPU, dict(cpu=40), [CHUNKS]),
@@ -200,7 +200,8 @@ def test_a_refusal_names_the_parts_and_what_would_fit(fields, device, free, name
         taken = changed.bytes()
         assert (f"{taken.device / GIB:.1f}", on_host or "0.0") == (on_device, f"{taken.host_bank / GIB:.1f}")
         for name, value in change.items():  # no more than is needed
-            more = {"keep_ratio": lambda v: 2 * v, "bank": lambda v: "device"}.get(name, lambda v: v + 1)(value)
+            more = {"keep_ratio": lambda v: 2 * v, "bank": lambda v: "device", "bank_bits": lambda v: 2 * v}
+            more = more.get(name, lambda v: v + 1)(value)
             if len(change) == 1:
                 assert refusal(monkeypatch, replace(config, **{name: more}), device, **free) != ""
 

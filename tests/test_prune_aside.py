@@ -8,7 +8,7 @@ import torch
 from conftest import DEVICE
 
 from worldkv_kernels import MemoryConfig, WorldMemory
-from worldkv_kernels.memory import storage
+from worldkv_kernels.memory import shelf, storage
 
 CONFIG = MemoryConfig(
     num_layers=2, num_heads=2, head_dim=64, grid=(4, 5), chunk_frames=3, recent_frames=3, retrieved_chunks=2,
@@ -70,9 +70,10 @@ def test_pruning_that_ends_as_late_as_it_may_changes_nothing(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("bank", ["device", "host"])
-def test_a_slow_pruning_on_a_gpu_changes_nothing(monkeypatch, bank):
-    config = dataclasses.replace(CONFIG, bank=bank)
+def test_a_slow_pruning_on_a_gpu_changes_nothing(monkeypatch, bank, bits):
+    config = dataclasses.replace(CONFIG, bank=bank, bank_bits=bits)
     want = walk(WorldMemory(config, device=DEVICE, dtype=torch.float32))
     op = storage.compress_chunk
 
@@ -86,22 +87,35 @@ def test_a_slow_pruning_on_a_gpu_changes_nothing(monkeypatch, bank):
     assert all(map(torch.equal, got, want))
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_what_pruning_touches_outlives_it(monkeypatch, merge):
+@pytest.mark.parametrize(
+    ("fields", "tensors"),
+    [
+        (dict(merge_pruned=False), 3),
+        (dict(merge_pruned=True), 3),
+        (dict(bank_bits=8), 4),
+        (dict(bank="host", bank_bits=4), 4),
+    ],
+    ids=str,
+)
+def test_what_pruning_touches_outlives_it(monkeypatch, fields, tensors):
     """A memory may be deleted while a chunk is pruned: the allocator has to know of every tensor of that stream."""
     held, touched = set(), set()
-    op, side_stream = storage.compress_chunk, storage.SideStream
+    side_stream = storage.SideStream
 
-    def compress(*tensors, **options):
-        given = [x for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor)]
-        touched.update(x.untyped_storage().data_ptr() for x in given)
-        return op(*tensors, **options)
+    def touching(op):
+        def call(*given, **options):
+            found = [x for x in (*given, *options.values()) if isinstance(x, torch.Tensor)]
+            touched.update(x.untyped_storage().data_ptr() for x in found)
+            return op(*given, **options)
+
+        return call
 
     def side(device, *tensors):
         held.update(x.untyped_storage().data_ptr() for x in tensors)
         return side_stream(device, *tensors)
 
-    monkeypatch.setattr(storage, "compress_chunk", compress)
+    monkeypatch.setattr(storage, "compress_chunk", touching(storage.compress_chunk))
+    monkeypatch.setattr(shelf, "quantize_chunk", touching(shelf.quantize_chunk))
     monkeypatch.setattr(storage, "SideStream", side)
-    walk(WorldMemory(dataclasses.replace(CONFIG, merge_pruned=merge), device=DEVICE, dtype=torch.float32))
-    assert len(touched) == 3 and touched <= held
+    walk(WorldMemory(dataclasses.replace(CONFIG, **fields), device=DEVICE, dtype=torch.float32))
+    assert len(touched) == tensors and touched <= held

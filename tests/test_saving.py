@@ -74,7 +74,8 @@ def equal(a, b) -> bool:
 
 def counts(memory: WorldMemory) -> dict:
     """Of stats, those that the place of rows does not change."""
-    return {name: n for name, n in memory.stats().items() if not name.startswith(("host_", "prefetch", "pinned"))}
+    of_places = ("host_", "device_bytes", "prefetch", "pinned", "restored")
+    return {name: n for name, n in memory.stats().items() if not name.startswith(of_places)}
 
 
 CONFIGS = {
@@ -82,6 +83,7 @@ CONFIGS = {
     **{mode: dict(mode=mode, bank_chunks=40) for mode in ("full", "sliding", "sink_recent")},
     "cut frames": dict(sink_frames=4, recent_frames=4, keep_ratio=0.5, merge_pruned=False, prune_rule="similarity"),
     "faults": dict(unattended_chunks=1, bank_sink=True, rebase_sink=False, order="nearest_first"),
+    "in 8 bits": dict(bank_bits=8, keep_ratio=0.5),
     "weighted": dict(retrieval="fov", rebase_time=False, retrieved_log_weight=0.5),
 }
 

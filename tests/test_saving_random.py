@@ -40,7 +40,7 @@ BASELINES = ("full", "sliding", "sink_recent")
 def longer(draw, kind: str) -> MemoryConfig:
     """Random configs of a policy, or a baseline, that can make the chunks: the pool of "full" has room for them."""
     mode = kind if kind in BASELINES else "worldkv"
-    config = draw(configs(mode=mode, retrieval=draw(POLICIES.get(kind, st.one_of(*POLICIES.values())))))
+    config = draw(configs(mode=mode, any_bits=True, retrieval=draw(POLICIES.get(kind, st.one_of(*POLICIES.values())))))
     fields = {"bank_sink": draw(st.booleans()), "rebase_sink": draw(st.booleans()), "prefetch": draw(st.booleans())}
     if config.rope is not None:
         fields["rope"] = Rope3D(HEAD_DIM, draw(st.sampled_from([config.rope.theta, 77.0])), config.rope.pairs)

@@ -27,7 +27,7 @@ import torch
 
 from worldkv_kernels import (
     ActionRetrieval, FovRetrieval, MemoryConfig, PoseRetrieval, Rope3D, Segment, Window, WorldMemory, compress_chunk,
-    norm_rope_append, parse_actions, segment_attention,
+    dequantize_chunk, norm_rope_append, parse_actions, quantize_chunk, segment_attention,
 )
 from worldkv_kernels.integrations import lingbot, matrix_game
 from worldkv_kernels.models.matrix_game_2 import MatrixGame2
@@ -55,6 +55,14 @@ def chunk(q: torch.Tensor) -> torch.Tensor:
     compress_chunk(q, q, frames=3, keep_ratio=0.25, rule="random")  # type: ignore[arg-type]
     flat = q.flatten(1)
     return norm_rope_append(flat, flat, flat, k, v, 0, rope=Rope3D(64), grid=(3, 1, 2), start_frame=0).flatten(1)
+
+
+def packed(q: torch.Tensor) -> torch.Tensor:
+    bytes_of_both = quantize_chunk(q, q, bits=4)
+    k, v = dequantize_chunk(bytes_of_both, bits=4, tokens=6, heads=2, head_dim=64, dtype=torch.float16)
+    k, v = dequantize_chunk(quantize_chunk(q, q, bits=8, out=bytes_of_both), bits=8, out_k=k, backend="reference")
+    quantize_chunk(q, q, bits=2)  # type: ignore[arg-type]
+    return k.flatten(1)
 
 
 def memory(q: torch.Tensor, poses: torch.Tensor) -> list[int]:

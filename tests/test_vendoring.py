@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from worldkv_kernels import Rope3D, Segment, Window
 
 pytest.importorskip("triton", reason="triton is not installed")
-from worldkv_kernels.kernels import compress_chunk, norm_rope_append, segment_attention
+from worldkv_kernels.kernels import compress_chunk, norm_rope_append, quantize_chunk, segment_attention
 
 # --- a copy of one file, in a process that has no worldkv_kernels ---
 
@@ -156,12 +156,51 @@ for layer in range(2):
         assert close(out_k[layer, row], mean * (square.sqrt() / mean.norm(dim=-1) * stretch)[:, None])
 """
 
+QUANTIZE_CHUNK = """
+from quantize_chunk import dequantize_chunk, quantize_chunk
+
+pool_k, pool_v = torch.randn(2, 2, 100, 2, 64)
+k, v = pool_k[:, 8:78], pool_v[:, 9:79]  # two layers of 70 tokens: groups of 32, 32 and 6
+numbers = 70 * 2 * 64
+for bits, size in ((8, numbers + 70 * 2 * 4), (4, numbers // 2 + 2 * 3 * 2 * 64 * 4)):
+    packed = torch.full((2, 2, size), 255, dtype=torch.uint8)
+    quantize_chunk(k, v, packed, bits=bits, group_tokens=32)
+    for layer in range(2):
+        for which, x in enumerate((k[layer], v[layer])):
+            row = packed[layer, which]
+            if bits == 8:
+                scales = row[numbers:].view(torch.float32).view(70, 2, 1)
+                assert torch.equal(scales, x.abs().amax(-1, keepdim=True) / torch.full((), 127.0))
+                codes = row[:numbers].view(torch.int8).view(x.shape)
+                assert torch.equal(codes, (x / scales).round().to(torch.int8))
+            else:
+                scales, low = row[numbers // 2 :].view(torch.float32).view(2, 3, 2, 64)
+                for group, of_group in enumerate(x.split(32)):
+                    assert torch.equal(low[group], of_group.amin(0))
+                    step = (of_group.amax(0) - low[group]) / torch.full((), 15.0)
+                    assert torch.equal(scales[group], step)
+                group = torch.arange(70) // 32
+                codes = ((x - low[group]) / scales[group]).round().to(torch.uint8).flatten()
+                assert torch.equal(row[: numbers // 2], codes[0::2] | codes[1::2] << 4)
+    outs = torch.full((2, 2, 72, 2, 64), 3.0)
+    dequantize_chunk(packed, *outs[:, :, 1:-1], bits=bits, group_tokens=32)
+    if bits == 8:
+        limit = torch.stack([k, v]).abs().amax(-1, keepdim=True) / 127
+    else:
+        limit = (torch.stack([k, v]).amax() - torch.stack([k, v]).amin()) / 15
+    assert ((outs[:, :, 1:-1] - torch.stack([k, v])).abs() <= 0.5001 * limit).all()
+    assert (outs[:, :, 0] == 3).all() and (outs[:, :, -1] == 3).all()
+"""
+
 
 @pytest.mark.parametrize(
     ("module", "use"),
-    [(segment_attention, SEGMENT_ATTENTION), (norm_rope_append, NORM_ROPE_APPEND), (compress_chunk, COMPRESS_CHUNK)],
-    ids=["segment_attention", "norm_rope_append", "compress_chunk"],
-)
+    [
+        (segment_attention, SEGMENT_ATTENTION), (norm_rope_append, NORM_ROPE_APPEND), (compress_chunk, COMPRESS_CHUNK),
+        (quantize_chunk, QUANTIZE_CHUNK),
+    ],
+    ids=["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk"],
+)  # fmt: skip
 def test_one_file_alone(tmp_path, module, use):
     shutil.copy(Path(module.__file__), tmp_path)
     (tmp_path / "use.py").write_text(PRELUDE + use)
@@ -241,11 +280,11 @@ class Refuses:
         raise AssertionError("launched")
 
 
-def check_refusal(monkeypatch, module, arguments, changes, error, wanted):
+def check_refusal(monkeypatch, module, arguments, changes, error, wanted, op=None):
     for name in list(vars(module)):
         if name.endswith("_kernel"):
             monkeypatch.setattr(module, name, Refuses())
-    op = module.__name__.rpartition(".")[2]
+    op = op or module.__name__.rpartition(".")[2]
     launch = getattr(module, op)
     with pytest.raises(AssertionError, match="launched"):  # the arguments are right without the changes
         launch(**arguments)
@@ -516,3 +555,41 @@ def test_compress_refuses_what_the_interpreter_gets_wrong(monkeypatch, changes):
     bf16 = {x: t.bfloat16() for x, t in compress_arguments().items() if x in ("k", "v", "out_k", "out_v")}
     wanted = "k must be float16 or float32 in Triton's interpreter, which multiplies bf16 as integers"
     check_refusal(monkeypatch, compress_chunk, {**compress_arguments(), **changes}, bf16, TypeError, wanted)
+
+
+def quantize_arguments():
+    k, v = torch.zeros(2, 3, 12, 2, 64)
+    return dict(k=k, v=v, packed=torch.zeros(3, 2, 12 * 128 + 12 * 8, dtype=torch.uint8), bits=8, group_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"k": torch.zeros(12, 2, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
+        ({"k": torch.zeros(3, 12, 2, 96)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
+        ({"k": torch.zeros(3, 12, 129, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not firs"),
+        ({"k": torch.zeros(0, 12, 2, 64)}, ValueError, "k must be of 1 to 65535 layers, at least one token and at"),
+        ({"k": torch.zeros(3, 0, 2, 64)}, ValueError, "k must be of 1 to 65535 layers, at least one token and at"),
+        ({"k": torch.zeros(1, 1, 2, 64, device="meta").expand(1, 2**30, -1, -1)}, ValueError,
+         "k must be of 1 to 65535 layers, at least one token and at most 2**30 tokens times heads"),
+        ({"v": torch.zeros(3, 13, 2, 64)}, ValueError, "v must be [3, 12, 2, 64], got [3, 13, 2, 64]"),
+        ({"v": torch.zeros(3, 12, 2, 64).half()}, TypeError, "k and v must be of one dtype"),
+        *[
+            ({x: torch.zeros(3, 12, 2, 64).to(dtype) for x in ("k", "v")}, TypeError, "k must be torch.bfloat16 or")
+            for dtype in UNSUPPORTED
+        ],
+        ({"k": torch.zeros(3, 12, 64, 2).mT}, ValueError, "k and v must be dense in their last two dimensions"),
+        ({"v": torch.zeros(3, 12, 4, 64)[:, :, ::2]}, ValueError, "k and v must be dense in their last two dimensions"),
+        ({"bits": 2}, ValueError, "bits must be 8 or 4, got 2"),
+        ({"bits": 4}, ValueError, "packed must be [3, 2, 1792], dense in its last dimension"),
+        ({"group_tokens": 48}, ValueError, "group_tokens must be 16, 32, 64 or 128, got 48"),
+        ({"group_tokens": 256}, ValueError, "group_tokens must be 16, 32, 64 or 128, got 256"),
+        ({"packed": torch.zeros(3, 2, 1632).char()}, TypeError, "packed must be torch.uint8"),
+        ({"packed": torch.zeros(3, 2, 1648).byte()}, ValueError, "packed must be [3, 2, 1632], dense in its last dim"),
+        ({"packed": torch.zeros(3, 2, 3264).byte()[..., ::2]}, ValueError, "packed must be [3, 2, 1632], dense in its"),
+        ({"packed": torch.zeros(3, 2, 1640).byte()[..., :-8]}, ValueError, "packed must be with K and V of every"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("op", ["quantize_chunk", "dequantize_chunk"])
+def test_quantize_refuses(monkeypatch, op, changes, error, wanted):
+    check_refusal(monkeypatch, quantize_chunk, quantize_arguments(), changes, error, wanted, op=op)

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep-ratio", default=_KEEP_RATIOS, metavar="RATIO,...", help="to compare (default: %(default)s)")
     add("--bank-bits", default="16", metavar="BITS,...",
-        help=f"of banked keys and values, to compare: {', '.join(map(str, BANK_BITS))} (default: %(default)s)")  # fmt: skip
+        help=f"of what is banked, to compare: {', '.join(map(str, BANK_BITS))} (default: %(default)s)")  # fmt: skip
     add("--retrieved-chunks", type=report.integer(0), help="brought back at most (default: 6)")
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")

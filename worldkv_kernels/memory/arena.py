@@ -52,7 +52,7 @@ class Arena:
 
 
 def arena_bytes(size: int) -> int:
-    """What an arena of so many bytes allocates: whole pages, which no other memory shares, and one to start on a page."""
+    """What an arena of so many bytes allocates: whole pages, which no other memory shares, and one to start on one."""
     page = mmap.PAGESIZE
     return (-(-size // page) + 1) * page
 

@@ -45,7 +45,7 @@ class Bank:
         self._cache = None
         if on_host or bits < 16:
             room = dict(tokens=tokens, num_places=places)
-            packed = dict(num_slots=len(slots), bits=bits, on_host=on_host, backend=backend)
+            packed = dict(bits=bits, on_host=on_host, backend=backend)
             shelf = WholeShelf(pool, **room) if bits == 16 else PackedShelf(pool, **room, **packed)
             self._cache = SlotCache(pool, slots, shelf, on_host=on_host, restores=bits < 16)
         self.capacity = places

@@ -91,8 +91,8 @@ def changes(
 
     `config` has `bank_chunks` wherever they mean anything. Fields to change, and what the memory then takes: fewer
     bank_chunks, a bank in host memory, a smaller keep_ratio (halved and halved again, down to 1/16), fewer bank_bits,
-    fewer device_slots where they are given, fewer retrieved or recent. A bank that holds no more than a window retrieves
-    shrinks with it.
+    fewer device_slots where they are given, fewer retrieved or recent. A bank that holds no more than a window
+    retrieves shrinks with it.
     """
 
     def of(**fields: Any) -> MemoryBytes:
@@ -136,7 +136,6 @@ def advice(config: MemoryConfig, dtype: torch.dtype, fits: Fits, *, device_type:
     fields: dict[str, Any] = {"recent_frames": 0} if config.mode != "full" and config.recent_frames else {}
     if config.has_bank:
         fields["keep_ratio"] = min(config.keep_ratio, _LEAST_KEEP_RATIO)
-        fields["bank_bits"] = BANK_BITS[-1]
         fields["retrieved_chunks"] = min(config.retrieved_chunks, 1)
     if has_places(config):
         fields["bank_chunks"] = 1

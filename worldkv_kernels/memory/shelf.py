@@ -5,13 +5,13 @@ As they are in the pool, in host memory; or in fewer bits, in host memory or on 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 
+from ..ops.all import backend_of
 from ..ops.quantize_chunk import dequantize_chunk, packed_bytes, quantize_chunk
 from ..saved import Rows
 from .arena import Arena
@@ -106,14 +106,14 @@ class PackedShelf:
 
     A chunk's slot gets what its bits say as soon as it is packed, so that it does not matter whether it stays there or
     is brought back. In host memory, a chunk is packed into a staging place on the device, and brought back layer by
-    layer through one more for each slot; on the device it is packed and restored where it lies, all layers at once.
+    layer through another of one layer; on the device it is packed and restored where it lies, all layers at once.
     """
 
     def __init__(
-        self, pool: Pool, *, tokens: int, num_places: int, num_slots: int, bits: int, on_host: bool, backend: str | None
+        self, pool: Pool, *, tokens: int, num_places: int, bits: int, on_host: bool, backend: str | None
     ) -> None:
         num_layers, _, *self._heads = pool.k.shape
-        self._pool, self._bits, self._backend = pool, bits, backend
+        self._pool, self._bits, self._backend = pool, bits, backend_of("quantize_chunk", backend)
         device, each = pool.k.device, shelf_bytes(tokens, *self._heads, bits, pool.k.dtype)
         shape = (num_places, num_layers, each)
         self.has_staging, self.pinned = on_host, False
@@ -123,7 +123,7 @@ class PackedShelf:
             self._arena = Arena(shape, torch.uint8, device)
             self.rows, self.pinned = self._arena.rows, self._arena.pinned
             self._outgoing = torch.empty((num_layers, each), dtype=torch.uint8, device=device)
-            self._incoming = torch.empty((num_slots, 1, each), dtype=torch.uint8, device=device)
+            self._incoming = torch.empty((1, each), dtype=torch.uint8, device=device)
             self.device_tensors = (self._outgoing, self._incoming)
             self.steps = [range(layer, layer + 1) for layer in range(num_layers)]
         else:
@@ -151,10 +151,10 @@ class PackedShelf:
 
     def bring(self, engine: CopyEngine, layers: range, moves: Sequence[Move]) -> None:
         inside = slice(layers.start, layers.stop)
-        for number, move in enumerate(moves):
+        for move in moves:
             packed = self._packed(self.rows[move.place, inside], move.tokens)
             if self.has_staging:
-                incoming = self._packed(self._incoming[number], move.tokens)
+                incoming = self._packed(self._incoming, move.tokens)  # one after the other
                 engine.copy(list(zip(incoming, packed, strict=True)), LOAD)
                 packed = incoming
             rows = slice(move.first_row, move.first_row + move.tokens)

@@ -26,10 +26,10 @@ class MemoryBytes:
     On its device: `sink`, `recent`, `gap` (chunks that are whole but unattended) and `current` chunks; `bank`, the
     banked chunks, or of a bank in host memory or in fewer bits the slots that are a cache of it; `packed_bank`, the
     chunks of a bank on the device in fewer bits; `staging`, through which a bank in host memory packs and restores
-    them; `tables` of the window; `scratch`, which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that is made. In host
-    memory: `host_bank`, the arena with its page, and `host_tables`, which the window's and the rotations are written
-    from, both page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses that a policy
-    remembers.
+    them; `tables` of the window; `scratch`, which is queries, what compress_chunk says of a chunk, and its row;
+    `rotations` of the chunk that is made. In host memory: `host_bank`, the arena with its page, and `host_tables`,
+    which the window's and the rotations are written from, both page-locked for a GPU. Not in it: the ops' own scratch
+    during a call, and the poses that a policy remembers.
     """
 
     sink: int
@@ -102,7 +102,7 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         current=whole,
         bank=bank * _slot_bytes(config, config.banked_tokens, dtype),
         packed_bank=0 if on_host else on_shelf,
-        staging=(config.num_layers + bank) * _shelf_bytes(config, dtype) if packed and on_host else 0,
+        staging=(config.num_layers + 1) * _shelf_bytes(config, dtype) if packed and on_host else 0,
         tables=tables,
         scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64,
         rotations=rotations,

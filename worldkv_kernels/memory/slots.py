@@ -22,7 +22,7 @@ COUNTED = (
 
 
 class SlotCache:
-    """Which banked chunks lie in slots, and the order of the copies, or what else the shelf does, that bring them there.
+    """Which banked chunks lie in slots, and the order of what brings them there and away: copies, packing, restoring.
 
     Policy: a chunk takes a free slot, else that of the least recently used chunk that the present window does not
     use. A chunk is pruned straight into a slot and copied out from there, so it starts out cached. One that is asked
@@ -160,7 +160,8 @@ class SlotCache:
         engine.record(self._pruned, COMPUTE)
         engine.wait(self._pruned, SAVE)
         self.shelf.put(engine, move)
-        engine.record(self._unstaged, SAVE)
+        if self.shelf.has_staging:
+            engine.record(self._unstaged, SAVE)
         self._mark_saved(slot, place)
         self.copies_out += 1
         self.bytes_out += self.shelf.bytes_of(tokens)

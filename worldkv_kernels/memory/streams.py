@@ -15,9 +15,9 @@ SAVE = "save"  # device to host
 class CopyEngine:
     """Two streams, LOAD and SAVE, of copies and of what makes them right, and events between them and COMPUTE.
 
-    Nothing here waits on the host. Each stream is in order. An event stands for what was queued on its stream when it was last recorded, and
-    for nothing if it never was; to wait for it is to wait for that, whatever is recorded in it later. On a device
-    without streams (a CPU) all is done at its call, and events do nothing.
+    Nothing here waits on the host. Each stream is in order. An event stands for what was queued on its stream when it
+    was last recorded, and for nothing if it never was; to wait for it is to wait for that, whatever is recorded in it
+    later. On a device without streams (a CPU) all is done at its call, and events do nothing.
 
     `device_tensors` are those that are written and read there; they are not reused by torch's allocator
     before that is done.

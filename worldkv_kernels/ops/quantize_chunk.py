@@ -23,7 +23,7 @@ from ..checks import (
     readable,
 )
 from ..reference import quantize_chunk as reference
-from .backends import NAMESPACE, Backend, OpBackends, exact, on_current_device, register
+from .backends import NAMESPACE, Backend, OpBackends, exact, on_current_device, register, triton_unavailable
 
 _OP, _BACK = "quantize_chunk", "dequantize_chunk"
 BITS = (8, 4)
@@ -85,7 +85,7 @@ def quantize_chunk(
         out: where to write, uint8 [2, packed_bytes(...)], of which [0] is K, with layers where k has them. Dense in its
             last dimension; the others have any stride that is a multiple of 16, and it starts on one. Must not overlap
             k or v. Allocated when None.
-        backend: "reference", or None for the automatic choice. There is no CUDA kernel.
+        backend: "reference", "triton", or None for the automatic choice. There is no CUDA kernel.
 
     Not finite input, or in 4 bits a group of a channel whose hi - lo overflows fp32: on a CPU, and with
     WORLDKV_DEBUG=1 everywhere, a ValueError. Else, since looking would synchronise, the token and head, or the group's
@@ -140,7 +140,7 @@ def dequantize_chunk(
         out_k, out_v: where to write, [tokens, heads, head_dim] with layers where `packed` has them; dense in heads and
             head_dim, tokens and layers of any stride, one nested in the other. They must not overlap each other or
             `packed`. Allocated when None.
-        backend: "reference", or None for the automatic choice. There is no CUDA kernel.
+        backend: "reference", "triton", or None for the automatic choice. There is no CUDA kernel.
 
     Bytes that `quantize_chunk` has not written give numbers without a meaning, and no error.
 
@@ -159,7 +159,7 @@ def dequantize_chunk(
     given = dict(tokens=tokens, heads=heads, head_dim=head_dim)
     for name, out in (("out_k", out_k), ("out_v", out_v)):
         if out is not None:
-            check_layout(_BACK, name, out, (*layers, *("tokens" if tokens is None else tokens, "heads", "head_dim")))
+            check_layout(_BACK, name, out, (*layers, "tokens", "heads", "head_dim"), like=packed)
             sizes = dict(zip(given, out.shape[-3:], strict=True), dtype=out.dtype)
             for size, value in (*given.items(), ("dtype", dtype)):
                 if value is not None and value != sizes[size]:
@@ -283,6 +283,18 @@ def _run_back(packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: int,
         run(packed, k, v, bits=bits, group_tokens=GROUP_TOKENS)
 
 
+def _load_triton() -> Callable[..., None]:
+    from ..kernels.quantize_chunk import quantize_chunk as launch
+
+    return launch
+
+
+def _load_triton_back() -> Callable[..., None]:
+    from ..kernels.quantize_chunk import dequantize_chunk as launch
+
+    return launch
+
+
 def _small_chunk(kind: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """K, V and room for their bytes, on the CPU: two layers of a whole group and a part of one, in all sizes."""
     dtype, head_dim, bits, _ = kind
@@ -323,6 +335,7 @@ _KINDS = tuple((dtype, head_dim, bits, True) for dtype in DTYPES for head_dim in
 BACKENDS = OpBackends(
     op=_OP,
     backends={
+        "triton": Backend(_load_triton, triton_unavailable),
         "reference": Backend(lambda: exact(reference.quantize_chunk)),
     },
     small_case=_small_case,
@@ -333,6 +346,7 @@ BACKENDS = OpBackends(
 DEQUANTIZE = OpBackends(
     op=_BACK,
     backends={
+        "triton": Backend(_load_triton_back, triton_unavailable),
         "reference": Backend(lambda: exact(reference.dequantize_chunk)),
     },
     small_case=_small_case_back,

@@ -46,7 +46,8 @@ def _packed_4(x: torch.Tensor, group_tokens: int) -> tuple[torch.Tensor, torch.T
     # The last token again, to the end of the last group, changes no minimum and no maximum.
     token = torch.arange(groups * group_tokens, dtype=torch.int64, device=x.device).clamp_max(tokens - 1)
     values = x[token].float().view(groups, group_tokens, heads, head_dim)
-    low, high = values.amin(dim=1), values.amax(dim=1)
+    # Plus zero, since of zeros of both signs a minimum may be either.
+    low, high = values.amin(dim=1) + 0.0, values.amax(dim=1) + 0.0
     step = _divided(high - low, 15.0)
     low = torch.where(step.isfinite(), low, 0.0)
     scale = _scale(step, 15, low, x.dtype)

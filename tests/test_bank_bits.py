@@ -1,0 +1,211 @@
+"""A bank in 8 and 4 bits: a memory is one whose pruned chunks are rounded, wherever they lie, and takes fewer bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_rollouts import MAX_CHUNKS, Rollout, configs, fuzz, seeds
+from tiny_memory import AWAY_AND_BACK, MODEL, jumps, latents, tiny, walk
+
+import worldkv_kernels.memory.storage as storage_module
+from worldkv_kernels import MemoryConfig, WorldMemory, compress_chunk, dequantize_chunk, quantize_chunk
+from worldkv_kernels.memory.shelf import PackedShelf
+from worldkv_kernels.models.lingbot_config import LingBotConfig
+from worldkv_kernels.tensor_file import read_header
+
+BITS = [8, 4]
+
+
+def rounding(bits: int):
+    """compress_chunk, with what it keeps rounded as a bank of so many bits gives it back."""
+
+    def compressed(k, v, *, out_k, out_v, **options):
+        compress_chunk(k, v, out_k=out_k, out_v=out_v, **options)
+        dequantize_chunk(quantize_chunk(out_k, out_v, bits=bits), bits=bits, out_k=out_k, out_v=out_v)
+
+    return compressed
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float32), (4, torch.bfloat16)])
+def test_it_is_a_memory_whose_pruned_chunks_are_rounded(monkeypatch, bits, dtype):
+    @fuzz(15)
+    @given(configs(mode="worldkv", bank_bits=bits), seeds)
+    def check(config, seed):
+        def of(config: MemoryConfig) -> list[torch.Tensor]:
+            memory = WorldMemory(config, dtype=dtype, backend="reference")
+            rollout, made = Rollout(config, seed, MAX_CHUNKS), []
+            for chunk in range(MAX_CHUNKS):
+                memory.begin_chunk(rollout.poses[chunk])
+                for layer, x in enumerate(rollout.passes[chunk][-1]):
+                    made.append(memory.attend(layer, *(part if part is None else part.to(dtype) for part in x)))
+                memory.end_chunk()
+            assert memory.stats()["restored"] == 0 or config.bank_bits < 16
+            return made
+
+        found = of(config)
+        with monkeypatch.context() as patched:
+            patched.setattr(storage_module, "compress_chunk", rounding(bits))
+            wanted = of(dataclasses.replace(config, bank_bits=16, bank="device"))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    check()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_chunks_do_not_depend_on_where_they_lie(monkeypatch, bits, bank):
+    """Nor on how many slots are a cache of them, or on what is brought ahead."""
+    restored, before = [], PackedShelf._restore
+    monkeypatch.setattr(PackedShelf, "_restore", lambda *given: (restored.append(len(given[2])), before(*given)))
+    out_and_back, want = AWAY_AND_BACK[0][:180], None
+    for fields, ahead in (({}, True), (dict(device_slots=3), False), (dict(prefetch=False), False)):
+        restored.clear()
+        memory = tiny(bank=bank, bank_bits=bits, **fields)
+        made, stats = latents(memory, out_and_back), memory.stats()
+        want = made if want is None else want
+        assert torch.equal(made, want)
+        assert stats["restored"] > 0 and (stats["prefetched"] > 0) == ahead
+        assert sum(restored) == MODEL.num_layers * (57 + stats["restored"])  # each when it is packed, too
+        of_copies = (stats["restored"], stats["restored"] - stats["prefetched"]) if bank == "host" else (0, 0)
+        assert (stats["host_copies_in"], stats["host_misses"]) == of_copies
+    assert not torch.equal(want, latents(tiny(), out_and_back))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_it_takes_the_bytes_it_says(bits):
+    """40 banked chunks of 12 tokens (6 of the first frame, half of 12), of 2 layers with a head of 64 in fp32."""
+    memory, poses = tiny(bank_bits=bits, keep_ratio=0.5), jumps(1, 50)
+    for chunk in range(50):
+        walk(memory, chunk, poses[chunk])
+    each = {8: 12 * 64 + 12 * 4, 4: 12 * 32 + 2 * 64 * 4}[bits]
+    stats, whole = memory.stats(), 2 * 2 * 18 * 64 * 4
+    assert (stats["chunks_banked"], stats["kept_bytes"]) == (40, 40 * 2 * 2 * each + 3 * whole)
+    plain = tiny(bank_bits=16, keep_ratio=0.5, bank_chunks=5).stats()  # which has the five slots of the cache
+    assert stats["device_bytes"] - plain["device_bytes"] == 40 * 2 * 2 * each
+
+
+def test_a_bank_of_the_same_bytes_holds_twice_and_three_and_a_half_times_the_chunks():
+    """Of LingBot-World-Fast in bf16: what a chunk takes in host memory, to the byte of MemoryConfig.bytes."""
+    room = LingBotConfig().memory(bank="host", bank_chunks=100).bytes().host_bank
+    holds = {}
+    for bits in (16, *BITS):
+        config = LingBotConfig().memory(bank="host", bank_chunks=1, bank_bits=bits, retrieved_chunks=1)
+        each = config.bytes(bank_chunks=101).host_bank - config.bytes(bank_chunks=100).host_bank
+        holds[bits] = room / each
+    assert 1.96 < holds[8] / holds[16] < 2 and 3.5 < holds[4] / holds[16] < 3.6
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_a_file_keeps_what_is_packed(bits, bank, tmp_path):
+    memory, poses = tiny(bank=bank, bank_bits=bits), jumps(2, 30)
+    for chunk in range(20):
+        walk(memory, chunk, poses[chunk])
+    memory.save(tmp_path / "walk.worldkv")
+    layout, _ = read_header("test", tmp_path / "walk.worldkv")
+    packed = [tensor for tensor in layout.values() if tensor.dtype == "U8" and len(tensor.shape) == 3]
+    assert len(packed) == memory.stats()["chunks_banked"]
+    rows = torch.zeros(2, MODEL.num_layers, memory.config.banked_tokens, MODEL.num_heads, 64)
+    assert {tensor.shape for tensor in packed} == {tuple(quantize_chunk(*rows, bits=bits).shape)}
+    loaded = [WorldMemory.load(tmp_path / "walk.worldkv", bank=where) for where in ("device", "host")]
+    others = [*loaded, memory.fork()]
+    for chunk in range(20, 30):
+        poses_, qkv = poses[chunk], torch.randn(3, 18, MODEL.dim, generator=torch.Generator().manual_seed(chunk))
+        made = []
+        for one in (memory, *others):
+            one.begin_chunk(poses_)
+            made.append(torch.stack([one.attend(layer, *qkv) for layer in range(MODEL.num_layers)]))
+            one.end_chunk()
+        assert all(torch.equal(other, made[0]) for other in made)
+    with pytest.raises(TypeError, match="bank_bits"):
+        WorldMemory.load(tmp_path / "walk.worldkv", bank_bits=16)
+
+
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_a_chunk_that_is_pruned_more_is_packed_shorter(bank):
+    memory, poses = tiny(bank=bank, bank_bits=8, keep_ratio=1.0, recent_frames=3), jumps(3, 12)
+    for chunk in range(12):
+        if chunk == 6:
+            memory.change(keep_ratio=0.25)
+        walk(memory, chunk, poses[chunk])
+    tokens = list(memory._bank.tokens.values())
+    assert tokens == [18] * 4 + [10] * 6
+    # Of 2 layers, K and V; 18 scales take 72 bytes, which with the codes are filled up to 80, and 10 take 48.
+    banked = 2 * 2 * (4 * (18 * 64 + 80) + 6 * (10 * 64 + 48))
+    assert memory.stats()["kept_bytes"] == banked + 2 * 2 * 2 * 18 * 64 * 4
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_a_warm_up_packs_and_restores_and_leaves_nothing(monkeypatch, bits, bank):
+    called, shelf = [], "worldkv_kernels.memory.shelf"
+
+    def noting(op):
+        return lambda *given, **options: (called.append(op), op(*given, **options))[1]
+
+    for op in (quantize_chunk, dequantize_chunk):
+        monkeypatch.setattr(f"{shelf}.{op.__name__}", noting(op))
+    warm, cold = (tiny(bank=bank, bank_bits=bits) for _ in range(2))
+    warm.warm_up()
+    assert set(called) == {quantize_chunk, dequantize_chunk}
+    assert warm.stats() == cold.stats()
+    assert torch.equal(latents(warm, AWAY_AND_BACK[0][:60]), latents(cold, AWAY_AND_BACK[0][:60]))
+
+
+@pytest.mark.parametrize("bits", [0, 2, 5, 32, True, 8.0, "8"])
+def test_other_bits_are_refused(bits):
+    with pytest.raises((ValueError, TypeError), match=r"^MemoryConfig: bank_bits must be "):
+        tiny(bank_bits=bits)
+
+
+def test_modes_without_a_bank_take_none():
+    for mode in ("full", "sliding", "sink_recent"):
+        for bits in BITS:
+            sizes = MODEL.memory(mode=mode, bank_bits=bits, bank_chunks=20).bytes()
+            assert sizes == MODEL.memory(mode=mode, bank_chunks=20).bytes() and not sizes.packed_bank + sizes.staging
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_infinities_of_a_model_are_refused_on_a_cpu(bits):
+    """When they would be packed, by the name of the memory's own rows; the chunk is then still begun."""
+    memory, poses = tiny(bank_bits=bits, recent_frames=0, sink_frames=0), jumps(4, 2)
+    memory.begin_chunk(poses[0])
+    for layer in range(MODEL.num_layers):
+        qkv = torch.ones(3, 18, MODEL.dim)
+        qkv[2, 3, 5] = float("inf")
+        memory.attend(layer, *qkv)
+    with pytest.raises(ValueError, match="quantize_chunk: v must be finite"):
+        memory.end_chunk()
+    assert memory.stats()["chunks_banked"] == 0
+    memory.abort_chunk()
+    walk(memory, 0, poses[0])
+    assert memory.location(0) == "bank"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_many_random_memories(bits, bank):
+    """As pruned chunks rounded, over configs, pins and changes: a device bank and a host bank of few slots agree."""
+
+    @fuzz(300)
+    @given(configs(mode="worldkv", bank_bits=bits, bank=bank), seeds, st.data())
+    def check(config, seed, data):
+        few = dataclasses.replace(config, device_slots=max(1, config.retrieved_chunks), prefetch=False)
+        many = dataclasses.replace(config, device_slots=config.retrieved_chunks + data.draw(st.integers(1, 9)))
+        memories = [WorldMemory(one, dtype=torch.float32, backend="reference") for one in (few, many)]
+        rollout = Rollout(config, seed, MAX_CHUNKS)
+        for chunk in range(MAX_CHUNKS):
+            a, b = (rollout.chunk(memory, chunk) for memory in memories)
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+            frames = data.draw(st.integers(0, config.recent_frames))
+            ratio = float(np.float32(data.draw(st.sampled_from([1.0, 0.6, 0.3])))) * config.keep_ratio
+            for memory in memories:
+                memory.change(recent_frames=frames, keep_ratio=min(ratio, config.keep_ratio))
+
+    check()
