@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,16 +20,19 @@ from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, run
 from prefetch_rivals import RIVALS, Rows
 from timing import Run, time_variants
 
+from worldkv_kernels import dequantize_chunk, quantize_chunk
 from worldkv_kernels.cli.report import note
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
 from worldkv_kernels.memory.retrieval import PoseRetrieval
+from worldkv_kernels.memory.shelf import shelf_bytes
 
 
 @dataclass(frozen=True)
 class PrefetchCase:
     """`chunks` banked chunks of `tokens` each that are all missing. `layers` of the model's `of_layers`, since all of
-    them would take a minute to pin. `beside`: with matmuls on another stream, in place of the rivals."""
+    them would take a minute to pin. `beside`: with matmuls on another stream, in place of the rivals. `bits`: of the
+    bank; rivals copy what is attended."""
 
     heads: int
     tokens: int
@@ -37,18 +40,36 @@ class PrefetchCase:
     of_layers: int
     chunks: int
     beside: bool = False
+    bits: int = 16
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
         size = f"{self.chunks} x {self.tokens} tokens x {self.heads} x {self.head_dim}"
-        return f"{size}, {self.layers} of {self.of_layers} layers" + (", beside matmuls" if self.beside else "")
+        bits = f", {self.bits} bits" if self.bits < 16 else ""
+        beside = ", beside matmuls" if self.beside else ""
+        return f"{size}, {self.layers} of {self.of_layers} layers{bits}{beside}"
+
+    @property
+    def link_bytes(self) -> int:
+        """K and V of every missing chunk and layer, once, as the bank keeps them."""
+        of_layer = shelf_bytes(self.tokens, self.heads, self.head_dim, self.bits, self.dtype)
+        return self.chunks * self.layers * of_layer
+
+    @property
+    def bytes(self) -> int:
+        """What is written on the device, and what is packed read there again."""
+        rows = replace(self, bits=16).link_bytes
+        return rows if self.bits == 16 else rows + 2 * self.link_bytes
 
 
 # Chunks of three frames pruned to half: 1560 tokens a frame in 40 layers, 880 in 30. What matters most comes first.
 CASES = [
     PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=6),
     PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=6, beside=True),
+    PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=6, bits=8),
+    PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=6, bits=4),
+    PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=6, bits=8, beside=True),
     PrefetchCase(heads=12, tokens=1320, layers=15, of_layers=30, chunks=6),
     PrefetchCase(heads=40, tokens=2340, layers=4, of_layers=40, chunks=1),
     PrefetchCase(heads=12, tokens=1320, layers=15, of_layers=30, chunks=6, beside=True),
@@ -57,15 +78,12 @@ CASES = [
 SMALL_CASES = [
     PrefetchCase(heads=2, tokens=70, layers=3, of_layers=3, chunks=3, head_dim=64),
     PrefetchCase(heads=3, tokens=33, layers=2, of_layers=2, chunks=1, dtype=torch.float32),
+    PrefetchCase(heads=2, tokens=70, layers=3, of_layers=3, chunks=3, bits=8, head_dim=64),
+    PrefetchCase(heads=3, tokens=33, layers=2, of_layers=2, chunks=1, bits=4, dtype=torch.float32),
     PrefetchCase(heads=2, tokens=70, layers=3, of_layers=3, chunks=3, beside=True, head_dim=64),
 ]
 SETS = 2  # the chunks of one set take the slots of the other, so that each fetch copies all of its own
 MATMUL_SIDE = 4096
-
-
-def prefetch_bytes(chunks: int, layers: int, tokens: int, heads: int, head_dim: int, itemsize: int) -> int:
-    """K and V of every missing chunk and layer, once: what crosses the link, and what is written on the device."""
-    return chunks * layers * 2 * tokens * heads * head_dim * itemsize
 
 
 class Banked:
@@ -79,7 +97,7 @@ class Banked:
         )  # fmt: skip
         self.bank = Bank(
             self.pool, self.pool.first_rows[0], tokens=case.tokens, places=SETS * case.chunks, on_host=True,
-            policy=PoseRetrieval(),
+            policy=PoseRetrieval(), bits=case.bits,
         )  # fmt: skip
         shape = (case.chunks, case.layers, 2, case.tokens, case.heads, case.head_dim)
         self.rows = torch.empty(shape, dtype=case.dtype, device="cpu")  # set 0 as it has to arrive
@@ -91,7 +109,7 @@ class Banked:
             self.pool.v[:, first : first + case.tokens] = data[:, 1]
             self.bank.stored(chunk)
             if chunk < case.chunks:
-                self.rows[chunk] = data
+                self.rows[chunk] = data if case.bits == 16 else as_restored(data, case.bits)
 
     def fetch(self, i: int) -> Rows:
         """Set i into the pool; the rows where it lies."""
@@ -113,6 +131,13 @@ class Banked:
         return error if (written, copied) == (self.rows.numel(), self.case.chunks) else math.inf
 
 
+def as_restored(data: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows [layers, 2, ...] as a bank of so many bits gives them back."""
+    k, v = data[:, 0].contiguous(), data[:, 1].contiguous()
+    dequantize_chunk(quantize_chunk(k, v, bits=bits), bits=bits, out_k=k, out_v=v)
+    return torch.stack([k, v], dim=1)
+
+
 def copy_error(got: Rows, want: torch.Tensor) -> float:
     """0 where every row of every chunk and layer is equal bit for bit, else inf. `want` may lie in host memory."""
     for (k, v), chunk in zip(got, want, strict=True):
@@ -132,11 +157,13 @@ def variants_of(case: PrefetchCase, device: torch.device) -> dict[str, bool]:
 def prepare(case: PrefetchCase, device: torch.device) -> Problem:
     """A filled bank; Bank.fetch and the rivals, or Bank.fetch and matmuls beside each other."""
     banked = Banked(case, device)
-    num_bytes = prefetch_bytes(case.chunks, case.layers, case.tokens, case.heads, case.head_dim, case.dtype.itemsize)
-    shape = {"heads": case.heads, "tokens": case.tokens, "chunks": case.chunks, "layers": case.layers}
+    shape = {
+        "heads": case.heads, "tokens": case.tokens, "chunks": case.chunks, "layers": case.layers, "bits": case.bits
+    }  # fmt: skip
     if case.beside:
-        return beside_matmuls(str(case), banked, num_bytes, device, shape)
-    variants = [Variant("Bank.fetch", lambda: banked.fetch, banked.check_fetch, 0.0, num_bytes, link_bytes=num_bytes)]
+        return beside_matmuls(banked, device, shape)
+    fetch = Variant("Bank.fetch", lambda: banked.fetch, banked.check_fetch, 0.0, case.bytes, link_bytes=case.link_bytes)
+    variants, whole = [fetch], replace(case, bits=16)
     pinned_rows = cache(banked.rows.pin_memory)  # one copy for all rivals that want it, made by the first
 
     def check(run: Run) -> float:
@@ -144,11 +171,11 @@ def prepare(case: PrefetchCase, device: torch.device) -> Problem:
 
     for name, make in RIVALS.items():
         ready = partial(make, banked.rows, pinned_rows, device)
-        variants.append(Variant(name, ready, check, 0.0, num_bytes, rival=True, link_bytes=num_bytes))
+        variants.append(Variant(name, ready, check, 0.0, whole.bytes, rival=True, link_bytes=whole.link_bytes))
     return Problem(str(case), variants, sets=SETS, shape=shape)
 
 
-def beside_matmuls(case: str, banked: Banked, num_bytes: int, device: torch.device, shape: dict[str, int]) -> Problem:
+def beside_matmuls(banked: Banked, device: torch.device, shape: dict[str, int]) -> Problem:
     """Each of a fetch and matmuls alone, and timed while the other keeps a second stream busy.
 
     The one beside is given about twice the time of the one timed, so that it never ends first.
@@ -190,13 +217,13 @@ def beside_matmuls(case: str, banked: Banked, num_bytes: int, device: torch.devi
         return ((run(0)[:8].double() - want).norm() / want.norm()).item()
 
     flops = 2 * MATMUL_SIDE**3 * few
-    limit = ERROR_LIMITS[product.dtype]
+    limit, case = ERROR_LIMITS[product.dtype], banked.case
     fetch, product_alone = banked.fetch, matmuls(few)
     variants = [
-        Variant("Bank.fetch", lambda: fetch, check_fetch, 0.0, num_bytes, link_bytes=num_bytes),
+        Variant("Bank.fetch", lambda: fetch, check_fetch, 0.0, case.bytes, link_bytes=case.link_bytes),
         Variant(
-            "Bank.fetch beside matmuls", lambda: with_beside(fetch, matmuls(many)), check_fetch, 0.0, num_bytes,
-            base="Bank.fetch", link_bytes=num_bytes,
+            "Bank.fetch beside matmuls", lambda: with_beside(fetch, matmuls(many)), check_fetch, 0.0, case.bytes,
+            base="Bank.fetch", link_bytes=case.link_bytes,
         ),
         Variant("matmuls", lambda: product_alone, check_product, limit, 0, flops),
         Variant(
@@ -204,7 +231,7 @@ def beside_matmuls(case: str, banked: Banked, num_bytes: int, device: torch.devi
             base="matmuls",
         ),
     ]  # fmt: skip
-    return Problem(case, variants, sets=SETS, shape=shape, settle=settle)
+    return Problem(str(case), variants, sets=SETS, shape=shape, settle=settle)
 
 
 def run(

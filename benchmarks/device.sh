@@ -264,7 +264,7 @@ do_ops() {
     bench 70 norm_rope_append
     bench 90 compress_chunk
     bench 70 quantize_chunk
-    bench 60 prefetch
+    bench 100 prefetch
 }
 
 do_segment_attention() {

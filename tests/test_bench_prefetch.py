@@ -1,6 +1,7 @@
 """The prefetch bench counts rightly, sees what arrives wrong, and times copies, not rows that are there already."""
 
 import contextlib
+import dataclasses
 import math
 import os
 from types import SimpleNamespace
@@ -28,27 +29,44 @@ def measured(bench):
 
 def test_bytes_are_k_and_v_once(bench):
     # 5 tokens of 2 x 4 numbers of 2 bytes are 80 bytes of K, V as much; 3 layers, 2 chunks.
-    assert bench.prefetch_bytes(2, 3, 5, 2, 4, 2) == 2 * 3 * (80 + 80)
+    case = dict(chunks=2, layers=3, of_layers=3, tokens=5, heads=2)
+    whole = bench.PrefetchCase(**case, head_dim=4)
+    assert whole.link_bytes == whole.bytes == 2 * 3 * (80 + 80)
     # Six pruned chunks of the 14B model: 819,200 bytes a token.
-    assert bench.prefetch_bytes(6, 40, 2340, 40, 128, 2) == 6 * 2340 * 819_200
+    of_14b = dict(chunks=6, layers=40, of_layers=40, tokens=2340, heads=40)
+    assert bench.PrefetchCase(**of_14b).link_bytes == 6 * 2340 * 819_200
+    # In 8 bits a byte a number, and 2 of a scale for each of 10 tokens and heads, 660 bytes, which 672 are made of; on
+    # the device these are written and read, and the rows written.
+    packed = bench.PrefetchCase(**case, head_dim=64, bits=8)
+    assert packed.link_bytes == 2 * 3 * 2 * 672
+    assert packed.bytes == 2 * packed.link_bytes + 2 * 3 * 2 * 2 * 640
 
 
 def test_figures_carry_what_crosses_the_link(bench):
     # 3 chunks of 3 layers of 70 tokens of 2 x 64 numbers in bf16; a chunk of 2 layers of 33 tokens of 3 x 128 in fp32
     counts = {"3 x": 3 * 3 * 2 * 70 * 128 * 2, "1 x": 2 * 2 * 33 * 384 * 4}
     figures = bench.run(small=True, device=CPU, seconds=0.01)
-    assert [f["link_bytes"] for f in figures] == [counts[f["case"][:3]] for f in figures]
-    assert [f["bytes"] for f in figures] == [f["link_bytes"] for f in figures]
+    ours = {(f["case"][:3], f["shape"]["bits"]): f for f in figures if not f["is_rival"]}
+    for f in figures:
+        if f["is_rival"] or f["shape"]["bits"] == 16:
+            assert f["link_bytes"] == f["bytes"] == counts[f["case"][:3]]
+    assert ours["3 x", 8]["link_bytes"] == 3 * 3 * 2 * (70 * 128 + 70 * 2 * 2 + 8)  # filled up to a multiple of 16
+    assert ours["1 x", 4]["link_bytes"] == 2 * 2 * (33 * 384 // 2 + 2 * 384 * 4)
 
 
 def test_cases_are_the_models_chunks(bench):
     shapes = {(c.heads, c.tokens, c.of_layers) for c in bench.CASES}
     assert shapes == {(40, 3 * 1560 // 2, 40), (12, 3 * 880 // 2, 30)}
-    assert [c.chunks for c in bench.CASES if c.heads == 40 and not c.beside] == [6, 1]
+    assert [(c.chunks, c.bits) for c in bench.CASES if c.heads == 40 and not c.beside] == [
+        (6, 16),
+        (6, 8),
+        (6, 4),
+        (1, 16),
+    ]
     assert len({str(c) for c in bench.CASES}) == len(bench.CASES)
     # A fetch of each case has to fit in host memory twice for the bank and twice for the rivals.
     for c in bench.CASES:
-        assert bench.prefetch_bytes(c.chunks, c.layers, c.tokens, c.heads, c.head_dim, 2) < 1.25e9
+        assert dataclasses.replace(c, bits=16).link_bytes < 1.25e9
 
 
 def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
@@ -124,7 +142,7 @@ def test_a_rival_with_wrong_rows_is_reported_and_not_timed(bench, monkeypatch, f
     statuses = measured(bench)
     assert statuses["Bank.fetch"] == {"timed"}
     assert statuses["pageable per layer"] == {"wrong"}
-    assert calls == [0, 0]  # the check alone, once a case
+    assert calls == [0] * 4  # the check alone, once a case
 
 
 @interpreted
