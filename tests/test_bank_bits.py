@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from random_rollouts import MAX_CHUNKS, Rollout, configs, fuzz, seeds
 from tiny_memory import AWAY_AND_BACK, MODEL, jumps, latents, tiny, walk
 
+import worldkv_kernels.memory.pool as pool
+import worldkv_kernels.memory.room as room
 import worldkv_kernels.memory.storage as storage_module
 from worldkv_kernels import MemoryConfig, WorldMemory, compress_chunk, dequantize_chunk, quantize_chunk
 from worldkv_kernels.memory.shelf import PackedShelf
@@ -113,6 +116,9 @@ def test_a_file_keeps_what_is_packed(bits, bank, tmp_path):
     rows = torch.zeros(2, MODEL.num_layers, memory.config.banked_tokens, MODEL.num_heads, 64)
     assert {tensor.shape for tensor in packed} == {tuple(quantize_chunk(*rows, bits=bits).shape)}
     loaded = [WorldMemory.load(tmp_path / "walk.worldkv", bank=where) for where in ("device", "host")]
+    for one in loaded:
+        assert one.stats()["restored"] == memory.stats()["restored"]
+        assert (one.stats()["host_copies_out"] > 0) == (bank == one.config.bank == "host")
     others = [*loaded, memory.fork()]
     for chunk in range(20, 30):
         poses_, qkv = poses[chunk], torch.randn(3, 18, MODEL.dim, generator=torch.Generator().manual_seed(chunk))
@@ -151,8 +157,20 @@ def test_a_warm_up_packs_and_restores_and_leaves_nothing(monkeypatch, bits, bank
     for op in (quantize_chunk, dequantize_chunk):
         monkeypatch.setattr(f"{shelf}.{op.__name__}", noting(op))
     warm, cold = (tiny(bank=bank, bank_bits=bits) for _ in range(2))
+
+    def slots(memory, layer):
+        first = memory._storage._bank_rows[0]
+        return [rows[first : first + memory.config.banked_tokens] for rows in memory.pools(layer)]
+
+    for one in (warm, cold):
+        one._bank._cache.shelf.rows.fill_(255)
+        for pool_rows in (one._pool.k, one._pool.v):
+            pool_rows.fill_(torch.nan)
+    warm.change(keep_ratio=0.2)
     warm.warm_up()
     assert set(called) == {quantize_chunk, dequantize_chunk}
+    assert not any(rows.any() for layer in range(MODEL.num_layers) for rows in slots(warm, layer))
+    warm.reset()
     assert warm.stats() == cold.stats()
     assert torch.equal(latents(warm, AWAY_AND_BACK[0][:60]), latents(cold, AWAY_AND_BACK[0][:60]))
 
@@ -171,20 +189,51 @@ def test_modes_without_a_bank_take_none():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_infinities_of_a_model_are_refused_on_a_cpu(bits):
-    """When they would be packed, by the name of the memory's own rows; the chunk is then still begun."""
-    memory, poses = tiny(bank_bits=bits, recent_frames=0, sink_frames=0), jumps(4, 2)
-    memory.begin_chunk(poses[0])
-    for layer in range(MODEL.num_layers):
-        qkv = torch.ones(3, 18, MODEL.dim)
-        qkv[2, 3, 5] = float("inf")
-        memory.attend(layer, *qkv)
-    with pytest.raises(ValueError, match="quantize_chunk: v must be finite"):
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_what_a_model_makes_that_is_no_number_goes_on_as_nan(bits, bank):
+    """As it does in 16 bits: it is found when its chunk leaves the recent ones, when nobody could make another."""
+    memory, poses = tiny(bank=bank, bank_bits=bits, retrieved_chunks=1), jumps(4, 8)
+    for chunk in range(8):
+        plan = memory.begin_chunk(poses[1 if chunk == 7 else chunk])
+        for layer in range(MODEL.num_layers):
+            qkv = torch.ones(3, 18, MODEL.dim)
+            if chunk == 1:
+                qkv[2, 0, 5] = float("inf")
+            out = memory.attend(layer, *qkv)
         memory.end_chunk()
-    assert memory.stats()["chunks_banked"] == 0
-    memory.abort_chunk()
-    walk(memory, 0, poses[0])
-    assert memory.location(0) == "bank"
+    assert plan.retrieved == (1,) and memory.location(1) == "bank"
+    assert out[..., 5].isnan().all() and out[..., 64:].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_bank_of_unstated_size_leaves_room_for_its_slots(monkeypatch, bits):
+    """Half of what is free is for chunks and slots together; without that it would not fit what is free."""
+    config = LingBotConfig().memory(bank_bits=bits)
+    for module in (room, pool):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 60 * 2**30)
+    gpu = torch.device("cuda")
+    places = room.bank_places(config, gpu, torch.bfloat16)
+    sizes = config.bytes(bank_chunks=places)
+    each = config.bytes(bank_chunks=places + 1).device - sizes.device
+    assert places > 6 and 30 * 2**30 - each < sizes.bank + sizes.packed_bank <= 30 * 2**30
+    room.check_room(config, gpu, torch.bfloat16, places)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 40 * 2**30)
+    least = room.bank_places(config, gpu, torch.bfloat16)
+    room.check_room(config, gpu, torch.bfloat16, least)
+    assert 6 <= least < places
+
+
+def test_fewer_or_more_bits_may_be_what_fits():
+    """A bank on the device gains by fewer bits where it is large, and by more where slots take more than that saves."""
+    few, many = (LingBotConfig().memory(bank_chunks=n) for n in (6, 60))
+    sizes = {bits: dataclasses.replace(few, bank_bits=bits).bytes().device for bits in (16, *BITS)}
+    assert sizes[16] < sizes[4] < sizes[8]
+    for config, room_for, proposed in ((few, 16, 16), (many, 8, 8)):
+        least = dataclasses.replace(config, bank_bits=room_for).bytes().device
+        start = dataclasses.replace(config, bank_bits=8 if room_for == 16 else 16)
+        fits = functools.partial(lambda least, sizes: sizes.device <= least, least)
+        found = room.changes(start, torch.bfloat16, fits, device_type="cuda")
+        assert {"bank_bits": proposed} in [fields for fields, _ in found]
 
 
 @pytest.mark.slow

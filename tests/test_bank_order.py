@@ -243,16 +243,15 @@ WAITS = [
     ("wait", "_loaded"),
     ("slot_to_fill", "_loaded"),
     ("slot_to_fill", "_saved"),
-    ("save", "_pruned"),
+    ("_save", "_pruned"),
 ]
 
 
 PACKED_WAITS = [
-    ("host", ("save", "_unstaged")),
-    ("host", ("save", "_pruned")),
+    ("host", ("_save", "_unstaged")),
+    ("host", ("_save", "_pruned")),
     ("host", ("wait_layer", "_loaded")),
     ("device", ("_load", "_released")),
-    ("device", ("save", "_pruned")),
     ("device", ("wait_layer", "_loaded")),
     ("device", ("slot_to_fill", "_loaded")),
 ]

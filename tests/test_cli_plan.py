@@ -139,7 +139,10 @@ def test_the_text_says_what_the_document_does(capsys):
     assert "24 GB: 34.9 GiB of weights, as they are loaded, are too much; another --variant" in text
     assert "; --fp8, another --variant, a smaller --grid or a larger GPU" in text  # of 48 GB, which load the weights
     assert f"48 GB: {45 - taken:.1f} GiB are left for a memory; no one change is enough, nor are all of these: " in text
-    assert "80 GB, device bank, keep_ratio 1: enough would be keep_ratio=0.5 (29.1 GiB) or retrieved_chunks=5" in text
+    enough = (
+        "80 GB, device bank, keep_ratio 1, 16 bits: enough would be keep_ratio=0.5 (29.1 GiB) or retrieved_chunks=5"
+    )
+    assert enough in text
     assert "15/16 of so many GiB" in text and "an H100 held 4.6 GiB in a pass" in text
 
 

@@ -115,7 +115,7 @@ def test_parts_of_a_packed_bank_by_hand(bits, of_a_layer):
     assert (on_device.packed_bank, on_device.staging, on_device.host_bank) == (10 * chunk, 0, 0)
     assert on_device.bank == 8 * 2432 * 2 * 40 * 40 * 128 * 2
     on_host = LINGBOT.memory(bank_bits=bits, bank="host", bank_chunks=10).bytes()
-    assert (on_host.packed_bank, on_host.staging) == (0, chunk + chunk / 40)
+    assert (on_host.packed_bank, on_host.staging) == (0, chunk + 4 * chunk / 40)
     assert on_host.bank == on_device.bank and 0 <= on_host.host_bank - 10 * chunk <= 8192
 
 
@@ -169,12 +169,13 @@ def proposed(message: str) -> list[dict[str, object]]:
 
 
 KEEP, RETRIEVED, RECENT, CHUNKS, BITS = "keep_ratio", "retrieved_chunks", "recent_frames", "bank_chunks", "bank_bits"
+SLOTS = "device_slots"
 CASES = [
     (dict(bank_chunks=20), GPU, dict(cuda=44, cpu=100), [CHUNKS, "bank", KEEP, BITS]),
     (dict(bank_chunks=7, keep_ratio=1), GPU, dict(cuda=39, cpu=9), [CHUNKS, KEEP, RECENT]),
-    (dict(bank_chunks=9, bank="host"), GPU, dict(cuda=26, cpu=100), [KEEP, RETRIEVED, RECENT]),
+    (dict(bank_chunks=9, bank="host"), GPU, dict(cuda=26, cpu=100), [KEEP, SLOTS, RETRIEVED, RECENT]),
     (dict(bank_chunks=60, bank="host"), GPU, dict(cuda=60, cpu=100), [CHUNKS, KEEP, BITS]),
-    (dict(bank_chunks=60, bank="host", device_slots=13), GPU, dict(cuda=36, cpu=150), [KEEP, "device_slots", RECENT]),
+    (dict(bank_chunks=60, bank="host", device_slots=13), GPU, dict(cuda=36, cpu=150), [KEEP, SLOTS, RECENT]),
     (dict(bank_chunks=6), GPU, dict(cuda=24.5, cpu=2), [KEEP, RETRIEVED, RECENT]),
     (dict(bank_chunks=30), CPU, dict(cpu=40), [CHUNKS]),
     (dict(mode="full", bank_chunks=30), GPU, dict(cuda=80, cpu=10), [CHUNKS]),

@@ -520,7 +520,8 @@ OUT = {"out_k": zeros(3, 5, 2, 64)}
         ({"out_k": zeros(5, 2, 64)}, ValueError, "out_k must be [3, "),
         ({**OUT, "tokens": 4}, ValueError, "tokens must be 5, as in out_k, or None, got 4"),
         ({**OUT, "dtype": torch.float16}, ValueError, "dtype must be torch.bfloat16, as in out_k, or None, got"),
-        ({**OUT, "out_v": zeros(3, 5, 1, 64)}, ValueError, "heads must be 1, as in out_v, or None, got 2"),
+        ({**OUT, "out_v": zeros(3, 5, 1, 64)}, ValueError, "out_v must be [3, 5, 2, 64] of torch.bfloat16, as out_k,"),
+        ({"tokens": 2**62}, ValueError, "packed must be [3, 2, "),
         ({**OUT, "out_v": zeros(3, 5, 64, 2).mT}, ValueError, "out_v must be contiguous in its last 2 dimension(s)"),
         ({**OUT, "out_v": OUT["out_k"]}, ValueError, "out_k must not overlap out_v, got"),
         ({"out_v": zeros(3, 1, 2, 64).expand(-1, 5, -1, -1)}, ValueError, f"out_v must be {APART}"),
@@ -575,7 +576,7 @@ def test_overlaps_are_refused_and_neighbours_are_not():
 def test_opcheck_and_compile(bits):
     k, v = random_chunk(2, 66, 1, 64, dtype=torch.float32)
     want, want_restored = round_trip(k, v, bits, "reference")
-    torch.library.opcheck(torch.ops.worldkv.quantize_chunk.default, (k, v, want.clone(), bits, "auto"))
+    torch.library.opcheck(torch.ops.worldkv.quantize_chunk.default, (k, v, want.clone(), bits, True, "auto"))
     outs = (torch.zeros_like(k), torch.zeros_like(v))
     torch.library.opcheck(torch.ops.worldkv.dequantize_chunk.default, (want, *outs, bits, "auto"))
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING or "torch" in sys.modules or not _command_starts():
         compress_chunk,
         dequantize_chunk,
         norm_rope_append,
+        packed_bytes,
         quantize_chunk,
         segment_attention,
     )
@@ -64,6 +65,7 @@ __all__ = [
     "compress_chunk",
     "dequantize_chunk",
     "norm_rope_append",
+    "packed_bytes",
     "parse_actions",
     "quantize_chunk",
     "segment_attention",

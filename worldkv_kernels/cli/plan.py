@@ -294,7 +294,8 @@ def _notes(
             told.append(f"{gpu.name}: {left}; {least['instead']}; {otherwise}")
         else:
             told += [
-                f"{gpu.name}, {row['bank']} bank, keep_ratio {row['keep_ratio']:g}: {row['instead']}"
+                f"{gpu.name}, {row['bank']} bank, keep_ratio {row['keep_ratio']:g}, {row['bank_bits']} bits: "
+                f"{row['instead']}"
                 for row in of_gpu
                 if not row["fits"]
             ]

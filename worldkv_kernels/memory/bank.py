@@ -136,10 +136,10 @@ class Bank:
 
     # --- into the bank ---
 
-    def try_out(self) -> None:
-        """Let a slot that has been pruned into go to the shelf and back, while nothing is banked."""
+    def try_out(self, tokens: int) -> None:
+        """Pack and restore so many tokens of the first slot, which has been pruned into, while nothing is banked."""
         if self._cache is not None:
-            self._cache.try_out(self._slot_tokens)
+            self._cache.try_out(tokens)
 
     def row_to_fill(self, chunk: int, description: Any, tokens: int | None = None) -> int | None:
         """Where to prune a chunk to: the first pool row; None when the full bank gives up this very chunk.

@@ -6,7 +6,7 @@ As they are in the pool, in host memory; or in fewer bits, in host memory or on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -105,8 +105,10 @@ class PackedShelf:
     num_layers, bytes of a chunk of the most tokens].
 
     A chunk's slot gets what its bits say as soon as it is packed, so that it does not matter whether it stays there or
-    is brought back. In host memory, a chunk is packed into a staging place on the device, and brought back layer by
-    layer through another of one layer; on the device it is packed and restored where it lies, all layers at once.
+    is brought back. In host memory, a chunk is packed into a staging place on the device, and brought back through
+    another, the first layer alone and the others by as many as that holds; on the device it is packed and restored
+    where it lies, all layers at once. What is not finite goes on as NaN: as it does whole, and without a look that
+    would find it when its chunk leaves the recent ones, too late for whoever made it.
     """
 
     def __init__(
@@ -123,9 +125,10 @@ class PackedShelf:
             self._arena = Arena(shape, torch.uint8, device)
             self.rows, self.pinned = self._arena.rows, self._arena.pinned
             self._outgoing = torch.empty((num_layers, each), dtype=torch.uint8, device=device)
-            self._incoming = torch.empty((1, each), dtype=torch.uint8, device=device)
+            self._incoming = torch.empty((staged_layers(num_layers), each), dtype=torch.uint8, device=device)
             self.device_tensors = (self._outgoing, self._incoming)
-            self.steps = [range(layer, layer + 1) for layer in range(num_layers)]
+            ends = range(1, num_layers + len(self._incoming), len(self._incoming))
+            self.steps = [range(max(0, end - len(self._incoming)), min(end, num_layers)) for end in ends]
         else:
             self.rows = torch.empty(shape, dtype=torch.uint8, device=device)
             self.device_tensors = (self.rows,)
@@ -139,7 +142,7 @@ class PackedShelf:
         packed = self._packed(self._outgoing if self.has_staging else self.rows[move.place], move.tokens)
 
         def work() -> None:
-            quantize_chunk(k, v, bits=self._bits, out=packed, backend=self._backend)
+            quantize_chunk(k, v, bits=self._bits, out=packed, check_finite=False, backend=self._backend)
             self._restore(packed, k, v)
 
         engine.launch(work, COMPUTE)
@@ -154,7 +157,7 @@ class PackedShelf:
         for move in moves:
             packed = self._packed(self.rows[move.place, inside], move.tokens)
             if self.has_staging:
-                incoming = self._packed(self._incoming, move.tokens)  # one after the other
+                incoming = self._packed(self._incoming[: len(layers)], move.tokens)  # of one chunk after the other
                 engine.copy(list(zip(incoming, packed, strict=True)), LOAD)
                 packed = incoming
             rows = slice(move.first_row, move.first_row + move.tokens)
@@ -173,6 +176,12 @@ class PackedShelf:
         dequantize_chunk(packed, bits=self._bits, out_k=k, out_v=v, backend=self._backend)
 
 
+def staged_layers(num_layers: int) -> int:
+    """How many are brought to the device before they are restored in one launch."""
+    return min(num_layers, 4)
+
+
+@lru_cache(maxsize=256)
 def shelf_bytes(tokens: int, num_heads: int, head_dim: int, bits: int, dtype: torch.dtype) -> int:
     """What K and V of one layer of a chunk take on a shelf."""
     if bits == 16:

@@ -14,7 +14,7 @@ from .arena import arena_bytes
 from .config import MemoryConfig
 from .plan import capacity, ring_chunks
 from .pool import Pool
-from .shelf import shelf_bytes
+from .shelf import shelf_bytes, staged_layers
 
 _INT32, _INT64 = 4, 8
 
@@ -102,7 +102,9 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         current=whole,
         bank=bank * _slot_bytes(config, config.banked_tokens, dtype),
         packed_bank=0 if on_host else on_shelf,
-        staging=(config.num_layers + 1) * _shelf_bytes(config, dtype) if packed and on_host else 0,
+        staging=(config.num_layers + staged_layers(config.num_layers)) * _shelf_bytes(config, dtype)
+        if packed and on_host
+        else 0,
         tables=tables,
         scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64,
         rotations=rotations,

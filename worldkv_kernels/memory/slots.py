@@ -17,7 +17,8 @@ COUNTS = (
     "prefetched", "prefetch_hits", "prefetch_misses", "restored", "host_bytes", "pinned",
 )  # fmt: skip
 COUNTED = (
-    "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out"
+    "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out",
+    "restored",
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ class SlotCache:
       fills the place;
     - pruning into a slot: the loads into it and the copy out of it; its stream has waited for the passes;
     - packing, where it goes through a staging place: the copy out of that;
-    - a copy out of a slot: the pruning into it, and packing;
+    - a copy out of a slot: the pruning into it, and packing, after which it needs the slot no more;
     - attention to a layer: the loads of that layer's rows, no other; its stream has waited for all pruning.
 
     A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
@@ -68,10 +69,12 @@ class SlotCache:
         self.release()
 
     def count(self, counts: Mapping[str, int]) -> None:
-        """Go on counting from here, see `copied`."""
+        """Go on counting from here, see `copied`; what was copied to and from a host, only where this one does that."""
+        if not self._on_host:
+            counts = {**counts, **dict.fromkeys(("hits", "misses", "copies_out", "bytes_in", "bytes_out"), 0)}
         self.hits, self.misses, self.copies_out = (counts[name] for name in COUNTED[:3])
         self.prefetched, self.prefetch_hits, self.prefetch_misses = (counts[name] for name in COUNTED[3:6])
-        self.bytes_in, self.bytes_out = (counts[name] for name in COUNTED[6:])
+        self.bytes_in, self.bytes_out, self.restored = (counts[name] for name in COUNTED[6:])
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._cached
@@ -84,8 +87,9 @@ class SlotCache:
         hits = self._touch(chunks)
         used = self._unused.intersection(hits)
         self._load([chunk for chunk in chunks if chunk not in self._cached], places, tokens, keep=chunks)
-        self.hits += len(hits)
-        self.misses += len(chunks) - len(hits)
+        if self._on_host:
+            self.hits += len(hits)
+            self.misses += len(chunks) - len(hits)
         self.prefetch_hits += len(used)
         self._unused -= used
         self._in_use = True
@@ -152,29 +156,20 @@ class SlotCache:
     @ranged("bank_copy_out")
     def save(self, chunk: int, place: int, tokens: int) -> None:
         """Copy out a chunk that the current stream has pruned."""
-        engine, slot = self._engine, self._cached[chunk]
-        move = Move(self._rows[slot], place, tokens)
-        if self.shelf.has_staging:
-            engine.wait(self._unstaged, COMPUTE)
-        self.shelf.pack(engine, move)
-        engine.record(self._pruned, COMPUTE)
-        engine.wait(self._pruned, SAVE)
-        self.shelf.put(engine, move)
-        if self.shelf.has_staging:
-            engine.record(self._unstaged, SAVE)
-        self._mark_saved(slot, place)
-        self.copies_out += 1
-        self.bytes_out += self.shelf.bytes_of(tokens)
+        self._save(self._cached[chunk], place, tokens)
+        if self._on_host:
+            self.copies_out += 1
+            self.bytes_out += self.shelf.bytes_of(tokens)
 
     def try_out(self, tokens: int) -> None:
-        """What packs and restores a chunk, once, in the first slot and place, while nothing is banked."""
-        move = Move(self._rows[0], 0, tokens)
-        self.shelf.pack(self._engine, move)
-        self._engine.record(self._pruned, COMPUTE)
-        self._engine.wait(self._pruned, LOAD)
-        self.shelf.bring(self._engine, self.shelf.steps[0], [move])
-        for loaded in self._loaded[0]:
-            self._engine.record(loaded, LOAD)
+        """Pack what the current stream has pruned into the first slot, and restore it, while nothing is banked."""
+        if not self._restores:
+            return
+        self._save(0, 0, tokens)
+        self._engine.wait(self._written[0], LOAD)
+        for layers in self.shelf.steps:
+            self.shelf.bring(self._engine, layers, [Move(self._rows[0], 0, tokens)])
+        self._engine.record(self._loaded[0][-1], LOAD)
 
     def break_off(self, chunk: int, place: int) -> None:
         """Forget a chunk that is not all pruned and saved; what is on its way goes on."""
@@ -191,14 +186,11 @@ class SlotCache:
 
     def counts(self) -> dict[str, int]:
         """See WorldMemory.stats."""
-        brought = self.misses + self.prefetched
-        of_host = (
-            brought, self.copies_out, self.hits, self.misses, self.bytes_in, self.bytes_out, self.shelf.rows.nbytes,
-            int(self.shelf.pinned),
+        counts = (
+            self.misses + self.prefetched if self._on_host else 0, self.copies_out, self.hits, self.misses,
+            self.bytes_in, self.bytes_out, self.prefetched, self.prefetch_hits, self.prefetch_misses, self.restored,
+            self.shelf.rows.nbytes if self._on_host else 0, int(self.shelf.pinned),
         )  # fmt: skip
-        *copied, host_bytes, pinned = of_host if self._on_host else (0,) * len(of_host)
-        ahead = (self.prefetched, self.prefetch_hits, self.prefetch_misses)
-        counts = (*copied, *ahead, brought if self._restores else 0, host_bytes, pinned)
         return dict(zip(COUNTS, counts, strict=True))
 
     def copied(self) -> dict[str, int]:
@@ -256,7 +248,22 @@ class SlotCache:
             for slot in slots:
                 engine.record(self._loaded[slot][-1], LOAD)
             raise
-        self.bytes_in += sum(self.shelf.bytes_of(move.tokens) for move in moves)
+        if self._on_host:
+            self.bytes_in += sum(self.shelf.bytes_of(move.tokens) for move in moves)
+        self.restored += len(moves) if self._restores else 0
+
+    def _save(self, slot: int, place: int, tokens: int) -> None:
+        engine, move = self._engine, Move(self._rows[slot], place, tokens)
+        if self.shelf.has_staging:
+            engine.wait(self._unstaged, COMPUTE)
+        self.shelf.pack(engine, move)
+        engine.record(self._pruned, COMPUTE)
+        engine.wait(self._pruned, SAVE)
+        self.shelf.put(engine, move)
+        if self.shelf.has_staging:
+            engine.record(self._unstaged, SAVE)
+        engine.record(self._saved[slot], COMPUTE if self._restores else SAVE)  # what is put was read from the slot
+        engine.record(self._written[place], SAVE)
 
     def _mark_saved(self, slot: int, place: int) -> None:
         self._engine.record(self._saved[slot], SAVE)

@@ -108,7 +108,7 @@ class Storage:
         if self.bank is not None:
             with self._side.beside():
                 self._compress(first_row, self._bank_rows[0])
-                self.bank.try_out()
+                self.bank.try_out(self.config.banked_tokens)
             self._side.join()
 
     def _compress(self, first_row: int, row: int) -> None:

@@ -55,7 +55,8 @@ class WorldMemory:
     retrieve nothing, at the start); it is None for other retrieval.
 
     Raises ValueError when the storage does not fit the memory that is free, with the numbers, when torch cannot use
-    the device, or when an op has no such backend there; TypeError on another dtype, or what is no MemoryConfig.
+    the device, or when an op of the passes has no such backend there (packing, which has no CUDA kernel, then makes its
+    own choice); TypeError on another dtype, or what is no MemoryConfig.
     """
 
     @torch.inference_mode(False)  # storage made in inference mode could not be written outside of it
@@ -140,9 +141,9 @@ class WorldMemory:
         is already begun or the rollout has ended (in mode "full" with its pool), ValueError when the poses or actions
         are missing, misshapen, not rigid or not finite, or are what this retrieval does not take, or a policy object
         selects what is not on offer, TypeError when that is no list of chunk numbers; the memory is then as before.
-        With a host bank, the copies of what is missing
-        on the device are begun, then, under `MemoryConfig.prefetch`, those of what the next chunk would retrieve if
-        the camera went on as it did.
+        With a bank in host memory or in fewer bits, the copies of what is missing in slots are begun, or its restoring,
+        then, under `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it
+        did.
         """
         if self._plan is not None:
             raise RuntimeError(
@@ -386,7 +387,8 @@ class WorldMemory:
             changes: of `bank`, `bank_chunks`, `device_slots` and `prefetch`, fields of MemoryConfig for where rows lie.
                 A bank of "None" chunks, of what fitted, has as many again. More or fewer change only what it drops.
 
-        Which chunks a host bank has on the device is not saved: what comes first is copied anew, and counted so.
+        Which chunks of a bank in host memory or in fewer bits are in slots is not saved: what comes first is brought
+        anew, and counted so. `bank_bits` cannot be changed: banked chunks are kept as they are packed.
 
         Raises ValueError, naming the file and what is wrong, on one that is no saved memory, of another version,
         damaged, cut short or that contradicts itself, also where it does not fit the memory that is free or the

@@ -2,7 +2,7 @@
 
 from .compress_chunk import CompressedChunk, compress_chunk
 from .norm_rope_append import norm_rope_append
-from .quantize_chunk import dequantize_chunk, quantize_chunk
+from .quantize_chunk import dequantize_chunk, packed_bytes, quantize_chunk
 from .segment_attention import segment_attention
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "compress_chunk",
     "dequantize_chunk",
     "norm_rope_append",
+    "packed_bytes",
     "quantize_chunk",
     "segment_attention",
 ]

@@ -16,6 +16,7 @@ from ..checks import (
     bad_value,
     check_apart,
     check_backend,
+    check_bool,
     check_heads,
     check_layout,
     check_nested,
@@ -55,6 +56,7 @@ def quantize_chunk(
     *,
     bits: Literal[8, 4],
     out: torch.Tensor | None = None,
+    check_finite: bool = True,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Pack K and V of a chunk in 8 or 4 bits a number; `dequantize_chunk` restores them.
@@ -85,18 +87,19 @@ def quantize_chunk(
         out: where to write, uint8 [2, packed_bytes(...)], of which [0] is K, with layers where k has them. Dense in its
             last dimension; the others have any stride that is a multiple of 16, and it starts on one. Must not overlap
             k or v. Allocated when None.
+        check_finite: refuse what is not finite where looking does not synchronise: on a CPU, and with WORLDKV_DEBUG=1
+            everywhere.
         backend: "reference", "triton", or None for the automatic choice. There is no CUDA kernel.
 
-    Not finite input, or in 4 bits a group of a channel whose hi - lo overflows fp32: on a CPU, and with
-    WORLDKV_DEBUG=1 everywhere, a ValueError. Else, since looking would synchronise, the token and head, or the group's
-    channel, gets an infinite s, codes 0 and lo 0, and is restored as NaN.
+    Not finite input, or in 4 bits a group of a channel whose hi - lo overflows fp32: a ValueError where that is looked
+    for. Else the token and head, or the group's channel, gets an infinite s, codes 0 and lo 0, and is restored as NaN.
 
     Limits: a dimension before the tokens is layers, not a batch; V has the heads and head_dim of K; no gradients.
 
     Returns the packed bytes, all of which are written. A restored number is off by at most s / 2 and its own rounding;
     fp32 smaller than 1e-38 by more. What was restored is not always packed to the same bytes: s may move by a step.
-    The same input gives the same bits. Does not synchronise on a GPU, and makes no copy of the chunk; the reference one
-    of K or V of a layer in fp32.
+    The same input gives the same bits. Does not synchronise on a GPU, and makes no copy of the chunk; the reference up
+    to five of K or V of a layer in fp32.
     Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on an input that wants a gradient, on
     other bits, on an output that overlaps an input or itself, on input that is not finite as above, and on a backend
     that is unknown or unavailable. torch.ops.worldkv.quantize_chunk raises the same.
@@ -107,13 +110,14 @@ def quantize_chunk(
     check_layout(_OP, "v", v, (*layers, tokens, heads, head_dim), like=k)
     bits = _checked_bits(_OP, bits)
     _check_dtype(_OP, k.dtype, "k")
+    check_bool(_OP, "check_finite", check_finite)
     check_backend(_OP, backend)
     shape = (*layers, 2, _bytes(tokens, heads, head_dim, bits, k.dtype))
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=k.device)
     else:
         check_layout(_OP, "out", out, shape, like=k)
-    NAMESPACE.quantize_chunk(k, v, out, bits, backend or "auto")
+    NAMESPACE.quantize_chunk(k, v, out, bits, check_finite, backend or "auto")
     return out
 
 
@@ -145,7 +149,7 @@ def dequantize_chunk(
     Bytes that `quantize_chunk` has not written give numbers without a meaning, and no error.
 
     Returns (k, v). In one launch for all layers; the same bytes give the same bits, on every backend. Does not
-    synchronise; allocates nothing beside the outputs, but the reference does, as much as K or V of a layer in fp32.
+    synchronise; allocates nothing beside the outputs, but the reference up to five of K or V of a layer in fp32.
     Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on other bits, on sizes that are missing
     or contradict each other, on outputs that overlap, and on a backend that is unknown or unavailable.
     torch.ops.worldkv.dequantize_chunk raises the same.
@@ -160,6 +164,8 @@ def dequantize_chunk(
     for name, out in (("out_k", out_k), ("out_v", out_v)):
         if out is not None:
             check_layout(_BACK, name, out, (*layers, "tokens", "heads", "head_dim"), like=packed)
+            if out is out_v and out_k is not None and (out.shape, out.dtype) != (out_k.shape, out_k.dtype):
+                raise bad_value(_BACK, name, f"{list(out_k.shape)} of {out_k.dtype}, as out_k", out)
             sizes = dict(zip(given, out.shape[-3:], strict=True), dtype=out.dtype)
             for size, value in (*given.items(), ("dtype", dtype)):
                 if value is not None and value != sizes[size]:
@@ -172,6 +178,9 @@ def dequantize_chunk(
     shape = (*layers, *_checked_sizes(_BACK, **given))
     _check_dtype(_BACK, dtype)
     check_backend(_BACK, backend)
+    wanted = (*layers, 2, _bytes(*shape[-3:], bits, dtype))
+    if packed.shape != wanted:  # before so much is allocated
+        raise bad_value(_BACK, "packed", str(list(wanted)), packed)
     if out_k is None:
         out_k = torch.empty(shape, dtype=dtype, device=packed.device)
     if out_v is None:
@@ -257,14 +266,14 @@ def _kind(k: torch.Tensor, v: torch.Tensor, bits: int) -> tuple:
     return (k.dtype, k.shape[3], bits, aligned)
 
 
-def _run(k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, backend: str) -> None:
+def _run(k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, check_finite: bool, backend: str) -> None:
     _check(_OP, ("k", "v", "out"), k, v, packed, bits)
     if k.dim() == 3:
         k, v, packed = (x.unsqueeze(0) for x in (k, v, packed))
     check_nested(_OP, "out", packed, inner=1)
     check_apart(_OP, {"out": packed}, {"k": k, "v": v})
     run = BACKENDS.choose(backend, k.device, _kind(k, v, bits))
-    if readable(k):
+    if check_finite and readable(k):
         _check_finite("k", k, bits)
         _check_finite("v", v, bits)
     with on_current_device(k.device):
@@ -354,5 +363,5 @@ DEQUANTIZE = OpBackends(
     kinds=_KINDS,
 )
 
-register("quantize_chunk(Tensor k, Tensor v, Tensor(a!) packed, int bits, str backend) -> ()", _run)
+register("quantize_chunk(Tensor k, Tensor v, Tensor(a!) packed, int bits, bool check_finite, str backend) -> ()", _run)
 register("dequantize_chunk(Tensor packed, Tensor(a!) k, Tensor(b!) v, int bits, str backend) -> ()", _run_back)

@@ -1,4 +1,4 @@
-"""Chunks in 8 and 4 bits in plain PyTorch, K or V of one layer at a time, so that no fp32 copy of the chunk is made."""
+"""Chunks in 8 and 4 bits in plain PyTorch, K or V of one layer at a time, of which it makes copies in fp32."""
 
 from __future__ import annotations
 
