@@ -45,7 +45,7 @@ def packing(scheme: str) -> Iterator[None]:
 
 
 def _quantize_by_token(
-    which: int, k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, backend: str | None = None
+    which: int, k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, **options: object
 ) -> torch.Tensor:
     """K or V, 0 or 1: its tokens take the channels' place, so that a group of one token's channels shares a scale."""
     of_one = out.clone()
@@ -68,7 +68,7 @@ def _dequantize_by_token(
 
 
 def _quantize_to_four_levels(
-    k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, backend: str | None = None
+    k: torch.Tensor, v: torch.Tensor, *, bits: int, out: torch.Tensor, **options: object
 ) -> torch.Tensor:
     reference.quantize_chunk(_four_levels(k), _four_levels(v), out, bits=4, group_tokens=GROUP_TOKENS)
     return out
@@ -93,7 +93,8 @@ def add_outliers(model: SmallWorld) -> None:
     for block in model.blocks:
         factors = torch.ones(heads, head_dim // 2, 2, dtype=torch.float32, device="cpu")
         for of_head in factors:
-            of_head[torch.randperm(head_dim // 2, generator=generator, device="cpu")[:OUTLIER_PAIRS]] = OUTLIER_FACTOR
+            order = torch.randperm(head_dim // 2, generator=generator, dtype=torch.int64, device="cpu")
+            of_head[order[:OUTLIER_PAIRS]] = OUTLIER_FACTOR
         attention = block.self_attn
         attention.norm_k.weight.mul_(factors.flatten())
         attention.norm_q.weight.div_(factors.flatten())

@@ -253,7 +253,6 @@ PACKED_WAITS = [
     ("host", ("wait_layer", "_loaded")),
     ("device", ("_load", "_released")),
     ("device", ("wait_layer", "_loaded")),
-    ("device", ("slot_to_fill", "_loaded")),
 ]
 
 
