@@ -69,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
     add("--device-slots", type=report.integer(1),
-        help="of a bank in host memory or in fewer bits (default: "
-        "--retrieved-chunks + 2)")  # fmt: skip
+        help="of a bank in host memory or in fewer bits (default: --retrieved-chunks + 2)")  # fmt: skip
     add("--grid", type=rollout_models.grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--dtype", default="bfloat16", help=f"{', '.join(_DTYPES)} (default: %(default)s)")
     add("--fp8", action="store_true", help="linear layers in FP8, for compute capability 9.0 and newer")
@@ -255,17 +254,8 @@ def _parts(memories: list[MemoryConfig], dtype: torch.dtype, fixed: dict[str, in
 
 def _table(rows: list[dict[str, Any]]) -> str:
     columns = [
-        "GPU",
-        "bank",
-        "keep_ratio",
-        "bits",
-        "banked chunks",
-        "video frames",
-        "seconds",
-        "GPU GiB",
-        "of",
-        "host GiB",
-    ]
+        "GPU", "bank", "keep_ratio", "bits", "banked chunks", "video frames", "seconds", "GPU GiB", "of", "host GiB"
+    ]  # fmt: skip
     cells = []
     for row in rows:
         known = row["seconds"] is not None
