@@ -14,7 +14,7 @@ demo: install-demo
 	$(BIN)/worldkv world
 
 test: install-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 install-demo install-test: install-%: $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || (echo "installing $(TORCH), a download of 0.5 GB and, with its CUDA libraries, more" && $(BIN)/pip install --quiet $(TORCH))
