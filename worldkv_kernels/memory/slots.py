@@ -48,7 +48,7 @@ class SlotCache:
 
     def __init__(self, pool: Pool, rows: list[int], shelf: Shelf, *, on_host: bool, restores: bool) -> None:
         self.shelf, self._on_host, self._restores = shelf, on_host, restores
-        self._rows, self._num_layers = rows, len(pool.k)
+        self._rows = rows
         self._engine = CopyEngine(pool.k.device, pool.k, pool.v, *shelf.device_tensors)
         event = self._engine.event
         self._released = event()  # passes over windows before this one
@@ -176,7 +176,8 @@ class SlotCache:
         engine = self._engine
         engine.record(self._pruned, COMPUTE)
         engine.wait(self._pruned, SAVE)
-        self._mark_saved(self._cached[chunk], place)
+        engine.record(self._saved[self._cached[chunk]], SAVE)
+        engine.record(self._written[place], SAVE)
         self.drop(chunk)
 
     def drop(self, chunk: int) -> None:
@@ -264,10 +265,6 @@ class SlotCache:
             engine.record(self._unstaged, SAVE)
         engine.record(self._saved[slot], COMPUTE if self._restores else SAVE)  # what is put was read from the slot
         engine.record(self._written[place], SAVE)
-
-    def _mark_saved(self, slot: int, place: int) -> None:
-        self._engine.record(self._saved[slot], SAVE)
-        self._engine.record(self._written[place], SAVE)
 
     def _refuse_capture(self, op: str) -> None:
         if self._engine.capturing():
