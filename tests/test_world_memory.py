@@ -264,9 +264,13 @@ def test_poisoned_storage_is_never_read(config, seed, num_chunks):
     for pool in (memory._pool.k, memory._pool.v):
         assert (pool[:, tail] == 0).all()
         pool[:, ~tail] = math.nan
+    for shared in (memory._pool.shared_k, memory._pool.shared_v):
+        shared[:, : config.banked_tokens] = math.nan
+    if memory._storage._packed is not None:
+        memory._storage._packed.packed.fill_(255)  # as scales, NaN too
     if memory._bank is not None and memory._bank._cache is not None:
-        for rows in (memory._bank._cache.shelf.rows, *memory._bank.device_tensors):
-            rows.fill_(math.nan if rows.is_floating_point() else 255)  # as scales, NaN too
+        rows = memory._bank._cache.arena.rows
+        rows.fill_(math.nan if rows.is_floating_point() else 255)
     memory._q.fill_(math.nan)
     rollout = Rollout(config, seed, num_chunks)
     for poisoned, expected in zip(rollout.run(memory), rollout.run(clean), strict=True):
@@ -274,6 +278,8 @@ def test_poisoned_storage_is_never_read(config, seed, num_chunks):
         assert same(poisoned, expected)
     for pool in (memory._pool.k, memory._pool.v):
         assert (pool[:, tail] == 0).all()
+    for shared in (memory._pool.shared_k, memory._pool.shared_v):
+        assert (shared[:, config.banked_tokens :] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

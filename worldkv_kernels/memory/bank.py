@@ -6,55 +6,36 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from ..checks import describe, is_integer
 from ..saved import Rows
 from .kept import keep
-from .pool import Pool
 from .retrieval import RetrievalPolicy
-from .shelf import PackedShelf, WholeShelf
 from .slots import COUNTS, SlotCache
+from .store import Store, held
 
 
 class Bank:
     """Which banked chunk lies where, and what is given up when there is no more room.
 
-    On the device, as it was pruned, a chunk has a slot of the pool for as long as it is banked. In host memory, or in
-    fewer `bits`, it has a place on a shelf, and the pool's slots are a cache of that, see SlotCache.
+    On the device a chunk has a slot of the store for as long as it is banked. In host memory it has a place in an
+    arena, and the slots are a cache of that, see SlotCache.
 
-    To bank a chunk: `row_to_fill`, then write its rows, then `stored`, all on the current stream, which has waited for
-    the passes before. To attend to chunks: `request`, `wait_layer` or `wait`, then read their rows, then `release`.
-    That waits for copies alone: a stream that reads what another has written to the bank waits for that one.
+    To bank a chunk: `slot_to_fill`, then write what is in it, then `stored`, all on the current stream, which has
+    waited for the passes before. To attend to chunks: `request`, `wait_layer` or `wait`, then read their slots, then
+    `release`. That waits for copies alone: a stream that reads what another has written to the bank waits for that one.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        slots: list[int],
-        *,
-        tokens: int,
-        places: int,
-        on_host: bool,
-        policy: RetrievalPolicy,
-        bits: int = 16,
-        backend: str | None = None,
-    ) -> None:
-        self._pool, self._slots, self._slot_tokens = pool, slots, tokens
+    def __init__(self, store: Store, *, places: int, on_host: bool, policy: RetrievalPolicy) -> None:
+        self.store = store
         self._kept = keep(policy, places)
-        self._cache = None
-        if on_host or bits < 16:
-            room = dict(tokens=tokens, num_places=places)
-            packed = dict(bits=bits, on_host=on_host, backend=backend)
-            shelf = WholeShelf(pool, **room) if bits == 16 else PackedShelf(pool, **room, **packed)
-            self._cache = SlotCache(pool, slots, shelf, on_host=on_host, restores=bits < 16)
+        self._cache = SlotCache(store, places=places, device=store.tensors[0].device) if on_host else None
         self.capacity = places
         self.clear()
 
     def clear(self) -> None:
         """Forget everything; keeps the storage."""
         self._kept.clear()
-        self._place: dict[int, int] = {}  # chunk, oldest first -> slot number on the device, or place in the arena
+        self._place: dict[int, int] = {}  # chunk, oldest first -> slot, or place in the arena
         self._tokens: dict[int, int] = {}  # chunk -> to how many it was pruned
         self.pinned: set[int] = set()  # chunks not to be given up, also such as will be banked
         self._free = list(range(self.capacity - 1, -1, -1))
@@ -83,37 +64,27 @@ class Bank:
         return self.counts()["host_copies_in"]
 
     @property
-    def device_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What it has on the device beside the pool."""
-        return self._cache.shelf.device_tensors if self._cache is not None else ()
-
-    @property
     def kept_bytes(self) -> int:
-        """Of all banked chunks, where the bank keeps them."""
-        return sum(map(self.bytes_of, self._tokens.values()))
-
-    def bytes_of(self, tokens: int) -> int:
-        """What the bank keeps of a chunk of so many tokens."""
-        return self._cache.shelf.bytes_of(tokens) if self._cache is not None else tokens * self._pool.token_bytes
+        """Of all banked chunks."""
+        return sum(map(self.store.bytes_of, self._tokens.values()))
 
     def counts(self) -> dict[str, int]:
-        """Of what a shelf takes and gives, see WorldMemory.stats; zeros where there is none."""
+        """Of copies between host and device, see WorldMemory.stats; zeros of a bank on the device."""
         return self._cache.counts() if self._cache is not None else dict.fromkeys(COUNTS, 0)
 
     # --- to be saved ---
 
     def description(self, chunk: int) -> Any:
-        """Of a banked chunk, as `row_to_fill` was given it."""
+        """Of a banked chunk, as `slot_to_fill` was given it."""
         return self._kept.description(chunk)
 
     def held(self, chunk: int) -> Rows:
-        """A banked chunk's K and V, or what they were packed to, where the bank keeps them, for who has waited."""
-        if self._cache is not None:
-            return self._cache.held(self._place[chunk], self._tokens[chunk])
-        return self._pool.held(self._slots[self._place[chunk]], self._tokens[chunk])
+        """A banked chunk's K and V, or what they were packed to, for who has waited."""
+        place, tokens = self._place[chunk], self._tokens[chunk]
+        return held(self.store, place, tokens) if self._cache is None else self._cache.held(place, tokens)
 
     def copied(self) -> dict[str, int] | None:
-        """Counts of what a shelf took and gave; None where there is none."""
+        """Counts of copies between host and device; None where there are none."""
         return self._cache.copied() if self._cache is not None else None
 
     def adopt(self, chunk: int, description: Any, tokens: int) -> Rows:
@@ -121,28 +92,23 @@ class Bank:
 
         Raises ValueError where it has more tokens than a slot, or none.
         """
-        if not 1 <= tokens <= self._slot_tokens:
-            raise ValueError(f"Bank: tokens must be from 1 to {self._slot_tokens}, got {tokens} of chunk {chunk}")
+        if not 1 <= tokens <= self.store.tokens:
+            raise ValueError(f"Bank: tokens must be from 1 to {self.store.tokens}, got {tokens} of chunk {chunk}")
         self._kept.add(chunk, description)
         self._place[chunk] = self._free.pop()
         self._tokens[chunk] = tokens
         return self.held(chunk)
 
     def count(self, num_dropped: int, copied: Mapping[str, int] | None) -> None:
-        """Go on counting from here; of a bank that had no shelf there is nothing to go on from."""
+        """Go on counting from here; of a bank that made no copies there is nothing to go on from."""
         self.num_dropped = num_dropped
         if self._cache is not None and copied is not None:
             self._cache.count(copied)
 
     # --- into the bank ---
 
-    def try_out(self, tokens: int) -> None:
-        """Pack and restore so many tokens of the first slot, which has been pruned into, while nothing is banked."""
-        if self._cache is not None:
-            self._cache.try_out(tokens)
-
-    def row_to_fill(self, chunk: int, description: Any, tokens: int | None = None) -> int | None:
-        """Where to prune a chunk to: the first pool row; None when the full bank gives up this very chunk.
+    def slot_to_fill(self, chunk: int, description: Any, tokens: int | None = None) -> int | None:
+        """Where to prune a chunk to: a slot; None when the full bank gives up this very chunk.
 
         `tokens`: that it will have, at most a slot's; None for as many.
 
@@ -163,18 +129,16 @@ class Bank:
                 return None
             self._forget(given_up)
         self._place[chunk] = self._free.pop()
-        self._tokens[chunk] = self._slot_tokens if tokens is None else tokens
-        if self._cache is None:
-            return self._slots[self._place[chunk]]
-        return self._cache.slot_to_fill(chunk)
+        self._tokens[chunk] = self.store.tokens if tokens is None else tokens
+        return self._place[chunk] if self._cache is None else self._cache.slot_to_fill(chunk)
 
     def stored(self, chunk: int) -> None:
-        """The rows that `row_to_fill` gave are written, of all layers: copy them out."""
+        """The slot that `slot_to_fill` gave is written, all layers: copy it out."""
         if self._cache is not None:
             self._cache.save(chunk, self._place[chunk], self._tokens[chunk])
 
     def break_off(self, chunk: int) -> None:
-        """Take back `row_to_fill`, where writing the rows failed; what it dropped stays dropped."""
+        """Take back `slot_to_fill`, where writing the slot failed; what it dropped stays dropped."""
         if self._cache is not None:
             self._cache.break_off(chunk, self._place[chunk])
         self._forget(chunk)
@@ -234,15 +198,15 @@ class Bank:
         return chosen
 
     def request(self, chunks: list[int]) -> list[int]:
-        """Begin to bring in these banked chunks; returns the pool rows at which they start.
+        """Begin to bring in these banked chunks; returns their slots.
 
         They stay where they are until `release`. Raises ValueError, before anything changes, for more
         chunks than the device has slots.
         """
         if self._cache is None:
-            return [self._slots[self._place[chunk]] for chunk in chunks]
-        if len(chunks) > len(self._slots):
-            raise ValueError(f"Bank: request must be for at most {len(self._slots)} chunks, got {len(chunks)}")
+            return [self._place[chunk] for chunk in chunks]
+        if len(chunks) > self.store.num_slots:
+            raise ValueError(f"Bank: request must be for at most {self.store.num_slots} chunks, got {len(chunks)}")
         return self._cache.request(chunks, self._place, self._tokens)
 
     def prefetch(self, chunks: list[int]) -> list[int]:
@@ -260,13 +224,13 @@ class Bank:
             self._cache.wait()
 
     def release(self) -> None:
-        """All that reads the requested rows is queued on the current stream."""
+        """All that reads the requested slots is queued on the current stream."""
         if self._cache is not None:
             self._cache.release()
 
     def fetch(self, chunks: list[int]) -> list[int]:
-        """`release`, `request` and `wait` in one: rows that the current stream may read at once."""
+        """`release`, `request` and `wait` in one: slots that the current stream may read at once."""
         self.release()
-        rows = self.request(chunks)
+        slots = self.request(chunks)
         self.wait()
-        return rows
+        return slots

@@ -77,11 +77,11 @@ class MemoryConfig:
     recent ones; by default in mode "worldkv", where there is a rope.
 
     `bank_bits`: 16, banked chunks as they are, whatever the dtype; or 8 or 4, as quantize_chunk packs them when they
-    are pruned, .51 and .28 of the bytes in 16 bits. Sink, recent and current chunks stay as they are, and a retrieved
-    chunk is restored into a slot.
+    are pruned, .51 and .28 of the bytes in 16 bits. Sink, recent and current chunks stay as they are; in every pass a
+    layer's retrieved chunks are restored into rows that all layers share, just before it attends to them.
 
-    `bank`: "device", or "host" for host memory, page-locked on a GPU. Of a bank in host memory, or in fewer bits than
-    16, `device_slots` chunks are cached on the device as attention reads them. None for retrieved_chunks + 2: the
+    `bank`: "device", or "host" for host memory, page-locked on a GPU. Of a bank in host memory `device_slots` chunks are
+    cached on the device, in the bank's bits. None for retrieved_chunks + 2: the
     window, one to prune into and one to prefetch into without giving up the window; 2 * retrieved_chunks + 1 let a
     prefetch replace a whole window. `prefetch`: at begin_chunk, bring ahead what the next chunk would retrieve if the
     camera moved on as it did (a policy object of a user's own must be `stateless`, see RetrievalPolicy). Neither
@@ -293,8 +293,13 @@ class MemoryConfig:
 
     @property
     def caches_bank(self) -> bool:
-        """Whether slots on the device are a cache of the bank, which lies in host memory or in fewer bits."""
-        return self.has_bank and (self.bank == "host" or self.bank_bits < 16)
+        """Whether slots on the device are a cache of the bank, which lies in host memory."""
+        return self.has_bank and self.bank == "host"
+
+    @property
+    def packs_bank(self) -> bool:
+        """Whether banked chunks are packed, and restored layer by layer."""
+        return self.has_bank and self.bank_bits < 16
 
     @property
     def cache_slots(self) -> int:

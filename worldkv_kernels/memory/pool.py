@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -20,6 +21,11 @@ class Pool:
 
     Rows are cut into slots: a list of (tokens, count) gives, kind after kind, `count` slots that hold `tokens`
     each. The tail rows of a slot, between its tokens and the next multiple of 128, hold zeros.
+
+    `shared`, (tokens, count), are slots that all layers have in common, for what only the layer at hand needs. They
+    follow the rows of the last layer, so that `of_layer` of an earlier one reaches them by higher row numbers:
+    `shared_rows` are those of layer 0, `rows` less for each layer after it. shared_k and shared_v
+    [count, rows of a slot, heads, head_dim].
     """
 
     def __init__(
@@ -31,6 +37,7 @@ class Pool:
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        shared: tuple[int, int] = (1, 0),
     ) -> None:
         self.first_rows: list[list[int]] = []
         rows = 0
@@ -40,18 +47,48 @@ class Pool:
             self.first_rows.append([rows + i * size for i in range(count)])
             tails += [(first + tokens, first + size) for first in self.first_rows[-1]]
             rows += size * count
-        shape = (num_layers, rows, num_heads, head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.rows = rows
+        tokens, count = shared
+        size = slot_rows(tokens)
+        self.shared_rows = [num_layers * rows + i * size for i in range(count)]
+        self._shape = (num_layers, rows, num_heads, head_dim)
+        self._shared_shape = (count, size, num_heads, head_dim)
+        all_rows = (num_layers * rows + count * size, num_heads, head_dim)
+        self._k = torch.empty(all_rows, dtype=dtype, device=device)
+        self._v = torch.empty(all_rows, dtype=dtype, device=device)
+        self._view()
         for first, last in tails:
             self.k[:, first:last].zero_()
             self.v[:, first:last].zero_()
-        self.rows = rows
+        self.shared_k[:, tokens:].zero_()
+        self.shared_v[:, tokens:].zero_()
+
+    def _view(self) -> None:
+        own = self._shape[0] * self._shape[1]
+        self.k, self.v = self._k[:own].view(self._shape), self._v[:own].view(self._shape)
+        self.shared_k, self.shared_v = self._k[own:].view(self._shared_shape), self._v[own:].view(self._shared_shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views: pickled, they would be storage of their own."""
+        views = ("k", "v", "shared_k", "shared_v")
+        return {name: value for name, value in self.__dict__.items() if name not in views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._view()
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V that attention of a layer reads, [rows, heads, head_dim]: its rows, and what all share."""
+        if not self.shared_rows:
+            return self.k[layer], self.v[layer]
+        first = layer * self.rows
+        return self._k[first:], self._v[first:]
 
     @property
     def token_bytes(self) -> int:
         """K and V of one token, all layers."""
-        return self.bytes // self.rows
+        num_layers, _, heads, head_dim = self._shape
+        return 2 * num_layers * heads * head_dim * self._k.element_size()
 
     def views(self, layer: int, first_row: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a layer from a row on."""
@@ -70,7 +107,7 @@ class Pool:
 
     @property
     def bytes(self) -> int:
-        return 2 * self.k.numel() * self.k.element_size()
+        return self._k.nbytes + self._v.nbytes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -36,9 +36,6 @@ def bank_places(config: MemoryConfig, device: torch.device, dtype: torch.dtype) 
     on_device = device.type == "cuda" and not (config.has_bank and config.bank == "host")
     free, each = free_bytes(device if on_device else torch.device("cpu")), place_bytes(config, dtype)
     least = least_chunks(config)
-    if config.caches_bank and config.bank == "device":  # its slots are of that half; check_room says whether all fits
-        slots = memory_bytes(config, dtype, least).bank
-        return min(max(least, int((free // 2 - slots) // each)), max(least, BANK_LIMIT))
     fits = int(free // 2 // each)
     if fits < least:
         where = "on the device" if on_device else "on the host"
@@ -93,8 +90,8 @@ def changes(
     """The changes of a config that does not fit, each of which alone makes it fit and is the smallest of its kind.
 
     `config` has `bank_chunks` wherever they mean anything. Fields to change, and what the memory then takes: fewer
-    bank_chunks, a bank in host memory, a smaller keep_ratio (halved and halved again, down to 1/16), other bank_bits
-    (more where the slots take more than the bits save), fewer device_slots, fewer retrieved or recent. A bank that
+    bank_chunks, a bank in host memory, a smaller keep_ratio (halved and halved again, down to 1/16), fewer bank_bits,
+    fewer device_slots, fewer retrieved or recent. A bank that
     holds no more than a window retrieves shrinks with it.
     """
 
@@ -117,7 +114,7 @@ def changes(
         while ratio >= _LEAST_KEEP_RATIO and not fits(of(keep_ratio=ratio)):
             ratio /= 2
         tried.append({"keep_ratio": ratio} if ratio >= _LEAST_KEEP_RATIO else None)
-        bits = [bits for bits in BANK_BITS if bits != config.bank_bits and fits(of(bank_bits=bits))]
+        bits = [bits for bits in BANK_BITS if bits < config.bank_bits and fits(of(bank_bits=bits))]
         tried.append({"bank_bits": bits[0]} if bits else None)
         if config.caches_bank:
             slots = _most(least_chunks(config), config.cache_slots - 1, lambda n: fits(of(device_slots=n)))

@@ -14,7 +14,7 @@ from .arena import arena_bytes
 from .config import MemoryConfig
 from .plan import capacity, ring_chunks
 from .pool import Pool
-from .shelf import shelf_bytes, staged_layers
+from .store import chunk_bytes
 
 _INT32, _INT64 = 4, 8
 
@@ -24,10 +24,10 @@ class MemoryBytes:
     """Bytes that a WorldMemory allocates, by part.
 
     On its device: `sink`, `recent`, `gap` (chunks that are whole but unattended) and `current` chunks; `bank`, the
-    banked chunks, or of a bank in host memory or in fewer bits the slots that are a cache of it; `packed_bank`, the
-    chunks of a bank on the device in fewer bits; `staging`, through which a bank in host memory packs and restores
-    them; `tables` of the window; `scratch`, which is queries, what compress_chunk says of a chunk, and its row;
-    `rotations` of the chunk that is made. In host memory: `host_bank`, the arena with its page, and `host_tables`,
+    banked chunks, or of a bank in host memory the slots that are a cache of it; `packed_bank`, the same of a bank in
+    fewer bits, and `restored`, the rows that one layer of its retrieved chunks is restored into; `tables` of the
+    window; `scratch`, which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that
+    is made. In host memory: `host_bank`, the arena with its page, and `host_tables`,
     which the window's and the rotations are written from, both page-locked for a GPU. Not in it: the ops' own scratch
     during a call, and the poses that a policy remembers.
     """
@@ -38,7 +38,7 @@ class MemoryBytes:
     current: int
     bank: int
     packed_bank: int
-    staging: int
+    restored: int
     tables: int
     scratch: int
     rotations: int
@@ -64,11 +64,29 @@ class MemoryBytes:
         return {device_type: self.device, "cpu": self.host}
 
 
+def bank_slots(config: MemoryConfig, places: int) -> int:
+    """Chunks of a bank of `places` that lie on the device."""
+    if not config.has_bank:
+        return 0
+    return config.cache_slots if config.caches_bank else places
+
+
 def pool_slots(config: MemoryConfig, places: int) -> list[tuple[int, int]]:
-    """The pool's slots, (tokens, count): of the sink, of the ring of whole chunks, and of the bank of `places`."""
-    bank = (config.cache_slots if config.caches_bank else places) if config.has_bank else 0
+    """The pool's slots, (tokens, count): of the sink, of the ring of whole chunks, and of a bank in 16 bits."""
+    bank = 0 if config.packs_bank else bank_slots(config, places)
     ring = ring_chunks(config, places)
     return [(config.chunk_tokens, config.sink_chunks), (config.chunk_tokens, ring), (config.banked_tokens, bank)]
+
+
+def shared_slots(config: MemoryConfig) -> tuple[int, int]:
+    """The pool's slots that all layers share, (tokens, count): for the retrieved chunks of a bank in fewer bits, and
+    one at least, by which they are packed."""
+    return config.banked_tokens, max(1, config.retrieved_chunks) if config.packs_bank else 0
+
+
+def chosen_shape(config: MemoryConfig) -> tuple[int, int]:
+    """Of the table that says what is restored, see dequantize_chunk."""
+    return config.retrieved_chunks, 2
 
 
 def window_capacity(config: MemoryConfig, places: int) -> int:
@@ -78,8 +96,8 @@ def window_capacity(config: MemoryConfig, places: int) -> int:
 
 def place_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
     """What one more of `bank_chunks` takes, but for the tables."""
-    if config.caches_bank:
-        return config.num_layers * _shelf_bytes(config, dtype)
+    if config.has_bank and (config.caches_bank or config.packs_bank):
+        return _stored_bytes(config, dtype)
     return _slot_bytes(config, config.banked_tokens if config.has_bank else config.chunk_tokens, dtype)
 
 
@@ -87,12 +105,15 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
     """Of a memory whose bank, or pool in mode "full", has room for `places` chunks; unused in other modes."""
     (_, sink), (_, ring), (_, bank) = pool_slots(config, places)
     whole = _slot_bytes(config, config.chunk_tokens, dtype)
-    on_shelf = places * place_bytes(config, dtype) if config.caches_bank else 0
-    on_host, packed = config.bank == "host", config.caches_bank and config.bank_bits < 16
+    on_host = places * _stored_bytes(config, dtype) if config.caches_bank else 0
     rope = config.make_rope()
-    tables = _table_bytes(
-        table_shapes(window_capacity(config, places), rope if config.turns_segments else None, config.weighs_segments)
+    of_window = table_shapes(
+        window_capacity(config, places), rope if config.turns_segments else None, config.weighs_segments
     )
+    tables, of_layers = _table_bytes(of_window), 0
+    if config.packs_bank:
+        of_layers = config.num_layers * (_table_bytes({n: of_window[n] for n in ("tiles", "tail_rows")}) + _INT32)
+        tables += math.prod(chosen_shape(config)) * _INT32
     rotations = _table_bytes(rope_table_shapes(rope, (config.chunk_frames, *config.grid))) if rope else 0
     queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize
     return MemoryBytes(
@@ -101,14 +122,12 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         gap=config.gap_chunks * whole,
         current=whole,
         bank=bank * _slot_bytes(config, config.banked_tokens, dtype),
-        packed_bank=0 if on_host else on_shelf,
-        staging=(config.num_layers + staged_layers(config.num_layers)) * _shelf_bytes(config, dtype)
-        if packed and on_host
-        else 0,
-        tables=tables,
+        packed_bank=bank_slots(config, places) * _stored_bytes(config, dtype) if config.packs_bank else 0,
+        restored=shared_slots(config)[1] * _slot_bytes(config, config.banked_tokens, dtype) // config.num_layers,
+        tables=tables + of_layers,
         scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64,
         rotations=rotations,
-        host_bank=arena_bytes(on_shelf) if on_host and on_shelf else 0,
+        host_bank=arena_bytes(on_host) if on_host else 0,
         host_tables=tables + rotations,
     )
 
@@ -117,9 +136,10 @@ def _table_bytes(shapes: Shapes) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
 
-def _shelf_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
-    """Of one layer of a banked chunk."""
-    return shelf_bytes(config.banked_tokens, config.num_heads, config.head_dim, config.bank_bits, dtype)
+def _stored_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
+    """Of a banked chunk in its bits, without the tail of a slot in the pool."""
+    of_layer = chunk_bytes(config.banked_tokens, config.num_heads, config.head_dim, config.bank_bits, dtype)
+    return 2 * config.num_layers * of_layer
 
 
 def _slot_bytes(config: MemoryConfig, tokens: int, dtype: torch.dtype) -> int:

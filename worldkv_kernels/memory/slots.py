@@ -1,80 +1,76 @@
-"""Device slots as a cache of the chunks on a shelf, filled and written back beside compute."""
+"""Device slots as a cache of the chunks that a bank has in host memory, filled and written back beside compute."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping
+
+import torch
 
 from ..ranges import ranged
 from ..saved import Rows
 from ..tracing import untraced
-from .pool import Pool
-from .shelf import Move, Shelf
+from .arena import Arena
+from .store import Store
 from .streams import COMPUTE, LOAD, SAVE, CopyEngine
 
 COUNTS = (
     "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
-    "prefetched", "prefetch_hits", "prefetch_misses", "restored", "host_bytes", "pinned",
+    "prefetched", "prefetch_hits", "prefetch_misses", "host_bytes", "pinned",
 )  # fmt: skip
 COUNTED = (
     "hits", "misses", "copies_out", "prefetched", "prefetch_hits", "prefetch_misses", "bytes_in", "bytes_out",
-    "restored",
 )  # fmt: skip
 
 
 class SlotCache:
-    """Which banked chunks lie in slots, and the order of what brings them there and away: copies, packing, restoring.
+    """Which banked chunks lie in slots of a store, and the order of the copies between these and their places.
 
     Policy: a chunk takes a free slot, else that of the least recently used chunk that the present window does not
     use. A chunk is pruned straight into a slot and copied out from there, so it starts out cached. One that is asked
     for while it is cached costs no copy, be it still on its way.
 
-    Copies in go step by step, layer by layer between host and device, over all chunks asked for at once, since a pass
-    needs layer 0 of all of them first. What each waits for:
+    Copies in go layer by layer, over all chunks asked for at once, since a pass needs layer 0 of all of them first.
+    What each waits for:
 
-    - a load into a slot: the passes that read the slot (`release`), the copy out of it, and the copy out that
+    - a copy into a slot: the passes that read the slot (`release`), the copy out of it, and the copy out that
       fills the place;
-    - pruning into a slot: the loads into it and the copy out of it; its stream has waited for the passes;
-    - packing, where it goes through a staging place: the copy out of that;
-    - a copy out of a slot: the pruning into it, and packing, after which it needs the slot no more;
-    - attention to a layer: the loads of that layer's rows, no other; its stream has waited for all pruning.
+    - pruning into a slot: the copies into it and out of it; its stream has waited for the passes;
+    - a copy out of a slot: the pruning into it;
+    - attention to a layer: the copies of that layer's rows, no other; its stream has waited for all pruning.
 
-    A copy out need not wait for loads from the place that it overwrites. Their chunk was dropped: what attended to it
-    came before the pruning, and a load that nothing attended to fills a slot whose next owner waits for it.
+    A copy out need not wait for copies in from the place that it overwrites. Their chunk was dropped: what attended to
+    it came before the pruning, and a copy that nothing attended to fills a slot whose next owner waits for it.
 
-    `rows` are the slots' first pool rows. Chunks are numbers; `places` say where on the shelf each lies, `tokens` how
-    many of a slot's, and of a place's, it takes: no more are copied. `restores`: whether the shelf is in fewer bits.
+    Chunks are numbers; `places` say where in host memory each lies, `tokens` how many of a slot's, and of a place's, it
+    takes: no more are copied.
     """
 
-    def __init__(self, pool: Pool, rows: list[int], shelf: Shelf, *, on_host: bool, restores: bool) -> None:
-        self.shelf, self._on_host, self._restores = shelf, on_host, restores
-        self._rows = rows
-        self._engine = CopyEngine(pool.k.device, pool.k, pool.v, *shelf.device_tensors)
+    def __init__(self, store: Store, *, places: int, device: torch.device) -> None:
+        self._store, self._num_layers = store, store.place_shape[0]
+        self.arena = Arena((places, *store.place_shape), store.dtype, device)
+        self._engine = CopyEngine(device, *store.tensors)
         event = self._engine.event
         self._released = event()  # passes over windows before this one
         self._pruned = event()  # what was pruned last
-        self._unstaged = event()  # what was put on the shelf last
-        self._loaded = [[event() for _ in pool.k] for _ in rows]  # into slots
-        self._saved = [event() for _ in rows]  # out of slots
-        self._written = [event() for _ in shelf.rows]  # into places
+        self._loaded = [[event() for _ in range(self._num_layers)] for _ in range(store.num_slots)]  # into slots
+        self._saved = [event() for _ in range(store.num_slots)]  # out of slots
+        self._written = [event() for _ in range(places)]  # into places
         self._in_use = True  # before the first window too: memory may come from what passes still read
         self.clear()
 
     def clear(self) -> None:
         """Forget what is cached, and the counts. Copies under way go on; what comes later waits for them."""
         self._cached: dict[int, int] = {}  # chunk -> slot, least recently used first
-        self._free = list(range(len(self._rows) - 1, -1, -1))
+        self._free = list(range(self._store.num_slots - 1, -1, -1))
         self._unused: set[int] = set()  # prefetched and not asked for yet
         self.count(dict.fromkeys(COUNTED, 0))
         self.release()
 
     def count(self, counts: Mapping[str, int]) -> None:
-        """Go on counting from here, see `copied`; what was copied to and from a host, only where this one does that."""
-        if not self._on_host:
-            counts = {**counts, **dict.fromkeys(("hits", "misses", "copies_out", "bytes_in", "bytes_out"), 0)}
+        """Go on counting from here, see `copied`."""
         self.hits, self.misses, self.copies_out = (counts[name] for name in COUNTED[:3])
         self.prefetched, self.prefetch_hits, self.prefetch_misses = (counts[name] for name in COUNTED[3:6])
-        self.bytes_in, self.bytes_out, self.restored = (counts[name] for name in COUNTED[6:])
+        self.bytes_in, self.bytes_out = (counts[name] for name in COUNTED[6:])
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._cached
@@ -83,13 +79,12 @@ class SlotCache:
 
     @ranged("bank_copy_in")
     def request(self, chunks: list[int], places: Mapping[int, int], tokens: Mapping[int, int]) -> list[int]:
-        """Make `chunks` the present window; returns their pool rows, which `wait_layer` or `wait` make good."""
+        """Make `chunks` the present window; returns their slots, which `wait_layer` or `wait` make good."""
         hits = self._touch(chunks)
         used = self._unused.intersection(hits)
         self._load([chunk for chunk in chunks if chunk not in self._cached], places, tokens, keep=chunks)
-        if self._on_host:
-            self.hits += len(hits)
-            self.misses += len(chunks) - len(hits)
+        self.hits += len(hits)
+        self.misses += len(chunks) - len(hits)
         self.prefetch_hits += len(used)
         self._unused -= used
         self._in_use = True
@@ -97,7 +92,7 @@ class SlotCache:
         self._in_window = frozenset(chunks)
         self._waited: set[int] = set()  # layers
         self.settled = not chunks
-        return [self._rows[slot] for slot in self._window]
+        return list(self._window)
 
     @ranged("bank_prefetch")
     def prefetch(self, chunks: list[int], places: Mapping[int, int], tokens: Mapping[int, int]) -> list[int]:
@@ -145,31 +140,28 @@ class SlotCache:
     # --- into the bank ---
 
     def slot_to_fill(self, chunk: int) -> int:
-        """A slot's first row, for the current stream to prune `chunk` into. Takes one of the window if need be."""
+        """A slot for the current stream to prune `chunk` into. Takes one of the window if need be."""
         slot = self._take(keep=())
         self._cached[chunk] = slot
         engine = self._engine
         engine.wait(self._loaded[slot][-1], COMPUTE)
         engine.wait(self._saved[slot], COMPUTE)
-        return self._rows[slot]
+        return slot
 
     @ranged("bank_copy_out")
     def save(self, chunk: int, place: int, tokens: int) -> None:
         """Copy out a chunk that the current stream has pruned."""
-        self._save(self._cached[chunk], place, tokens)
-        if self._on_host:
-            self.copies_out += 1
-            self.bytes_out += self.shelf.bytes_of(tokens)
-
-    def try_out(self, tokens: int) -> None:
-        """Pack what the current stream has pruned into the first slot, and restore it, while nothing is banked."""
-        if not self._restores:
-            return
-        self._save(0, 0, tokens)
-        self._engine.wait(self._written[0], LOAD)
-        for layers in self.shelf.steps:
-            self.shelf.bring(self._engine, layers, [Move(self._rows[0], 0, tokens)])
-        self._engine.record(self._loaded[0][-1], LOAD)
+        engine, slot = self._engine, self._cached[chunk]
+        engine.record(self._pruned, COMPUTE)
+        engine.wait(self._pruned, SAVE)
+        pairs = []
+        for layer in range(self._num_layers):
+            pairs += zip(self._at(place, layer, tokens), self._store.views(slot, layer, tokens), strict=True)
+        engine.copy(pairs, SAVE)
+        engine.record(self._saved[slot], SAVE)
+        engine.record(self._written[place], SAVE)
+        self.copies_out += 1
+        self.bytes_out += self._store.bytes_of(tokens)
 
     def break_off(self, chunk: int, place: int) -> None:
         """Forget a chunk that is not all pruned and saved; what is on its way goes on."""
@@ -188,9 +180,8 @@ class SlotCache:
     def counts(self) -> dict[str, int]:
         """See WorldMemory.stats."""
         counts = (
-            self.misses + self.prefetched if self._on_host else 0, self.copies_out, self.hits, self.misses,
-            self.bytes_in, self.bytes_out, self.prefetched, self.prefetch_hits, self.prefetch_misses, self.restored,
-            self.shelf.rows.nbytes if self._on_host else 0, int(self.shelf.pinned),
+            self.misses + self.prefetched, self.copies_out, self.hits, self.misses, self.bytes_in, self.bytes_out,
+            self.prefetched, self.prefetch_hits, self.prefetch_misses, self.arena.bytes, int(self.arena.pinned),
         )  # fmt: skip
         return dict(zip(COUNTS, counts, strict=True))
 
@@ -200,8 +191,9 @@ class SlotCache:
         return {**counts, "prefetch_misses": counts["prefetch_misses"] + len(self._unused)}
 
     def held(self, place: int, tokens: int) -> Rows:
-        """All of a chunk on the shelf, for who has waited for it."""
-        return self.shelf.held(place, tokens)
+        """All of a chunk in host memory, [num_layers, 2, ...], for who has waited for it."""
+        layers = range(self._num_layers)
+        return Rows([piece for layer in layers for piece in self._at(place, layer, tokens)], (len(layers), 2))
 
     # --- parts of the above ---
 
@@ -229,19 +221,22 @@ class SlotCache:
     ) -> None:
         if not chunks:
             return
-        engine, slots, moves = self._engine, [], []
+        engine, slots = self._engine, []
         engine.wait(self._released, LOAD)
         try:
             for chunk in chunks:
-                slot, place = self._take(keep), places[chunk]
+                slot = self._take(keep)
                 self._cached[chunk] = slot
                 slots.append(slot)
-                moves.append(Move(self._rows[slot], place, tokens[chunk]))
                 engine.wait(self._saved[slot], LOAD)
-                engine.wait(self._written[place], LOAD)
-            for layers in self.shelf.steps:
-                self.shelf.bring(engine, layers, moves)
-                for slot, layer in itertools.product(slots, layers):
+                engine.wait(self._written[places[chunk]], LOAD)
+            for layer in range(self._num_layers):
+                pairs = []
+                for chunk, slot in zip(chunks, slots, strict=True):
+                    sides = self._store.views(slot, layer, tokens[chunk]), self._at(places[chunk], layer, tokens[chunk])
+                    pairs += zip(*sides, strict=True)
+                engine.copy(pairs, LOAD)
+                for slot in slots:
                     engine.record(self._loaded[slot][layer], LOAD)
         except BaseException:
             for chunk in chunks:  # none that is half there may count as cached
@@ -249,22 +244,12 @@ class SlotCache:
             for slot in slots:
                 engine.record(self._loaded[slot][-1], LOAD)
             raise
-        if self._on_host:
-            self.bytes_in += sum(self.shelf.bytes_of(move.tokens) for move in moves)
-        self.restored += len(moves) if self._restores else 0
+        self.bytes_in += sum(self._store.bytes_of(tokens[chunk]) for chunk in chunks)
 
-    def _save(self, slot: int, place: int, tokens: int) -> None:
-        engine, move = self._engine, Move(self._rows[slot], place, tokens)
-        if self.shelf.has_staging:
-            engine.wait(self._unstaged, COMPUTE)
-        self.shelf.pack(engine, move)
-        engine.record(self._pruned, COMPUTE)
-        engine.wait(self._pruned, SAVE)
-        self.shelf.put(engine, move)
-        if self.shelf.has_staging:
-            engine.record(self._unstaged, SAVE)
-        engine.record(self._saved[slot], COMPUTE if self._restores else SAVE)  # what is put was read from the slot
-        engine.record(self._written[place], SAVE)
+    def _at(self, place: int, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer in a place. They are one piece there but two tensors on the device."""
+        k, v = self.arena.rows[place, layer, :, : self._store.extent(tokens)]
+        return k, v
 
     def _refuse_capture(self, op: str) -> None:
         if self._engine.capturing():

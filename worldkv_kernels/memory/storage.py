@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from ..ops.all import backend_of
 from ..ops.compress_chunk import compress_chunk
+from ..ops.quantize_chunk import dequantize_chunk, quantize_chunk
 from ..rope import NUM_POSITIONS
 from ..saved import Rows
+from ..tables import Tables
 from ..window import Segment
 from .bank import Bank
 from .config import MemoryConfig
@@ -16,8 +19,9 @@ from .plan import Piece
 from .pool import Pool
 from .retrieval import RetrievalPolicy
 from .room import bank_places, check_room
-from .sizes import pool_slots, window_capacity
+from .sizes import bank_slots, chosen_shape, pool_slots, shared_slots, window_capacity
 from .slots import COUNTS
+from .store import PackedStore, WholeStore
 from .streams import SideStream
 
 
@@ -28,6 +32,11 @@ class Storage:
     `max_chunks`: how many chunks a rollout can have: in mode "full" those that the pool holds, else 2**31 frames.
     `places`: how many chunks the bank holds, in mode "full" the pool.
     `window_capacity`: tiles of 128 rows that the largest window can take.
+
+    A bank in 16 bits has its slots in the pool, where attention reads them. In fewer bits it has them in a PackedStore,
+    and `restore` brings the retrieved chunks of the layer at hand, in every pass, to rows that all layers share. Pruned
+    chunks come by the same rows. What is not finite is packed as NaN, as it is attended in 16 bits: a look would find it
+    when its chunk leaves the recent ones, too late for whoever made it.
 
     Raises ValueError when it does not fit the memory that is free, with the numbers.
     """
@@ -48,19 +57,28 @@ class Storage:
         check_room(config, device, dtype, places)
         self.max_chunks = places if config.mode == "full" else NUM_POSITIONS // config.chunk_frames
         self.window_capacity = window_capacity(config, places)
-        self.pool = Pool(pool_slots(config, places), device=device, dtype=dtype, **sizes)
-        self._sink_rows, self._ring_rows, self._bank_rows = self.pool.first_rows
-        self.bank = None
-        if config.has_bank:
-            self.bank = Bank(
-                self.pool, self._bank_rows, tokens=banked, places=places, on_host=config.bank == "host", policy=policy,
-                bits=config.bank_bits, backend=backend,
-            )  # fmt: skip
+        self.pool = Pool(
+            pool_slots(config, places), shared=shared_slots(config), device=device, dtype=dtype, **sizes
+        )
+        self._sink_rows, self._ring_rows, bank_rows = self.pool.first_rows
+        self._whole = self._packed = self._chosen = self.bank = None
+        if config.packs_bank:
+            self._packing_backend = backend_of("quantize_chunk", backend)
+            self._packed = PackedStore(
+                bank_slots(config, places), tokens=banked, bits=config.bank_bits, dtype=dtype, device=device, **sizes
+            )
+            if config.retrieved_chunks:
+                self._chosen = Tables({"chosen": (chosen_shape(config), torch.int32)}, device)
+        elif config.has_bank:
+            self._whole = WholeStore(self.pool, bank_rows, tokens=banked)
+        store = self._packed or self._whole
+        if store is not None:
+            self.bank = Bank(store, places=places, on_host=config.bank == "host", policy=policy)
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
         self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
-        of_bank = self.bank.device_tensors if self.bank is not None else ()
-        self.device_bytes = self.pool.bytes + sum(tensor.nbytes for tensor in of_bank)
-        self._side = SideStream(device, self.pool.k, self.pool.v, self.index, self.count, *of_bank)
+        packed = self._packed.tensors if self._packed is not None else ()
+        self.device_bytes = self.pool.bytes + sum(tensor.nbytes for tensor in packed)
+        self._side = SideStream(device, self.pool.k, self.pool.v, self.index, self.count, *packed)
 
     def first_row(self, chunk: int) -> int:
         """Of a chunk that is whole: in the sink, recent, or current."""
@@ -72,9 +90,11 @@ class Storage:
         return self.pool.held(self.first_row(chunk), self.config.chunk_tokens)
 
     def segments(self, pieces: list[Piece]) -> tuple[tuple[str, int, Segment], ...]:
-        """The rows of a window's pieces, with their role and chunk; requests the retrieved ones of the bank."""
+        """The rows of a window's pieces, with their role and chunk; requests the retrieved ones of the bank.
+
+        They are layer 0's: those of chunks that are restored have other numbers in others, see Pool."""
         retrieved = [piece.chunk for piece in pieces if piece.role == "retrieved"]
-        rows = dict(zip(retrieved, self.bank.request(retrieved), strict=True)) if self.bank is not None else {}
+        rows = dict(zip(retrieved, self._bank_rows(retrieved), strict=True)) if self.bank is not None else {}
         found = []
         for role, chunk, first_token, num_tokens, time_shift in pieces:
             if role == "retrieved":
@@ -84,6 +104,31 @@ class Storage:
             found.append((role, chunk, Segment(slot + first_token, num_tokens, time_shift, log_weight)))
         return tuple(found)
 
+    def _bank_rows(self, chunks: list[int]) -> list[int]:
+        """Request banked chunks; returns where attention finds each, once it may: `bank.wait_layer`, `restore`."""
+        slots = self.bank.request(chunks)
+        if self._whole is not None:
+            return [self._whole.first_rows[slot] for slot in slots]
+        if self._chosen is None:
+            return []
+        chosen = self._chosen.host()["chosen"]
+        chosen[:] = 0
+        for i, (chunk, slot) in enumerate(zip(chunks, slots, strict=True)):
+            chosen[i] = slot, self.bank.tokens[chunk]
+        self._chosen.copy({"chosen": len(chosen)})
+        return self.pool.shared_rows[: len(chunks)]
+
+    def restore(self, layer: int) -> None:
+        """Of a bank in fewer bits, let the current stream bring the retrieved chunks of a layer to where it attends to
+        them. One launch, also for none of them, so that a captured graph serves every window."""
+        if self._chosen is not None:
+            tokens = self._packed.tokens
+            dequantize_chunk(
+                self._packed.packed[:, layer], bits=self.config.bank_bits, chosen=self._chosen.on_device["chosen"],
+                out_k=self.pool.shared_k[:, :tokens], out_v=self.pool.shared_v[:, :tokens],
+                backend=self._packing_backend,
+            )  # fmt: skip
+
     def prune(self, chunk: int, description: Any) -> None:
         """Prune a whole chunk, all layers at once, from its slot into the bank's, unless a full bank gives it up.
 
@@ -92,12 +137,12 @@ class Storage:
         not after the first: about 1 ms later, where the link takes some 36 ms for a chunk (14B, half of it kept).
         """
         with self._side.beside():
-            row = self.bank.row_to_fill(chunk, description, self.config.banked_tokens)
+            slot = self.bank.slot_to_fill(chunk, description, self.config.banked_tokens)
             self.bank.release()  # before pruning is queued: copies for the next window need not wait for it
-            if row is None:
+            if slot is None:
                 return
             try:
-                self._compress(self.first_row(chunk), row)
+                self._fill(slot, self.first_row(chunk))
                 self.bank.stored(chunk)
             except BaseException:
                 self.bank.break_off(chunk)
@@ -107,20 +152,37 @@ class Storage:
         """Prune the whole chunk at `first_row` into a slot of the bank, while no chunk is banked, and forget it."""
         if self.bank is not None:
             with self._side.beside():
-                self._compress(first_row, self._bank_rows[0])
-                self.bank.try_out(self.config.banked_tokens)
+                self._fill(0, first_row)
             self._side.join()
 
-    def _compress(self, first_row: int, row: int) -> None:
-        """All layers of the whole chunk that starts at `first_row` into the bank's slot at `row`."""
-        config, k, v = self.config, self.pool.k, self.pool.v
-        source = slice(first_row, first_row + config.chunk_tokens)
-        target = slice(row, row + config.banked_tokens)
-        index, count = (x.view(-1)[: len(x) * config.banked_tokens].view(len(x), -1) for x in (self.index, self.count))
+    def _fill(self, slot: int, first_row: int) -> None:
+        """A slot of the bank with the whole chunk that starts at `first_row`, pruned."""
+        num_layers, tokens, pool = self.config.num_layers, self.config.banked_tokens, self.pool
+        if self._whole is not None:
+            row = self._whole.first_rows[slot]
+            target = slice(row, row + tokens)
+            self._compress(range(num_layers), first_row, pool.k[:, target], pool.v[:, target])
+            return
+        at_once = len(pool.shared_rows)
+        for first in range(0, num_layers, at_once):
+            layers = range(first, min(first + at_once, num_layers))
+            k, v = (x[: len(layers), :tokens] for x in (pool.shared_k, pool.shared_v))
+            self._compress(layers, first_row, k, v)
+            quantize_chunk(
+                k, v, bits=self.config.bank_bits, out=self._packed.of_slot(slot, layers, tokens), check_finite=False,
+                backend=self._packing_backend,
+            )  # fmt: skip
+
+    def _compress(self, layers: range, first_row: int, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
+        """Some layers of the whole chunk that starts at `first_row`, [layers, banked tokens, heads, head_dim]."""
+        config, inside = self.config, slice(layers.start, layers.stop)
+        source, banked = slice(first_row, first_row + config.chunk_tokens), config.banked_tokens
+        index, count = (x.view(-1)[: len(x) * banked].view(len(x), -1)[inside] for x in (self.index, self.count))
         compress_chunk(
-            k[:, source], v[:, source], frames=config.chunk_frames, keep_ratio=config.keep_ratio, pooled=config.pooled,
+            self.pool.k[inside, source], self.pool.v[inside, source], frames=config.chunk_frames,
+            keep_ratio=config.keep_ratio, pooled=config.pooled,
             rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
-            out_k=k[:, target], out_v=v[:, target], out_index=index,
+            out_k=out_k, out_v=out_v, out_index=index,
             out_count=count if config.merge_pruned else None, backend=self._backend,
         )  # fmt: skip
 

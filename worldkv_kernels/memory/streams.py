@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,14 +13,14 @@ SAVE = "save"  # device to host
 
 
 class CopyEngine:
-    """Two streams, LOAD and SAVE, of copies and of what makes them right, and events between them and COMPUTE.
+    """Two streams of copies, LOAD and SAVE, each in order, and events between them and COMPUTE.
 
-    Nothing here waits on the host. Each stream is in order. An event stands for what was queued on its stream when it
-    was last recorded, and for nothing if it never was; to wait for it is to wait for that, whatever is recorded in it
-    later. On a device without streams (a CPU) all is done at its call, and events do nothing.
+    Nothing here waits on the host. An event stands for what was queued on its stream when it was last recorded, and
+    for nothing if it never was; to wait for it is to wait for that, whatever is recorded in it later. On a device
+    without streams (a CPU) each copy is made at its call, and events do nothing.
 
-    `device_tensors` are those that are written and read there; they are not reused by torch's allocator
-    before that is done.
+    `device_tensors` are those that copies go to and come from; they are not reused by torch's allocator
+    before the copies are done.
     """
 
     def __init__(self, device: torch.device, *device_tensors: torch.Tensor) -> None:
@@ -55,14 +55,6 @@ class CopyEngine:
         else:
             for target, source in pairs:
                 target.copy_(source)
-
-    def launch(self, work: Callable[[], None], stream: str) -> None:
-        """Queue what `work` launches."""
-        if self._streams and stream != COMPUTE:
-            with torch.cuda.stream(self._streams[stream]):
-                work()
-        else:
-            work()
 
     def capturing(self) -> bool:
         """Whether the current stream is being captured in a CUDA graph."""

@@ -19,6 +19,7 @@ from ..window import Segment, Window
 from . import saving
 from .bank import Bank
 from .config import MemoryConfig, changed
+from .layers import LayerWindows
 from .plan import ChunkPlan, leaving, pieces, place
 from .retrieval import RetrievalPolicy, make_policy
 from .storage import Storage
@@ -38,7 +39,7 @@ class WorldMemory:
 
     `config` says what holds now, and `configured` what it was made with, see `change`.
 
-    With a bank in host memory or in fewer bits, chunks go there and come back on streams of their own. No call waits
+    With a bank in host memory, chunks go there and come back on streams of their own. No call waits
     for them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
     call wait for that layer's rows, the first time. A graph cannot wait for copies outside of it: call
     `wait` after begin_chunk, before a capture and before a replay, and `replayed` after one. The calls of a chunk
@@ -97,6 +98,7 @@ class WorldMemory:
             weighted=config.weighs_segments,
             capacity=self._storage.window_capacity,
         )
+        self._layer_windows = LayerWindows(self._window, self._pool) if config.packs_bank else None
         self._first_row = torch.zeros(1, dtype=torch.int64, device=self.device)
         heads = config.num_heads, config.head_dim
         self._q = torch.empty((config.chunk_tokens, *heads), dtype=dtype, device=self.device)
@@ -141,7 +143,7 @@ class WorldMemory:
         is already begun or the rollout has ended (in mode "full" with its pool), ValueError when the poses or actions
         are missing, misshapen, not rigid or not finite, or are what this retrieval does not take, or a policy object
         selects what is not on offer, TypeError when that is no list of chunk numbers; the memory is then as before.
-        With a bank in host memory or in fewer bits, the copies of what is missing in slots are begun, or its restoring,
+        With a bank in host memory, the copies of what is missing on the device are begun,
         then, under `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it
         did.
         """
@@ -170,7 +172,7 @@ class WorldMemory:
         self._storage.join()
         tokens = {past: self._bank.tokens[past] for past in retrieved}
         segments = self._storage.segments(pieces(config, chunk, tokens, self._first_whole))
-        self._window.update([segment for _, _, segment in segments])
+        self._see([segment for _, _, segment in segments])
         self._first_row.fill_(self._storage.first_row(chunk))  # by launch argument: no copy to wait for
         if self._rotations is not None:
             self._rotations.move(start_frame)
@@ -235,7 +237,7 @@ class WorldMemory:
         zeros = torch.zeros((config.chunk_tokens, heads), dtype=self.dtype, device=self.device)
         first_row = self._storage.first_row(0)
         self._first_row.fill_(first_row)
-        self._window.update([Segment(first_row, config.chunk_tokens)])
+        self._see([Segment(first_row, config.chunk_tokens)])
         self._attend(0, zeros, zeros, zeros, q_weight, k_weight)
         pool = self._pool
         for rows in (pool.k, pool.v):
@@ -387,8 +389,8 @@ class WorldMemory:
             changes: of `bank`, `bank_chunks`, `device_slots` and `prefetch`, fields of MemoryConfig for where rows lie.
                 A bank of "None" chunks, of what fitted, has as many again. More or fewer change only what it drops.
 
-        Which chunks of a bank in host memory or in fewer bits are in slots is not saved: what comes first is brought
-        anew, and counted so. `bank_bits` cannot be changed: banked chunks are kept as they are packed.
+        Which chunks of a bank in host memory are on the device is not saved: what comes first is copied anew, and
+        counted so. `bank_bits` cannot be changed: banked chunks are kept as they are packed.
 
         Raises ValueError, naming the file and what is wrong, on one that is no saved memory, of another version,
         damaged, cut short or that contradicts itself, also where it does not fit the memory that is free or the
@@ -498,13 +500,14 @@ class WorldMemory:
 
     @property
     def window(self) -> Window:
-        """The current window, for the ops themselves, after `wait`; rewritten by begin_chunk, never replaced."""
+        """The current window, for the ops themselves, after `wait`; rewritten by begin_chunk, never replaced. With
+        `bank_bits` below 16 it is layer 0's, and `attend` alone brings its retrieved rows."""
         return self._window
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V pools of a layer, [rows, heads, head_dim]."""
+        """K and V pools of a layer, [rows, heads, head_dim], and with `bank_bits` below 16 what lies behind them."""
         self._check_layer("pools", layer)
-        return self._pool.k[layer], self._pool.v[layer]
+        return self._pool.of_layer(layer)
 
     def location(self, chunk: int) -> str:
         """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""
@@ -517,10 +520,9 @@ class WorldMemory:
         Of a bank in host memory, else 0: host_copies_in, host_copies_out: chunks copied to the device and from it,
         host_bytes_in, host_bytes_out: their bytes. host_copies_saved, host_misses: retrieved chunks that were
         on the device (or on their way) when their chunk began, and others, aborted chunks included.
-        host_bytes: of the arena; pinned: 1 if it is page-locked.
-        Of such a bank and of one in fewer bits, else 0: prefetched: chunks brought to slots ahead, of which
-        prefetch_hits were retrieved later and prefetch_misses given up before. restored: of a bank in fewer bits,
-        chunks brought to slots. kept_bytes counts its chunks as they are packed.
+        prefetched: chunks copied ahead, of which prefetch_hits were retrieved later and prefetch_misses given up
+        before. host_bytes: of the arena; pinned: 1 if it is page-locked.
+        kept_bytes: of what holds the past, banked chunks in their bits; no room that is free, and no copy of it.
         """
         return {
             "chunks": self._next_chunk,
@@ -551,6 +553,10 @@ class WorldMemory:
         q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         pool, config = self._pool, self.config
+        k_pool, v_pool, window = pool.k[layer], pool.v[layer], self._window
+        if self._layer_windows is not None:
+            self._storage.restore(layer)
+            (k_pool, v_pool), window = pool.of_layer(layer), self._layer_windows.of_layer[layer]
         turned = norm_rope_append(
             q, k, v, pool.k[layer], pool.v[layer], self._first_row,
             rope=self._rotations, grid=(config.chunk_frames, *config.grid),
@@ -558,8 +564,14 @@ class WorldMemory:
             out=self._q, backend=self._backend,
         )  # fmt: skip
         return segment_attention(
-            turned, pool.k[layer], pool.v[layer], self._window, scale=config.scale, out=out, backend=self._backend
+            turned, k_pool, v_pool, window, scale=config.scale, out=out, backend=self._backend
         )
+
+    def _see(self, segments: list[Segment]) -> None:
+        """Make these the window."""
+        self._window.update(segments)
+        if self._layer_windows is not None:
+            self._layer_windows.update()
 
     def _check_layer(self, op: str, layer: object) -> None:
         if type(layer) is not int:

@@ -1,0 +1,55 @@
+"""A window's tables for each layer, over pools whose layers have rows in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..window import Window
+from .pool import Pool
+
+
+class LayerWindow(Window):
+    """The window `of` as one layer sees it through Pool.of_layer. What it is not itself is of that window."""
+
+    def __init__(self, windows: LayerWindows, layer: int) -> None:
+        self._windows, self._layer = windows, layer
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, ...]:
+        windows, layer = self._windows, self._layer
+        return windows.tiles[layer], windows.tail_rows[layer], *windows.base.tables[2:]
+
+    @property
+    def last_row(self) -> int:
+        last = self._windows.base.last_row
+        return last - self._layer * self._windows.layer_rows if last >= self._windows.first_shared else last
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_windows":  # not there yet, in a copy
+            raise AttributeError(name)
+        return getattr(self._windows.base, name)
+
+
+class LayerWindows:
+    """`base` is layer 0's. A row of it that layers share has another number in each: they are written anew, on the
+    device, after each update of `base`, at fixed addresses. `of_layer`: the windows of all layers."""
+
+    @torch.inference_mode(False)  # rewritten outside of it, too
+    def __init__(self, base: Window, pool: Pool) -> None:
+        num_layers = len(pool.k)
+        self.base, self.layer_rows, self.first_shared = base, pool.rows, pool.shared_rows[0]
+        tiles, tail_rows = base.tables[:2]
+        integers = dict(dtype=torch.int32, device=base.device)
+        self.tiles = torch.zeros((num_layers, *tiles.shape), **integers)
+        self.tail_rows = torch.zeros((num_layers, *tail_rows.shape), **integers)
+        self._steps = (torch.arange(num_layers, **integers) * pool.rows).view(-1, 1)
+        self.of_layer = [LayerWindow(self, layer) for layer in range(num_layers)]
+
+    def update(self) -> None:
+        """After `base` was updated, on its stream."""
+        for own, moved in zip(self.base.tables[:2], (self.tiles, self.tail_rows), strict=True):
+            rows = own[:, 0]
+            moved.copy_(own)
+            moved[..., 0] -= self._steps * (rows >= self.first_shared)
