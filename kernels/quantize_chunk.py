@@ -2,7 +2,8 @@
 of tokens; and back.
 
 In 8 bits a program takes BLOCK_ROWS rows, of which a row is a token and a head; in 4 one head of a group. K and V, and
-layers, are dimensions of the grid and share nothing. Everything is read once and written once.
+layers, are dimensions of the grid and share nothing. Everything is read once and written once. Where a table chooses
+what is restored, that of layers is one of chunks, whose programs look up their chunk's place and tokens.
 
 Each operation is rounded to fp32 by itself, so launches switch off the fusion of products and sums, and divisions are
 exact ones. Then every implementation that does the same gets the same bits.
@@ -17,9 +18,9 @@ import triton
 import triton.language as tl
 
 MAX_HEADS = 128  # more are tokens, of tensors with heads first
-MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
+MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them, or the chunks of a table
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ALIGNMENT = 16  # bytes: of what is packed of K or V of a layer
+ALIGNMENT = 16  # bytes: of what is packed of K or V
 
 
 @triton.jit
@@ -77,6 +78,15 @@ def _is_finite(x, axis: tl.constexpr):
     return tl.max(bits, axis) < 0x7F800000
 
 
+@triton.jit
+def _looked_up(chosen_ptr, chunk, places, tokens):
+    """The place and the tokens of a chunk; no tokens where the table names what there is not."""
+    place = tl.load(chosen_ptr + 2 * chunk)
+    chunk_tokens = tl.load(chosen_ptr + 2 * chunk + 1)
+    exists = (place >= 0) & (place < places) & (chunk_tokens >= 0) & (chunk_tokens <= tokens)
+    return place.to(tl.int64), tl.where(exists, chunk_tokens, 0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def quantize_8_kernel(
     k_ptr, v_ptr, packed_ptr, tokens,
@@ -114,20 +124,26 @@ def quantize_8_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "places"])
 def dequantize_8_kernel(
     k_ptr, v_ptr, packed_ptr, tokens,
     stride_k_layer, stride_v_layer, stride_k_token, stride_v_token, stride_packed_layer, stride_packed_tensor,
+    chosen_ptr, places,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     layer = tl.program_id(1).to(tl.int64)
     tensor = tl.program_id(2)
+    place = layer
+    if chosen_ptr is not None:
+        place, tokens = _looked_up(chosen_ptr, layer, places, tokens)
+        if tl.program_id(0) * BLOCK_ROWS >= tokens * HEADS:
+            return
     num_rows = tokens * HEADS
     mask = (rows < num_rows)[:, None]
     dims = tl.arange(0, HEAD_DIM)[None, :]
-    packed_ptr += layer * stride_packed_layer + tensor * stride_packed_tensor
+    packed_ptr += place * stride_packed_layer + tensor * stride_packed_tensor
     codes = tl.load(packed_ptr + rows.to(tl.int64)[:, None] * HEAD_DIM + dims, mask=mask, other=0)
     scale_ptr = (packed_ptr + num_rows.to(tl.int64) * HEAD_DIM).to(tl.pointer_type(DTYPE))
     scale = _wide(tl.load(scale_ptr + rows, mask=rows < num_rows, other=0.0), INTERPRETED)
@@ -185,10 +201,11 @@ def quantize_4_kernel(
     tl.store(low_ptr + channel, _rounded(low, DTYPE, INTERPRETED))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "places"])
 def dequantize_4_kernel(
     k_ptr, v_ptr, packed_ptr, tokens,
     stride_k_layer, stride_v_layer, stride_k_token, stride_v_token, stride_packed_layer, stride_packed_tensor,
+    chosen_ptr, places,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_TOKENS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
@@ -197,11 +214,16 @@ def dequantize_4_kernel(
     head = tl.program_id(0) % HEADS
     layer = tl.program_id(1).to(tl.int64)
     tensor = tl.program_id(2)
+    place = layer
+    if chosen_ptr is not None:
+        place, tokens = _looked_up(chosen_ptr, layer, places, tokens)
+        if group * GROUP_TOKENS >= tokens:
+            return
     token = group * GROUP_TOKENS + tl.arange(0, GROUP_TOKENS)
     mask = (token < tokens)[:, None]
     token = token.to(tl.int64)[:, None]
     dims = tl.arange(0, HEAD_DIM)
-    packed_ptr += layer * stride_packed_layer + tensor * stride_packed_tensor
+    packed_ptr += place * stride_packed_layer + tensor * stride_packed_tensor
     pairs = head * PAIRS + tl.arange(0, PAIRS)[None, :]
     codes = tl.load(packed_ptr + token * (HEADS * PAIRS) + pairs, mask=mask, other=0)
     codes = tl.join(codes & 15, codes >> 4).reshape(GROUP_TOKENS, HEAD_DIM)
@@ -223,7 +245,10 @@ def _wrong(op: str, what: str, wanted: str, *got: object) -> str:
     return f"{op}: {what} must be {wanted}, got {'; '.join(came)}"
 
 
-def _check(op: str, k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, group_tokens: int) -> None:
+def _check(
+    op: str, k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, group_tokens: int,
+    chosen: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     if k.dim() != 4 or k.shape[3] not in (64, 128) or not 1 <= k.shape[2] <= MAX_HEADS:
         sizes = f"of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
         raise ValueError(_wrong(op, "k", f"[layers, tokens, heads, head_dim], heads not first, {sizes}", k))
@@ -248,8 +273,15 @@ def _check(op: str, k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits
     size = triton.cdiv(size, ALIGNMENT) * ALIGNMENT
     if packed.dtype is not torch.uint8:
         raise TypeError(_wrong(op, "packed", "torch.uint8", packed))
-    if packed.shape != (layers, 2, size) or packed.stride(2) != 1:
-        raise ValueError(_wrong(op, "packed", f"[{layers}, 2, {size}], dense in its last dimension", packed))
+    places = layers
+    if chosen is not None:
+        if chosen.dtype is not torch.int32:
+            raise TypeError(_wrong(op, "chosen", "torch.int32", chosen))
+        if chosen.shape != (layers, 2) or not chosen.is_contiguous():
+            raise ValueError(_wrong(op, "chosen", f"[{layers}, 2], contiguous", chosen))
+        places = max(1, packed.shape[0]) if packed.dim() == 3 else "places"
+    if packed.shape != (places, 2, size) or packed.stride(2) != 1:
+        raise ValueError(_wrong(op, "packed", f"[{places}, 2, {size}], dense in its last dimension", packed))
     if packed.stride(0) % ALIGNMENT or packed.stride(1) % ALIGNMENT:
         raise ValueError(_wrong(op, "packed", f"with K and V of every layer on multiples of {ALIGNMENT} bytes", packed))
 
@@ -288,30 +320,40 @@ def quantize_chunk(
 
 
 def dequantize_chunk(
-    packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bits: int, group_tokens: int
+    packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bits: int, group_tokens: int,
+    chosen: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write K and V as `quantize_chunk` has packed them: T(code * s) of 8 bits, T(code * s + lo) of 4, where product
-    and sum are rounded each. Arguments, limits and errors are those of `quantize_chunk`; k and v are written."""
-    _check("dequantize_chunk", k, v, packed, bits, group_tokens)
-    _launch(k, v, packed, dequantize_8_kernel, dequantize_4_kernel, bits, group_tokens)
+    and sum are rounded each. Arguments, limits and errors are those of `quantize_chunk`; k and v are written.
+
+    With `chosen`, int32 [chunks, 2], contiguous, the first dimension of k and v is chunks, each restored from a place:
+    row i is the place in `packed`, [places, 2, bytes] of any number of them, and how many tokens n that chunk has, 0 to
+    those of k. k[i, :n] and v[i, :n] are what `quantize_chunk` of n tokens has packed into the first bytes of
+    packed[place]; the rows behind them are left as they are. Places may be named in any order and more than once. Of a
+    place or a number of tokens that there is not, nothing is written. The table is read on the device, so a captured
+    graph restores other chunks when it is rewritten in place.
+    """
+    _check("dequantize_chunk", k, v, packed, bits, group_tokens, chosen)
+    table = dict(chosen_ptr=chosen, places=None if chosen is None else len(packed))
+    _launch(k, v, packed, dequantize_8_kernel, dequantize_4_kernel, bits, group_tokens, **table)
 
 
 def _launch(
     k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, kernel_8, kernel_4, bits: int, group_tokens: int,
-    **constants: float,
+    **arguments: object,
 ) -> None:  # fmt: skip
     layers, tokens, heads, head_dim = k.shape
     if bits == 8:
         kernel, num_warps, block_rows = kernel_8, 4, 4096 // head_dim
-        constants["BLOCK_ROWS"] = block_rows
+        arguments["BLOCK_ROWS"] = block_rows
         programs = triton.cdiv(tokens * heads, block_rows)
     else:
         kernel, num_warps = kernel_4, max(1, group_tokens * head_dim // 1024)
-        constants["GROUP_TOKENS"] = group_tokens
+        arguments["GROUP_TOKENS"] = group_tokens
         programs = triton.cdiv(tokens, group_tokens) * heads
     # 32 numbers a thread: 16 bytes of each load and store, at few registers.
     kernel[(programs, layers, 2)](
         k, v, packed, tokens, k.stride(0), v.stride(0), k.stride(1), v.stride(1), packed.stride(0), packed.stride(1),
         HEADS=heads, HEAD_DIM=head_dim, INTERPRETED=os.environ.get("TRITON_INTERPRET") == "1",
-        num_warps=num_warps, enable_fp_fusion=False, **constants,
+        num_warps=num_warps, enable_fp_fusion=False, **arguments,
     )  # fmt: skip

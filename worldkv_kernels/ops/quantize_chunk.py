@@ -29,7 +29,7 @@ from .backends import NAMESPACE, Backend, OpBackends, exact, on_current_device, 
 _OP, _BACK = "quantize_chunk", "dequantize_chunk"
 BITS = (8, 4)
 GROUP_TOKENS = 64  # that share a channel's scale and minimum in 4 bits; a power of two
-_MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them
+_MAX_LAYERS = 65535  # of the dimension of a CUDA grid that counts them, or the chunks of a table
 _ALIGNMENT = 16  # bytes: of what is packed of K or V, and of where it begins
 
 
@@ -131,9 +131,10 @@ def dequantize_chunk(
     dtype: torch.dtype | None = None,
     out_k: torch.Tensor | None = None,
     out_v: torch.Tensor | None = None,
+    chosen: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Restore K and V of a chunk from what `quantize_chunk` packed, by its formulas.
+    """Restore K and V of a chunk, or of those that a table on the device chooses, by the formulas of `quantize_chunk`.
 
     Args:
         packed: uint8 [2, packed_bytes(...)] or [layers, 2, packed_bytes(...)], dense in its last dimension; the others
@@ -144,14 +145,26 @@ def dequantize_chunk(
         out_k, out_v: where to write, [tokens, heads, head_dim] with layers where `packed` has them; dense in heads and
             head_dim, tokens and layers of any stride, one nested in the other. They must not overlap each other or
             `packed`. Allocated when None.
+        chosen: int32 [chunks, 2], contiguous, on the device of `packed`: of each of 1 to 65535 chunks its place and its
+            tokens n, as below.
         backend: "reference", "triton", or None for the automatic choice. There is no CUDA kernel.
+
+    With `chosen`, `packed` is [places, 2, packed_bytes(tokens, ...)] of at least one place, such as `bank[:, layer]` of
+    a bank of chunks; out_k and out_v have to be given, [chunks, tokens, heads, head_dim]. out_k[i, :n] and out_v[i, :n]
+    become what `quantize_chunk` of n tokens has packed into the first packed_bytes(n, ...) of packed[place]; the rows
+    behind them, and all of a chunk with n = 0, stay as they are. Places are in any order, and may be named more than
+    once. Of a place that `packed` does not have, or an n that is not from 0 to `tokens`, Triton writes nothing, and the
+    reference raises ValueError before it writes anything. Triton reads the table on the device: a captured graph
+    restores other chunks when it is rewritten in place. The reference reads it on the host, which synchronises a GPU.
 
     Bytes that `quantize_chunk` has not written give numbers without a meaning, and no error.
 
-    Returns (k, v). In one launch for all layers; the same bytes give the same bits, on every backend. Does not
-    synchronise; allocates nothing beside the outputs, but the reference up to five of K or V of a layer in fp32.
+    Returns (k, v). In one launch for all layers or chunks; the same bytes give the same bits, on every backend. Does
+    not synchronise, but as above; allocates nothing beside the outputs, but the reference up to five of K or V of a
+    layer in fp32.
     Raises ValueError or TypeError on a wrong shape, dtype, device or stride, on other bits, on sizes that are missing
-    or contradict each other, on outputs that overlap, and on a backend that is unknown or unavailable.
+    or contradict each other, on outputs that overlap, also with `chosen`, and on a backend that is unknown or
+    unavailable.
     torch.ops.worldkv.dequantize_chunk raises the same.
     """
     if not isinstance(packed, torch.Tensor):
@@ -159,11 +172,18 @@ def dequantize_chunk(
     if packed.dim() not in (2, 3):
         raise bad_value(_BACK, "packed", "[2, bytes] or [layers, 2, bytes]", packed)
     bits = _checked_bits(_BACK, bits)
-    layers = packed.shape[:-2]
+    layers = of_out = packed.shape[:-2]
+    if chosen is not None:
+        check_layout(_BACK, "packed", packed, ("places", 2, "bytes"))
+        for name, out in (("out_k", out_k), ("out_v", out_v)):
+            if out is None:
+                raise bad_type(_BACK, name, "given, with chosen", out)
+        check_layout(_BACK, "chosen", chosen, ("chunks", 2), like=packed)
+        of_out = ("chunks",)
     given = dict(tokens=tokens, heads=heads, head_dim=head_dim)
     for name, out in (("out_k", out_k), ("out_v", out_v)):
         if out is not None:
-            check_layout(_BACK, name, out, (*layers, "tokens", "heads", "head_dim"), like=packed)
+            check_layout(_BACK, name, out, (*of_out, "tokens", "heads", "head_dim"), like=packed)
             if out is out_v and out_k is not None and (out.shape, out.dtype) != (out_k.shape, out_k.dtype):
                 raise bad_value(_BACK, name, f"{list(out_k.shape)} of {out_k.dtype}, as out_k", out)
             sizes = dict(zip(given, out.shape[-3:], strict=True), dtype=out.dtype)
@@ -185,7 +205,7 @@ def dequantize_chunk(
         out_k = torch.empty(shape, dtype=dtype, device=packed.device)
     if out_v is None:
         out_v = torch.empty(shape, dtype=dtype, device=packed.device)
-    NAMESPACE.dequantize_chunk(packed, out_k, out_v, bits, backend or "auto")
+    NAMESPACE.dequantize_chunk(packed, out_k, out_v, chosen, bits, backend or "auto")
     return out_k, out_v
 
 
@@ -226,7 +246,13 @@ def _check_dtype(op: str, dtype: object, argument: str = "dtype") -> None:
 
 
 def _check(
-    op: str, names: tuple[str, str, str], k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int
+    op: str,
+    names: tuple[str, str, str],
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: torch.Tensor,
+    bits: int,
+    chosen: torch.Tensor | None = None,
 ) -> None:
     """What every call needs, also one of torch.ops.worldkv, but for what overlaps."""
     of_k, of_v, of_packed = names
@@ -234,9 +260,14 @@ def _check(
     _checked_bits(op, bits)
     check_tensor(op, of_k, k, k.shape, inner=2)
     check_tensor(op, of_v, v, k.shape, like=k, inner=2)
+    if chosen is not None:
+        check_layout(op, of_k, k, ("chunks", "tokens", "heads", "head_dim"))
+        check_tensor(op, "chosen", chosen, (*layers, 2), like=k, dtypes=(torch.int32,), inner=2)
+        check_layout(op, of_packed, packed, ("places", 2, "bytes"))
+        layers = (max(1, len(packed)),)  # from here on places
     shape = (*layers, 2, _bytes(tokens, heads, head_dim, bits, k.dtype))
     check_tensor(op, of_packed, packed, shape, like=k, dtypes=(torch.uint8,))
-    strides = [stride for stride, size in zip(packed.stride()[:-1], shape[:-1], strict=True) if size > 1]
+    strides = [stride for stride, size in zip(packed.stride()[:-1], packed.shape[:-1], strict=True) if size > 1]
     if packed.data_ptr() % _ALIGNMENT or any(stride % _ALIGNMENT for stride in strides):
         raise bad_value(op, of_packed, f"with K and V of every layer on multiples of {_ALIGNMENT} bytes", packed)
 
@@ -280,16 +311,19 @@ def _run(k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, chec
         run(k, v, packed, bits=bits, group_tokens=GROUP_TOKENS)
 
 
-def _run_back(packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: int, backend: str) -> None:
-    _check(_BACK, ("out_k", "out_v", "packed"), k, v, packed, bits)
+def _run_back(
+    packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor | None, bits: int, backend: str
+) -> None:
+    _check(_BACK, ("out_k", "out_v", "packed"), k, v, packed, bits, chosen)
     if k.dim() == 3:
         k, v, packed = (x.unsqueeze(0) for x in (k, v, packed))
     check_nested(_BACK, "out_k", k, inner=2)
     check_nested(_BACK, "out_v", v, inner=2)
-    check_apart(_BACK, {"out_k": k, "out_v": v}, {"packed": packed})
+    inputs = {"packed": packed} if chosen is None else {"packed": packed, "chosen": chosen}
+    check_apart(_BACK, {"out_k": k, "out_v": v}, inputs)
     run = DEQUANTIZE.choose(backend, k.device, _kind(k, v, bits))
     with on_current_device(k.device):
-        run(packed, k, v, bits=bits, group_tokens=GROUP_TOKENS)
+        run(packed, k, v, bits=bits, group_tokens=GROUP_TOKENS, chosen=chosen)
 
 
 def _load_triton() -> Callable[..., None]:
@@ -328,13 +362,22 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
 
 
 def _small_case_back(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
+    """All layers; and by a table that has the second place, of few tokens, first, and a chunk of none."""
     k, v, packed = _small_chunk(kind)
-    reference.quantize_chunk(k, v, packed, bits=kind[2], group_tokens=GROUP_TOKENS)
-    packed, out_k, out_v = packed.to(device), *(torch.full_like(x, float("nan"), device=device) for x in (k, v))
+    options = dict(bits=kind[2], group_tokens=GROUP_TOKENS)
+    reference.quantize_chunk(k, v, packed, **options)
+    bank, few = packed.clone(), 9
+    size = _bytes(few, *k.shape[2:], kind[2], k.dtype)
+    reference.quantize_chunk(k[1:, :few], v[1:, :few], bank[1:, :, :size], **options)
+    packed, bank = packed.to(device), bank.to(device)
+    chosen = torch.tensor([(1, few), (0, k.shape[1]), (1, 0)], dtype=torch.int32, device=device)
+    outs = [torch.full_like(x, float("nan"), device=device) for x in (k, v)]
+    by_table = [x.new_full((3, *x.shape[1:]), float("nan")) for x in outs]
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
-        run(packed, out_k, out_v, bits=kind[2], group_tokens=GROUP_TOKENS)
-        return {"k": out_k, "v": out_v}
+        run(packed, *outs, **options)
+        run(bank, *by_table, **options, chosen=chosen)
+        return dict(zip(("k", "v", "k by a table", "v by a table"), (*outs, *by_table), strict=True))
 
     return call
 
@@ -364,4 +407,7 @@ DEQUANTIZE = OpBackends(
 )
 
 register("quantize_chunk(Tensor k, Tensor v, Tensor(a!) packed, int bits, bool check_finite, str backend) -> ()", _run)
-register("dequantize_chunk(Tensor packed, Tensor(a!) k, Tensor(b!) v, int bits, str backend) -> ()", _run_back)
+register(
+    "dequantize_chunk(Tensor packed, Tensor(a!) k, Tensor(b!) v, Tensor? chosen, int bits, str backend) -> ()",
+    _run_back,
+)

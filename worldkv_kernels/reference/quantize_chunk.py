@@ -22,10 +22,29 @@ def quantize_chunk(k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, *, bi
             row[first:] = 0
 
 
-def dequantize_chunk(packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bits: int, group_tokens: int) -> None:
-    """Same contract as the public op, with a dimension of layers; groups of `group_tokens` in 4 bits."""
-    for layer in range(len(k)):
-        for x, row in ((k[layer], packed[layer, 0]), (v[layer], packed[layer, 1])):
+def dequantize_chunk(
+    packed: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bits: int,
+    group_tokens: int,
+    chosen: torch.Tensor | None = None,
+) -> None:
+    """Same contract as the public op, with a dimension of layers; groups of `group_tokens` in 4 bits.
+
+    Raises ValueError, before anything is written, where `chosen` names what there is not. Reads it on the host.
+    """
+    places, tokens = len(packed), k.shape[1]
+    rows = [(layer, tokens) for layer in range(len(k))] if chosen is None else chosen.tolist()
+    for i, (place, n) in enumerate(rows):
+        if not (0 <= place < places and 0 <= n <= tokens):
+            wanted = f"of places from 0 to {places - 1} and of 0 to {tokens} tokens"
+            raise ValueError(f"dequantize_chunk: chosen must be {wanted}, got place {place}, {n} tokens in row {i}")
+    for i, (place, n) in enumerate(rows):
+        for x, row in ((k[i, :n], packed[place, 0]), (v[i, :n], packed[place, 1])):
+            if n == 0:
+                continue
             if bits == 8:
                 _restore_8(row, x)
             else:
