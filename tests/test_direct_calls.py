@@ -234,7 +234,7 @@ def quantize(back=False, **changes):
     k, v = zeros(2, 3, 12, 2, 64)
     packed = zeros(3, 2, 12 * 128 + 12 * 8, dtype=torch.uint8)
     tensors = dict(packed=packed, k=k, v=v) if back else dict(k=k, v=v, packed=packed)
-    finite = {} if back else {"check_finite": True}
+    finite = {"chosen": None} if back else {"check_finite": True}
     return {**tensors, "bits": 8, **finite, "backend": "auto", **changes}
 
 

@@ -430,6 +430,69 @@ def test_all_layers_of_a_model_are_those_of_the_reference(bits):
         assert torch.equal(quantize_chunk(k, v, bits=bits, backend="triton"), packed)
 
 
+# --- chunks that a table chooses ---
+
+
+LONGEST = 130  # tokens
+
+
+def bank_of(lengths, bits, dtype, heads=2, head_dim=64):
+    """A chunk of each length in its place of the second of three layers, among bytes of 255: the layer, and what each
+    place is restored to alone."""
+    size = packed_bytes(LONGEST, heads, head_dim, bits, dtype)
+    packed = torch.full((len(lengths), 3, 2, size), 255, dtype=torch.uint8, device=DEVICE)[:, 1]
+    alone = []
+    for place, n in enumerate(lengths):
+        k, v = random_chunk(n, heads, head_dim, dtype=dtype, seed=place)
+        of_chunk = quantize_chunk(k, v, bits=bits, backend="reference")
+        packed[place, :, : of_chunk.shape[1]] = of_chunk
+        given = dict(tokens=n, heads=heads, head_dim=head_dim, dtype=dtype)
+        alone.append(dequantize_chunk(of_chunk, bits=bits, **given, backend="reference"))
+    return packed, alone
+
+
+def slots(chunks, dtype, heads=2, head_dim=64):
+    """K's and V's rows [2, chunks, LONGEST, heads, head_dim] in slots with five rows before each and six behind, and
+    the tensor of all of them, NaN."""
+    rows = torch.full((2, chunks, 5 + LONGEST + 6, heads, head_dim), math.nan, dtype=dtype, device=DEVICE)
+    return rows, rows[:, :, 5:-6]
+
+
+def table(*rows):
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+
+
+def assert_chosen(rows, alone, chosen):
+    """The chunks of the table, bit for bit as each is alone, and NaN everywhere else."""
+    want = torch.full_like(rows, math.nan)
+    for i, (place, n) in enumerate(chosen.tolist()):
+        for x, of_place in zip(want, alone[place], strict=True):
+            x[i, 5 : 5 + n] = of_place[:n]
+    assert torch.equal(rows.isnan(), want.isnan())
+    assert torch.equal(rows.nan_to_num(0).view(WORD[rows.dtype]), want.nan_to_num(0).view(WORD[rows.dtype]))
+
+
+@by_backend
+@by_bits
+@by_dtype
+def test_chosen_chunks_are_what_each_is_alone(backend, bits, dtype):
+    """Of every length, out of order, one twice and one not at all; then of a table rewritten in place."""
+    lengths = (63, LONGEST, 1, 65, 64)
+    packed, alone = bank_of(lengths, bits, dtype)
+    order = (3, 1, 4, 0, 1, 2)
+    chosen = table(*((place, lengths[place]) for place in order), (2, 0))
+    rows, (k, v) = slots(7, dtype)
+    before = packed.clone()
+    restored = dequantize_chunk(packed, bits=bits, out_k=k, out_v=v, chosen=chosen, backend=backend)
+    assert restored[0] is k and restored[1] is v
+    assert_chosen(rows, alone, chosen)
+    assert torch.equal(packed, before)
+    chosen.copy_(table((2, 0), (4, 64), (0, 0), (3, 65), (2, 1), (0, 63), (1, LONGEST)))
+    rows.fill_(math.nan)
+    dequantize_chunk(packed, bits=bits, out_k=k, out_v=v, chosen=chosen, backend=backend)
+    assert_chosen(rows, alone, chosen)
+
+
 # --- errors, and what torch makes of the ops ---
 
 
@@ -578,7 +641,7 @@ def test_opcheck_and_compile(bits):
     want, want_restored = round_trip(k, v, bits, "reference")
     torch.library.opcheck(torch.ops.worldkv.quantize_chunk.default, (k, v, want.clone(), bits, True, "auto"))
     outs = (torch.zeros_like(k), torch.zeros_like(v))
-    torch.library.opcheck(torch.ops.worldkv.dequantize_chunk.default, (want, *outs, bits, "auto"))
+    torch.library.opcheck(torch.ops.worldkv.dequantize_chunk.default, (want, *outs, None, bits, "auto"))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(k, v):

@@ -149,8 +149,8 @@ def dequantize_chunk(
             tokens n, as below.
         backend: "reference", "triton", or None for the automatic choice. There is no CUDA kernel.
 
-    With `chosen`, `packed` is [places, 2, packed_bytes(tokens, ...)] of at least one place, such as `bank[:, layer]` of a
-    bank of chunks; out_k and out_v have to be given, [chunks, tokens, heads, head_dim]. out_k[i, :n] and out_v[i, :n]
+    With `chosen`, `packed` is [places, 2, packed_bytes(tokens, ...)] of at least one place, such as `bank[:, layer]` of
+    a bank of chunks; out_k and out_v have to be given, [chunks, tokens, heads, head_dim]. out_k[i, :n] and out_v[i, :n]
     become what `quantize_chunk` of n tokens has packed into the first packed_bytes(n, ...) of packed[place]; the rows
     behind them, and all of a chunk with n = 0, stay as they are. Places are in any order, and may be named more than
     once. Of a place that `packed` does not have, or an n that is not from 0 to `tokens`, Triton writes nothing, and the
