@@ -28,8 +28,8 @@ class Event:
 class LateStreams:
     """Queues what is put on a stream, and runs it at random moments, in order within a stream.
 
-    What is launched runs in one step, a copy in two: first the target is filled with NaN, later it gets what its source
-    then holds.
+    A copy runs in two steps: first the target is filled with NaN, or bytes that stand for it, later it gets what its
+    source then holds.
     `queues_compute`: what `call` is given is queued as well, else it runs at once, after making a wait before it true.
     `current` names the stream that is current. `skips` lists waits to leave out, (calling function, attribute of the
     events) as `name_events` named them. `broken_loads`: the share of calls of `copy` on LOAD that raise Broken.
@@ -80,12 +80,9 @@ class LateStreams:
             raise Broken
         for target, source in pairs:
             self.copies += 1
-            poison = math.nan if target.is_floating_point() else 255  # as scales, NaN too
+            poison = math.nan if target.is_floating_point() else 255  # as scales and minima, NaN
             self._put(stream, lambda target=target, poison=poison: target.fill_(poison))
             self._put(stream, lambda target=target, source=source: target.copy_(source))
-
-    def launch(self, work: Callable[[], None], stream: str) -> None:
-        self._put(stream, work)
 
     def capturing(self) -> bool:
         return self.in_capture

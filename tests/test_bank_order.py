@@ -1,11 +1,13 @@
 """The order of a host bank's copies: whole rollouts over streams that run late, and every wait left out once.
 
-The ops are stand-ins that write and check rows of known numbers on a queued compute stream: a row that is read before
-it is there, or overwritten before it is read, is seen wherever the streams' events allow it.
+The ops are stand-ins that write and check rows of known numbers on a queued compute stream, or, to pack and restore
+them, the ops themselves queued there: a row that is read before it is there, or overwritten before it is read, is seen
+wherever the streams' events allow it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 
 import numpy as np
@@ -16,9 +18,10 @@ from late_streams import Broken, LateStreams
 import worldkv_kernels.memory.slots as slots_module
 import worldkv_kernels.memory.storage as storage_module
 import worldkv_kernels.memory.world_memory as world_memory_module
-from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory, dequantize_chunk
+from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory, dequantize_chunk, quantize_chunk
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
+from worldkv_kernels.memory.store import PackedStore, WholeStore
 
 LAYERS, CHUNK = 3, 2  # a chunk of two frames of one token
 
@@ -55,7 +58,8 @@ class Play:
         monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: self.streams)
         for op in ("norm_rope_append", "segment_attention"):
             monkeypatch.setattr(world_memory_module, op, getattr(self, op))
-        monkeypatch.setattr(storage_module, "compress_chunk", self.compress_chunk)
+        for op in ("compress_chunk", "quantize_chunk", "dequantize_chunk"):
+            monkeypatch.setattr(storage_module, op, getattr(self, op))
         slots, places = self.random.choice([2, 3, 4, 6]), self.random.choice([2, 3, 5, 12])
         config = dict(
             num_layers=LAYERS, num_heads=1, head_dim=64, grid=(1, 1), chunk_frames=CHUNK, sink_frames=0,
@@ -65,13 +69,16 @@ class Play:
         )  # fmt: skip
         self.memory = WorldMemory(MemoryConfig(**{**config, **fields}), dtype=torch.float32)
         self.cache = self.memory._bank._cache
-        self.streams.name_events(self.cache)
+        if self.cache is not None:
+            self.streams.name_events(self.cache)
         self.streams.skips = set(skips)
         self.streams.broken_loads = breaks / 10
+        self.ops_of_pruning = 1 if self.memory.config.bank_bits == 16 else 4  # packed, two layers and one
         self.wrong: list[tuple] = []
         self.marks: dict[int, int] = {}  # chunk -> what its last pass wrote
         self.next_mark = 0
-        self.break_share, self.breaks = breaks, False
+        self.break_share = breaks
+        self.breaks: int | None = None  # after how many ops pruning breaks off
 
     def number(self, mark: int, layer: int, kind: int) -> int:
         return (mark * LAYERS + layer) * 2 + kind + 1
@@ -89,10 +96,13 @@ class Play:
         return q
 
     def segment_attention(self, q, k_pool, v_pool, window, **options):
-        layer, expected = self.layer, []
-        for role, chunk, segment in self.plan.segments:
+        layer, expected, segments = self.layer, [], self.plan.segments
+        _, tail_rows, ranges, *_ = window.tables
+        of_segments = ranges[1 : 1 + len(segments)].tolist()
+        for (role, chunk, segment), (*no_tiles, first, end) in zip(segments, of_segments, strict=True):
+            assert no_tiles == [0, 0] and end - first == segment.num_rows
             mark = self.next_mark if role == "current" else self.marks[chunk]
-            expected.append((role, chunk, slice(segment.first_row, segment.first_row + segment.num_rows), mark))
+            expected.append((role, chunk, tail_rows[first:end, 0].clone(), mark))
 
         def check():
             for role, chunk, rows, mark in expected:
@@ -103,16 +113,33 @@ class Play:
         self.streams.call(check)
         return q
 
-    def compress_chunk(self, k, v, *, out_k, out_v, **options):
-        layers = self.random.randrange(LAYERS + 1) if self.breaks else LAYERS
+    def dequantize_chunk(self, packed, *, chosen, **options):
+        chosen = chosen.clone()  # which on a GPU the compute stream rewrites
+        assert [tokens for _, tokens in chosen.tolist() if tokens] == [CHUNK] * len(self.plan.retrieved)
+        self.streams.call(lambda: dequantize_chunk(packed, chosen=chosen, **options))
 
-        def prune():
+    def compress_chunk(self, k, v, *, out_k, out_v, **options):
+        def prune(layers: int) -> None:
             out_k[:layers].copy_(k[:layers])
             out_v[:layers].copy_(v[:layers])
 
-        self.streams.call(prune)
-        if self.breaks:
+        self.to_bank(prune, len(k))
+
+    def quantize_chunk(self, k, v, *, out, **options):
+        def pack(layers: int) -> None:
+            if layers:
+                quantize_chunk(k[:layers], v[:layers], out=out[:layers], **options)
+
+        self.to_bank(pack, len(k))
+
+    def to_bank(self, work: Callable[[int], None], layers: int) -> None:
+        """An op of pruning over so many layers, or over some of them where it breaks off."""
+        done = self.random.randrange(layers + 1) if self.breaks == 0 else layers
+        self.streams.call(lambda: work(done))
+        if self.breaks == 0:
             raise Broken
+        if self.breaks is not None:
+            self.breaks -= 1
 
     # --- a rollout ---
 
@@ -168,16 +195,17 @@ class Play:
             self.run_pass()
             self.maybe_prefetch(following)
             self.check_residency()
-        self.breaks = self.random.random() < self.break_share
+        if self.random.random() < self.break_share:
+            self.breaks = self.random.randrange(self.ops_of_pruning)
         self.end()
-        self.breaks = False
+        self.breaks = None
         self.marks[chunk] = self.next_mark
 
     def end(self) -> None:
         try:
             self.memory.end_chunk()
         except Broken:
-            self.breaks = False
+            self.breaks = None
             if self.random.random() < 0.5:
                 self.memory.end_chunk()
             else:
@@ -187,21 +215,22 @@ class Play:
                 self.memory.end_chunk()
 
     def check_residency(self) -> None:
-        bank, slots = self.memory._bank, self.memory.config.cache_slots
-        taken = list(self.cache._cached.values())
-        assert set(self.plan.retrieved) <= set(self.cache._cached) <= set(bank._place)
-        assert sorted(taken + self.cache._free) == list(range(slots))
+        bank = self.memory._bank
         places = list(bank._place.values())
         assert sorted(places + bank._free) == list(range(bank.capacity))
         assert list(bank._kept._descriptions) == list(bank._place)
+        if self.cache is not None:
+            taken = list(self.cache._cached.values())
+            assert set(self.plan.retrieved) <= set(self.cache._cached) <= set(bank._place)
+            assert sorted(taken + self.cache._free) == list(range(self.memory.config.cache_slots))
 
-    def banked(self, place: int, layer: int) -> torch.Tensor:
-        """K and V of a layer on the shelf."""
-        shelf, bits = self.cache.shelf, self.memory.config.bank_bits
+    def banked(self, chunk: int, layer: int) -> list[torch.Tensor]:
+        """K and V of a layer of what is in the bank."""
+        k_and_v, bits = self.memory._bank.held(chunk).pieces[2 * layer : 2 * layer + 2], self.memory.config.bank_bits
         if bits == 16:
-            return shelf.rows[place, layer]
-        packed = torch.stack(shelf.held(place, CHUNK).pieces[layer : layer + 1])[0]
-        return torch.stack(dequantize_chunk(packed, bits=bits, tokens=CHUNK, heads=1, head_dim=64, dtype=torch.float32))
+            return k_and_v
+        sizes = dict(bits=bits, tokens=CHUNK, heads=1, head_dim=64, dtype=torch.float32)
+        return list(dequantize_chunk(torch.stack(k_and_v), **sizes))
 
     def run(self, num_chunks: int) -> list[tuple]:
         """What was wrong, after so many chunks and a look at all that is banked."""
@@ -212,9 +241,9 @@ class Play:
                 self.memory.reset()
             self.chunk(chunk - first)
         self.streams.drain()
-        for chunk, place in self.memory._bank._place.items():
+        for chunk in self.memory._bank._place:
             for layer in range(LAYERS):
-                for kind, rows in enumerate(self.banked(place, layer)):
+                for kind, rows in enumerate(self.banked(chunk, layer)):
                     if not (rows == self.number(self.marks[chunk], layer, kind)).all():
                         self.wrong.append(("banked", chunk, layer, kind))
         return self.wrong
@@ -243,28 +272,16 @@ WAITS = [
     ("wait", "_loaded"),
     ("slot_to_fill", "_loaded"),
     ("slot_to_fill", "_saved"),
-    ("_save", "_pruned"),
+    ("save", "_pruned"),
 ]
 
 
-PACKED_WAITS = [
-    ("host", ("_save", "_unstaged")),
-    ("host", ("_save", "_pruned")),
-    ("host", ("wait_layer", "_loaded")),
-    ("device", ("_load", "_released")),
-    ("device", ("wait_layer", "_loaded")),
-]
-
-
-@pytest.mark.parametrize(
-    ("fields", "wait"),
-    [({}, wait) for wait in WAITS] + [(dict(bank=bank, bank_bits=4), wait) for bank, wait in PACKED_WAITS],
-    ids=lambda given: "-".join(map(str, given.values() if isinstance(given, dict) else given)) or "host-16",
-)
-def test_each_wait_is_needed(monkeypatch, fields, wait):
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("wait", WAITS, ids=lambda wait: "-".join(wait))
+def test_each_wait_is_needed(monkeypatch, wait, bits):
     """Left out, it is seen: so the tests above would see it missing."""
     for seed in range(200):
-        play = Play(monkeypatch, seed, skips=(wait,), **fields)
+        play = Play(monkeypatch, seed, skips=(wait,), bank_bits=bits)
         wrong = play.run(40)
         if wrong:
             assert play.streams.skipped
@@ -273,65 +290,72 @@ def test_each_wait_is_needed(monkeypatch, fields, wait):
 
 
 class Small:
-    """A bank of two layers, a shelf and streams that do nothing before they are drained, or waited for."""
+    """A host bank of two layers over streams that do nothing before they are drained, or waited for."""
 
-    def __init__(
-        self, monkeypatch, seed: int, slots: int, skips: tuple = (), on_host: bool = True, bits: int = 16
-    ) -> None:
+    def __init__(self, monkeypatch, seed: int, slots: int, skips: tuple = (), bits: int = 16) -> None:
         self.streams = LateStreams(seed, queues_compute=True)
         monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: self.streams)
         sizes = dict(num_layers=2, num_heads=1, head_dim=64, device=torch.device("cpu"), dtype=torch.float32)
-        self.pool = Pool([(1, slots)], **sizes)
-        given = dict(tokens=1, places=4, on_host=on_host, bits=bits, policy=Scattered())
-        self.bank = Bank(self.pool, self.pool.first_rows[0], **given)
+        if bits == 16:
+            pool = Pool([(1, slots)], **sizes)
+            self.store = WholeStore(pool, pool.first_rows[0], tokens=1)
+        else:
+            self.store = PackedStore(slots, tokens=1, bits=bits, **sizes)
+        self.bank = Bank(self.store, places=4, on_host=True, policy=Scattered())
         self.streams.name_events(self.bank._cache)
         self.streams.skips = set(skips)
         self.streams.laziness = 1.0
 
-    def prune(self, chunk: int, row: int) -> None:
-        self.streams.call(lambda: self.pool.k[:, row].fill_(chunk))
+    def rows(self, slot: int) -> list[torch.Tensor]:
+        """K and V of each layer in a slot, of numbers or of bytes."""
+        return [x for layer in range(2) for x in self.store.views(slot, layer, 1)]
 
-    def store(self, chunk: int) -> None:
-        self.prune(chunk, self.bank.row_to_fill(chunk, None))
+    def prune(self, chunk: int, slot: int) -> None:
+        self.streams.call(lambda: [x.fill_(chunk) for x in self.rows(slot)])
+
+    def store_chunk(self, chunk: int) -> None:
+        self.prune(chunk, self.bank.slot_to_fill(chunk, None))
         self.bank.stored(chunk)
+
+    def read(self, chunk: int, slot: int, right: list[bool]) -> None:
+        """A pass, which notes whether the slot has the chunk."""
+        self.streams.call(lambda: right.append(all((x == chunk).all() for x in self.rows(slot))))
 
     def seen(self, chunk: int) -> bool:
         """Whether a chunk that is asked for now is what a pass will see."""
-        (row,) = self.bank.request([chunk])
+        (slot,), right = self.bank.request([chunk]), []
         self.bank.wait()
-        right: list[bool] = []
-        self.streams.call(lambda: right.append(bool((self.pool.k[:, row] == chunk).all())))
+        self.read(chunk, slot, right)
         self.bank.release()
         self.streams.drain()
         return right == [True]
 
 
-def evicted_before_room_is_made(small: Small) -> bool:
-    """A chunk is pruned over one, and then another is forgotten, into whose slot the first comes back."""
-    small.store(0)
-    small.streams.drain()
-    small.store(1)
-    small.bank.prefetch([0])  # which is there, and now the more recently used
-    small.store(2)  # over 1
-    small.bank.forget(0)
+def evicted_before_it_is_out(small: Small) -> bool:
+    """Between two windows a chunk is pruned over one whose copy out is late, which then is asked for at once."""
+    small.store_chunk(0)
+    small.store_chunk(1)
+    small.bank.request([0])
+    small.bank.release()
+    small.store_chunk(2)  # over 1, the least recently used
     return small.seen(1)  # over 0
 
 
 def pruning_broken_off(small: Small) -> bool:
     """A slot is pruned into, in vain, and then loaded into."""
-    small.store(0)
-    small.store(1)
+    small.store_chunk(0)
+    small.store_chunk(1)
     small.streams.drain()
-    small.prune(2, small.bank.row_to_fill(2, None))  # over 0
+    small.prune(2, small.bank.slot_to_fill(2, None))  # over 0
     small.bank.break_off(2)
     return small.seen(0)
 
 
 def loading_broken_off(small: Small) -> bool:
     """A slot is loaded into, in vain, and then pruned into."""
-    small.store(0)
-    small.store(1)
-    small.store(2)
+    small.store_chunk(0)
+    small.store_chunk(1)
+    small.store_chunk(2)
     small.streams.drain()
     copy, calls = small.streams.copy, []
 
@@ -345,38 +369,34 @@ def loading_broken_off(small: Small) -> bool:
     with pytest.raises(Broken):
         small.bank.request([0])  # over 1
     small.streams.copy = copy
-    small.store(3)
+    small.store_chunk(3)
     return small.seen(3)
 
 
 CORNERS = [
-    (evicted_before_room_is_made, ("_load", "_written")),
+    (evicted_before_it_is_out, ("_load", "_written")),
     (pruning_broken_off, ("break_off", "_pruned")),
     (loading_broken_off, ("slot_to_fill", "_loaded")),
 ]
 
 
-@pytest.mark.parametrize(("on_host", "bits"), [(True, 16), (True, 4), (False, 4)])
+@pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize(("corner", "wait"), CORNERS)
-def test_corners(monkeypatch, corner, wait, on_host, bits):
+def test_corners(monkeypatch, corner, wait, bits):
     """Right in any order that the events allow, and seen where the wait is left out."""
-    if corner is loading_broken_off and not on_host:
-        pytest.skip("without copies there is none that breaks off")
-    kind = dict(on_host=on_host, bits=bits)
-    assert all(corner(Small(monkeypatch, seed, 2, **kind)) for seed in range(20))
-    assert not all(corner(Small(monkeypatch, seed, 2, skips=(wait,), **kind)) for seed in range(20))
+    assert all(corner(Small(monkeypatch, seed, 2, bits=bits)) for seed in range(20))
+    assert not all(corner(Small(monkeypatch, seed, 2, skips=(wait,), bits=bits)) for seed in range(20))
 
 
-def test_fetched_rows_may_be_read_at_once(monkeypatch):
+@pytest.mark.parametrize("bits", [16, 4])
+def test_fetched_rows_may_be_read_at_once(monkeypatch, bits):
     """With one slot, and passes that come late: each fetch waits for those before it, and they for it."""
     for seed in range(20):
-        small, right = Small(monkeypatch, seed, 1), []
-        small.store(0)
-        small.store(1)
+        small, right = Small(monkeypatch, seed, 1, bits=bits), []
+        small.store_chunk(0)
+        small.store_chunk(1)
         for chunk in (0, 1, 0, 1):
-            (row,) = small.bank.fetch([chunk])
-            small.streams.call(
-                lambda row=row, chunk=chunk, pool=small.pool.k, right=right: right.append((pool[:, row] == chunk).all())
-            )
+            (slot,) = small.bank.fetch([chunk])
+            small.read(chunk, slot, right)
         small.streams.drain()
         assert all(right) and len(right) == 4
