@@ -18,6 +18,7 @@ import worldkv_kernels.memory.storage as storage_module
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
+from worldkv_kernels.memory.store import PackedStore, Store, WholeStore
 from worldkv_kernels.memory.streams import COMPUTE
 
 CPU = torch.device("cpu")
@@ -95,27 +96,45 @@ step = st.tuples(st.sampled_from("sssrrrppp."), st.lists(st.integers(0, 40), min
 steps = st.lists(step, min_size=30, max_size=90)
 
 
-@fuzz(150)
-@given(st.integers(1, 5), st.integers(1, 8), steps)
-def test_random_residency(slots, places, steps):
-    """Thousands of steps: no chunk leaves the window, no slot too many, no banked chunk lost, and the policy kept."""
-    pool = Pool([(3, slots)], num_layers=2, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
-    bank = Bank(pool, pool.first_rows[0], tokens=3, places=places, on_host=True, policy=Oldest())
-    cache, plain, banked, next_chunk, dropped = bank._cache, PlainCache(slots), [], 0, 0
-    rows: dict[int, int] = {}  # of the window
+def store_of(slots: int, layers: int, bits: int = 16) -> Store:
+    """Slots of three tokens."""
+    sizes = dict(num_layers=layers, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
+    if bits < 16:
+        return PackedStore(slots, tokens=3, bits=bits, **sizes)
+    pool = Pool([(3, slots)], **sizes)
+    return WholeStore(pool, pool.first_rows[0], tokens=3)
 
-    def check(chunk: int, row: int) -> None:
-        assert row in pool.first_rows[0]
-        for layer in range(2):
-            assert (pool.k[layer, row : row + 3] == chunk + layer / 4).all()
-            assert (pool.v[layer, row : row + 3] == -chunk - layer / 4).all()
+
+def of_chunk(store: Store, slot: int, chunk: int) -> list[tuple[torch.Tensor, int]]:
+    """K and V of each layer in a slot, and the number that stands for the chunk's there, which fits a byte."""
+    rows = [x for layer in range(store.place_shape[0]) for x in store.views(slot, layer, 3)]
+    return [(x, (4 * chunk + i) % 251) for i, x in enumerate(rows)]
+
+
+def fill(store: Store, slot: int, chunk: int) -> None:
+    for x, number in of_chunk(store, slot, chunk):
+        x.fill_(number)
+
+
+def holds(store: Store, slot: int, chunk: int) -> bool:
+    return all((x == number).all() for x, number in of_chunk(store, slot, chunk))
+
+
+@fuzz(150)
+@given(st.integers(1, 5), st.integers(1, 8), st.sampled_from([16, 4]), steps)
+def test_random_residency(slots, places, bits, steps):
+    """Thousands of steps: no chunk leaves the window, no slot too many, no banked chunk lost, and the policy kept."""
+    store = store_of(slots, 2, bits)
+    bank = Bank(store, places=places, on_host=True, policy=Oldest())
+    cache, plain, banked, next_chunk, dropped = bank._cache, PlainCache(slots), [], 0, 0
+    taken: dict[int, int] = {}  # slots of the window
 
     for what, numbers in steps:
         chosen = list(dict.fromkeys(banked[n % len(banked)] for n in numbers if banked))[:slots]
         if what == "s":
             bank.release()
-            plain.window, rows = [], {}
-            row = bank.row_to_fill(next_chunk, None)
+            plain.window, taken = [], {}
+            slot = bank.slot_to_fill(next_chunk, None)
             if len(banked) == places:
                 given_up = next_chunk if next_chunk % 3 == 0 else banked[0]
                 if given_up in banked:
@@ -124,41 +143,36 @@ def test_random_residency(slots, places, steps):
                         plain.remove(given_up)
                 dropped += 1
                 assert bank.num_dropped == dropped and given_up not in bank
-                assert (row is None) == (given_up == next_chunk)
-            if row is not None:
+                assert (slot is None) == (given_up == next_chunk)
+            if slot is not None:
                 plain.add(next_chunk, ())
                 banked.append(next_chunk)
-                for layer in range(2):
-                    pool.k[layer, row : row + 3] = next_chunk + layer / 4
-                    pool.v[layer, row : row + 3] = -next_chunk - layer / 4
+                fill(store, slot, next_chunk)
                 bank.stored(next_chunk)
             next_chunk += 1
         elif what == "r":
             bank.release()
             plain.request(chosen)
-            rows = dict(zip(chosen, bank.request(chosen), strict=True))
+            taken = dict(zip(chosen, bank.request(chosen), strict=True))
         elif what == "p":
             plain.prefetch(chosen)
             assert bank.prefetch(chosen) == [chunk for chunk in chosen if chunk in plain.chunks]
         else:
             bank.release()
-            plain.window, rows = [], {}
+            plain.window, taken = [], {}
         assert list(cache._cached) == plain.chunks and len(plain.chunks) <= slots
         assert (bank.copies_in, cache.hits) == (plain.copies, plain.hits)
         assert (cache.prefetch_hits, cache.prefetch_misses) == (plain.prefetch_hits, plain.prefetch_misses)
-        assert set(plain.window) <= set(cache._cached) and len(set(rows.values())) == len(rows)
-        for chunk, row in rows.items():
-            check(chunk, row)
+        assert set(plain.window) <= set(cache._cached) and len(set(taken.values())) == len(taken)
+        assert all(holds(store, slot, chunk) for chunk, slot in taken.items())
         assert list(bank._place) == banked and len(bank) == len(banked) <= places
-    for chunk in banked:
-        check(chunk, *bank.fetch([chunk]))
+    assert all(holds(store, *bank.fetch([chunk]), chunk) for chunk in banked)
 
 
 def test_more_chunks_than_slots_are_refused_and_change_nothing():
-    pool = Pool([(3, 1)], num_layers=1, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
-    bank = Bank(pool, pool.first_rows[0], tokens=3, places=3, on_host=True, policy=Oldest())
+    bank = Bank(store_of(1, 1), places=3, on_host=True, policy=Oldest())
     for chunk in range(2):
-        bank.row_to_fill(chunk, None)
+        bank.slot_to_fill(chunk, None)
         bank.stored(chunk)
     before = list(bank._cache._cached)
     with pytest.raises(ValueError, match="Bank: request must be for at most 1 chunks, got 2"):
@@ -167,11 +181,10 @@ def test_more_chunks_than_slots_are_refused_and_change_nothing():
 
 
 def test_a_request_that_breaks_off_leaves_nothing_half_cached(monkeypatch):
-    pool = Pool([(3, 2)], num_layers=2, num_heads=1, head_dim=64, device=CPU, dtype=torch.float32)
-    bank = Bank(pool, pool.first_rows[0], tokens=3, places=4, on_host=True, policy=Oldest())
+    store = store_of(2, 2)
+    bank = Bank(store, places=4, on_host=True, policy=Oldest())
     for chunk in range(4):
-        row = bank.row_to_fill(chunk, None)
-        pool.k[:, row : row + 3] = pool.v[:, row : row + 3] = float(chunk)
+        fill(store, bank.slot_to_fill(chunk, None), chunk)
         bank.stored(chunk)
     copy, calls = bank._cache._engine.copy, []
 
@@ -185,8 +198,7 @@ def test_a_request_that_breaks_off_leaves_nothing_half_cached(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         bank.request([0, 1])
     assert not bank._cache._cached and len(bank._cache._free) == 2
-    for chunk, row in zip((0, 1), bank.fetch([0, 1]), strict=True):
-        assert (pool.v[:, row : row + 3] == chunk).all()
+    assert all(holds(store, slot, chunk) for chunk, slot in enumerate(bank.fetch([0, 1])))
 
 
 # --- rollouts ---
@@ -217,7 +229,7 @@ def test_a_hundred_chunks_do_not_depend_on_when_copies_are_made(monkeypatch, on_
     streams = LateStreams(seed, queues_compute=False)
     monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: streams)
     memory = tiny(bank="host", device_slots=3 + seed)
-    memory._bank._cache.shelf.rows.fill_(math.nan)
+    memory._bank._cache.arena.rows.fill_(math.nan)
     assert torch.equal(latents(memory), on_device)
     assert streams.copies > 100 * 2 * MODEL.num_layers
 
@@ -284,23 +296,25 @@ def test_a_layer_waits_for_its_own_rows_alone(monkeypatch):
         assert len(waited) == len(window) == 3
 
 
-def test_pruning_that_fails_leaves_the_chunk_begun(monkeypatch):
-    memory, calm, poses = tiny(bank="host", device_slots=3), tiny(), jumps(6, 12)
+@pytest.mark.parametrize(("op", "bits"), [("compress_chunk", 16), ("quantize_chunk", 4)])
+def test_pruning_that_fails_leaves_the_chunk_begun(monkeypatch, op, bits):
+    memory, calm = tiny(bank="host", device_slots=3, bank_bits=bits), tiny(bank_bits=bits)
+    poses = jumps(6, 12)
     for chunk in range(8):
         for each in (memory, calm):
             each.begin_chunk(poses[chunk])
             passes(each, chunk)
-        before, compress = memory.stats(), storage_module.compress_chunk
+        before, of_pruning = memory.stats(), getattr(storage_module, op)
 
-        def failing(*args, compress=compress, **options):
-            compress(*args, **options)
+        def failing(*args, of_pruning=of_pruning, **options):
+            of_pruning(*args, **options)
             raise KeyboardInterrupt
 
         if chunk >= 3:
-            monkeypatch.setattr(storage_module, "compress_chunk", failing)
+            monkeypatch.setattr(storage_module, op, failing)
             with pytest.raises(KeyboardInterrupt):
                 memory.end_chunk()
-            monkeypatch.setattr(storage_module, "compress_chunk", compress)
+            monkeypatch.setattr(storage_module, op, of_pruning)
             after = memory.stats()
             assert {name for name in before if before[name] != after[name]} <= {"prefetch_misses"}
             if chunk % 2:

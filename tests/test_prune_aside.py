@@ -8,12 +8,13 @@ import torch
 from conftest import DEVICE
 
 from worldkv_kernels import MemoryConfig, WorldMemory
-from worldkv_kernels.memory import shelf, storage
+from worldkv_kernels.memory import storage
 
 CONFIG = MemoryConfig(
     num_layers=2, num_heads=2, head_dim=64, grid=(4, 5), chunk_frames=3, recent_frames=3, retrieved_chunks=2,
     bank_chunks=4, retrieval="pose",
 )  # fmt: skip
+LAYERED = dict(bank_bits=8, retrieved_chunks=1)  # rows for one layer at a time
 CHUNKS = 9
 
 
@@ -38,13 +39,16 @@ class Late:
 
     def __init__(self, monkeypatch):
         self.work, self.inside = [], False
-        op = storage.compress_chunk
 
-        def compress(*tensors, **options):
-            assert self.inside, "pruned on the caller's stream"
-            self.work.append(lambda: op(*tensors, **options))
+        def late(op):
+            def call(*tensors, **options):
+                assert self.inside, "pruned on the caller's stream"
+                self.work.append(lambda: op(*tensors, **options))
 
-        monkeypatch.setattr(storage, "compress_chunk", compress)
+            return call
+
+        for op in ("compress_chunk", "quantize_chunk"):
+            monkeypatch.setattr(storage, op, late(getattr(storage, op)))
 
     @contextmanager
     def beside(self):
@@ -57,16 +61,18 @@ class Late:
             self.work.pop(0)()
 
 
-def test_pruning_that_ends_as_late_as_it_may_changes_nothing(monkeypatch):
-    want = walk(WorldMemory(CONFIG, device=DEVICE, dtype=torch.float32, backend="reference"))
-    memory = WorldMemory(CONFIG, device=DEVICE, dtype=torch.float32, backend="reference")
+@pytest.mark.parametrize(("fields", "ops"), [({}, 1), (dict(bank_bits=4), 2), (LAYERED, 4)], ids=str)
+def test_pruning_that_ends_as_late_as_it_may_changes_nothing(monkeypatch, fields, ops):
+    config = dataclasses.replace(CONFIG, **fields)
+    want = walk(WorldMemory(config, device=DEVICE, dtype=torch.float32, backend="reference"))
+    memory = WorldMemory(config, device=DEVICE, dtype=torch.float32, backend="reference")
     late = memory._storage._side = Late(monkeypatch)
     waited = []
     got = walk(memory, lambda: waited.append(len(late.work)))
-    assert all(map(torch.equal, got, want)) and max(waited) == 1
+    assert all(map(torch.equal, got, want)) and max(waited) == ops
     memory.wait()  # between chunks, as before rows are read
     assert not late.work
-    assert memory.stats()["chunks_banked"] == 4 and memory.stats()["chunks_retrieved"] > 8
+    assert memory.stats()["chunks_banked"] == 4 and memory.stats()["chunks_retrieved"] > 4 * config.retrieved_chunks
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
@@ -75,14 +81,17 @@ def test_pruning_that_ends_as_late_as_it_may_changes_nothing(monkeypatch):
 def test_a_slow_pruning_on_a_gpu_changes_nothing(monkeypatch, bank, bits):
     config = dataclasses.replace(CONFIG, bank=bank, bank_bits=bits)
     want = walk(WorldMemory(config, device=DEVICE, dtype=torch.float32))
-    op = storage.compress_chunk
 
-    def slow(*tensors, **options):
-        torch.cuda._sleep(20_000_000)
-        assert torch.cuda.current_stream() != torch.cuda.default_stream()
-        return op(*tensors, **options)
+    def slow(op):
+        def call(*tensors, **options):
+            torch.cuda._sleep(20_000_000)
+            assert torch.cuda.current_stream() != torch.cuda.default_stream()
+            return op(*tensors, **options)
 
-    monkeypatch.setattr(storage, "compress_chunk", slow)
+        return call
+
+    for op in ("compress_chunk", "quantize_chunk"):
+        monkeypatch.setattr(storage, op, slow(getattr(storage, op)))
     got = walk(WorldMemory(config, device=DEVICE, dtype=torch.float32))
     assert all(map(torch.equal, got, want))
 
@@ -115,7 +124,7 @@ def test_what_pruning_touches_outlives_it(monkeypatch, fields, tensors):
         return side_stream(device, *tensors)
 
     monkeypatch.setattr(storage, "compress_chunk", touching(storage.compress_chunk))
-    monkeypatch.setattr(shelf, "quantize_chunk", touching(shelf.quantize_chunk))
+    monkeypatch.setattr(storage, "quantize_chunk", touching(storage.quantize_chunk))
     monkeypatch.setattr(storage, "SideStream", side)
     walk(WorldMemory(dataclasses.replace(CONFIG, **fields), device=DEVICE, dtype=torch.float32))
     assert len(touched) == tensors and touched <= held
