@@ -90,8 +90,8 @@ def assert_same(got, want):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options", [*({"mode": mode} for mode in MODES), {"bank": "host"}, {"bank": "host", "bank_chunks": 4},
-     {"bank": "host", "bank_bits": 4, "bank_chunks": 4}],
-    ids=[*MODES, "host", "host, full", "host, 4 bits"],
+     {"bank_bits": 4}, {"bank": "host", "bank_bits": 8, "bank_chunks": 4}],
+    ids=[*MODES, "host", "host, full", "4 bits", "host, 8 bits, full"],
 )  # fmt: skip
 def test_a_rollout_of_replays_is_the_rollout(name, options, counted):
     model = make(name)
