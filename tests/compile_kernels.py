@@ -75,7 +75,7 @@ def compiled(kernel, arguments, options, arch):
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             divisible = value % 16 == 0 and name not in unspecialized
-        if divisible:
+        if divisible and not kernel.params[position].do_not_specialize_on_alignment:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
