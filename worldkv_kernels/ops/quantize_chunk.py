@@ -174,7 +174,6 @@ def dequantize_chunk(
     bits = _checked_bits(_BACK, bits)
     layers = of_out = packed.shape[:-2]
     if chosen is not None:
-        check_layout(_BACK, "packed", packed, ("places", 2, "bytes"))
         for name, out in (("out_k", out_k), ("out_v", out_v)):
             if out is None:
                 raise bad_type(_BACK, name, "given, with chosen", out)
