@@ -66,9 +66,7 @@ def _dequantize_by_token(
             of_place = packed[place, None, :, : packed_bytes(tokens, heads, head_dim, 4, k.dtype)]
             turned = torch.empty(2, 1, head_dim, heads, tokens, dtype=k.dtype, device=k.device)
             reference.dequantize_chunk(of_place, turned[0], turned[1], bits=4, group_tokens=head_dim)
-            reference.dequantize_chunk(
-                of_place, k[None, :tokens], v[None, :tokens], bits=4, group_tokens=GROUP_TOKENS
-            )
+            reference.dequantize_chunk(of_place, k[None, :tokens], v[None, :tokens], bits=4, group_tokens=GROUP_TOKENS)
             (k, v)[which][:tokens] = turned[which, 0].transpose(0, 2)
     return out_k, out_v
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -209,21 +208,19 @@ def test_a_bank_of_unstated_size_fits_what_is_free(monkeypatch, bits):
 
 def test_fewer_bits_take_less_of_any_bank_and_are_proposed():
     """Of LingBot-World-Fast: also of the smallest bank, whose retrieved chunks are restored a layer at a time."""
-    few, many = (LingBotConfig().memory(bank_chunks=n) for n in (6, 60))
-    for config in (few, many):
-        sizes = {bits: dataclasses.replace(config, bank_bits=bits).bytes().device for bits in (16, *BITS)}
+    for chunks in (6, 60):
+        of_bits = {bits: LingBotConfig().memory(bank_chunks=chunks, bank_bits=bits) for bits in (16, *BITS)}
+        sizes = {bits: config.bytes().device for bits, config in of_bits.items()}
         assert sizes[4] < sizes[8] < sizes[16]
         for bits in BITS:
-            found = room.changes(
-                config, torch.bfloat16, lambda needed: needed.device <= sizes[bits], device_type="cuda"  # noqa: B023
-            )
-            assert {"bank_bits": bits} in [fields for fields, _ in found]
-        assert not [
-            fields for fields, _ in room.changes(
-                dataclasses.replace(config, bank_bits=4), torch.bfloat16, lambda needed: needed.device < sizes[4],
-                device_type="cuda",
-            ) if "bank_bits" in fields
-        ]  # fmt: skip
+            assert proposed_bits(of_bits[16], sizes[bits]) == [bits]
+        assert proposed_bits(of_bits[4], sizes[4] - 1) == []
+
+
+def proposed_bits(config, room_for):
+    """Where a memory may take so many bytes."""
+    found = room.changes(config, torch.bfloat16, lambda sizes: sizes.device <= room_for, device_type="cuda")
+    return [fields["bank_bits"] for fields, _ in found if "bank_bits" in fields]
 
 
 @pytest.mark.slow
