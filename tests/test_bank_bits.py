@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -113,15 +115,32 @@ def test_a_file_keeps_what_is_packed(bits, bank, tmp_path):
         assert (one.stats()["host_copies_out"] > 0) == (bank == one.config.bank == "host")
     others = [*loaded, memory.fork()]
     for chunk in range(20, 30):
-        poses_, qkv = poses[chunk], torch.randn(3, 18, MODEL.dim, generator=torch.Generator().manual_seed(chunk))
-        made = []
-        for one in (memory, *others):
-            one.begin_chunk(poses_)
-            made.append(torch.stack([one.attend(layer, *qkv) for layer in range(MODEL.num_layers)]))
-            one.end_chunk()
-        assert all(torch.equal(other, made[0]) for other in made)
+        made = [attended(one, chunk, poses[chunk]) for one in (memory, *others)]
+        assert all(other == made[0] for other in made)
     with pytest.raises(TypeError, match="bank_bits"):
         WorldMemory.load(tmp_path / "walk.worldkv", bank_bits=16)
+
+
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_a_copy_goes_on_alone(bank):
+    """Its layers share rows of its own."""
+    memory, poses = tiny(bank=bank, bank_bits=4), jumps(2, 20)
+    for chunk in range(12):
+        walk(memory, chunk, poses[chunk])
+    copies = [pickle.loads(pickle.dumps(memory)), copy.deepcopy(memory)]
+    made = [[attended(one, chunk, poses[chunk]) for chunk in range(12, 20)] for one in (memory, *copies)]
+    assert made[0] == made[1] == made[2]
+    of_all = {x.data_ptr() for one in (memory, *copies) for x in (one._pool._k, one._storage._packed.packed)}
+    assert len(of_all) == 6 and all(one._pool.shared_k.data_ptr() > one._pool._k.data_ptr() for one in copies)
+
+
+def attended(memory, chunk, poses):
+    """What a chunk's layers attend, as lists, which compare."""
+    qkv = torch.randn(3, 18, MODEL.dim, generator=torch.Generator().manual_seed(chunk))
+    memory.begin_chunk(poses)
+    made = [memory.attend(layer, *qkv).tolist() for layer in range(MODEL.num_layers)]
+    memory.end_chunk()
+    return made
 
 
 @pytest.mark.parametrize("bank", ["device", "host"])

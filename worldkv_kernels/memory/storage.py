@@ -120,10 +120,10 @@ class Storage:
         """Of a bank in fewer bits, let the current stream bring the retrieved chunks of a layer to where it attends to
         them. One launch, also for none of them, so that a captured graph serves every window."""
         if self._chosen is not None:
-            tokens = self._packed.tokens
+            chosen, tokens = self._chosen.on_device["chosen"], self._packed.tokens
+            k, v = (x[: len(chosen), :tokens] for x in (self.pool.shared_k, self.pool.shared_v))
             dequantize_chunk(
-                self._packed.packed[:, layer], bits=self.config.bank_bits, chosen=self._chosen.on_device["chosen"],
-                out_k=self.pool.shared_k[:, :tokens], out_v=self.pool.shared_v[:, :tokens],
+                self._packed.packed[:, layer], bits=self.config.bank_bits, chosen=chosen, out_k=k, out_v=v,
                 backend=self._packing_backend,
             )  # fmt: skip
 
