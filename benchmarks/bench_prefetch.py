@@ -19,13 +19,13 @@ import torch
 from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, run_cases
 from prefetch_rivals import RIVALS, Rows
 from timing import Run, time_variants
+from worldkv_kernels.memory.shelf import shelf_bytes
 
 from worldkv_kernels import dequantize_chunk, quantize_chunk
 from worldkv_kernels.cli.report import note
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
 from worldkv_kernels.memory.retrieval import PoseRetrieval
-from worldkv_kernels.memory.shelf import shelf_bytes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""quantize_chunk and dequantize_chunk against the same in eager PyTorch, of all layers of a model in a call.
+"""quantize_chunk and dequantize_chunk against the same in eager PyTorch, of all layers of a model in a call; and of
+chunks of one layer that a table chooses.
 
 The floor is what is read and written, at the rate of a copy. Every number that comes back has to be within half a step
 of the one that was packed, for the rival as for ours.
@@ -23,14 +24,17 @@ from timing import Run, l2_bytes, sets_for
 from worldkv_kernels import dequantize_chunk, quantize_chunk
 from worldkv_kernels.ops.quantize_chunk import GROUP_TOKENS, packed_bytes
 
+TILE_ROWS = 128  # of which the slots are multiples that chosen chunks are restored into
+SPARE = 2  # places of a bank before those that a table names
 DIGITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # of a significand
 
-Packed = tuple[torch.Tensor, ...]
+Packed = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class QuantizeCase:
-    """A chunk of so many layers and tokens, which are packed, or restored."""
+    """A chunk of so many layers and tokens, which are packed, or restored; with `chunks`, so many chunks of one layer,
+    which are restored by a table into slots."""
 
     tokens: int
     heads: int
@@ -39,9 +43,12 @@ class QuantizeCase:
     layers: int = 1
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    chunks: int = 0
 
     def __str__(self) -> str:
         layers = f"{self.layers} layers of " if self.layers > 1 else ""
+        if self.chunks:
+            layers = f"{self.chunks} chunks of one layer, by a table, of "
         dtype = f", {dtype_name(self.dtype)}" * (self.dtype != torch.bfloat16)
         return f"{self.op}, {self.bits} bits, {layers}{self.tokens} tokens x {self.heads} x {self.head_dim}{dtype}"
 
@@ -57,9 +64,9 @@ class QuantizeCase:
 
     @property
     def num_bytes(self) -> int:
-        """K and V of all layers once, and what is packed of them once."""
+        """K and V of all layers or chunks once, and what is packed of them once."""
         chunk = self.tokens * self.heads * self.head_dim * self.dtype.itemsize
-        return 2 * self.layers * (chunk + self.packed_bytes)
+        return 2 * (self.chunks or self.layers) * (chunk + self.packed_bytes)
 
     @property
     def needed_bytes(self) -> int:
@@ -73,10 +80,13 @@ CASES = [
     *(QuantizeCase(1320, 12, bits, op, layers=30) for bits in (8, 4) for op in ("quantize", "dequantize")),
     *(QuantizeCase(2340, 40, 4, op) for op in ("quantize", "dequantize")),
     *(QuantizeCase(2340, 24, 8, op, 30, 64, torch.float16) for op in ("quantize", "dequantize")),
+    *(QuantizeCase(2340, 40, bits, "dequantize", chunks=6) for bits in (8, 4)),
+    *(QuantizeCase(1320, 12, bits, "dequantize", chunks=6) for bits in (8, 4)),
 ]
 SMALL_CASES = [
     *(QuantizeCase(70, 2, bits, op, layers=2) for bits in (8, 4) for op in ("quantize", "dequantize")),
     QuantizeCase(9, 3, 4, head_dim=64, dtype=torch.float16),
+    *(QuantizeCase(70, 2, bits, "dequantize", chunks=3) for bits in (8, 4)),
 ]
 
 # Of --shape.
@@ -147,18 +157,28 @@ def variants_of(case: QuantizeCase, device: torch.device) -> dict[str, bool]:
 
 
 def prepare(case: QuantizeCase, device: torch.device) -> Problem:
-    """K and V of all layers in every input set, packed or with room for it, and for the rival in tensors of its own."""
+    """K and V of all layers in every input set, packed or with room for it, and for the rival in tensors of its own.
+
+    Of chosen chunks the first is in the second place that the table names, and so on, the last in the first.
+    """
     sets = sets_for(case.num_bytes, l2_bytes(device))
     generator = torch.Generator(device=device).manual_seed(0)
-    shape = (2, case.layers, case.tokens, case.heads, case.head_dim)
+    count = case.chunks or case.layers
+    shape = (2, count, case.tokens, case.heads, case.head_dim)
+    first, rows, chosen, order = 0, case.tokens, None, None
+    if case.chunks:
+        first, rows = SPARE, -(-case.tokens // TILE_ROWS) * TILE_ROWS
+        order = torch.arange(1, count + 1, dtype=torch.int64, device=device) % count
+        chosen = torch.stack([order + first, torch.full_like(order, case.tokens)], dim=1).int()
     chunks, packed, outs = [], [], []
     for _ in range(sets):
         random = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
         chunks.append(random.to(case.dtype))
-        packed.append(torch.empty((case.layers, 2, case.packed_bytes), dtype=torch.uint8, device=device))
+        packed.append(torch.full((first + count, 2, case.packed_bytes), 255, dtype=torch.uint8, device=device))
         if case.op == "dequantize":
-            quantize_chunk(*chunks[-1], bits=case.bits, out=packed[-1])
-            outs.append(torch.empty_like(chunks[-1]))
+            in_places = chunks[-1] if order is None else chunks[-1].roll(1, 1)
+            quantize_chunk(*in_places, bits=case.bits, out=packed[-1][first:])
+            outs.append(torch.empty((2, count, rows, *shape[3:]), dtype=case.dtype, device=device)[:, :, : case.tokens])
     eager = eager_eight if case.bits == 8 else eager_four
 
     def check(restore: Callable[[Any], Iterable[torch.Tensor]], run: Run) -> float:
@@ -177,7 +197,7 @@ def prepare(case: QuantizeCase, device: torch.device) -> Problem:
         if case.op == "quantize":
             return lambda i: quantize_chunk(*chunks[i], bits=case.bits, out=packed[i], backend=backend)
         return lambda i: dequantize_chunk(
-            packed[i], bits=case.bits, out_k=outs[i][0], out_v=outs[i][1], backend=backend
+            packed[i], bits=case.bits, out_k=outs[i][0], out_v=outs[i][1], chosen=chosen, backend=backend
         )
 
     def our_restored(result: torch.Tensor) -> Iterable[torch.Tensor]:
@@ -186,8 +206,11 @@ def prepare(case: QuantizeCase, device: torch.device) -> Problem:
     def rival() -> Run:
         if case.op == "quantize":
             return lambda i: [eager(x) for x in chunks[i]]
-        made = [[eager(x) for x in chunk] for chunk in chunks]
-        return lambda i: [eager_restored(x, case.bits, case.dtype) for x in made[i]]
+        if order is None:
+            made = [[eager(x) for x in chunk] for chunk in chunks]
+            return lambda i: [eager_restored(x, case.bits, case.dtype) for x in made[i]]
+        made = [[eager(x.roll(1, 0)) for x in chunk] for chunk in chunks]
+        return lambda i: [eager_restored([part[order] for part in x], case.bits, case.dtype) for x in made[i]]
 
     def rival_restored(result: Sequence[Packed]) -> Iterable[torch.Tensor]:
         return [eager_restored(x, case.bits, case.dtype) for x in result]
@@ -201,6 +224,8 @@ def prepare(case: QuantizeCase, device: torch.device) -> Problem:
     variants.append(Variant("eager", rival, checked, 0.0, case.num_bytes, rival=True))
     shape = {"heads": case.heads, "tokens": case.tokens, "layers": case.layers, "bits": case.bits}
     shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
+    if case.chunks:
+        shape["chunks"] = case.chunks
     return Problem(str(case), variants, sets=sets, shape=shape)
 
 

@@ -32,7 +32,7 @@ from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.cli.photographs import PHOTOGRAPHS, load
 from worldkv_kernels.cli.report import note, table
 from worldkv_kernels.journeys import fidelity, travel, truth
-from worldkv_kernels.memory.shelf import shelf_bytes
+from worldkv_kernels.memory.store import chunk_bytes
 from worldkv_kernels.models.small_world import WEIGHTS, SmallWorld
 from worldkv_kernels.worlds import draw_worlds, photograph_world
 
@@ -100,8 +100,8 @@ def banked_share(config: MemoryConfig, dtype: torch.dtype) -> float | None:
     if not config.has_bank:
         return None
     heads = config.num_heads, config.head_dim
-    whole = shelf_bytes(config.chunk_tokens, *heads, 16, dtype)
-    return shelf_bytes(config.banked_tokens, *heads, config.bank_bits, dtype) / whole
+    whole = chunk_bytes(config.chunk_tokens, *heads, 16, dtype)
+    return chunk_bytes(config.banked_tokens, *heads, config.bank_bits, dtype) / whole
 
 
 def line_of(study: Study, memory: Memory, seen: list[Seen], base: list[Seen]) -> dict[str, Any]:

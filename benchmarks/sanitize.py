@@ -136,7 +136,8 @@ def compress_layers_case(
 
 
 def quantize_case(heads: int, head_dim: int, dtype: torch.dtype, bits: int) -> Case:
-    """The last 71 of 80 rows of each of three layers, packed, and restored into the last rows of others."""
+    """The last 71 of 80 rows of each of three layers, packed, and restored into the last rows of others; and, by a
+    table, from the last place, from the one before, which has 5 tokens, and from the first."""
 
     def case(device: torch.device, backend: str) -> Outputs:
         k, v = random(3, 80, heads, head_dim, dtype=dtype), random(3, 80, heads, head_dim, dtype=dtype).flip(1)
@@ -144,7 +145,14 @@ def quantize_case(heads: int, head_dim: int, dtype: torch.dtype, bits: int) -> C
         packed = quantize_chunk(k[:, 9:].to(device), v[:, 9:].to(device), bits=bits, backend=backend)
         outs = [torch.zeros(3, 80, heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
         dequantize_chunk(packed, bits=bits, out_k=outs[0][:, 9:], out_v=outs[1][:, 9:], backend=backend)
-        return *outs, packed
+        few = quantize_chunk(k[0, 9:14].to(device), v[0, 9:14].to(device), bits=bits, backend=backend)
+        bank = packed.clone()
+        bank[1, :, : few.shape[1]] = few
+        chosen = torch.tensor([(2, 71), (1, 5), (0, 0), (0, 71)], dtype=torch.int32, device=device)
+        slots = [torch.zeros(4, 80, heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
+        by_table = dict(out_k=slots[0][:, 9:], out_v=slots[1][:, 9:], chosen=chosen)
+        dequantize_chunk(bank, bits=bits, **by_table, backend=backend)
+        return *outs, *slots, packed
 
     return case
 

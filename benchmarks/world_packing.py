@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from worldkv_kernels.memory import shelf
+from worldkv_kernels.memory import storage
 from worldkv_kernels.models.small_world import SmallWorld
-from worldkv_kernels.ops.quantize_chunk import GROUP_TOKENS
+from worldkv_kernels.ops.quantize_chunk import GROUP_TOKENS, packed_bytes
 from worldkv_kernels.reference import quantize_chunk as reference
 
 OUTLIER_PAIRS, OUTLIER_FACTOR = 3, 8.0  # of a head's rotary pairs so many, so much larger
@@ -28,9 +28,9 @@ def packing(scheme: str) -> Iterator[None]:
     if not scheme:
         yield
         return
-    published = shelf.quantize_chunk, shelf.dequantize_chunk
+    published = storage.quantize_chunk, storage.dequantize_chunk
     of_op = importlib.import_module("worldkv_kernels.ops.quantize_chunk")  # the package's attribute is the function
-    shelf.quantize_chunk, shelf.dequantize_chunk = {
+    storage.quantize_chunk, storage.dequantize_chunk = {
         "keys by token": (partial(_quantize_by_token, 0), partial(_dequantize_by_token, 0)),
         "values by token": (partial(_quantize_by_token, 1), partial(_dequantize_by_token, 1)),
         "2 bits": (_quantize_to_four_levels, published[1]),
@@ -40,7 +40,7 @@ def packing(scheme: str) -> Iterator[None]:
     try:
         yield
     finally:
-        shelf.quantize_chunk, shelf.dequantize_chunk = published
+        storage.quantize_chunk, storage.dequantize_chunk = published
         of_op.GROUP_TOKENS = GROUP_TOKENS
 
 
@@ -57,13 +57,17 @@ def _quantize_by_token(
 
 
 def _dequantize_by_token(
-    which: int, packed: torch.Tensor, *, bits: int, out_k: torch.Tensor, out_v: torch.Tensor, backend: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    layers, tokens, heads, head_dim = out_k.shape
-    turned = torch.empty(2, layers, head_dim, heads, tokens, dtype=out_k.dtype, device=out_k.device)
-    reference.dequantize_chunk(packed, turned[0], turned[1], bits=4, group_tokens=head_dim)
-    reference.dequantize_chunk(packed, out_k, out_v, bits=4, group_tokens=GROUP_TOKENS)
-    (out_k, out_v)[which].copy_(turned[which].transpose(1, 3))
+    which: int, packed: torch.Tensor, *, bits: int, chosen: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    for (place, tokens), k, v in zip(chosen.tolist(), out_k, out_v, strict=True):
+        if tokens:
+            _, heads, head_dim = k.shape
+            of_place = packed[place, None, :, : packed_bytes(tokens, heads, head_dim, 4, k.dtype)]
+            turned = torch.empty(2, 1, head_dim, heads, tokens, dtype=k.dtype, device=k.device)
+            reference.dequantize_chunk(of_place, turned[0], turned[1], bits=4, group_tokens=head_dim)
+            reference.dequantize_chunk(of_place, k[None, :tokens], v[None, :tokens], bits=4, group_tokens=GROUP_TOKENS)
+            (k, v)[which][:tokens] = turned[which, 0].transpose(0, 2)
     return out_k, out_v
 
 

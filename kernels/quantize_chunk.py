@@ -124,7 +124,7 @@ def quantize_8_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "places"])
+@triton.jit(do_not_specialize=["tokens", "places"], do_not_specialize_on_alignment=["chosen_ptr"])
 def dequantize_8_kernel(
     k_ptr, v_ptr, packed_ptr, tokens,
     stride_k_layer, stride_v_layer, stride_k_token, stride_v_token, stride_packed_layer, stride_packed_tensor,
@@ -201,7 +201,7 @@ def quantize_4_kernel(
     tl.store(low_ptr + channel, _rounded(low, DTYPE, INTERPRETED))
 
 
-@triton.jit(do_not_specialize=["tokens", "places"])
+@triton.jit(do_not_specialize=["tokens", "places"], do_not_specialize_on_alignment=["chosen_ptr"])
 def dequantize_4_kernel(
     k_ptr, v_ptr, packed_ptr, tokens,
     stride_k_layer, stride_v_layer, stride_k_token, stride_v_token, stride_packed_layer, stride_packed_tensor,

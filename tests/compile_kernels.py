@@ -75,7 +75,7 @@ def compiled(kernel, arguments, options, arch):
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             divisible = value % 16 == 0 and name not in unspecialized
-        if divisible:
+        if divisible and not kernel.params[position].do_not_specialize_on_alignment:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -234,6 +234,13 @@ def quantize_launches():
             case = f"{str(dtype)[6:]} {heads}x{head_dim}{f' groups of {group_tokens}' * (bits == 4)}"
             yield case, partial(quantize_chunk.quantize_chunk, k, k, packed, **options)
             yield case, partial(quantize_chunk.dequantize_chunk, packed, k, k, **options)
+            if heads == 40 and group_tokens == 64:
+                # Six chunks of a layer of a bank.
+                slots = torch.empty(6, 2432, heads, head_dim, dtype=dtype, device="meta")[:, :2340]
+                bank = torch.empty(90, 40, 2, size, dtype=torch.uint8, device="meta")[:, 7]
+                chosen = torch.empty(6, 2, dtype=torch.int32, device="meta")
+                restored = partial(quantize_chunk.dequantize_chunk, bank, slots, slots, **options, chosen=chosen)
+                yield f"{case} by a table", restored
 
 
 def main(archs: list[int]) -> None:

@@ -9,7 +9,7 @@ import torch
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.cli import photographs
 from worldkv_kernels.journeys import psnr, travel, truth, turn_and_return
-from worldkv_kernels.memory import shelf
+from worldkv_kernels.memory import storage
 from worldkv_kernels.models.small_world import SmallWorld
 from worldkv_kernels.recall import RecallMode, Scene, pan_and_return, recall
 from worldkv_kernels.worlds import draw_worlds
@@ -121,13 +121,13 @@ def test_the_small_world_in_fewer_bits(ratio):
 
 def test_the_small_world_has_no_outlier_channels(monkeypatch):
     """Which is why the study makes some, 8 times larger; measured: in one head 4.6 times the median, else up to 2.9."""
-    model, keys, packed = SmallWorld.from_pretrained(device="cpu", dtype=torch.bfloat16), [], shelf.quantize_chunk
+    model, keys, packed = SmallWorld.from_pretrained(device="cpu", dtype=torch.bfloat16), [], storage.quantize_chunk
 
     def spy(k, v, **options):
         keys.append(k.float().abs().amax(dim=1))  # of every layer, head and channel
         return packed(k, v, **options)
 
-    monkeypatch.setattr(shelf, "quantize_chunk", spy)
+    monkeypatch.setattr(storage, "quantize_chunk", spy)
     memory = WorldMemory(
         model.config.memory(keep_ratio=1.0, bank_chunks=14, bank_bits=4), device="cpu", dtype=model.dtype
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
+import pickle
 
 import numpy as np
 import pytest
@@ -114,15 +115,32 @@ def test_a_file_keeps_what_is_packed(bits, bank, tmp_path):
         assert (one.stats()["host_copies_out"] > 0) == (bank == one.config.bank == "host")
     others = [*loaded, memory.fork()]
     for chunk in range(20, 30):
-        poses_, qkv = poses[chunk], torch.randn(3, 18, MODEL.dim, generator=torch.Generator().manual_seed(chunk))
-        made = []
-        for one in (memory, *others):
-            one.begin_chunk(poses_)
-            made.append(torch.stack([one.attend(layer, *qkv) for layer in range(MODEL.num_layers)]))
-            one.end_chunk()
-        assert all(torch.equal(other, made[0]) for other in made)
+        made = [attended(one, chunk, poses[chunk]) for one in (memory, *others)]
+        assert all(other == made[0] for other in made)
     with pytest.raises(TypeError, match="bank_bits"):
         WorldMemory.load(tmp_path / "walk.worldkv", bank_bits=16)
+
+
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_a_copy_goes_on_alone(bank):
+    """Its layers share rows of its own."""
+    memory, poses = tiny(bank=bank, bank_bits=4), jumps(2, 20)
+    for chunk in range(12):
+        walk(memory, chunk, poses[chunk])
+    copies = [pickle.loads(pickle.dumps(memory)), copy.deepcopy(memory)]
+    made = [[attended(one, chunk, poses[chunk]) for chunk in range(12, 20)] for one in (memory, *copies)]
+    assert made[0] == made[1] == made[2]
+    of_all = {x.data_ptr() for one in (memory, *copies) for x in (one._pool._k, one._storage._packed.packed)}
+    assert len(of_all) == 6 and all(one._pool.shared_k.data_ptr() > one._pool._k.data_ptr() for one in copies)
+
+
+def attended(memory, chunk, poses):
+    """What a chunk's layers attend, as lists, which compare."""
+    qkv = torch.randn(3, 18, MODEL.dim, generator=torch.Generator().manual_seed(chunk))
+    memory.begin_chunk(poses)
+    made = [memory.attend(layer, *qkv).tolist() for layer in range(MODEL.num_layers)]
+    memory.end_chunk()
+    return made
 
 
 @pytest.mark.parametrize("bank", ["device", "host"])
@@ -209,21 +227,19 @@ def test_a_bank_of_unstated_size_fits_what_is_free(monkeypatch, bits):
 
 def test_fewer_bits_take_less_of_any_bank_and_are_proposed():
     """Of LingBot-World-Fast: also of the smallest bank, whose retrieved chunks are restored a layer at a time."""
-    few, many = (LingBotConfig().memory(bank_chunks=n) for n in (6, 60))
-    for config in (few, many):
-        sizes = {bits: dataclasses.replace(config, bank_bits=bits).bytes().device for bits in (16, *BITS)}
+    for chunks in (6, 60):
+        of_bits = {bits: LingBotConfig().memory(bank_chunks=chunks, bank_bits=bits) for bits in (16, *BITS)}
+        sizes = {bits: config.bytes().device for bits, config in of_bits.items()}
         assert sizes[4] < sizes[8] < sizes[16]
         for bits in BITS:
-            found = room.changes(
-                config, torch.bfloat16, lambda needed: needed.device <= sizes[bits], device_type="cuda"  # noqa: B023
-            )
-            assert {"bank_bits": bits} in [fields for fields, _ in found]
-        assert not [
-            fields for fields, _ in room.changes(
-                dataclasses.replace(config, bank_bits=4), torch.bfloat16, lambda needed: needed.device < sizes[4],
-                device_type="cuda",
-            ) if "bank_bits" in fields
-        ]  # fmt: skip
+            assert proposed_bits(of_bits[16], sizes[bits]) == [bits]
+        assert proposed_bits(of_bits[4], sizes[4] - 1) == []
+
+
+def proposed_bits(config, room_for):
+    """Where a memory may take so many bytes."""
+    found = room.changes(config, torch.bfloat16, lambda sizes: sizes.device <= room_for, device_type="cuda")
+    return [fields["bank_bits"] for fields, _ in found if "bank_bits" in fields]
 
 
 @pytest.mark.slow

@@ -15,12 +15,16 @@ def test_bytes_are_counted_once_each_way(load):
     case = bench.case_of("tokens=70,heads=2,head_dim=64,bits=4,layers=2,op=dequantize")
     assert case.num_bytes == 2 * 2 * (70 * 2 * 64 * 2 + 70 * 64 + 2 * 2 * 128 * 2)
     assert {v.num_bytes for v in bench.prepare(case, CPU).variants} == {case.num_bytes}
-    full = [(case.tokens, case.heads, case.layers) for case in bench.CASES]
-    assert full.count((2340, 40, 40)) == 4
+    # Of 3 chunks that a table chooses, what is restored and nothing of the other places or rows.
+    case = bench.QuantizeCase(70, 2, 8, "dequantize", head_dim=64, chunks=3)
+    assert {v.num_bytes for v in bench.prepare(case, CPU).variants} == {2 * 3 * (70 * 2 * 64 * 2 + 70 * 2 * 64 + 288)}
+    full = [(case.tokens, case.heads, case.layers, case.chunks) for case in bench.CASES]
+    assert full.count((2340, 40, 40, 0)) == 4
+    assert full.count((2340, 40, 1, 6)) == full.count((1320, 12, 1, 6)) == 2
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("op", ["quantize", "dequantize"])
+@pytest.mark.parametrize("op", ["quantize", "dequantize", "chosen"])
 @pytest.mark.parametrize(
     "fault",
     [
@@ -34,6 +38,8 @@ def test_bytes_are_counted_once_each_way(load):
 def test_a_restored_chunk_with_a_fault_is_wrong(load, monkeypatch, bits, op, fault):
     bench = load("bench_quantize_chunk")
     case = bench.QuantizeCase(70, 2, bits, op, layers=2)
+    if op == "chosen":
+        case = bench.QuantizeCase(70, 2, bits, "dequantize", chunks=2)
     right, ours = bench.eager_restored, bench.dequantize_chunk
     monkeypatch.setattr(bench, "eager_restored", lambda *given: fault(right(*given)))
     monkeypatch.setattr(bench, "dequantize_chunk", lambda *x, **given: tuple(map(fault, ours(*x, **given))))
@@ -42,12 +48,25 @@ def test_a_restored_chunk_with_a_fault_is_wrong(load, monkeypatch, bits, op, fau
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_another_order_than_the_tables_is_wrong(load, monkeypatch, bits):
+    bench = load("bench_quantize_chunk")
+    ours = bench.dequantize_chunk
+    monkeypatch.setattr(bench, "dequantize_chunk", lambda *x, **given: ours(*x, **shifted(given)))
+
+    def shifted(given):
+        return {**given, "chosen": given["chosen"] - torch.tensor([1, 0], dtype=torch.int32)}
+
+    problem = bench.prepare(bench.QuantizeCase(70, 2, bits, "dequantize", chunks=3), CPU)
+    assert [not variant.check(variant.make()) <= variant.limit for variant in problem.variants] == [True, False]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tokens", [1, 64, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_both_ways_of_packing_are_right(load, bits, tokens, dtype):
     bench = load("bench_quantize_chunk")
-    for op in ("quantize", "dequantize"):
-        problem = bench.prepare(bench.QuantizeCase(tokens, 2, bits, op, 2, 64, dtype), CPU)
+    for op, chunks in (("quantize", 0), ("dequantize", 0), ("dequantize", 3)):
+        problem = bench.prepare(bench.QuantizeCase(tokens, 2, bits, op, 2 - (chunks > 0), 64, dtype, chunks), CPU)
         assert [variant.check(variant.make()) for variant in problem.variants] == [0.0, 0.0]
 
 

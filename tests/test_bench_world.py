@@ -15,7 +15,7 @@ from benchmarks.train_small_world import write_weights
 from worldkv_kernels import WorldMemory, compress_chunk
 from worldkv_kernels.cli import world as world_command
 from worldkv_kernels.journeys import psnr, ssim, travel, truth, turn_and_return
-from worldkv_kernels.memory import shelf
+from worldkv_kernels.memory import storage
 from worldkv_kernels.memory.retrieval import RetrievalPolicy
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 from worldkv_kernels.ops.quantize_chunk import packed_bytes
@@ -181,16 +181,18 @@ def test_pruning_ends_with_an_exception_and_knows_two_controls(studies):
 
 
 def packed_and_back(k, v, *, bits=4):
-    """As a memory's bank does it."""
+    """As a memory's bank does it, for which a chunk of a layer is restored where it is asked for."""
     out = torch.empty(len(k), 2, packed_bytes(*k.shape[1:], bits, k.dtype), dtype=torch.uint8)
     of_k, of_v = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))
-    shelf.quantize_chunk(k, v, bits=bits, out=out, backend=None)
-    shelf.dequantize_chunk(out, bits=bits, out_k=of_k, out_v=of_v, backend=None)
+    storage.quantize_chunk(k, v, bits=bits, out=out, backend=None)
+    chosen = torch.tensor([[place, k.shape[1]] for place in reversed(range(len(k)))], dtype=torch.int32)
+    storage.dequantize_chunk(out, bits=bits, chosen=chosen, out_k=of_k, out_v=of_v, backend=None)
+    of_k, of_v = of_k.flip(0), of_v.flip(0)
     return of_k, of_v
 
 
 def test_other_packings_are_what_they_say_and_end(packings):
-    published = shelf.quantize_chunk, shelf.dequantize_chunk
+    published = storage.quantize_chunk, storage.dequantize_chunk
     k, v = torch.randn(2, 3, 72, 2, 64, generator=torch.Generator().manual_seed(0))  # a group of 64 and one of 8
     k[:, 5, 1] *= 100  # a token that a scale for all tokens would not stand
     v[:, 5, 1] *= 100
@@ -224,7 +226,7 @@ def test_other_packings_are_what_they_say_and_end(packings):
         raise ZeroDivisionError
     with pytest.raises(KeyError), packings.packing("1 bit"):
         pass
-    assert (shelf.quantize_chunk, shelf.dequantize_chunk) == published
+    assert (storage.quantize_chunk, storage.dequantize_chunk) == published
 
 
 def test_outliers_change_keys_and_nothing_that_the_model_does(bench, studies, weights):

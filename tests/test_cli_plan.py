@@ -93,6 +93,7 @@ def test_fewer_bits_hold_more_chunks(capsys):
         assert row["memory_bytes"] == memory.bytes(bank_chunks=row["bank_chunks"] or 6).parts
     at = {(row["bank_bits"], row["bank"]): row["bank_chunks"] for row in result["rows"] if row["keep_ratio"] == 0.25}
     assert 1.9 < at[8, "host"] / at[16, "host"] < 2.0 and 3.5 < at[4, "host"] / at[16, "host"] < 3.6
+    assert at[8, "device"] >= 2 * at[16, "device"] and at[4, "device"] >= 3.5 * at[16, "device"]
     assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "80", "--bank-bits", "4"]) == 0
     assert "a banked chunk, keep_ratio 0.25, 4 bits, in host memory" in capsys.readouterr().out
     assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "80", "--bank-bits", "16,2"]) == 2
@@ -110,7 +111,7 @@ def test_what_to_change_makes_it_fit(capsys):
     result = planned(capsys, "--model", "lingbot-world-fast", "--gpu", "80", "--keep-ratio", "1", "--host", "64")
     fixed, changes = sum(result["fixed_bytes"].values()), row_of(result, "80 GB", 1, "device")["changes"]
     assert [{n: v for n, v in c.items() if not n.endswith("_bytes")} for c in changes] == [
-        {"keep_ratio": 0.5}, {"retrieved_chunks": 5, "bank_chunks": 5}, {"recent_frames": 3}
+        {"keep_ratio": 0.5}, {"bank_bits": 8}, {"retrieved_chunks": 5, "bank_chunks": 5}, {"recent_frames": 3}
     ]  # fmt: skip
     for change in changes:
         fields = {n: v for n, v in change.items() if not n.endswith("_bytes")}
@@ -140,7 +141,7 @@ def test_the_text_says_what_the_document_does(capsys):
     assert "; --fp8, another --variant, a smaller --grid or a larger GPU" in text  # of 48 GB, which load the weights
     assert f"48 GB: {45 - taken:.1f} GiB are left for a memory; no one change is enough, nor are all of these: " in text
     enough = (
-        "80 GB, device bank, keep_ratio 1, 16 bits: enough would be keep_ratio=0.5 (29.1 GiB) or retrieved_chunks=5"
+        "80 GB, device bank, keep_ratio 1, 16 bits: enough would be keep_ratio=0.5 (29.1 GiB) or bank_bits=8 (25.9 GiB)"
     )
     assert enough in text
     assert "15/16 of so many GiB" in text and "an H100 held 4.6 GiB in a pass" in text

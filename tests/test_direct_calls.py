@@ -263,6 +263,29 @@ def test_quantize_refuses(changes, error, message, back):
     refuses("dequantize_chunk" if back else "quantize_chunk", quantize(back), changes, error, message.format(**names))
 
 
+TABLE = zeros(3, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"chosen": TABLE[0]}, ValueError, "chosen must be [3, 2], got [2]"),
+        ({"chosen": TABLE[1:]}, ValueError, "chosen must be [3, 2], got [2, 2]"),
+        ({"chosen": TABLE.long()}, TypeError, "chosen must be torch.int32, got"),
+        ({"chosen": TABLE.mT.contiguous().mT}, ValueError, "chosen must be contiguous in its last 2"),
+        ({"chosen": zeros(6, 2, dtype=torch.int32)[::2]}, ValueError, "chosen must be contiguous in its last 2"),
+        ({"k": zeros(12, 2, 64)}, ValueError, "out_k must be [chunks, tokens, heads, head_dim], got [12, 2, 64]"),
+        ({"v": zeros(12, 2, 64)}, ValueError, "out_v must be [3, 12, 2, 64], got [12, 2, 64]"),
+        ({"packed": zeros(2, 1632, dtype=torch.uint8)}, ValueError, "packed must be [places, 2, bytes], got [2, 1632]"),
+        ({"packed": zeros(0, 2, 1632, dtype=torch.uint8)}, ValueError, "packed must be [1, 2, 1632], got [0, 2, 1632]"),
+        ({"packed": zeros(5, 2, 1616, dtype=torch.uint8)}, ValueError, "packed must be [5, 2, 1632], got [5, 2, 1616]"),
+    ],
+)  # fmt: skip
+def test_dequantize_by_a_table_refuses(changes, error, message):
+    given = quantize(back=True, packed=zeros(5, 2, 1632, dtype=torch.uint8), chosen=TABLE)
+    refuses("dequantize_chunk", given, changes, error, message)
+
+
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_what_is_packed_may_not_lie_over_what_it_is_packed_of(name):
     given = quantize()
@@ -272,3 +295,5 @@ def test_what_is_packed_may_not_lie_over_what_it_is_packed_of(name):
     over = back[name].view(torch.uint8).flatten()[: back["packed"].numel()].view(back["packed"].shape)
     refuses("dequantize_chunk", back, {"packed": over}, ValueError, f"out_{name} must not overlap packed, got")
     refuses("dequantize_chunk", back, {"v": back["k"]}, ValueError, "out_k must not overlap out_v, got")
+    over = back[name].view(torch.int32).flatten()[:6].view(3, 2)
+    refuses("dequantize_chunk", back, {"chosen": over}, ValueError, f"out_{name} must not overlap chosen, got")

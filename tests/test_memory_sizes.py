@@ -65,15 +65,18 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
     config, dtype = drawn(seed)
     memory = WorldMemory(config, dtype=dtype)
     sizes = config.bytes(dtype)
-    of_pool = sizes.sink + sizes.recent + sizes.gap + sizes.current + sizes.bank
+    of_pool = sizes.sink + sizes.recent + sizes.gap + sizes.current + sizes.bank + sizes.restored
     assert bytes_of([memory._pool.k, memory._pool.v]) == of_pool
-    assert memory.stats()["device_bytes"] == of_pool + sizes.packed_bank + sizes.staging
-    tables = [of._tables for of in (memory.window, memory._rotations) if of is not None]
-    assert [bytes_of(x.on_device) for x in tables] == [sizes.tables, sizes.rotations][: len(tables)]
-    assert bytes_of([x.on_host for x in tables]) == sizes.host_tables == sizes.tables + sizes.rotations
-    shelf = memory._bank._cache.shelf if config.caches_bank else None
-    on_shelf = bytes_of(shelf.rows) if shelf else 0
-    assert (sizes.host_bank, sizes.packed_bank) == ((on_shelf, 0) if config.bank == "host" else (0, on_shelf))
+    assert bytes_of(memory._storage._packed) == sizes.packed_bank
+    assert memory.stats()["device_bytes"] == of_pool + sizes.packed_bank
+    of_window, rotations = [memory.window._tables, memory._storage._chosen], memory._rotations
+    of_rotations = [rotations._tables] if rotations is not None else []
+    of_layers = memory._layer_windows
+    anew = [of_layers.tiles, of_layers.tail_rows, of_layers._steps] if of_layers else []
+    assert bytes_of([x.on_device for x in of_window if x] + anew) == sizes.tables
+    assert bytes_of([x.on_device for x in of_rotations]) == sizes.rotations
+    assert bytes_of([x.on_host for x in [*of_window, *of_rotations] if x]) == sizes.host_tables
+    assert bytes_of(memory._bank._cache.arena.rows if config.caches_bank else ()) == sizes.host_bank
     assert bytes_of(memory) == sizes.device + sizes.host
     memory.begin_chunk(np.tile(np.eye(4), (config.chunk_frames, 1, 1)))
     memory.attend(0, *torch.zeros(3, config.chunk_tokens, config.num_heads * config.head_dim, dtype=dtype))
@@ -112,11 +115,11 @@ def test_parts_of_a_packed_bank_by_hand(bits, of_a_layer):
     """2340 tokens of 40 heads in bf16: a scale a token and head, or a scale and a minimum a channel and 64 tokens."""
     chunk = 40 * 2 * of_a_layer
     on_device = LINGBOT.memory(bank_bits=bits, bank_chunks=10).bytes()
-    assert (on_device.packed_bank, on_device.staging, on_device.host_bank) == (10 * chunk, 0, 0)
-    assert on_device.bank == 8 * 2432 * 2 * 40 * 40 * 128 * 2
+    assert (on_device.packed_bank, on_device.bank, on_device.host_bank) == (10 * chunk, 0, 0)
+    assert on_device.restored == 6 * 2432 * 2 * 40 * 128 * 2  # of one layer
     on_host = LINGBOT.memory(bank_bits=bits, bank="host", bank_chunks=10).bytes()
-    assert (on_host.packed_bank, on_host.staging) == (0, chunk + 4 * chunk / 40)
-    assert on_host.bank == on_device.bank and 0 <= on_host.host_bank - 10 * chunk <= 8192
+    assert (on_host.packed_bank, on_host.bank) == (8 * chunk, 0) and on_host.restored == on_device.restored
+    assert 0 <= on_host.host_bank - 10 * chunk <= 8192
 
 
 @pytest.mark.parametrize("fields", [{}, dict(bank="host"), dict(mode="full"), dict(bank="host", rope=None)])
@@ -172,12 +175,12 @@ KEEP, RETRIEVED, RECENT, CHUNKS, BITS = "keep_ratio", "retrieved_chunks", "recen
 SLOTS = "device_slots"
 CASES = [
     (dict(bank_chunks=20), GPU, dict(cuda=44, cpu=100), [CHUNKS, "bank", KEEP, BITS]),
-    (dict(bank_chunks=7, keep_ratio=1), GPU, dict(cuda=39, cpu=9), [CHUNKS, KEEP, RECENT]),
-    (dict(bank_chunks=9, bank="host"), GPU, dict(cuda=26, cpu=100), [KEEP, SLOTS, RETRIEVED, RECENT]),
+    (dict(bank_chunks=7, keep_ratio=1), GPU, dict(cuda=39, cpu=9), [CHUNKS, KEEP, BITS, RECENT]),
+    (dict(bank_chunks=9, bank="host"), GPU, dict(cuda=26, cpu=100), [KEEP, BITS, SLOTS, RETRIEVED, RECENT]),
     (dict(bank_chunks=60, bank="host"), GPU, dict(cuda=60, cpu=100), [CHUNKS, KEEP, BITS]),
-    (dict(bank_chunks=60, bank="host", device_slots=13), GPU, dict(cuda=36, cpu=150), [KEEP, SLOTS, RECENT]),
-    (dict(bank_chunks=6), GPU, dict(cuda=24.5, cpu=2), [KEEP, RETRIEVED, RECENT]),
-    (dict(bank_chunks=30), CPU, dict(cpu=40), [CHUNKS]),
+    (dict(bank_chunks=60, bank="host", device_slots=13), GPU, dict(cuda=36, cpu=150), [KEEP, BITS, SLOTS, RECENT]),
+    (dict(bank_chunks=6), GPU, dict(cuda=24.5, cpu=2), [KEEP, BITS, RETRIEVED, RECENT]),
+    (dict(bank_chunks=30), CPU, dict(cpu=40), [CHUNKS, BITS]),
     (dict(mode="full", bank_chunks=30), GPU, dict(cuda=80, cpu=10), [CHUNKS]),
     (dict(mode="sliding", recent_frames=30), GPU, dict(cuda=30, cpu=10), [RECENT]),
 ]  # fmt: skip

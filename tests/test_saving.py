@@ -74,7 +74,7 @@ def equal(a, b) -> bool:
 
 def counts(memory: WorldMemory) -> dict:
     """Of stats, those that the place of rows does not change."""
-    of_places = ("host_", "device_bytes", "prefetch", "pinned", "restored")
+    of_places = ("host_", "device_bytes", "prefetch", "pinned")
     return {name: n for name, n in memory.stats().items() if not name.startswith(of_places)}
 
 

@@ -190,6 +190,10 @@ for bits, size in ((8, numbers + 70 * 2 * 4), (4, numbers // 2 + 2 * 3 * 2 * 64 
         limit = (torch.stack([k, v]).amax() - torch.stack([k, v]).amin()) / 15
     assert ((outs[:, :, 1:-1] - torch.stack([k, v])).abs() <= 0.5001 * limit).all()
     assert (outs[:, :, 0] == 3).all() and (outs[:, :, -1] == 3).all()
+    by_table = torch.full_like(outs, 3.0)
+    chosen = torch.tensor([(1, 70), (0, 0)], dtype=torch.int32)
+    dequantize_chunk(packed, *by_table[:, :, 1:-1], bits=bits, group_tokens=32, chosen=chosen)
+    assert torch.equal(by_table[:, 0], outs[:, 1]) and (by_table[:, 1] == 3).all()
 """
 
 
@@ -593,3 +597,20 @@ def quantize_arguments():
 @pytest.mark.parametrize("op", ["quantize_chunk", "dequantize_chunk"])
 def test_quantize_refuses(monkeypatch, op, changes, error, wanted):
     check_refusal(monkeypatch, quantize_chunk, quantize_arguments(), changes, error, wanted, op=op)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"chosen": torch.zeros(3, 2).long()}, TypeError, "chosen must be torch.int32"),
+        ({"chosen": torch.zeros(2, 2).int()}, ValueError, "chosen must be [3, 2], contiguous"),
+        ({"chosen": torch.zeros(2, 3).int().mT}, ValueError, "chosen must be [3, 2], contiguous"),
+        ({"packed": torch.zeros(2, 1632).byte()}, ValueError, "packed must be [places, 2, 1632], dense in its last"),
+        ({"packed": torch.zeros(0, 2, 1632).byte()}, ValueError, "packed must be [1, 2, 1632], dense in its last dim"),
+        ({"packed": torch.zeros(70, 2, 1616).byte()}, ValueError, "packed must be [70, 2, 1632], dense in its last"),
+    ],
+)
+def test_dequantize_by_a_table_refuses(monkeypatch, changes, error, wanted):
+    by_table = {"packed": torch.zeros(70, 2, 1632).byte(), "chosen": torch.zeros(3, 2).int()}
+    arguments = quantize_arguments() | by_table
+    check_refusal(monkeypatch, quantize_chunk, arguments, changes, error, wanted, op="dequantize_chunk")

@@ -229,24 +229,26 @@ def test_what_a_bank_in_fewer_bits_takes():
     for bits, share in re.findall(r"^\| (\d) \| .* \| (\.\d+) \|$", BITS_PAGE, re.MULTILINE):
         assert share == f"{packed_bytes(4680, 40, 128, int(bits), torch.bfloat16) / whole:.3f}"[1:]
     said = " ".join(BITS_PAGE.split())
-    from_on = [fewest_banked_chunks_that_save(bits) for bits in (8, 4)]
-    assert f"from {from_on[0]} banked chunks on in 8 bits, and from {from_on[1]} on in 4" in said
+    fast = LingBotConfig.fast().memory(bank_bits=8, bank_chunks=6).bytes()
+    assert f"one layer of six halves is restored take {fast.restored / 2**30:.2f} GiB".replace("0.", ".") in said
+    slots = LingBotConfig.fast().memory(bank="host", bank_chunks=6).bytes().bank / 2**30 / 2432 * 2340  # without tails
+    assert f"eight slots of {slots / 8:.2f} GiB, which is more than 8 bits save of the first 17 chunks" in said
+    each = found[2][2:4]
+    assert 17 * (float(each[0]) - float(each[1])) > slots > 16 * (float(each[0]) - float(each[1]))
 
 
-def fewest_banked_chunks_that_save(bits):
-    """Of a bank on the device at 14B, whole chunks."""
-
-    def on_device(chunks, bits):
-        takes = LingBotConfig.fast().memory(keep_ratio=1.0, bank_bits=bits).bytes(bank_chunks=chunks)
-        return takes.device
-
-    return next(chunks for chunks in range(6, 100) if on_device(chunks, bits) < on_device(chunks, 16))
-
-
-def test_what_host_memory_holds_in_fewer_bits(capsys):
-    options = ["--gpu", "80", "--host", "128", "--keep-ratio", "0.25", "--bank-bits", "16,8,4", "--json", "-"]
+def test_what_an_80_gb_gpu_and_its_host_hold_in_fewer_bits(capsys):
+    options = ["--gpu", "80", "--host", "128", "--keep-ratio", "0.25,1", "--bank-bits", "16,8,4", "--json", "-"]
     assert main(["plan", "--model", "lingbot_world_fast", *options]) == 0
-    rows = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["bank"] == "host"]
-    counted = {row["bank_bits"]: row["bank_chunks"] for row in rows}
-    said = f"{counted[16]} halves of chunks of LingBot-World-Fast in 16 bits, {counted[8]} in 8 and {counted[4]} in 4"
-    assert said in " ".join(BITS_PAGE.split())
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    of = {(row["bank"], row["keep_ratio"], row["bank_bits"]): row["bank_chunks"] for row in rows}
+    halves, whole, on_host = (
+        [of[kind, ratio, bits] for bits in (16, 8, 4)]
+        for kind, ratio in (("device", 0.25), ("device", 1.0), ("host", 0.25))
+    )
+    said = " ".join(BITS_PAGE.split())
+    assert f"counts {halves[0]} halves of chunks in 16 bits, {halves[1]} in 8 and {halves[2]} in 4" in said
+    assert whole[0] is None and f"not even the six that a window retrieves, {whole[1]} and {whole[2]}. With" in said
+    assert f"it is {on_host[0]}, {on_host[1]} and {on_host[2]} halves" in said
+    held = f"holds {halves[0]}, {halves[1]} or {halves[2]} halves of LingBot-World-Fast's chunks in 16, 8 or 4 bits"
+    assert held in " ".join((ROOT / "CHANGELOG.md").read_text().split())

@@ -246,9 +246,8 @@ def _parts(memories: list[MemoryConfig], dtype: torch.dtype, fixed: dict[str, in
         rows.append([f"a banked chunk, {numbers}, in {where}", byte_size(place_bytes(memory, dtype))])
         if memory.caches_bank:
             sizes = memory_bytes(memory, dtype, memory.bank_chunks)
-            through = ", and the way to them" if sizes.staging else ""
-            slots = f"  and {memory.cache_slots} slots for such chunks on the GPU{through}"
-            rows.append([slots, byte_size(sizes.bank + sizes.staging)])
+            slots = f"  and {memory.cache_slots} slots for such chunks on the GPU"
+            rows.append([slots, byte_size(sizes.bank + sizes.packed_bank)])
     return report.table(["what", "takes"], rows)
 
 

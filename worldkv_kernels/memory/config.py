@@ -80,12 +80,11 @@ class MemoryConfig:
     are pruned, .51 and .28 of the bytes in 16 bits. Sink, recent and current chunks stay as they are; in every pass a
     layer's retrieved chunks are restored into rows that all layers share, just before it attends to them.
 
-    `bank`: "device", or "host" for host memory, page-locked on a GPU. Of a bank in host memory `device_slots` chunks are
-    cached on the device, in the bank's bits. None for retrieved_chunks + 2: the
-    window, one to prune into and one to prefetch into without giving up the window; 2 * retrieved_chunks + 1 let a
-    prefetch replace a whole window. `prefetch`: at begin_chunk, bring ahead what the next chunk would retrieve if the
-    camera moved on as it did (a policy object of a user's own must be `stateless`, see RetrievalPolicy). Neither
-    changes a result.
+    `bank`: "device", or "host" for host memory, page-locked on a GPU. Of a bank in host memory `device_slots` chunks
+    are cached on the device, in the bank's bits. None for retrieved_chunks + 2: the window, one to prune into and one
+    to prefetch into without giving up the window; 2 * retrieved_chunks + 1 let a prefetch replace a whole window.
+    `prefetch`: at begin_chunk, bring ahead what the next chunk would retrieve if the camera moved on as it did (a
+    policy object of a user's own must be `stateless`, see RetrievalPolicy). Neither changes a result.
     `bank_chunks`: how many chunks the bank holds, or in mode "full" how many chunks in all; past that the policy
     drops one ("full" raises). None: what fits half of the memory that is free when the WorldMemory is made,
     at most 1000.

@@ -17,6 +17,7 @@ from .pool import Pool
 from .store import chunk_bytes
 
 _INT32, _INT64 = 4, 8
+_LAYERS_AT_ONCE = 4  # at least, of a chunk that is pruned and packed: launches of less do not fill a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,10 @@ def pool_slots(config: MemoryConfig, places: int) -> list[tuple[int, int]]:
 
 
 def shared_slots(config: MemoryConfig) -> tuple[int, int]:
-    """The pool's slots that all layers share, (tokens, count): for the retrieved chunks of a bank in fewer bits, and
-    one at least, by which they are packed."""
-    return config.banked_tokens, max(1, config.retrieved_chunks) if config.packs_bank else 0
+    """The pool's slots that all layers share, (tokens, count): of a bank in fewer bits, for one layer of each retrieved
+    chunk, and for some layers of a chunk on its way there."""
+    at_once = max(config.retrieved_chunks, min(config.num_layers, _LAYERS_AT_ONCE))
+    return config.banked_tokens, at_once if config.packs_bank else 0
 
 
 def chosen_shape(config: MemoryConfig) -> tuple[int, int]:

@@ -35,8 +35,8 @@ class Storage:
 
     A bank in 16 bits has its slots in the pool, where attention reads them. In fewer bits it has them in a PackedStore,
     and `restore` brings the retrieved chunks of the layer at hand, in every pass, to rows that all layers share. Pruned
-    chunks come by the same rows. What is not finite is packed as NaN, as it is attended in 16 bits: a look would find it
-    when its chunk leaves the recent ones, too late for whoever made it.
+    chunks come by the same rows. What is not finite is packed as NaN, as it is attended in 16 bits: a look would find
+    it when its chunk leaves the recent ones, too late for whoever made it.
 
     Raises ValueError when it does not fit the memory that is free, with the numbers.
     """
@@ -57,9 +57,7 @@ class Storage:
         check_room(config, device, dtype, places)
         self.max_chunks = places if config.mode == "full" else NUM_POSITIONS // config.chunk_frames
         self.window_capacity = window_capacity(config, places)
-        self.pool = Pool(
-            pool_slots(config, places), shared=shared_slots(config), device=device, dtype=dtype, **sizes
-        )
+        self.pool = Pool(pool_slots(config, places), shared=shared_slots(config), device=device, dtype=dtype, **sizes)
         self._sink_rows, self._ring_rows, bank_rows = self.pool.first_rows
         self._whole = self._packed = self._chosen = self.bank = None
         if config.packs_bank:
@@ -122,10 +120,10 @@ class Storage:
         """Of a bank in fewer bits, let the current stream bring the retrieved chunks of a layer to where it attends to
         them. One launch, also for none of them, so that a captured graph serves every window."""
         if self._chosen is not None:
-            tokens = self._packed.tokens
+            chosen, tokens = self._chosen.on_device["chosen"], self._packed.tokens
+            k, v = (x[: len(chosen), :tokens] for x in (self.pool.shared_k, self.pool.shared_v))
             dequantize_chunk(
-                self._packed.packed[:, layer], bits=self.config.bank_bits, chosen=self._chosen.on_device["chosen"],
-                out_k=self.pool.shared_k[:, :tokens], out_v=self.pool.shared_v[:, :tokens],
+                self._packed.packed[:, layer], bits=self.config.bank_bits, chosen=chosen, out_k=k, out_v=v,
                 backend=self._packing_backend,
             )  # fmt: skip
 

@@ -563,9 +563,7 @@ class WorldMemory:
             q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
             out=self._q, backend=self._backend,
         )  # fmt: skip
-        return segment_attention(
-            turned, k_pool, v_pool, window, scale=config.scale, out=out, backend=self._backend
-        )
+        return segment_attention(turned, k_pool, v_pool, window, scale=config.scale, out=out, backend=self._backend)
 
     def _see(self, segments: list[Segment]) -> None:
         """Make these the window."""

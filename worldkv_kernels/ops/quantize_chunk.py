@@ -174,7 +174,6 @@ def dequantize_chunk(
     bits = _checked_bits(_BACK, bits)
     layers = of_out = packed.shape[:-2]
     if chosen is not None:
-        check_layout(_BACK, "packed", packed, ("places", 2, "bytes"))
         for name, out in (("out_k", out_k), ("out_v", out_v)):
             if out is None:
                 raise bad_type(_BACK, name, "given, with chosen", out)
@@ -261,13 +260,12 @@ def _check(
     check_tensor(op, of_k, k, k.shape, inner=2)
     check_tensor(op, of_v, v, k.shape, like=k, inner=2)
     if chosen is not None:
-        check_layout(op, of_k, k, ("chunks", "tokens", "heads", "head_dim"))
         check_tensor(op, "chosen", chosen, (*layers, 2), like=k, dtypes=(torch.int32,), inner=2)
         check_layout(op, of_packed, packed, ("places", 2, "bytes"))
         layers = (max(1, len(packed)),)  # from here on places
     shape = (*layers, 2, _bytes(tokens, heads, head_dim, bits, k.dtype))
     check_tensor(op, of_packed, packed, shape, like=k, dtypes=(torch.uint8,))
-    strides = [stride for stride, size in zip(packed.stride()[:-1], packed.shape[:-1], strict=True) if size > 1]
+    strides = [stride for stride, size in zip(packed.stride()[:-1], shape[:-1], strict=True) if size > 1]
     if packed.data_ptr() % _ALIGNMENT or any(stride % _ALIGNMENT for stride in strides):
         raise bad_value(op, of_packed, f"with K and V of every layer on multiples of {_ALIGNMENT} bytes", packed)
 
@@ -314,6 +312,8 @@ def _run(k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, chec
 def _run_back(
     packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor | None, bits: int, backend: str
 ) -> None:
+    if chosen is not None:
+        check_layout(_BACK, "out_k", k, ("chunks", "tokens", "heads", "head_dim"))
     _check(_BACK, ("out_k", "out_v", "packed"), k, v, packed, bits, chosen)
     if k.dim() == 3:
         k, v, packed = (x.unsqueeze(0) for x in (k, v, packed))
