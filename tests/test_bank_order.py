@@ -15,6 +15,7 @@ import pytest
 import torch
 from late_streams import Broken, LateStreams
 
+import worldkv_kernels.memory.sizes as sizes_module
 import worldkv_kernels.memory.slots as slots_module
 import worldkv_kernels.memory.storage as storage_module
 import worldkv_kernels.memory.world_memory as world_memory_module
@@ -56,6 +57,7 @@ class Play:
         self.streams = LateStreams(seed, queues_compute=True)
         self.random = self.streams.random
         monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: self.streams)
+        monkeypatch.setattr(sizes_module, "_LAYERS_AT_ONCE", 2)
         for op in ("norm_rope_append", "segment_attention"):
             monkeypatch.setattr(world_memory_module, op, getattr(self, op))
         for op in ("compress_chunk", "quantize_chunk", "dequantize_chunk"):

@@ -8,13 +8,12 @@ import torch
 from conftest import DEVICE
 
 from worldkv_kernels import MemoryConfig, WorldMemory
-from worldkv_kernels.memory import storage
+from worldkv_kernels.memory import sizes, storage
 
 CONFIG = MemoryConfig(
     num_layers=2, num_heads=2, head_dim=64, grid=(4, 5), chunk_frames=3, recent_frames=3, retrieved_chunks=2,
     bank_chunks=4, retrieval="pose",
 )  # fmt: skip
-LAYERED = dict(bank_bits=8, retrieved_chunks=1)  # rows for one layer at a time
 CHUNKS = 9
 
 
@@ -61,8 +60,11 @@ class Late:
             self.work.pop(0)()
 
 
-@pytest.mark.parametrize(("fields", "ops"), [({}, 1), (dict(bank_bits=4), 2), (LAYERED, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "ops"), [({}, 1), (dict(bank_bits=4), 2), (dict(bank_bits=8, retrieved_chunks=1), 4)], ids=str
+)
 def test_pruning_that_ends_as_late_as_it_may_changes_nothing(monkeypatch, fields, ops):
+    monkeypatch.setattr(sizes, "_LAYERS_AT_ONCE", 1)
     config = dataclasses.replace(CONFIG, **fields)
     want = walk(WorldMemory(config, device=DEVICE, dtype=torch.float32, backend="reference"))
     memory = WorldMemory(config, device=DEVICE, dtype=torch.float32, backend="reference")
