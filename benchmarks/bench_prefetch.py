@@ -1,6 +1,7 @@
-"""Retrieved chunks from the host bank into the pool: Bank.fetch where every chunk misses, against other ways to copy.
+"""Retrieved chunks from the host bank into its slots: Bank.fetch where every chunk misses, against other ways to copy.
 
-On a GPU also what a fetch and matmuls on another stream cost each other.
+A bank in fewer bits copies what it has packed; what restoring that takes is in bench_quantize_chunk. On a GPU also what
+a fetch and matmuls on another stream cost each other.
 
     python benchmarks/bench_prefetch.py [--small] [--jsonl FILE] [--device DEVICE]
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -19,20 +20,20 @@ import torch
 from common import ERROR_LIMITS, Problem, Variant, bench_main, parse_device, run_cases
 from prefetch_rivals import RIVALS, Rows
 from timing import Run, time_variants
-from worldkv_kernels.memory.shelf import shelf_bytes
 
-from worldkv_kernels import dequantize_chunk, quantize_chunk
+from worldkv_kernels import quantize_chunk
 from worldkv_kernels.cli.report import note
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
 from worldkv_kernels.memory.retrieval import PoseRetrieval
+from worldkv_kernels.memory.store import PackedStore, Store, WholeStore, chunk_bytes, held
 
 
 @dataclass(frozen=True)
 class PrefetchCase:
     """`chunks` banked chunks of `tokens` each that are all missing. `layers` of the model's `of_layers`, since all of
     them would take a minute to pin. `beside`: with matmuls on another stream, in place of the rivals. `bits`: of the
-    bank; rivals copy what is attended."""
+    bank, whose bytes rivals copy too."""
 
     heads: int
     tokens: int
@@ -51,16 +52,10 @@ class PrefetchCase:
         return f"{size}, {self.layers} of {self.of_layers} layers{bits}{beside}"
 
     @property
-    def link_bytes(self) -> int:
-        """K and V of every missing chunk and layer, once, as the bank keeps them."""
-        of_layer = shelf_bytes(self.tokens, self.heads, self.head_dim, self.bits, self.dtype)
-        return self.chunks * self.layers * of_layer
-
-    @property
     def bytes(self) -> int:
-        """What is written on the device, and what is packed read there again."""
-        rows = replace(self, bits=16).link_bytes
-        return rows if self.bits == 16 else rows + 2 * self.link_bytes
+        """K and V of every missing chunk and layer, once, as the bank keeps them: what crosses the link."""
+        of_one = chunk_bytes(self.tokens, self.heads, self.head_dim, self.bits, self.dtype)
+        return self.chunks * self.layers * 2 * of_one
 
 
 # Chunks of three frames pruned to half: 1560 tokens a frame in 40 layers, 880 in 30. What matters most comes first.
@@ -86,60 +81,72 @@ SETS = 2  # the chunks of one set take the slots of the other, so that each fetc
 MATMUL_SIDE = 4096
 
 
+def store_of(case: PrefetchCase, slots: int, device: torch.device) -> Store:
+    sizes = dict(
+        num_layers=case.layers, num_heads=case.heads, head_dim=case.head_dim, dtype=case.dtype, device=device
+    )  # fmt: skip
+    if case.bits < 16:
+        return PackedStore(slots, tokens=case.tokens, bits=case.bits, **sizes)
+    pool = Pool([(case.tokens, slots)], **sizes)
+    return WholeStore(pool, pool.first_rows[0], tokens=case.tokens)
+
+
 class Banked:
-    """A host bank that holds SETS times `case.chunks` random chunks, and a pool with room for one set."""
+    """A host bank that holds SETS times `case.chunks` random chunks, and slots for one set."""
 
     def __init__(self, case: PrefetchCase, device: torch.device) -> None:
         self.case = case
-        self.pool = Pool(
-            [(case.tokens, case.chunks)],  # no more, or one of a set could stay while the other comes
-            num_layers=case.layers, num_heads=case.heads, head_dim=case.head_dim, device=device, dtype=case.dtype,
-        )  # fmt: skip
-        self.bank = Bank(
-            self.pool, self.pool.first_rows[0], tokens=case.tokens, places=SETS * case.chunks, on_host=True,
-            policy=PoseRetrieval(), bits=case.bits,
-        )  # fmt: skip
-        shape = (case.chunks, case.layers, 2, case.tokens, case.heads, case.head_dim)
-        self.rows = torch.empty(shape, dtype=case.dtype, device="cpu")  # set 0 as it has to arrive
+        self.store = store_of(case, case.chunks, device)  # no more, or one of a set could stay while the other comes
+        self.bank = Bank(self.store, places=SETS * case.chunks, on_host=True, policy=PoseRetrieval())
+        wanted = (case.chunks, *self.store.place_shape)  # set 0 as it has to arrive
+        self.rows = torch.empty(wanted, dtype=self.store.dtype, device="cpu")
+        shape = (case.layers, 2, case.tokens, case.heads, case.head_dim)
         generator = torch.Generator(device=device).manual_seed(0)
         for chunk in range(SETS * case.chunks):
-            data = torch.randn(shape[1:], generator=generator, dtype=torch.float32, device=device).to(case.dtype)
-            first = self.bank.row_to_fill(chunk, np.eye(4))
-            self.pool.k[:, first : first + case.tokens] = data[:, 0]
-            self.pool.v[:, first : first + case.tokens] = data[:, 1]
+            data = torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype)
+            if case.bits < 16:
+                data = quantize_chunk(data[:, 0], data[:, 1], bits=case.bits)
+            slot = self.bank.slot_to_fill(chunk, np.eye(4))
+            for of_layer, k_and_v in zip(self.in_slots([slot])[0], data.transpose(0, 1), strict=True):
+                for rows, x in zip(of_layer, k_and_v, strict=True):
+                    rows.copy_(x)
             self.bank.stored(chunk)
             if chunk < case.chunks:
-                self.rows[chunk] = data if case.bits == 16 else as_restored(data, case.bits)
+                self.rows[chunk] = data
 
-    def fetch(self, i: int) -> Rows:
-        """Set i into the pool; the rows where it lies."""
-        wanted = range(i * self.case.chunks, (i + 1) * self.case.chunks)
-        firsts = self.bank.fetch(list(wanted))
-        return [tuple(x[:, first : first + self.case.tokens] for x in (self.pool.k, self.pool.v)) for first in firsts]
+    def in_slots(self, slots: Sequence[int]) -> Rows:
+        pieces = [held(self.store, slot, self.case.tokens).pieces for slot in slots]
+        return [(of_slot[0::2], of_slot[1::2]) for of_slot in pieces]
+
+    def fetch(self, i: int) -> list[int]:
+        """Set i into slots, which are returned."""
+        return self.bank.fetch(list(range(i * self.case.chunks, (i + 1) * self.case.chunks)))
 
     def check_fetch(self, run: Run) -> float:
-        """0 where set 0 arrives bit for bit, each chunk by a copy, and nothing is written beside it; else inf."""
+        """0 where set 0 arrives bit for bit, though all slots were spoiled, and nothing is written beside; else inf."""
         for i in (0, 1):  # were there room for both sets, set 0 would now be a hit
             run(i)
-        self.pool.k.fill_(math.nan)
-        self.pool.v.fill_(math.nan)
-        before = self.bank.copies_in
-        error = copy_error(run(0), self.rows)
-        written = sum(int((~x.isnan()).sum()) for x in (self.pool.k, self.pool.v))
-        copied = self.bank.copies_in - before
+        for x in self.store.tensors:
+            spoil(x)
+        got = self.in_slots(run(0))
+        error = copy_error(got, self.rows)
+        for x in (x for chunk in got for layers in chunk for x in layers):
+            spoil(x)
+        clean = all(map(is_spoiled, self.store.tensors))
         run(1)  # set 0 comes first when time is taken
-        return error if (written, copied) == (self.rows.numel(), self.case.chunks) else math.inf
+        return error if clean else math.inf
 
 
-def as_restored(data: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rows [layers, 2, ...] as a bank of so many bits gives them back."""
-    k, v = data[:, 0].contiguous(), data[:, 1].contiguous()
-    dequantize_chunk(quantize_chunk(k, v, bits=bits), bits=bits, out_k=k, out_v=v)
-    return torch.stack([k, v], dim=1)
+def spoil(x: torch.Tensor) -> None:
+    x.fill_(math.nan if x.is_floating_point() else 255)
+
+
+def is_spoiled(x: torch.Tensor) -> bool:
+    return bool((x.isnan() if x.is_floating_point() else x == 255).all())
 
 
 def copy_error(got: Rows, want: torch.Tensor) -> float:
-    """0 where every row of every chunk and layer is equal bit for bit, else inf. `want` may lie in host memory."""
+    """0 where K and V of every chunk and layer are equal bit for bit, else inf. `want` may lie in host memory."""
     for (k, v), chunk in zip(got, want, strict=True):
         for k_layer, v_layer, layer in zip(k, v, chunk, strict=True):
             if not torch.equal(torch.stack([k_layer, v_layer]), layer.to(k_layer.device)):
@@ -162,8 +169,8 @@ def prepare(case: PrefetchCase, device: torch.device) -> Problem:
     }  # fmt: skip
     if case.beside:
         return beside_matmuls(banked, device, shape)
-    fetch = Variant("Bank.fetch", lambda: banked.fetch, banked.check_fetch, 0.0, case.bytes, link_bytes=case.link_bytes)
-    variants, whole = [fetch], replace(case, bits=16)
+    fetch = Variant("Bank.fetch", lambda: banked.fetch, banked.check_fetch, 0.0, case.bytes, link_bytes=case.bytes)
+    variants = [fetch]
     pinned_rows = cache(banked.rows.pin_memory)  # one copy for all rivals that want it, made by the first
 
     def check(run: Run) -> float:
@@ -171,7 +178,7 @@ def prepare(case: PrefetchCase, device: torch.device) -> Problem:
 
     for name, make in RIVALS.items():
         ready = partial(make, banked.rows, pinned_rows, device)
-        variants.append(Variant(name, ready, check, 0.0, whole.bytes, rival=True, link_bytes=whole.link_bytes))
+        variants.append(Variant(name, ready, check, 0.0, case.bytes, rival=True, link_bytes=case.bytes))
     return Problem(str(case), variants, sets=SETS, shape=shape)
 
 
@@ -220,10 +227,10 @@ def beside_matmuls(banked: Banked, device: torch.device, shape: dict[str, int]) 
     limit, case = ERROR_LIMITS[product.dtype], banked.case
     fetch, product_alone = banked.fetch, matmuls(few)
     variants = [
-        Variant("Bank.fetch", lambda: fetch, check_fetch, 0.0, case.bytes, link_bytes=case.link_bytes),
+        Variant("Bank.fetch", lambda: fetch, check_fetch, 0.0, case.bytes, link_bytes=case.bytes),
         Variant(
             "Bank.fetch beside matmuls", lambda: with_beside(fetch, matmuls(many)), check_fetch, 0.0, case.bytes,
-            base="Bank.fetch", link_bytes=case.link_bytes,
+            base="Bank.fetch", link_bytes=case.bytes,
         ),
         Variant("matmuls", lambda: product_alone, check_product, limit, 0, flops),
         Variant(

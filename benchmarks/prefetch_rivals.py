@@ -1,8 +1,9 @@
 """Other ways of bringing banked chunks from host memory onto the device, for the prefetch bench.
 
-Each takes `host` [chunks, num_layers, 2, tokens, heads, head_dim] in memory that is not pinned, a function that gives
-the same in pinned memory, and a device. It makes ready what it needs beforehand and returns run(i) -> for each chunk
-its K and its V, each something that gives [tokens, heads, head_dim] layer by layer. It raises where it cannot run.
+Each takes `host` [chunks, num_layers, 2, ...], of rows [tokens, heads, head_dim] or of packed bytes, in memory that is
+not pinned, a function that gives the same in pinned memory, and a device. It makes ready what it needs beforehand and
+returns run(i) -> for each chunk its K and its V, each something that gives [...] layer by layer. It raises where it
+cannot run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The prefetch bench counts rightly, sees what arrives wrong, and times copies, not rows that are there already."""
 
 import contextlib
-import dataclasses
 import math
 import os
 from types import SimpleNamespace
@@ -21,9 +20,10 @@ def bench(load):
     return load("bench_prefetch")
 
 
-def measured(bench):
-    """Status of each variant over the small cases."""
-    figures = bench.run(small=True, device=CPU, seconds=0.01)
+def measured(bench, bits=(16, 8, 4)):
+    """Status of each variant over the small cases of so many bits."""
+    cases = [case for case in bench.SMALL_CASES if case.bits in bits]
+    figures = bench.run(small=True, device=CPU, seconds=0.01, cases=cases)
     return {name: {f["status"] for f in figures if f["variant"] == name} for name in {f["variant"] for f in figures}}
 
 
@@ -31,27 +31,26 @@ def test_bytes_are_k_and_v_once(bench):
     # 5 tokens of 2 x 4 numbers of 2 bytes are 80 bytes of K, V as much; 3 layers, 2 chunks.
     case = dict(chunks=2, layers=3, of_layers=3, tokens=5, heads=2)
     whole = bench.PrefetchCase(**case, head_dim=4)
-    assert whole.link_bytes == whole.bytes == 2 * 3 * (80 + 80)
+    assert whole.bytes == 2 * 3 * (80 + 80)
     # Six pruned chunks of the 14B model: 819,200 bytes a token.
     of_14b = dict(chunks=6, layers=40, of_layers=40, tokens=2340, heads=40)
-    assert bench.PrefetchCase(**of_14b).link_bytes == 6 * 2340 * 819_200
-    # In 8 bits a byte a number, and 2 of a scale for each of 10 tokens and heads, 660 bytes, which 672 are made of; on
-    # the device these are written and read, and the rows written.
-    packed = bench.PrefetchCase(**case, head_dim=64, bits=8)
-    assert packed.link_bytes == 2 * 3 * 2 * 672
-    assert packed.bytes == 2 * packed.link_bytes + 2 * 3 * 2 * 2 * 640
+    assert bench.PrefetchCase(**of_14b).bytes == 6 * 2340 * 819_200
+    # In 8 bits a byte a number, and 2 of a scale for each of 10 tokens and heads, 660 bytes, which 672 are made of.
+    assert bench.PrefetchCase(**case, head_dim=64, bits=8).bytes == 2 * 3 * 2 * 672
 
 
 def test_figures_carry_what_crosses_the_link(bench):
     # 3 chunks of 3 layers of 70 tokens of 2 x 64 numbers in bf16; a chunk of 2 layers of 33 tokens of 3 x 128 in fp32
-    counts = {"3 x": 3 * 3 * 2 * 70 * 128 * 2, "1 x": 2 * 2 * 33 * 384 * 4}
+    counts = {
+        ("3 x", 16): 3 * 3 * 2 * 70 * 128 * 2,
+        ("3 x", 8): 3 * 3 * 2 * (70 * 128 + 70 * 2 * 2 + 8),  # filled up to a multiple of 16
+        ("1 x", 16): 2 * 2 * 33 * 384 * 4,
+        ("1 x", 4): 2 * 2 * (33 * 384 // 2 + 2 * 384 * 4),
+    }
     figures = bench.run(small=True, device=CPU, seconds=0.01)
-    ours = {(f["case"][:3], f["shape"]["bits"]): f for f in figures if not f["is_rival"]}
-    for f in figures:
-        if f["is_rival"] or f["shape"]["bits"] == 16:
-            assert f["link_bytes"] == f["bytes"] == counts[f["case"][:3]]
-    assert ours["3 x", 8]["link_bytes"] == 3 * 3 * 2 * (70 * 128 + 70 * 2 * 2 + 8)  # filled up to a multiple of 16
-    assert ours["1 x", 4]["link_bytes"] == 2 * 2 * (33 * 384 // 2 + 2 * 384 * 4)
+    keys = [(f["case"][:3], f["shape"]["bits"]) for f in figures]
+    assert [f["link_bytes"] for f in figures] == [f["bytes"] for f in figures] == [counts[key] for key in keys]
+    assert {*keys} == {*counts}
 
 
 def test_cases_are_the_models_chunks(bench):
@@ -66,7 +65,7 @@ def test_cases_are_the_models_chunks(bench):
     assert len({str(c) for c in bench.CASES}) == len(bench.CASES)
     # A fetch of each case has to fit in host memory twice for the bank and twice for the rivals.
     for c in bench.CASES:
-        assert dataclasses.replace(c, bits=16).link_bytes < 1.25e9
+        assert c.bytes < 1.25e9
 
 
 def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
@@ -74,9 +73,9 @@ def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
 
     def counted(bank, chunks):
         before = bank.copies_in
-        rows = right(bank, chunks)
-        copied.append(bank.copies_in - before == len(chunks) == len(set(rows)))
-        return rows
+        slots = right(bank, chunks)
+        copied.append(bank.copies_in - before == len(chunks) == len(set(slots)))
+        return slots
 
     monkeypatch.setattr(Bank, "fetch", counted)
     assert measured(bench)["Bank.fetch"] == {"timed"}
@@ -86,13 +85,14 @@ def test_every_fetch_that_is_timed_copies_all_chunks(bench, monkeypatch):
 def one_row_more(cache, chunks, places, tokens, keep):
     SlotCache.right(cache, chunks, places, tokens, keep)
     for chunk in chunks:
-        cache.shelf._pool.v[0, cache._rows[cache._cached[chunk]] + tokens[chunk]] = 0.0
+        cache._store._pool.v[0, cache._store.first_rows[cache._cached[chunk]] + tokens[chunk]] = 0.0
 
 
 def a_bit_off(cache, chunks, places, tokens, keep):
     SlotCache.right(cache, chunks, places, tokens, keep)
     for chunk in chunks:
-        cache.shelf._pool.k[-1, cache._rows[cache._cached[chunk]], 0, 0] *= 1.01
+        k, _ = cache._store.views(cache._cached[chunk], cache._num_layers - 1, tokens[chunk])
+        k.view(torch.uint8)[(0,) * k.dim()] ^= 1
 
 
 def never(cache, chunks, places, tokens, keep):
@@ -101,7 +101,7 @@ def never(cache, chunks, places, tokens, keep):
 
 
 def another(cache, chunks, places, tokens, keep):
-    num_places = len(cache.shelf.rows)
+    num_places = len(cache.arena.rows)
     elsewhere = {chunk: (place + 1) % num_places for chunk, place in places.items()}
     SlotCache.right(cache, chunks, elsewhere, tokens, keep)
 
@@ -110,15 +110,15 @@ def another(cache, chunks, places, tokens, keep):
 def test_a_fetch_with_a_fault_is_wrong(bench, monkeypatch, fault):
     monkeypatch.setattr(SlotCache, "right", SlotCache._load, raising=False)
     monkeypatch.setattr(SlotCache, "_load", fault)
-    assert measured(bench)["Bank.fetch"] == {"wrong"}
-    assert bench.main(["--small", "--device", "cpu", "--seconds", "0.01"]) == 1
+    of_bits = (16,) if fault is one_row_more else (16, 8, 4)  # packed, no slot has more rows
+    assert measured(bench, of_bits)["Bank.fetch"] == {"wrong"}
+    if fault is never:
+        assert bench.main(["--small", "--device", "cpu", "--seconds", "0.01"]) == 1
 
 
 def test_a_fetch_of_what_is_there_already_is_wrong(bench, monkeypatch):
-    right = bench.Pool
-    monkeypatch.setattr(
-        bench, "Pool", lambda slots, **options: right([(n, 2 * count) for n, count in slots], **options)
-    )
+    right = bench.store_of
+    monkeypatch.setattr(bench, "store_of", lambda case, slots, device: right(case, 2 * slots, device))
     assert measured(bench)["Bank.fetch"] == {"wrong"}
 
 
