@@ -62,6 +62,8 @@ def compress_chunk_once(backend=None):
     given = dict(frames=3, keep_ratio=0.5, out_k=outs[0], out_v=outs[1], backend=backend)
     return [x for x in compress_chunk(k, v, **given) if x is not None]
 
+chosen = torch.tensor([[0, 600], [0, 0]], dtype=torch.int32, device="cuda")
+of_chosen = torch.zeros(2, *chosen.shape[:1], *k.shape, dtype=k.dtype, device="cuda")
 packed = {bits: torch.empty_like(quantize_chunk(k, v, bits=bits, backend="reference")) for bits in (8, 4)}
 
 def quantize_chunk_once(backend=None):
@@ -69,7 +71,12 @@ def quantize_chunk_once(backend=None):
 
 def dequantize_chunk_once(backend=None):
     bytes_of_both = quantize_chunk(k, v, bits=4, out=packed[4], backend=backend)
-    return dequantize_chunk(bytes_of_both, bits=4, out_k=made, tokens=600, backend=backend)
+    return [
+        *dequantize_chunk(bytes_of_both, bits=4, out_k=made, tokens=600, backend=backend),
+        *dequantize_chunk(
+            bytes_of_both[None], bits=4, out_k=of_chosen[0], out_v=of_chosen[1], chosen=chosen, backend=backend
+        ),
+    ]
 
 once = {op}_once
 torch.cuda.synchronize()
@@ -179,6 +186,20 @@ def packed_and_restored(pools, bits):
     dequantize_chunk(packed, bits=bits, out_k=rows[0], out_v=rows[1], backend="triton")
     dequantize_chunk(packed, bits=bits, out_k=k, out_v=v, backend="triton")
     assert torch.equal(rows[0], k) and torch.equal(rows[1], v), bits
+    restored_far(pools, packed, bits, k, v)
+
+
+def restored_far(pools, packed, bits, k, v):
+    """A chunk whose place in the bank is as far from the first one as the rows that it is restored to."""
+    of_pool, of_bank = pools[0], pools[1].view(torch.uint8).flatten()
+    far = (len(of_bank) - packed.numel()) // 16 * 16
+    bank = of_bank.as_strided((2, *packed.shape), (far, *packed.stride()))
+    bank[1] = packed
+    out_k = of_pool.as_strided((2, *k.shape), (of_pool[:-2400].numel(), *k.stride()))
+    out_k[1], out_v = 0.0, torch.empty(2, *v.shape, **HALF)
+    chosen = torch.tensor([[1, 0], [1, 2400]], dtype=torch.int32, device=DEVICE)
+    dequantize_chunk(bank, bits=bits, out_k=out_k, out_v=out_v, chosen=chosen, backend="triton")
+    assert torch.equal(out_k[1], k) and torch.equal(out_v[1], v), bits
 
 
 @pytest.mark.parametrize("backend", OF_ATTENTION)
