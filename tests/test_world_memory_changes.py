@@ -115,7 +115,7 @@ def test_a_host_bank_is_the_device_bank_bitwise(config, seed, data):
     ratios = [config.keep_ratio, 0.5 * config.keep_ratio]
     config = dataclasses.replace(config, bank_chunks=max(3, config.retrieved_chunks))
     memories = [make(dataclasses.replace(config, bank=bank)) for bank in ("device", "host")]
-    rows = memories[1]._bank._cache.shelf.rows
+    rows = memories[1]._bank._cache.arena.rows
     rows.fill_(float("nan") if rows.is_floating_point() else 255)
     rollout = Rollout(config, seed, MAX_CHUNKS)
     for chunk in range(MAX_CHUNKS):
@@ -298,7 +298,7 @@ def test_what_is_kept_side_by_side_gives_up_what_the_policy_would(policy):
             bank.pinned = {int(one) for one in rng.choice(chunk + 1, size=min(chunk + 1, 5))}
             kept[chunk] = policy.describe(pose[None], CAMERA)
             full = len(bank) == 8
-            bank.row_to_fill(chunk, kept[chunk])
+            bank.slot_to_fill(chunk, kept[chunk])
             if full:
                 free = [(number, view) for number, view in kept.items() if number not in bank.pinned]
                 given_up = policy.drop(free) if [number for number, _ in free] not in ([], [chunk]) else chunk
@@ -313,9 +313,9 @@ def test_what_is_pinned_far_away_sets_no_scale():
     poses[:, 0, 3] = [1e7, 0, 4, 5, 9]
     bank = bank_of(policy, 4)
     for chunk in range(4):
-        bank.row_to_fill(chunk, poses[chunk])
+        bank.slot_to_fill(chunk, poses[chunk])
     bank.pinned = {0}
-    bank.row_to_fill(4, poses[4])
+    bank.slot_to_fill(4, poses[4])
     assert list(bank._place) == [0, 1, 3, 4] and policy.drop(list(enumerate(poses))[1:]) == 2
 
 
