@@ -20,6 +20,7 @@ from worldkv_kernels.memory.kept import KeptDescriptions, KeptPoses, KeptViews, 
 from worldkv_kernels.memory.pairs import Pairs
 from worldkv_kernels.memory.pool import Pool
 from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
+from worldkv_kernels.memory.store import WholeStore
 
 CAMERA = np.array([[300.0, 300.0, 200.0, 150.0]])
 CAMERAS = (CAMERA, np.array([[500.0, 250.0, 150.0, 220.0]]))  # wide, and tall
@@ -53,7 +54,7 @@ def camera_path(kind: str, rng: np.random.Generator, length: int, unit: float, n
 
 def bank_of(policy, places: int) -> Bank:
     pool = Pool([(1, places)], num_layers=1, num_heads=1, head_dim=64, device=torch.device("cpu"), dtype=torch.float32)
-    return Bank(pool, pool.first_rows[0], tokens=1, places=places, on_host=False, policy=policy)
+    return Bank(WholeStore(pool, pool.first_rows[0], tokens=1), places=places, on_host=False, policy=policy)
 
 
 def policy_of(retrieval: str, diversity: float, unit: float = 1.0):
@@ -80,13 +81,13 @@ def check_session(retrieval, kind, seed, capacity, diversity, unit, noise, first
         if rng.random() < 0.1:
             continue  # aborted
         full = len(kept) == capacity
-        row, kept[chunk] = bank.row_to_fill(chunk, view), view
+        slot, kept[chunk] = bank.slot_to_fill(chunk, view), view
         if full:
             given_up = plain.drop(kept)
             del kept[given_up]
             dropped += 1
-            assert (row is None) == (given_up == chunk)
-        if row is not None and rng.random() < 0.1:
+            assert (slot is None) == (given_up == chunk)
+        if slot is not None and rng.random() < 0.1:
             bank.break_off(chunk)
             del kept[chunk]
         assert list(bank._place) == list(kept) and bank.num_dropped == dropped
@@ -126,7 +127,7 @@ def test_a_large_bank_drops_as_brute_force_does(kind, monkeypatch):
     rng, policy = np.random.default_rng(1), PoseRetrieval()
     bank, plain, kept = bank_of(policy, 100), Plain(policy), {}
     for chunk, pose in enumerate(camera_path(kind, rng, 160, 1.0, 1e-4)):
-        bank.row_to_fill(chunk, pose)
+        bank.slot_to_fill(chunk, pose)
         kept[chunk] = pose
         if len(kept) > 100:
             del kept[plain.drop(kept)]
@@ -194,7 +195,7 @@ def test_a_chunk_foreseen_is_not_measured_again():
 def test_what_is_kept_is_bounded_by_the_bank():
     bank = bank_of(FovRetrieval(samples=4), 10)
     for chunk, pose in enumerate(camera_path("walk", np.random.default_rng(0), 300, 1.0, 0.0)):
-        bank.row_to_fill(chunk, bank._kept._policy.describe(pose[None], CAMERA))
+        bank.slot_to_fill(chunk, bank._kept._policy.describe(pose[None], CAMERA))
         bank.select(
             "test", bank._kept._policy.describe(pose[None], CAMERA), 3, coming=(chunk + 1, (pose, np.ones(6), 0))
         )
@@ -227,14 +228,14 @@ def test_who_chooses_in_a_way_of_its_own_is_asked():
     poses = camera_path("turn", np.random.default_rng(3), 8, 1.0, 0.0)
     bank, asked = bank_of(OwnNoise(), 8), OwnNoise()
     for chunk, pose in enumerate(poses):
-        bank.row_to_fill(chunk, pose)
+        bank.slot_to_fill(chunk, pose)
     assert bank.select("test", poses[-1], 8) == asked.select(poses[-1], list(enumerate(poses)), 8) == list(range(8))
 
 
 def test_two_banks_share_a_policy_and_nothing_else():
     policy = PoseRetrieval()
     one, other = bank_of(policy, 4), bank_of(policy, 4)
-    one.row_to_fill(0, np.eye(4))
+    one.slot_to_fill(0, np.eye(4))
     assert other.select("test", np.eye(4), 3) == [] and one.select("test", np.eye(4), 3) == [0]
 
 
@@ -250,8 +251,8 @@ def test_a_refused_drop_leaves_what_is_kept():
             return -1
 
     bank = bank_of(Refused(), 1)
-    bank.row_to_fill(0, None)
+    bank.slot_to_fill(0, None)
     with pytest.raises(ValueError, match=r"end_chunk: the retrieval policy must drop one of \[0, 1\], got -1"):
-        bank.row_to_fill(1, None)
+        bank.slot_to_fill(1, None)
     bank.select("test", None, 1)
     assert offered == [[0]] and list(bank._place) == [0]
