@@ -72,7 +72,7 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
     of_window, rotations = [memory.window._tables, memory._storage._chosen], memory._rotations
     of_rotations = [rotations._tables] if rotations is not None else []
     of_layers = memory._layer_windows
-    anew = [of_layers.tiles, of_layers.tail_rows, of_layers._steps] if of_layers else []
+    anew = [getattr(of_layers, name) for name in ("tiles", "tail_rows", "_steps", "_shared")] if of_layers else []
     assert bytes_of([x.on_device for x in of_window if x] + anew) == sizes.tables
     assert bytes_of([x.on_device for x in of_rotations]) == sizes.rotations
     assert bytes_of([x.on_host for x in [*of_window, *of_rotations] if x]) == sizes.host_tables

@@ -435,15 +435,15 @@ def test_with_fewer_recent_frames_chunks_are_banked_at_once_and_with_more_they_f
         assert memory.location(3) == "bank"
 
 
-@pytest.mark.parametrize("bank", ["device", "host"])
-def test_a_change_moves_and_allocates_nothing(bank):
-    from test_world_memory_steady import NewStorages
+@pytest.mark.parametrize(("bank", "bits"), [("device", 16), ("host", 16), ("device", 4), ("host", 8)])
+def test_a_change_moves_and_allocates_nothing(bank, bits):
+    from test_world_memory_steady import NewStorages, of_layers
 
-    config = tiny(bank=bank, bank_chunks=9, rebase_time=True, retrieved_log_weight=0.5)
+    config = tiny(bank=bank, bank_bits=bits, bank_chunks=9, rebase_time=True, retrieved_log_weight=0.5)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     walk(memory, rollout, 0, 6)
     chunks = memory._q, memory._first_row, memory._rotations.table
-    kept = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables]
+    kept = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables, *of_layers(memory)]
     addresses, window = [x.data_ptr() for x in kept], memory.window
     shapes = window.has_shift, window.has_weight, window.capacity
     with NewStorages() as seen:
@@ -454,7 +454,7 @@ def test_a_change_moves_and_allocates_nothing(bank):
     assert not seen.ops, seen.ops
     walk(memory, rollout, 6, MAX_CHUNKS)
     chunks = memory._q, memory._first_row, memory._rotations.table
-    now = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables]
+    now = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables, *of_layers(memory)]
     assert [x.data_ptr() for x in now] == addresses and memory.window is window
     assert (window.has_shift, window.has_weight, window.capacity) == shapes
 

@@ -42,12 +42,23 @@ def test_the_recorder_sees_allocations():
     assert len(seen.ops) >= 3
 
 
+def of_layers(memory):
+    """Of a bank in fewer bits, what a pass of each layer reads: a captured graph has it at these addresses."""
+    if not memory.config.packs_bank:
+        return []
+    windows, storage = memory._layer_windows, memory._storage
+    found = [storage._chosen.on_device["chosen"], *storage._packed.tensors, windows.tiles, windows.tail_rows]
+    return [*found, *(x for window in windows.of_layer for x in window.tables)]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         dict(bank_chunks=20),
         dict(bank="host", bank_chunks=20),
         dict(bank="host", bank_chunks=300, rebase_time=True, order="nearest_last"),
+        dict(bank_bits=4, bank_chunks=20),
+        dict(bank="host", bank_bits=8, bank_chunks=20, rebase_time=True),
         dict(mode="full", bank_chunks=200),
         dict(mode="sliding"),
         dict(mode="sink_recent", rebase_time=True),
@@ -61,7 +72,7 @@ def test_200_chunks_allocate_nothing_and_move_no_table(fields):
 
     def addresses():
         kept = [memory._q, memory._storage.index, memory._storage.count, memory._first_row, memory._rotations.table]
-        kept += [memory._pool.k, memory._pool.v, *memory.window.tables]
+        kept += [memory._pool.k, memory._pool.v, *memory.window.tables, *of_layers(memory)]
         return [x.data_ptr() for x in [*kept, *(x for layer in range(2) for x in memory.pools(layer))]]
 
     before, window = addresses(), memory.window
@@ -177,9 +188,9 @@ def test_no_work_grows_with_the_past():
         assert memory.begin_chunk(rollout.poses[0]).num_tokens == tokens
 
 
-@pytest.mark.parametrize("bank", ["device", "host"])
-def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing(bank):
-    config = tiny(num_layers=2, bank=bank, device_slots=2)
+@pytest.mark.parametrize("fields", [{}, dict(bank="host"), dict(bank_bits=8)], ids=str)
+def test_attend_traces_through_torch_compile_and_a_new_window_compiles_nothing(fields):
+    config = tiny(num_layers=2, device_slots=2, **fields)
     eager, compiled, rollout = make(config), make(config), Rollout(config, 3, 8)
 
     def layers(memory, x, weight):

@@ -23,8 +23,7 @@ class LayerWindow(Window):
 
     @property
     def last_row(self) -> int:
-        last = self._windows.base.last_row
-        return last - self._layer * self._windows.layer_rows if last >= self._windows.first_shared else last
+        return self._windows.last_rows[self._layer]
 
     def __getattr__(self, name: str) -> Any:
         if name == "_windows":  # not there yet, in a copy
@@ -39,17 +38,22 @@ class LayerWindows:
     @torch.inference_mode(False)  # rewritten outside of it, too
     def __init__(self, base: Window, pool: Pool) -> None:
         num_layers = len(pool.k)
-        self.base, self.layer_rows, self.first_shared = base, pool.rows, pool.shared_rows[0]
+        self.base, self._layer_rows, self._first_shared = base, pool.rows, pool.shared_rows[0]
         tiles, tail_rows = base.tables[:2]
         integers = dict(dtype=torch.int32, device=base.device)
         self.tiles = torch.zeros((num_layers, *tiles.shape), **integers)
         self.tail_rows = torch.zeros((num_layers, *tail_rows.shape), **integers)
         self._steps = (torch.arange(num_layers, **integers) * pool.rows).view(-1, 1)
+        self._shared = torch.zeros(len(tail_rows), **integers)  # 1 for a row that layers share
         self.of_layer = [LayerWindow(self, layer) for layer in range(num_layers)]
+        self.update()
 
     def update(self) -> None:
         """After `base` was updated, on its stream."""
         for own, moved in zip(self.base.tables[:2], (self.tiles, self.tail_rows), strict=True):
-            rows = own[:, 0]
+            shared = torch.ge(own[:, 0], self._first_shared, out=self._shared[: len(own)])
             moved.copy_(own)
-            moved[..., 0] -= self._steps * (rows >= self.first_shared)
+            moved[..., 0].addcmul_(self._steps, shared, value=-1)
+        last = self.base.last_row
+        step = self._layer_rows if last >= self._first_shared else 0
+        self.last_rows = [last - layer * step for layer in range(len(self.of_layer))]  # not worked out in a traced pass

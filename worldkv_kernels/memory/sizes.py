@@ -115,6 +115,7 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
     tables, of_layers = _table_bytes(of_window), 0
     if config.packs_bank:
         of_layers = config.num_layers * (_table_bytes({n: of_window[n] for n in ("tiles", "tail_rows")}) + _INT32)
+        of_layers += of_window["tail_rows"][0][0] * _INT32
         tables += math.prod(chosen_shape(config)) * _INT32
     rotations = _table_bytes(rope_table_shapes(rope, (config.chunk_frames, *config.grid))) if rope else 0
     queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize
