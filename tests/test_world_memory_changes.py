@@ -115,8 +115,10 @@ def test_a_host_bank_is_the_device_bank_bitwise(config, seed, data):
     ratios = [config.keep_ratio, 0.5 * config.keep_ratio]
     config = dataclasses.replace(config, bank_chunks=max(3, config.retrieved_chunks))
     memories = [make(dataclasses.replace(config, bank=bank)) for bank in ("device", "host")]
-    rows = memories[1]._bank._cache.arena.rows
-    rows.fill_(float("nan") if rows.is_floating_point() else 255)
+    pool, bank = memories[1]._pool, memories[1]._bank
+    packed = bank.store.tensors if config.packs_bank else ()
+    for rows in (bank._cache.arena.rows, pool.shared_k, pool.shared_v, *packed):
+        rows.fill_(float("nan") if rows.is_floating_point() else 255)
     rollout = Rollout(config, seed, MAX_CHUNKS)
     for chunk in range(MAX_CHUNKS):
         assert same(*(rollout.chunk(memory, chunk) for memory in memories))

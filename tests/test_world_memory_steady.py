@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import worldkv_kernels.memory.storage as storage_module
-from worldkv_kernels import compress_chunk
+from worldkv_kernels import compress_chunk, quantize_chunk
 
 
 class NewStorages(TorchDispatchMode):
@@ -137,18 +137,27 @@ def test_far_out_it_is_as_exact(fields):
     assert max(long.chunk(chunk) for chunk in range(far, far + 20)) < 2e-6
 
 
-@pytest.mark.parametrize("bank", ["device", "host"])
-def test_a_chunk_is_pruned_in_one_call_for_all_layers(monkeypatch, bank):
-    config, calls = tiny(bank=bank), []
-    monkeypatch.setattr(
-        storage_module, "compress_chunk",
-        lambda k, v, **options: calls.append(list(k.shape)) or compress_chunk(k, v, **options),
-    )  # fmt: skip
-    memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
-    for chunk in range(MAX_CHUNKS):
+@pytest.mark.parametrize(
+    ("fields", "layers"), [({}, [6]), (dict(bank="host"), [6]), (dict(bank_bits=4), [4, 2])], ids=str
+)
+def test_a_chunk_is_pruned_in_one_call_for_all_layers(monkeypatch, fields, layers):
+    """Or, to be packed, for as many as there are rows for."""
+    config, calls = tiny(num_layers=6, **fields), []
+    for op in (compress_chunk, quantize_chunk):
+        monkeypatch.setattr(
+            storage_module, op.__name__,
+            lambda k, v, op=op, **options: calls.append((op, list(k.shape))) or op(k, v, **options),
+        )  # fmt: skip
+    memory, rollout = make(config), Rollout(config, 1, 8)
+    for chunk in range(8):
         rollout.chunk(memory, chunk)
-    banked = MAX_CHUNKS - config.sink_chunks - config.recent_chunks
-    assert calls == banked * [[config.num_layers, config.chunk_tokens, config.num_heads, HEAD_DIM]]
+    heads = config.num_heads, HEAD_DIM
+    of_chunk = []
+    for count in layers:
+        of_chunk.append((compress_chunk, [count, config.chunk_tokens, *heads]))
+        if config.packs_bank:
+            of_chunk.append((quantize_chunk, [count, config.banked_tokens, *heads]))
+    assert calls == (8 - config.sink_chunks - config.recent_chunks) * of_chunk
 
 
 @pytest.mark.parametrize(
