@@ -19,6 +19,7 @@ import worldkv_kernels.memory.room as room
 import worldkv_kernels.memory.storage as storage_module
 from worldkv_kernels import MemoryConfig, WorldMemory, compress_chunk, dequantize_chunk, quantize_chunk
 from worldkv_kernels.models.lingbot_config import LingBotConfig
+from worldkv_kernels.ops.cuda import attention_aligned
 from worldkv_kernels.tensor_file import read_header
 
 BITS = [8, 4]
@@ -223,6 +224,32 @@ def test_a_bank_of_unstated_size_fits_what_is_free(monkeypatch, bits):
     each = config.bytes(bank_chunks=places + 1).device - sizes.device
     assert 30 * 2**30 - each < sizes.packed_bank <= 30 * 2**30
     room.check_room(config, gpu, torch.bfloat16, places)
+
+
+@pytest.mark.parametrize(("recent_frames", "tiles"), [(3, 6), (6, 7)])
+def test_tables_of_every_layer_start_on_multiples_of_16_bytes(recent_frames, tiles):
+    """Which the CUDA kernel takes alone, also where the window has an odd number of tiles."""
+    memory = tiny(bank_bits=8, recent_frames=recent_frames)
+    assert memory.window.capacity == tiles
+    k_pool, v_pool = memory.pools(1)
+    for window in memory._layer_windows.of_layer:
+        assert attention_aligned(memory._q, k_pool, v_pool, memory._q, *window.tables)
+
+
+def test_pruning_that_fails_is_waited_for(monkeypatch):
+    """What it has queued writes rows that a pass would restore chunks to, and the chunk is still begun."""
+    memory, poses, joined = tiny(bank_bits=8), jumps(1, 8), []
+
+    def broken(*given, **options):
+        raise MemoryError("no more")
+
+    for chunk in range(3):
+        walk(memory, chunk, poses[chunk])
+    monkeypatch.setattr(storage_module, "quantize_chunk", broken)
+    monkeypatch.setattr(memory._storage._side, "join", lambda: joined.append(memory._plan is not None))
+    with pytest.raises(MemoryError):
+        walk(memory, 3, poses[3])
+    assert joined == [False, True]  # as the chunk begins, and where it was to end
 
 
 def test_fewer_bits_take_less_of_any_bank_and_are_proposed():

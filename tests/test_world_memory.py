@@ -147,7 +147,7 @@ def test_bounded_bank_drops_what_the_policy_says(config, seed, data):
 
 OF_COPIES = {
     "host_copies_in", "host_copies_out", "host_copies_saved", "host_misses", "host_bytes_in", "host_bytes_out",
-    "prefetched", "prefetch_hits", "prefetch_misses", "restored",
+    "prefetched", "prefetch_hits", "prefetch_misses",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 from worldkv_kernels import MemoryConfig
 from worldkv_kernels.cli import main
+from worldkv_kernels.memory.sizes import place_bytes
 from worldkv_kernels.models.lingbot_config import LingBotConfig
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 from worldkv_kernels.ops.quantize_chunk import packed_bytes
@@ -231,10 +232,11 @@ def test_what_a_bank_in_fewer_bits_takes():
     said = " ".join(BITS_PAGE.split())
     fast = LingBotConfig.fast().memory(bank_bits=8, bank_chunks=6).bytes()
     assert f"one layer of six halves is restored take {fast.restored / 2**30:.2f} GiB".replace("0.", ".") in said
-    slots = LingBotConfig.fast().memory(bank="host", bank_chunks=6).bytes().bank / 2**30 / 2432 * 2340  # without tails
-    assert f"eight slots of {slots / 8:.2f} GiB, which is more than 8 bits save of the first 17 chunks" in said
-    each = found[2][2:4]
-    assert 17 * (float(each[0]) - float(each[1])) > slots > 16 * (float(each[0]) - float(each[1]))
+    slots = LingBotConfig.fast().memory(bank="host", bank_chunks=6).bytes().bank
+    saved = [place_bytes(LingBotConfig.fast().memory(bank_bits=bits), torch.bfloat16) for bits in (16, 8)]
+    chunks = slots // (saved[0] - saved[1])
+    said_of_slots = f"eight slots of {slots / 8 / 2**30:.2f} GiB, which is more than 8 bits save of the first {chunks}"
+    assert f"{said_of_slots} chunks" in said
 
 
 def test_what_an_80_gb_gpu_and_its_host_hold_in_fewer_bits(capsys):

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
     add("--device-slots", type=report.integer(1),
-        help="of a bank in host memory or in fewer bits (default: --retrieved-chunks + 2)")  # fmt: skip
+        help="of a bank in host memory (default: --retrieved-chunks + 2)")  # fmt: skip
     add("--grid", type=rollout_models.grid, metavar="H,W", help="tokens of a latent frame instead of the model's own")
     add("--dtype", default="bfloat16", help=f"{', '.join(_DTYPES)} (default: %(default)s)")
     add("--fp8", action="store_true", help="linear layers in FP8, for compute capability 9.0 and newer")
@@ -235,17 +235,23 @@ def _introduction(args: argparse.Namespace, config: Config, parameters: int) -> 
 
 
 def _parts(memories: list[MemoryConfig], dtype: torch.dtype, fixed: dict[str, int]) -> str:
-    sizes = memory_bytes(memories[0], dtype, memories[0].bank_chunks)
+    whole = replace(memories[0], bank_bits=16)
+    sizes = memory_bytes(whole, dtype, whole.bank_chunks)
+    tables = sizes.tables
     rows = [[part, byte_size(size)] for part, size in fixed.items() if size]
     rows += [[f"{part} chunks", byte_size(sizes.parts[part])] for part in ("sink", "recent") if sizes.parts[part]]
     rows += [["current chunk", byte_size(sizes.current)]]
-    rows += [["tables, scratch", byte_size(sizes.tables + sizes.scratch + sizes.rotations)]]
+    rows += [["tables, scratch", byte_size(tables + sizes.scratch + sizes.rotations)]]
     for memory in memories:
         where = "host memory" if memory.bank == "host" else "the GPU"
         numbers = f"keep_ratio {memory.keep_ratio:g}, {memory.bank_bits} bits"
         rows.append([f"a banked chunk, {numbers}, in {where}", byte_size(place_bytes(memory, dtype))])
+        sizes = memory_bytes(memory, dtype, memory.bank_chunks)
+        if memory.packs_bank:
+            rows.append(
+                ["  and what restores a layer of those retrieved", byte_size(sizes.restored + sizes.tables - tables)]
+            )
         if memory.caches_bank:
-            sizes = memory_bytes(memory, dtype, memory.bank_chunks)
             slots = f"  and {memory.cache_slots} slots for such chunks on the GPU"
             rows.append([slots, byte_size(sizes.bank + sizes.packed_bank)])
     return report.table(["what", "takes"], rows)

@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--order", default="time", help=f"of retrieved chunks: {', '.join(ORDERS)} (default: %(default)s)")
     add("--bank", default="device", help="where banked chunks lie: device or host (default: %(default)s)")
     add("--bank-bits", type=report.integer(1), default=16,
-        help=f"of what is banked: {', '.join(map(str, BANK_BITS))}; with fewer than 16, slots on the device hold what "
-        "is retrieved, as of a bank in host memory (default: %(default)s)")  # fmt: skip
+        help=f"of what is banked: {', '.join(map(str, BANK_BITS))}; with fewer than 16, every pass restores what is "
+        "retrieved (default: %(default)s)")  # fmt: skip
     add("--bank-chunks", type=report.integer(1), help="that the bank holds (default: enough for the rollout)")
     add("--dtype", help=f"{', '.join(_DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="such as cpu or cuda:0 (default: the first GPU, else the CPU)")

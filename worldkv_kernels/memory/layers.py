@@ -6,12 +6,24 @@ from typing import Any
 
 import torch
 
-from ..window import Window
+from ..tables import Shapes
+from ..window import TILE_ROWS, Window
 from .pool import Pool
 
 
+def layer_table_shapes(num_layers: int, capacity: int) -> Shapes:
+    """Of what LayerWindows takes. An even number of tiles: each layer's then start on a multiple of 16 bytes."""
+    shapes = {
+        "tiles": (num_layers, capacity + capacity % 2, 2),
+        "tail_rows": (num_layers, TILE_ROWS * capacity, 2),
+        "steps": (num_layers, 1),
+        "shared": (TILE_ROWS * capacity,),
+    }
+    return {name: (shape, torch.int32) for name, shape in shapes.items()}
+
+
 class LayerWindow(Window):
-    """The window `of` as one layer sees it through Pool.of_layer. What it is not itself is of that window."""
+    """The base of `windows` as one layer sees it through Pool.of_layer. What it is not itself is the base's."""
 
     def __init__(self, windows: LayerWindows, layer: int) -> None:
         self._windows, self._layer = windows, layer
@@ -39,18 +51,22 @@ class LayerWindows:
     def __init__(self, base: Window, pool: Pool) -> None:
         num_layers = len(pool.k)
         self.base, self._layer_rows, self._first_shared = base, pool.rows, pool.shared_rows[0]
-        tiles, tail_rows = base.tables[:2]
-        integers = dict(dtype=torch.int32, device=base.device)
-        self.tiles = torch.zeros((num_layers, *tiles.shape), **integers)
-        self.tail_rows = torch.zeros((num_layers, *tail_rows.shape), **integers)
-        self._steps = (torch.arange(num_layers, **integers) * pool.rows).view(-1, 1)
-        self._shared = torch.zeros(len(tail_rows), **integers)  # 1 for a row that layers share
+        shapes = layer_table_shapes(num_layers, base.capacity)
+        tables = {name: torch.zeros(shape, dtype=of, device=base.device) for name, (shape, of) in shapes.items()}
+        self._tiles, self.tail_rows, self._steps, self._shared = tables.values()
+        self._steps += torch.arange(num_layers, dtype=torch.int32, device=base.device)[:, None] * pool.rows
         self.of_layer = [LayerWindow(self, layer) for layer in range(num_layers)]
         self.update()
+
+    @property
+    def tiles(self) -> torch.Tensor:
+        """[num_layers, capacity, 2]."""
+        return self._tiles[:, : self.base.capacity]
 
     def update(self) -> None:
         """After `base` was updated, on its stream."""
         for own, moved in zip(self.base.tables[:2], (self.tiles, self.tail_rows), strict=True):
+            # 1 for a row that layers share.
             shared = torch.ge(own[:, 0], self._first_shared, out=self._shared[: len(own)])
             moved.copy_(own)
             moved[..., 0].addcmul_(self._steps, shared, value=-1)

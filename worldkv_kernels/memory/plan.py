@@ -16,6 +16,7 @@ class ChunkPlan(NamedTuple):
     start_frame: int
     retrieved: tuple[int, ...]  # chunk numbers, in window order
     # Role, chunk number, rows: in window order. A chunk in which the sink ends can be there twice, as "recent" too.
+    # With bank_bits below 16 the rows of retrieved ones are layer 0's.
     segments: tuple[tuple[str, int, Segment], ...]
     num_tokens: int  # what each query attends to, the current chunk included
 

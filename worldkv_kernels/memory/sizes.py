@@ -12,6 +12,7 @@ from ..tables import Shapes
 from ..window import table_shapes
 from .arena import arena_bytes
 from .config import MemoryConfig
+from .layers import layer_table_shapes
 from .plan import capacity, ring_chunks
 from .pool import Pool
 from .store import chunk_bytes
@@ -26,11 +27,12 @@ class MemoryBytes:
 
     On its device: `sink`, `recent`, `gap` (chunks that are whole but unattended) and `current` chunks; `bank`, the
     banked chunks, or of a bank in host memory the slots that are a cache of it; `packed_bank`, the same of a bank in
-    fewer bits, and `restored`, the rows that one layer of its retrieved chunks is restored into; `tables` of the
-    window; `scratch`, which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that
-    is made. In host memory: `host_bank`, the arena with its page, and `host_tables`,
-    which the window's and the rotations are written from, both page-locked for a GPU. Not in it: the ops' own scratch
-    during a call, and the poses that a policy remembers.
+    fewer bits, and `restored`, the rows that layers share, to which one layer of its retrieved chunks is restored and
+    by which some layers of a chunk are packed; `tables` of the window, of a bank in fewer bits also a set for each
+    layer; `scratch`, which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that
+    is made. In host memory: `host_bank`, the arena with its page, and `host_tables`, which the window's and the
+    rotations are written from, both page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses
+    that a policy remembers.
     """
 
     sink: int
@@ -109,13 +111,10 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
     whole = _slot_bytes(config, config.chunk_tokens, dtype)
     on_host = places * _stored_bytes(config, dtype) if config.caches_bank else 0
     rope = config.make_rope()
-    of_window = table_shapes(
-        window_capacity(config, places), rope if config.turns_segments else None, config.weighs_segments
-    )
-    tables, of_layers = _table_bytes(of_window), 0
+    tiles, turning = window_capacity(config, places), rope if config.turns_segments else None
+    tables, of_layers = _table_bytes(table_shapes(tiles, turning, config.weighs_segments)), 0
     if config.packs_bank:
-        of_layers = config.num_layers * (_table_bytes({n: of_window[n] for n in ("tiles", "tail_rows")}) + _INT32)
-        of_layers += of_window["tail_rows"][0][0] * _INT32
+        of_layers = _table_bytes(layer_table_shapes(config.num_layers, tiles))
         tables += math.prod(chosen_shape(config)) * _INT32
     rotations = _table_bytes(rope_table_shapes(rope, (config.chunk_frames, *config.grid))) if rope else 0
     queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize

@@ -88,9 +88,8 @@ class Storage:
         return self.pool.held(self.first_row(chunk), self.config.chunk_tokens)
 
     def segments(self, pieces: list[Piece]) -> tuple[tuple[str, int, Segment], ...]:
-        """The rows of a window's pieces, with their role and chunk; requests the retrieved ones of the bank.
-
-        They are layer 0's: those of chunks that are restored have other numbers in others, see Pool."""
+        """The rows of a window's pieces, with their role and chunk, as layer 0 sees them; requests the retrieved ones
+        of the bank, and says which are to be restored."""
         retrieved = [piece.chunk for piece in pieces if piece.role == "retrieved"]
         rows = dict(zip(retrieved, self._bank_rows(retrieved), strict=True)) if self.bank is not None else {}
         found = []
@@ -103,7 +102,8 @@ class Storage:
         return tuple(found)
 
     def _bank_rows(self, chunks: list[int]) -> list[int]:
-        """Request banked chunks; returns where attention finds each, once it may: `bank.wait_layer`, `restore`."""
+        """Request banked chunks, which `bank.wait_layer` and `restore` then bring; returns where attention finds
+        each."""
         slots = self.bank.request(chunks)
         if self._whole is not None:
             return [self._whole.first_rows[slot] for slot in slots]
@@ -128,23 +128,28 @@ class Storage:
             )  # fmt: skip
 
     def prune(self, chunk: int, description: Any) -> None:
-        """Prune a whole chunk, all layers at once, from its slot into the bank's, unless a full bank gives it up.
+        """Prune a whole chunk from its slot into the bank's, unless a full bank gives it up.
 
         It runs beside what the caller queues until the next chunk begins, such as the decoding of this one: see `join`.
-        One call launches as much as it would for one layer. A copy to the host then begins when all layers are pruned,
-        not after the first: about 1 ms later, where the link takes some 36 ms for a chunk (14B, half of it kept).
+        All layers at once, or of a bank in fewer bits as many as share rows: one call launches as much as it would for
+        one layer. A copy to the host begins when all are pruned, not after the first: about 1 ms later in 16 bits,
+        where the link takes some 36 ms for a chunk (14B, half of it kept).
         """
-        with self._side.beside():
-            slot = self.bank.slot_to_fill(chunk, description, self.config.banked_tokens)
-            self.bank.release()  # before pruning is queued: copies for the next window need not wait for it
-            if slot is None:
-                return
-            try:
-                self._fill(slot, self.first_row(chunk))
-                self.bank.stored(chunk)
-            except BaseException:
-                self.bank.break_off(chunk)
-                raise
+        try:
+            with self._side.beside():
+                slot = self.bank.slot_to_fill(chunk, description, self.config.banked_tokens)
+                self.bank.release()  # before pruning is queued: copies for the next window need not wait for it
+                if slot is None:
+                    return
+                try:
+                    self._fill(slot, self.first_row(chunk))
+                    self.bank.stored(chunk)
+                except BaseException:
+                    self.bank.break_off(chunk)
+                    raise
+        except BaseException:
+            self._side.join()  # the chunk is still begun, and a pass would write the shared rows
+            raise
 
     def warm_up(self, first_row: int) -> None:
         """Prune the whole chunk at `first_row` into a slot of the bank, while no chunk is banked, and forget it."""

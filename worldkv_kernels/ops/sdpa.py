@@ -127,7 +127,7 @@ class _Rows(NamedTuple):
     adjoin: bool  # one after the other
 
 
-@lru_cache(maxsize=8)  # every layer of every pass over a chunk asks for one window's
+@lru_cache(maxsize=64)  # every layer of every pass over a chunk asks for one window's, or each layer for its own
 def _rows(tiles: bytes, tail_rows: bytes) -> _Rows:
     """Of tables [n, 2], rows and segments: full tiles first, which takes fewer steps than segment by segment, and gives
     one order wherever the segments lie."""
