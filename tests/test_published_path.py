@@ -71,9 +71,8 @@ def made_by(memory, num_chunks: int = NUM_CHUNKS, model=None, poses=None, after=
 
 def banked_by(memory: WorldMemory, layer: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V that WorldMemory's bank holds of a chunk."""
-    (first,) = memory._bank.fetch([chunk])
-    rows = slice(first, first + memory.config.banked_tokens)
-    return tuple(pool[rows] for pool in memory.pools(layer))
+    (slot,) = memory._bank.fetch([chunk])
+    return memory._bank.store.views(slot, layer, memory.config.banked_tokens)
 
 
 def check_same_choices(ours, theirs, num_chunks: int) -> None:
