@@ -77,7 +77,7 @@ class PackedStore:
         return (self.packed,)
 
     def bytes_of(self, tokens: int) -> int:
-        return self.packed[0, :, :, 0].numel() * self.extent(tokens)
+        return 2 * self.place_shape[0] * self.extent(tokens)
 
     def extent(self, tokens: int) -> int:
         return chunk_bytes(tokens, *self._of_chunk)

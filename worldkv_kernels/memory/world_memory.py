@@ -39,10 +39,10 @@ class WorldMemory:
 
     `config` says what holds now, and `configured` what it was made with, see `change`.
 
-    With a bank in host memory, chunks go there and come back on streams of their own. No call waits
-    for them on the host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the
-    call wait for that layer's rows, the first time. A graph cannot wait for copies outside of it: call
-    `wait` after begin_chunk, before a capture and before a replay, and `replayed` after one. The calls of a chunk
+    With a bank in host memory, chunks go there and come back on streams of their own. No call waits for them on the
+    host, and begin_chunk not on the device: `attend` of a layer lets the stream that is current at the call wait for
+    that layer's rows, the first time. A graph cannot wait for copies outside of it: call `wait` after begin_chunk,
+    before a capture and before a replay, and `replayed` after one. The calls of a chunk
     may be on several streams if the caller orders them, end_chunk and abort_chunk after every pass.
 
     A memory on a GPU cannot be used in a child that its process forks: RuntimeError.
@@ -143,9 +143,8 @@ class WorldMemory:
         is already begun or the rollout has ended (in mode "full" with its pool), ValueError when the poses or actions
         are missing, misshapen, not rigid or not finite, or are what this retrieval does not take, or a policy object
         selects what is not on offer, TypeError when that is no list of chunk numbers; the memory is then as before.
-        With a bank in host memory, the copies of what is missing on the device are begun,
-        then, under `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it
-        did.
+        With a bank in host memory, the copies of what is missing on the device are begun, then, under
+        `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it did.
         """
         if self._plan is not None:
             raise RuntimeError(
