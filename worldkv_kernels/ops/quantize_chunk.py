@@ -172,7 +172,8 @@ def dequantize_chunk(
     if packed.dim() not in (2, 3):
         raise bad_value(_BACK, "packed", "[2, bytes] or [layers, 2, bytes]", packed)
     bits = _checked_bits(_BACK, bits)
-    layers = of_out = packed.shape[:-2]
+    layers = packed.shape[:-2]
+    of_out: tuple[int | str, ...] = layers
     if chosen is not None:
         for name, out in (("out_k", out_k), ("out_v", out_v)):
             if out is None:
