@@ -221,7 +221,7 @@ processes=$(nproc)
 run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
-        "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,first_and_large,graphs,integrations_graphs}.py \
+        "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,dequantize_chosen,first_and_large,graphs,integrations_graphs}.py \
         "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,quantize_chunk,rope,segment_attention,segment_attention_sdpa,segment_attention_triton,segment_attention_weights}.py
     stage "tests of sessions" 90 "${pytest[@]}" "$root"/tests/test_{saving,saving_rollouts,saving_handles,sessions,world_memory_changes}.py
     # Without torch.compile's pool of processes, for which a worker of pytest waits at its end.

@@ -95,7 +95,14 @@ def test_fewer_bits_hold_more_chunks(capsys):
     assert 1.9 < at[8, "host"] / at[16, "host"] < 2.0 and 3.5 < at[4, "host"] / at[16, "host"] < 3.6
     assert at[8, "device"] >= 2 * at[16, "device"] and at[4, "device"] >= 3.5 * at[16, "device"]
     assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "80", "--bank-bits", "4"]) == 0
-    assert "a banked chunk, keep_ratio 0.25, 4 bits, in host memory" in capsys.readouterr().out
+    parts = capsys.readouterr().out
+    assert "a banked chunk, keep_ratio 0.25, 4 bits, in host memory" in parts
+    packed, whole = (LingBotConfig().memory(keep_ratio=1.0, bank_bits=bits).bytes(bank_chunks=6) for bits in (4, 16))
+    restores = packed.restored + packed.tables - whole.tables
+    assert restores > packed.restored > 0
+    assert ["and", "what", "restores", "a", "layer", "of", "those", "retrieved", f"{restores / 2**20:.1f}", "MiB"] in [
+        line.split() for line in parts.splitlines()
+    ]
     assert main(["plan", "--model", "lingbot_world_fast", "--gpu", "80", "--bank-bits", "16,2"]) == 2
     assert "--bank-bits must be of 16, 8, 4, joined by commas, got '16,2'" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import Counted
 from test_compress_chunk import brute_force, float64_similarities, published, separated_keys
 
 from worldkv_kernels import compress_chunk
@@ -144,17 +145,6 @@ def test_all_layers_of_a_model_twenty_times_the_same(backend, pooled):
     for _ in range(20):
         again = published(k, v, **arguments)
         assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
-
-
-class Counted:
-    """A kernel whose launches are counted."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        self.launches.append(grid)
-        return self.kernel[grid]
 
 
 @pytest.mark.skipif("triton" not in BACKEND_NAMES, reason="triton is not installed")

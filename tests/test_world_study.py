@@ -239,6 +239,23 @@ def test_what_a_bank_in_fewer_bits_takes():
     assert f"{said_of_slots} chunks" in said
 
 
+def test_what_restoring_takes_of_attention():
+    """By bytes and operations alone, at the rates that the page names."""
+    said = " ".join(BITS_PAGE.split())
+    for config, tflops in ((LingBotConfig.fast(), 550), (MatrixGameConfig.universal(), 450)):
+        memory = config.memory(bank_bits=8)
+        heads, queries, banked = memory.num_heads, memory.chunk_tokens, 6 * memory.banked_tokens
+        tokens = 4 * queries + banked  # of the sink, two recent chunks and the current one
+        bytes_of = 2 * 6 * packed_bytes(memory.banked_tokens, heads, 128, 8, torch.bfloat16) + 2 * banked * heads * 256
+        restoring, attention = bytes_of / (0.75 * 3.35e12), 4 * queries * tokens * 128 * heads / (tflops * 1e12)
+        assert f"{bytes_of / 1e6:.0f} MB" in said and f"{restoring * 1e6:.0f} us" in said
+        took = f"{attention * 1e3:.1f}" if attention > 1e-3 else f"{attention * 1e3:.2f}"[1:]
+        of_attention = f"{100 * restoring / attention:.1f} % of {took} ms"
+        assert of_attention in said and f" at {tflops} TFLOP/s" in said
+        if heads == 40:
+            assert f"converted {-(-queries // 128)} times" in said and f"window of {tokens:,} tokens" in said
+
+
 def test_what_an_80_gb_gpu_and_its_host_hold_in_fewer_bits(capsys):
     options = ["--gpu", "80", "--host", "128", "--keep-ratio", "0.25,1", "--bank-bits", "16,8,4", "--json", "-"]
     assert main(["plan", "--model", "lingbot_world_fast", *options]) == 0

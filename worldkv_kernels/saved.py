@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,11 @@ class Rows:
 
     pieces: Sequence[torch.Tensor]
     lead: tuple[int, ...]
+
+    @classmethod
+    def of_layers(cls, num_layers: int, k_and_v: Callable[[int], Iterable[torch.Tensor]]) -> Rows:
+        """[num_layers, 2, *of a piece], of K and V of each layer."""
+        return cls([piece for layer in range(num_layers) for piece in k_and_v(layer)], (num_layers, 2))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -97,8 +97,7 @@ class Pool:
 
     def held(self, first_row: int, tokens: int) -> Rows:
         """K and V of all layers from a row on, [num_layers, 2, tokens, heads, head_dim]."""
-        pieces = [piece for layer in range(len(self.k)) for piece in self.views(layer, first_row, tokens)]
-        return Rows(pieces, (len(self.k), 2))
+        return Rows.of_layers(len(self.k), lambda layer: self.views(layer, first_row, tokens))
 
     @staticmethod
     def slot_bytes(tokens: int, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -192,8 +192,7 @@ class SlotCache:
 
     def held(self, place: int, tokens: int) -> Rows:
         """All of a chunk in host memory, [num_layers, 2, ...], for who has waited for it."""
-        layers = range(self._num_layers)
-        return Rows([piece for layer in layers for piece in self._at(place, layer, tokens)], (len(layers), 2))
+        return Rows.of_layers(self._num_layers, lambda layer: self._at(place, layer, tokens))
 
     # --- parts of the above ---
 

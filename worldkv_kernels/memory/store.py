@@ -93,8 +93,7 @@ class PackedStore:
 
 def held(store: Store, slot: int, tokens: int) -> Rows:
     """All of a chunk in a slot, [num_layers, 2, ...]."""
-    num_layers = store.place_shape[0]
-    return Rows([piece for layer in range(num_layers) for piece in store.views(slot, layer, tokens)], (num_layers, 2))
+    return Rows.of_layers(store.place_shape[0], lambda layer: store.views(slot, layer, tokens))
 
 
 @lru_cache(maxsize=256)
