@@ -128,7 +128,9 @@ def test_a_copy_goes_on_alone(bank):
     memory, poses = tiny(bank=bank, bank_bits=4), jumps(2, 20)
     for chunk in range(12):
         walk(memory, chunk, poses[chunk])
-    copies = [pickle.loads(pickle.dumps(memory)), copy.deepcopy(memory)]
+    pickled = pickle.dumps(memory)
+    assert len(pickled) < sum(memory.config.bytes().parts.values()) + 100_000  # each row once
+    copies = [pickle.loads(pickled), copy.deepcopy(memory)]
     made = [[attended(one, chunk, poses[chunk]) for chunk in range(12, 20)] for one in (memory, *copies)]
     assert made[0] == made[1] == made[2]
     of_all = {x.data_ptr() for one in (memory, *copies) for x in (one._pool._k, one._storage._packed.packed)}
