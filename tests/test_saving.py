@@ -17,6 +17,7 @@ from worldkv_kernels import Rope3D, WorldMemory
 from worldkv_kernels.actions import ActionIntegrator, Actions
 from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
 from worldkv_kernels.models.checkpoint import read_tensors
+from worldkv_kernels.saved import Rows
 from worldkv_kernels.tensor_file import read_header
 
 INTRINSICS = np.array([100.0, 100.0, 48.0, 32.0])
@@ -102,6 +103,11 @@ def test_what_is_loaded_or_forked_goes_on_bitwise(name, chunk, tmp_path):
         assert equal(walk(other, chunk, 20), want)
         assert counts(other) == counts(memory)
     assert type(loaded.config.retrieval) is type(memory.config.retrieval)
+
+
+def test_rows_of_layers_are_layer_by_layer_k_before_v():
+    rows = Rows.of_layers(3, lambda layer: torch.arange(8 * layer, 8 * layer + 8).view(2, 4))
+    assert rows.shape == (3, 2, 4) and torch.equal(torch.cat(list(rows.pieces)), torch.arange(24))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
