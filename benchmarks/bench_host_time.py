@@ -34,13 +34,21 @@ from timing import one_thread, percentile
 from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.actions import ActionIntegrator, Actions, ActionScales
 from worldkv_kernels.cli.report import note, table
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, NearestPolicy, PoseRetrieval
+from worldkv_kernels.memory.retrieval import (
+    ActionRetrieval,
+    ContentRetrieval,
+    FovRetrieval,
+    NearestPolicy,
+    PoseRetrieval,
+)
 
 BENCH = "host_time"
 TIMED = 20  # chunks, whose median is taken
 _RECENT, _SINK, _WARM_UP = 2, 1, 8
 _SCALES = ActionScales(yaw=40.0, walk=0.25)  # a look turns 4 degrees a row, a step goes 0.25 units
 _CAMERA = np.array([300.0, 300.0, 200.0, 150.0])
+_CONTENT = (3, 40 * 128)
+_RETRIEVALS = ("pose", "action", "fov", "content")
 
 
 class Session(NamedTuple):
@@ -84,7 +92,14 @@ def walk(stands: bool) -> Iterator[Actions]:
 
 
 def cameras_of(retrieval: str, stands: bool) -> Iterator[dict[str, Any]]:
-    """What begin_chunk is given of each chunk of a walk."""
+    """What begin_chunk is given of each chunk of a walk; by content what end_chunk is, as of a model with 40 heads of
+    128: of one that stands the same each time, else of one that strays."""
+    if retrieval == "content":
+        rng, content = np.random.default_rng(0), np.zeros(_CONTENT, np.float32)
+        for _ in itertools.count():
+            if not stands:
+                content = content + rng.standard_normal(_CONTENT, dtype=np.float32)
+            yield dict(content=content)
     integrator = ActionIntegrator(_SCALES)
     for actions in walk(stands):
         if retrieval == "action":
@@ -97,7 +112,8 @@ def cameras_of(retrieval: str, stands: bool) -> Iterator[dict[str, Any]]:
 def policy_of(retrieval: str, diversity: float) -> NearestPolicy:
     if retrieval == "action":
         return ActionRetrieval(ActionIntegrator(_SCALES), diversity=diversity)
-    return {"pose": PoseRetrieval, "fov": FovRetrieval}[retrieval](diversity=diversity)
+    policies = {"pose": PoseRetrieval, "fov": FovRetrieval, "content": ContentRetrieval}
+    return policies[retrieval](diversity=diversity)
 
 
 def memory_of(session: Session) -> WorldMemory:
@@ -134,13 +150,15 @@ def go_through(session: Session) -> list[Times]:
 
 def run_chunk(memory: WorldMemory, camera: dict[str, Any]) -> tuple[float, float, float]:
     """A chunk of zeros; seconds of begin_chunk and of end_chunk by the clock, and of the processor in both."""
+    of_end = {name: given for name, given in camera.items() if name == "content"}
+    camera = {name: given for name, given in camera.items() if name not in of_end}
     x = torch.zeros((1, 64), dtype=torch.float32, device="cpu")
     before, started = time.thread_time(), time.perf_counter()
     memory.begin_chunk(**camera)
     begun, of_begin = time.perf_counter(), time.thread_time()
     memory.attend(0, x, x, x)
     of_attend, attended = time.thread_time(), time.perf_counter()
-    memory.end_chunk()
+    memory.end_chunk(**of_end)
     ended = time.perf_counter()
     return begun - started, ended - attended, of_begin - before + time.thread_time() - of_attend
 
@@ -173,7 +191,7 @@ def line_of(session: Session, times: Times) -> dict[str, Any]:
 def sessions(sizes: Iterable[int], bank: str) -> Iterator[Session]:
     """All of them, for banks that hold so many chunks."""
     ordered = tuple(sorted(sizes))
-    for retrieval in ("pose", "action", "fov"):
+    for retrieval in _RETRIEVALS:
         for diversity, stands in ((0.0, False), (0.5, False), (0.0, True)):
             yield Session(retrieval, diversity, stands, bank, False, ordered)
             for size in ordered:
@@ -198,7 +216,7 @@ def main() -> int:
     add = parser.add_argument
     add("--jsonl", metavar="FILE", help="append a line for each memory and size")
     add("--table", metavar="FILE", help="print the tables of a file and measure nothing")
-    add("--only", metavar="A,B", help="of pose, action and fov (default: all)")
+    add("--only", metavar="A,B", help="of pose, action, fov and content (default: all)")
     add("--chunks", default="10,100,340,1000", metavar="N,M", help="how many are banked (default: %(default)s)")
     add("--bank", choices=("host", "device"), default="host", help="host also prefetches (default: %(default)s)")
     args = parser.parse_args()
@@ -208,9 +226,9 @@ def main() -> int:
     sizes = args.chunks.split(",")
     if not all(size.isdigit() and TIMED // 2 <= int(size) <= 1000 for size in sizes):
         parser.error(f"argument --chunks: must be numbers from {TIMED // 2} to 1000, got {args.chunks}")
-    only = args.only.split(",") if args.only else ["pose", "action", "fov"]
-    if not set(only) <= {"pose", "action", "fov"}:
-        parser.error(f"argument --only: must be of pose, action and fov, got {args.only}")
+    only = args.only.split(",") if args.only else list(_RETRIEVALS)
+    if not set(only) <= set(_RETRIEVALS):
+        parser.error(f"argument --only: must be of pose, action, fov and content, got {args.only}")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # of the processes to come
         os.environ[name] = "1"
     record = environment(torch.device("cpu"))

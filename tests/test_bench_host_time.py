@@ -11,7 +11,7 @@ import pytest
 
 from worldkv_kernels import WorldMemory
 from worldkv_kernels.memory.kept import KeptPoses
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval
+from worldkv_kernels.memory.retrieval import ActionRetrieval, ContentRetrieval, FovRetrieval
 
 
 @pytest.fixture
@@ -97,6 +97,8 @@ def test_a_memory_is_asked_as_its_session_says(bench):
     config = bench.memory_of(bench.Session("fov", 0.5, False, "device", True, (12,))).config
     assert (config.bank, config.bank_chunks) == ("device", 12)
     assert type(config.retrieval) is FovRetrieval and config.retrieval.diversity == 0.5
+    config = bench.memory_of(bench.Session("content", 0.5, False, "host", False, (12,))).config
+    assert type(config.retrieval) is ContentRetrieval and config.retrieval.diversity == 0.5
     config = bench.memory_of(bench.Session("action", 0.0, False, "host", False, (12, 14))).config
     assert config.bank == "host" and config.bank_chunks >= 1000 and type(config.retrieval) is ActionRetrieval
 
@@ -109,6 +111,9 @@ def test_a_walk_goes_and_turns_and_a_camera_that_stands_does_neither(bench):
     assert 10 < len(np.unique(np.round(walked[:, 0, 0], 6))) < 100
     stood = np.concatenate([of["poses"] for of in itertools.islice(bench.cameras_of("fov", True), 20)])
     assert np.array_equal(stood, np.tile(np.eye(4), (20, 1, 1)))
+    contents = [[of["content"] for of in itertools.islice(bench.cameras_of("content", s), 3)] for s in (False, True)]
+    assert all(content.shape == (3, 5120) for content in contents[0])
+    assert [len({content.tobytes() for content in some}) for some in contents] == [3, 1]
     actions = [of["actions"] for of in itertools.islice(bench.cameras_of("action", False), 3)]
     assert [len(rows.keyboard) for rows in actions] == [1, 4, 4]
 
@@ -117,7 +122,7 @@ def test_a_walk_goes_and_turns_and_a_camera_that_stands_does_neither(bench):
     "arguments, message",
     [
         (["--chunks", "5"], "argument --chunks: must be numbers from 10 to 1000, got 5"),
-        (["--only", "poses"], "argument --only: must be of pose, action and fov, got poses"),
+        (["--only", "poses"], "argument --only: must be of pose, action, fov and content, got poses"),
     ],
 )
 def test_bad_arguments_are_refused(bench, monkeypatch, capsys, arguments, message):

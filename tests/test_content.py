@@ -185,6 +185,17 @@ def test_pruned_at_once_a_chunk_has_its_content():
         assert np.abs(memory._bank.description(number) - means[number]).max() < 1e-5
 
 
+def test_what_is_not_made_yet_is_not_asked_for_ahead():
+    memory = make(recent_frames=0, sink_frames=0, retrieval=ContentRetrieval(skip_newest=0), bank="host")
+    assert memory.prefetch() == ()
+    for number in range(5):
+        chunk(memory, number, content=np.full((1, 4), float(number)))
+    assert set(memory.prefetch()) == {3, 4}  # between chunks: what is asked for next is known
+    memory.begin_chunk()
+    assert memory.prefetch() == ()
+    assert set(memory.prefetch(query=np.zeros(4))) == {0, 1}  # the one begun, which will be banked, is not made either
+
+
 def test_poses_are_looked_at_and_not_needed():
     memory = make()
     with pytest.raises(ValueError, match="begin_chunk: poses must be rigid"):
@@ -300,12 +311,13 @@ class Events:
     """Stands for a GPU's event: notes after how many copies it was recorded."""
 
     def __init__(self):
-        self.copies, self.recorded = 0, []
+        self.copies, self.recorded, self.waits = 0, [], 0
 
     def record(self, stream):
         self.recorded.append(self.copies)
 
     def synchronize(self):
+        self.waits += 1
         assert self.recorded[-1:] == [self.copies], "the copy that is read is not the one that was waited for"
 
 
@@ -332,7 +344,7 @@ def test_a_pass_is_waited_for_where_its_layer_0_is_done(on_a_gpu):
     on_a_gpu.contents.end()
     assert on_a_gpu.events.recorded == [1, 2]
     expected = keys(2).view(FRAMES, FRAME_TOKENS, DIM).mean(dim=1).numpy()
-    assert np.abs(on_a_gpu.contents.read() - expected).max() < 1e-6
+    assert np.abs(on_a_gpu.contents.read() - expected).max() < 1e-6 and on_a_gpu.events.waits == 1
 
 
 def test_a_captured_pass_is_waited_for_at_its_end(on_a_gpu):
@@ -351,6 +363,14 @@ def test_a_captured_pass_is_waited_for_at_its_end(on_a_gpu):
     on_a_gpu.contents.replayed()
     on_a_gpu.contents.end()
     on_a_gpu.contents.read()
+
+
+def test_a_compiled_pass_is_waited_for_at_its_end(on_a_gpu, monkeypatch):
+    on_a_gpu.take()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    on_a_gpu.take()
+    on_a_gpu.contents.end()
+    assert on_a_gpu.events.recorded == [1, 2]
 
 
 def test_a_memory_says_so_of_replays(monkeypatch):

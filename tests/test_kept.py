@@ -154,6 +154,7 @@ def test_contents_are_chosen_as_brute_force_does(seed, capacity, diversity, skip
         bank.slot_to_fill(chunk, content)
         assert list(bank._place) == list(kept)
         assert all(np.array_equal(bank.description(number), of) for number, of in kept.items())
+        assert bank._kept._contents(slice(None))[0].flags.c_contiguous  # products read it as it lies
         free = {number: of for number, of in kept.items() if rng.random() < 0.7}
         if free:
             assert bank._kept.drop(kept.keys() - free.keys()) == plain.drop(free)

@@ -11,6 +11,7 @@ import torch
 
 from worldkv_kernels import MemoryConfig
 from worldkv_kernels.cli import main
+from worldkv_kernels.memory.retrieval import ContentRetrieval
 from worldkv_kernels.memory.sizes import place_bytes
 from worldkv_kernels.models.lingbot_config import LingBotConfig
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
@@ -271,3 +272,65 @@ def test_what_an_80_gb_gpu_and_its_host_hold_in_fewer_bits(capsys):
     assert f"it is {on_host[0]}, {on_host[1]} and {on_host[2]} halves" in said
     held = f"holds {halves[0]}, {halves[1]} or {halves[2]} halves of LingBot-World-Fast's chunks in 16, 8 or 4 bits"
     assert held in " ".join((ROOT / "CHANGELOG.md").read_text().split())
+
+
+# --- retrieval by content ---
+
+
+BY_CONTENT = [
+    json.loads(line) for line in (RESULTS.parent / "cpu-20261127-small-world-content.jsonl").read_text().splitlines()
+]
+CONTENT_PAGE = (ROOT / "docs" / "content.md").read_text()
+WAYS = {
+    "turns away and back": "content, turn and return", "twice round": "content, twice round", "cuts": "content, cuts",
+}  # fmt: skip
+# | way | memory | PSNR ± error | difference ± error, or nothing | share | tokens | line |
+ROW_BY_CONTENT = re.compile(
+    r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+) ± ([\d.]+) \| (?:([+-][\d.]+) ± ([\d.]+))? ?"
+    r"\| (\d+) % \| ([\d,]+) \| (\d+) \|$",
+    re.MULTILINE,
+)
+
+
+def share(case, variant):
+    """Of what retrieval by pose gains over none."""
+    of = {line["variant"]: line["psnr_db"] for line in BY_CONTENT if line["case"] == case}
+    return (of[variant] - of["sink + recent"]) / (of["pose"] - of["sink + recent"])
+
+
+def test_the_rows_of_retrieval_by_content_are_its_lines():
+    rows = ROW_BY_CONTENT.findall(CONTENT_PAGE)
+    assert [int(row[-1]) for row in rows] == list(range(1, len(BY_CONTENT) + 1))
+    for way, variant, psnr, error, difference, of_difference, gained, tokens, number in rows:
+        line = BY_CONTENT[int(number) - 1]
+        assert (WAYS[way], variant, line["worlds"]) == (line["case"], line["variant"], 32)
+        assert (psnr, error) == (f"{line['psnr_db']:.2f}", f"{line['standard_error']:.2f}")
+        if line["difference"] is None:
+            assert (variant, difference) == ("pose", "")
+        else:
+            told = f"{line['difference']['db']:+.2f}", f"{line['difference']['standard_error']:.2f}"
+            assert (difference, of_difference) == told
+        assert (gained, tokens) == (f"{100 * share(line['case'], variant):.0f}", f"{line['tokens_attended']:,.0f}")
+
+
+def test_the_gate_of_retrieval_by_content_and_what_is_said_of_it():
+    smooth = [share(case, "content, 3 chunks") for case in ("content, turn and return", "content, twice round")]
+    assert min(smooth) >= 0.93
+    said, guide, changes = (
+        " ".join((ROOT / page).read_text().split()) for page in ("docs/content.md", "docs/guide.md", "CHANGELOG.md")
+    )
+    there, round_ = (f"{100 * of:.0f}" for of in smooth)
+    assert f"gets {there} % of its gain on the way back, and {round_} % a second time round" in said
+    assert f"it has {there} to {round_} % of what poses gain on smooth ways" in changes
+    assert "nine tenths of what poses are worth where the camera moves on smoothly" in guide
+    assert share("content, cuts", "content") < share("content, cuts", "random")  # as the page says of two chunks
+    default, none = ContentRetrieval().skip_newest, "content, 3 chunks, none skipped"
+    assert default and all(share(case, none) < share(case, "content, 3 chunks") for case in WAYS.values())
+
+
+def test_the_time_of_choosing_by_content():
+    lines = (RESULTS.parent / "cpu-20261127-host-time-content.jsonl").read_text().splitlines()
+    both = {line["case"]: line["both_us"] for line in map(json.loads, lines) if line["variant"] == "content"}
+    small, middle, large = (f"{both[f'a bank that fills, {count} chunks'] / 1e3:.1f}" for count in (100, 340, 1000))
+    told = f"both take {small} ms with 100 chunks in the bank, {middle} with 340 and {large} with 1,000"
+    assert told in " ".join(CONTENT_PAGE.split())

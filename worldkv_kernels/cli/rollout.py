@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="added to the scores of retrieved tokens: 0.69 lets each count twice (default: 0)")  # fmt: skip
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
-    add("--retrieval", help="by pose, by fov, the overlap of the views, by action, the pose that a player's actions lead "
-        "to, or by content, for which no camera is known (default: action for matrix_game_2, else pose)")  # fmt: skip
+    add("--retrieval", help="by pose, by fov, the overlap of the views, by action, the pose that a player's actions "
+        "lead to, or by content, without a camera (default: action for matrix_game_2, else pose)")  # fmt: skip
     add("--depth-range", type=report.number, nargs=2, metavar=("NEAR", "FAR"),
         help="of the views' overlap (default: 1 50)")  # fmt: skip
     add("--diversity", type=report.number, default=0.0, help="0 to 1: avoid near-copies (default: %(default)s)")

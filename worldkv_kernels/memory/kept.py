@@ -68,6 +68,8 @@ class KeptRows:
     and one more that is coming.
     """
 
+    _pieces: Collection[str] = ()  # arrays of which a row is one piece of memory; of the others, one place of all rows
+
     def __init__(self, policy: NearestPolicy, most: int) -> None:
         self._policy, self._most = policy, most + 2  # one is added before one is dropped
         self._scratch = np.empty(_BLOCK)
@@ -186,7 +188,9 @@ class KeptRows:
         self._ready = None
         if row == self._arrays["chunks"].shape[-1]:
             room = min(max(8, 2 * row), self._most)
-            self._arrays = {name: _grown(array, row, room) for name, array in self._arrays.items()}
+            self._arrays = {
+                name: _grown(array, row, room, name in self._pieces) for name, array in self._arrays.items()
+            }
             for pairs in self._pairs.values():
                 pairs.grow(room)
         self._arrays["chunks"][row] = chunk
@@ -320,6 +324,8 @@ class KeptContents(KeptRows):
     """For retrieval by content: contents side by side, and how far chunks are from each other. 4 bytes of each two, and
     4 of each number of a content: 60 KiB a chunk of three frames where a model has 40 heads of 128."""
 
+    _pieces = ("contents", "squares")  # products read a content as it lies
+
     def clear(self) -> None:
         super().clear()
         self._pairs["apart"] = Pairs(np.float32)
@@ -345,10 +351,10 @@ class KeptContents(KeptRows):
         return self._pairs["apart"].all(self._count)[some]
 
     def _write(self, chunk: int, description: Any) -> None:
-        if "contents" not in self._arrays:  # their sizes are the first one's, and each is one piece of memory
-            room, (vectors, dim) = len(self._arrays["chunks"]), description.shape
-            for name, shape in {"contents": (room, vectors, dim), "squares": (room, vectors)}.items():
-                self._arrays[name] = np.moveaxis(np.empty(shape, np.float32), 0, -1)
+        if "contents" not in self._arrays:  # they are as large as the first one
+            room = len(self._arrays["chunks"])
+            for name, shape in {"contents": description.shape, "squares": description.shape[:1]}.items():
+                self._arrays[name] = np.empty((*shape, room), np.float32)
         super()._write(chunk, description)
 
     def _describe(self, row: int, description: Any) -> None:
@@ -380,7 +386,9 @@ def _differences(pose: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
     return squares[:, 3].sum(axis=0), 2 * np.arcsin(np.minimum(chord, 1.0))
 
 
-def _grown(array: np.ndarray, count: int, room: int) -> np.ndarray:
-    grown = np.empty_like(array, shape=(*array.shape[:-1], room))  # its axes in the order that they have in memory
+def _grown(array: np.ndarray, count: int, room: int, in_pieces: bool) -> np.ndarray:
+    shape = array.shape[:-1]
+    grown = np.empty((room, *shape) if in_pieces else (*shape, room), dtype=array.dtype)
+    grown = np.moveaxis(grown, 0, -1) if in_pieces else grown
     grown[..., :count] = array[..., :count]
     return grown
