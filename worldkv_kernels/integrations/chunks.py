@@ -165,6 +165,11 @@ class Chunks:
         """The chunk that is begun and not ended."""
         return self._chunk
 
+    @property
+    def of_rollout(self) -> int:
+        """The chunks of this rollout so far, with the current one."""
+        return self._done + (self._chunk is not None)
+
     def finish(self) -> None:
         """End the current chunk, when no pass over a next one will. Does nothing when there is none.
 
@@ -182,8 +187,7 @@ class Chunks:
         for one that is known beforehand to have so many.
         """
         if latent_frames is None:
-            begun = 0 if self._broken_off else self._done + (self._chunk is not None)
-            latent_frames = begun * self.config.chunk_frames
+            latent_frames = 0 if self._broken_off else self.of_rollout * self.config.chunk_frames
         if latent_frames >= 2 * self.config.chunk_frames:
             self._controls.check_used(latent_frames)
 
