@@ -138,7 +138,7 @@ def attach(
     RuntimeError when the model has a memory already or something else has replaced its attention.
     """
     if config is None:
-        fields = {"retrieval": "content" if poses is None else "pose", **fields}
+        fields = {"retrieval": "pose", **fields}
     return put(
         CausalMemory, _OP, model, config, memory_config, attentions_of(_OP, checked.unwrapped(model)), poses=poses,
         intrinsics=intrinsics, grid=grid, dtype=dtype, backend=backend, graph=graph, fields=fields,

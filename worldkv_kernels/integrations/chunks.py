@@ -325,15 +325,16 @@ class _Controls:
     def __init__(self, name: str, config: MemoryConfig, poses: object, intrinsics: object, actions: object) -> None:
         self._name, self._frames = name, config.chunk_frames
         policy = make_policy(config.retrieval)
-        by_action = isinstance(policy, ActionRetrieval)
-        if config.has_bank:
+        by_action, by_content = isinstance(policy, ActionRetrieval), getattr(policy, "by_content", False)
+        if config.has_bank and not by_content:
             needed = {"actions": actions} if by_action else {"poses": poses}
             if policy.needs_intrinsics:
                 needed["intrinsics"] = intrinsics
             for kind, given in needed.items():
                 if given is None:
                     raise ValueError(f"{name}: {kind} must be given, or a callable, for this retrieval, got None")
-        for kind, given, taken in (("poses", poses, not by_action), ("actions", actions, by_action)):
+        taken_by = (("poses", poses, not (by_action or by_content)), ("actions", actions, by_action))
+        for kind, given, taken in taken_by:
             if given is not None and not taken:
                 raise ValueError(
                     f"{name}: {kind} must be None for retrieval {config.retrieval!r}, got {type(given).__name__}"
