@@ -1,6 +1,10 @@
 """The memory in models of the Self-Forcing family: the published pipelines, restated plainly, with it and without."""
 
+import re
+import textwrap
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import plain_self_forcing as plain
@@ -308,6 +312,40 @@ def test_past_chunks_that_are_recomputed_at_a_change_of_prompt_are_refused(globa
             generate(pipe)
         assert handle.stats()["chunks"] == switch // 3
     assert torch.equal(generate(pipe), own)
+
+
+# --- the documentation ---
+
+
+def blocks(page, language="python"):
+    text = (Path(__file__).parents[1] / page).read_text()
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for _, block in found]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_the_lines_as_they_are_documented(page, capsys):
+    (lines,) = (block for block in blocks(page) if "attach(" in block)
+    model = make_model(6)
+    plainly = pipeline(model)
+    wanted = generate(plainly)
+    around = SimpleNamespace(generator=plainly.generator, inference=lambda noise, text_prompts: generate(plainly))
+    names = {"pipeline": around, "noise": None}
+    exec(compile(lines, page, "exec"), names)
+    made = names["video"] if "video" in names else generate(plainly)
+    assert names["memory"].stats()["chunks_retrieved"] > 0 and relative_error(made, wanted) > 1e-3
+    assert capsys.readouterr().out in ("", f"{names['memory'].stats()['chunks_retrieved']}\n")
+    assert ("detach(" in lines) == ("forward" not in model.__dict__)
+
+
+def test_the_change_of_prompt_as_it_is_documented():
+    (lines,) = blocks("docs/models.md", "py")
+    model = make_model(9, 3, kind=plain.PairedCausalWanModel)
+    wanted = generate(pipeline(model, KeepsThePast, switches=[(9, OTHER_TEXT)]))
+    pipe = pipeline(model, plain.InteractiveCausalInferencePipeline, switches=[(9, OTHER_TEXT)])
+    assert relative_error(generate(pipe), wanted) > 1e-3
+    exec(lines, {"pipeline": pipe})
+    assert torch.equal(generate(pipe), wanted)
 
 
 # --- what is refused ---
