@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import plain_self_forcing as plain
 import pytest
+import recorded_pass
 import torch
 from conftest import relative_error
 from small_self_forcing import (
@@ -25,7 +26,7 @@ from small_self_forcing import (
 from torch import nn
 
 from worldkv_kernels import WorldMemory
-from worldkv_kernels.integrations import attach, causal, detach
+from worldkv_kernels.integrations import attach, causal, detach, passes
 from worldkv_kernels.trajectory import latent_poses, load
 
 POSES = latent_poses(load("right*40,left*40"))[0][: 3 * CHUNKS]
@@ -124,6 +125,18 @@ def test_a_model_that_knows_no_window():
     assert handle.memory.config.recent_frames == 6
 
 
+@KINDS
+def test_passes_may_be_graphs(kind, monkeypatch):
+    monkeypatch.setattr(passes, "why_not_on", lambda device: None)
+    monkeypatch.setattr(passes, "_capture_on", lambda device: recorded_pass.recorded)
+    model = make_model(9, 3, kind=kind)
+    with attach_own_window(model):
+        wanted = generate(model)
+    with attach_own_window(model, graph=True) as handle:
+        assert torch.equal(generate(model), wanted)
+        assert handle.replayed_passes == (CHUNKS - 2) * (len(plain.STEPS) + 1)
+
+
 # --- retrieval ---
 
 
@@ -211,8 +224,7 @@ def test_a_window_that_is_no_number_is_refused():
 # --- what is given back ---
 
 
-@KINDS
-@pytest.mark.parametrize("window", [-1, 9])
+@pytest.mark.parametrize(("kind", "window"), [(plain.CausalWanModel, -1), (plain.PairedCausalWanModel, 9)])
 def test_a_pipeline_that_keeps_its_cache_makes_several_clips_and_finds_it_again(kind, window):
     model = make_model(window, kind=kind)
     before = {name: set(part.__dict__) for name, part in model.named_modules()}

@@ -126,8 +126,8 @@ def attach(
         dtype: of the keys and values; None for autocast's where the first forward runs under it, else that of the q
             projection's weight.
         backend: of the ops, see segment_attention.
-        graph: whether passes of the model become CUDA graphs, as integrations.lingbot.enable says. None of these
-            models has been tried on a GPU.
+        graph: whether passes of the model become CUDA graphs, as integrations.lingbot.enable says. By their code those
+            of Self-Forcing and of LongLive can; no GPU has run them, or the tests of their restatements.
         fields: of the config that is made, such as mode, bank_chunks, keep_ratio; see causal.memory_config.
 
     Returns a handle: `.memory` and `.stats()` (RuntimeError before the first forward), `.restart(poses)`, `.finish()`,
