@@ -29,7 +29,7 @@ def test_the_chunks_are_those_of_the_plain_transformer(heading, made, monkeypatc
     wanted = generate(names["plain"], 8)
     assert relative_error(names[made], wanted) < 1e-6
     monkeypatch.setattr(plain_causal, "WINDOW", 2)
-    assert relative_error(generate(names["plain"], 8), wanted) > 1e-4  # the window matters
+    assert relative_error(generate(names["plain"], 8), wanted) > 1e-3  # the window matters
 
 
 def test_the_memory_brings_chunks_back():
