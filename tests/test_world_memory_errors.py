@@ -60,8 +60,8 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("device_slots", 0, "at least 2"),
         ("rope", "llama", "a Rope3D, 'wan' or None"),
         ("rope", Rope3D(128), "for head_dim 64"),
-        ("retrieval", "nearest", "'pose', 'fov', 'action' or a RetrievalPolicy"),
-        ("retrieval", None, "'pose', 'fov', 'action' or a RetrievalPolicy"),
+        ("retrieval", "nearest", "'pose', 'fov', 'action', 'content' or a RetrievalPolicy"),
+        ("retrieval", None, "'pose', 'fov', 'action', 'content' or a RetrievalPolicy"),
         ("retrieval", PoseRetrieval, "a RetrievalPolicy"),  # the class, not an object of it
     ],
 )

@@ -23,7 +23,7 @@ def as_poses(op: str, poses: object, frames: int | None = None) -> np.ndarray:
     TypeError on what is no array of real numbers.
     """
     wanted = f"[{frames if frames is not None else 'frames'}, 4, 4]"
-    array = _as_real(op, "poses", f"an array {wanted}", poses)
+    array = as_real(op, "poses", f"an array {wanted}", poses)
     if array.ndim != 3 or array.shape[1:] != (4, 4) or (frames is not None and len(array) != frames) or not len(array):
         raise ValueError(f"{op}: poses must be {wanted}, got {list(array.shape)}")
     if not np.isfinite(array).all():
@@ -59,7 +59,7 @@ def as_float64(numbers: object) -> np.ndarray:
     return np.array(array, dtype=np.float64)
 
 
-def _as_real(op: str, argument: str, wanted: str, numbers: object) -> np.ndarray:
+def as_real(op: str, argument: str, wanted: str, numbers: object) -> np.ndarray:
     """as_float64; naming `op` and `argument`, raises TypeError on what is no array of real numbers, booleans too, and
     ValueError on numbers too large for it."""
     try:
@@ -76,7 +76,7 @@ def _as_real(op: str, argument: str, wanted: str, numbers: object) -> np.ndarray
 
 def as_intrinsics(op: str, intrinsics: object, frames: int) -> np.ndarray:
     """Check pinhole intrinsics (fx, fy, cx, cy) in pixels and return a copy of them, float64 [frames, 4]."""
-    array = _as_real(op, "intrinsics", f"an array [{frames}, 4] or [4]", intrinsics)
+    array = as_real(op, "intrinsics", f"an array [{frames}, 4] or [4]", intrinsics)
     if array.shape == (4,):
         array = np.tile(array, (frames, 1))
     if array.shape != (frames, 4):

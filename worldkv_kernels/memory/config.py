@@ -26,7 +26,7 @@ from ..checks import (
 from ..ops.compress_chunk import RULES, kept_tokens
 from ..rope import Rope3D
 from ..window import MAX_LOG_WEIGHT
-from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, make_policy
+from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, goes_by_content, make_policy
 
 if TYPE_CHECKING:
     from .sizes import MemoryBytes
@@ -70,8 +70,9 @@ class MemoryConfig:
     `keep_ratio`, `pooled`, `prune_rule`, `merge_pruned`: how a chunk is pruned when it leaves the recent frames, see
     compress_chunk: its first frame stays whole, of the others this share stays. 0.25 keeps half of a chunk of three
     frames, 0.5 two thirds, 1 all. The published way is "similarity", unmerged.
-    `retrieval`: "pose", "fov" or "action", or a RetrievalPolicy object. "action" is ActionRetrieval(), with guessed
-    scales for Matrix-Game's "universal" actions; give an object for another game or other scales.
+    `retrieval`: "pose", "fov", "action" or "content", or a RetrievalPolicy object. "action" is ActionRetrieval(), with
+    guessed scales for Matrix-Game's "universal" actions; give an object for another game or other scales. "content" is
+    ContentRetrieval(), for models without a camera: give it one retrieved chunk more than the others.
     `order` of the retrieved chunks in the window: by "time", or "nearest_last", "nearest_first". `rebase_time`:
     turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
     recent ones; by default in mode "worldkv", where there is a rope.
@@ -84,7 +85,8 @@ class MemoryConfig:
     are cached on the device, in the bank's bits. None for retrieved_chunks + 2: the window, one to prune into and one
     to prefetch into without giving up the window; 2 * retrieved_chunks + 1 let a prefetch replace a whole window.
     `prefetch`: at begin_chunk, bring ahead what the next chunk would retrieve if the camera moved on as it did (a
-    policy object of a user's own must be `stateless`, see RetrievalPolicy). Neither changes a result.
+    policy object of a user's own must be `stateless`, see RetrievalPolicy); by content nothing is foreseen. Neither
+    changes a result.
     `bank_chunks`: how many chunks the bank holds, or in mode "full" how many chunks in all; past that the policy
     drops one ("full" raises). None: what fits half of the memory that is free when the WorldMemory is made,
     at most 1000.
@@ -112,7 +114,7 @@ class MemoryConfig:
     prune_rule: PruneRule = "nearest"
     merge_pruned: bool = True
     mode: Mode = "worldkv"
-    retrieval: Literal["pose", "fov", "action"] | RetrievalPolicy = "pose"
+    retrieval: Literal["pose", "fov", "action", "content"] | RetrievalPolicy = "pose"
     rebase_time: bool = _NOT_GIVEN
     order: Order = "time"
     bank: Literal["device", "host"] = "device"
@@ -299,6 +301,11 @@ class MemoryConfig:
     def packs_bank(self) -> bool:
         """Whether banked chunks are packed, and restored layer by layer."""
         return self.has_bank and self.bank_bits < 16
+
+    @property
+    def takes_contents(self) -> bool:
+        """Whether banked chunks are chosen by what keys, or the caller, say of them."""
+        return self.has_bank and goes_by_content(make_policy(self.retrieval))
 
     @property
     def cache_slots(self) -> int:

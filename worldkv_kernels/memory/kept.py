@@ -12,6 +12,7 @@ from .frusta import Frusta
 from .pairs import Pairs
 from .retrieval import (
     TIE_RESOLUTION,
+    ContentRetrieval,
     FovRetrieval,
     NearestPolicy,
     PoseRetrieval,
@@ -19,6 +20,8 @@ from .retrieval import (
     Scale,
     ordered,
     pick_nearest,
+    scale_of,
+    squared_lengths,
 )
 
 _CHOOSES = ("describe", "distances", "select", "drop")
@@ -56,26 +59,25 @@ class KeptDescriptions:
         return self._policy.drop([item for item in self._descriptions.items() if item[0] not in exclude])
 
 
-class KeptPoses:
-    """For retrieval by pose: poses side by side, and how far all are from each other, in place and in angle.
+class KeptRows:
+    """For policies here: arrays of a row a chunk, and numbers of each two of them, how far they are from each other.
 
-    It chooses what the policy would: only the two maxima that distances are divided by differ from call to call, so a
-    pair is compared once, when the younger of the two comes, and a drop scales, adds and looks for the least. That
-    takes the same time wherever the camera went. Rows have no order: where a chunk goes, the last row moves. 16
-    bytes of each two of at most `most` chunks, and one more that is coming.
+    It chooses what the policy would: only what distances are divided by differs from call to call, so a pair is
+    compared once, when the younger of the two comes, and a drop scales, adds and looks for the least. That takes the
+    same time whatever was seen. Rows have no order: where a chunk goes, the last row moves. Of at most `most` chunks,
+    and one more that is coming.
     """
 
     def __init__(self, policy: NearestPolicy, most: int) -> None:
         self._policy, self._most = policy, most + 2  # one is added before one is dropped
-        self._by_pose = policy if isinstance(policy, PoseRetrieval) else policy.by_pose
         self._scratch = np.empty(_BLOCK)
         self.clear()
 
     def clear(self) -> None:
         self._count = 0
         self._ready: tuple[int, Any, int] | None = None  # chunk, description and row of what was written last
-        self._arrays = {"chunks": np.empty(0, dtype=np.int64), "poses": np.empty((4, 4, 0))}  # rows in the last axis
-        self._pairs = {"dt": Pairs(np.float64), "dr": Pairs(np.float64)}
+        self._arrays = {"chunks": np.empty(0, dtype=np.int64)}  # rows in the last axis
+        self._pairs: dict[str, Pairs] = {}
 
     def add(self, chunk: int, description: Any) -> None:
         self._write(chunk, description)
@@ -83,7 +85,7 @@ class KeptPoses:
 
     def description(self, chunk: int) -> Any:
         """A copy of what was given of a chunk."""
-        return self._array("poses")[..., self._row(chunk)].copy()
+        raise NotImplementedError
 
     def remove(self, chunk: int) -> None:
         last, row = self._count - 1, self._row(chunk)
@@ -95,7 +97,7 @@ class KeptPoses:
         self._count, self._ready = last, None
 
     def select(self, current: Any, budget: int, first: int, coming: tuple[int, Any] | None) -> list[int]:
-        """Up to `budget` chunks from `first` on, or the one that is `coming`, as NearestPolicy.select picks them."""
+        """Up to `budget` chunks from `first` on, or the one that is `coming`, as the policy's select picks them."""
         if coming is None:
             return self._select(current, budget, first)
         self._write(*coming)
@@ -112,12 +114,11 @@ class KeptPoses:
         held = np.flatnonzero(np.isin(chunks, list(exclude))) if exclude else np.empty(0, dtype=np.int64)
         rows: Any = np.delete(np.arange(count), held) if len(held) else slice(count)
         youngest = int(np.arange(count)[rows][chunks[rows].argmax()])
-        dt, dr = (self._pairs[name].of(youngest, count, -np.inf)[rows].max() for name in ("dt", "dr"))
-        scale = self._by_pose.scale(np.moveaxis(self._array("poses")[..., rows], -1, 0), dt, dr)
-        if len(chunks[rows]) == 1 or scale == (None, None):
+        scale = self._scale(youngest, rows)
+        if len(chunks[rows]) == 1 or scale is None:
             return int(chunks[rows].min())
-        measured = self._pairs["dr" if scale.dt is None else "dt"].all(count)
-        places = [self._pairs["dt"].places(row, count) for row in held]
+        measured = self._pairs[self._measured(scale)].all(count)
+        places = [next(iter(self._pairs.values())).places(row, count) for row in held]
         before = [measured[of_row] for of_row in places]
         for of_row in places:
             measured[of_row] = np.inf
@@ -127,32 +128,49 @@ class KeptPoses:
             for of_row, numbers in zip(places, before, strict=True):
                 measured[of_row] = numbers
 
-    def _oldest_of_least(self, scale: Scale) -> int:
+    def _scale(self, youngest: int, rows: Any) -> Any:
+        """What numbers of pairs are divided by in a drop, by those of the youngest row; None where nothing tells any
+        apart."""
+        raise NotImplementedError
+
+    def _measured(self, scale: Any) -> str:
+        """Of the numbers that go into a distance, the name of one."""
+        raise NotImplementedError
+
+    def _unit(self, scale: Any) -> float:
+        """Of the numbers that are compared, in distances."""
+        raise NotImplementedError
+
+    def _compared(self, scale: Any, some: slice) -> np.ndarray:
+        """Of some pairs a number that is in proportion to their distance."""
+        raise NotImplementedError
+
+    def _describe(self, row: int, description: Any) -> None:
+        """Write a row, the last, and its pairs."""
+        raise NotImplementedError
+
+    def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+        """From `current` to these rows, and on its scale from the one at a place among them to all of them."""
+        raise NotImplementedError
+
+    def _oldest_of_least(self, scale: Any) -> int:
         """The oldest chunk of all pairs whose distance is the least, or within TIE_RESOLUTION of it: in such a pair it
         is the older one. In one go over all pairs, of which those are noted that are so near the least so far."""
-        starts = self._pairs["dt"].starts[: self._count + 1]
-        unit = 2 * (scale.dr if scale.dt is None else scale.dt)  # of the numbers that are compared, in distances
+        starts = next(iter(self._pairs.values())).starts[: self._count + 1]
+        tie = self._unit(scale) * TIE_RESOLUTION
         least, noted = np.inf, []
         for start in range(0, int(starts[-1]), _BLOCK):
             numbers = self._compared(scale, slice(start, min(start + _BLOCK, int(starts[-1]))))
             here = numbers.min()
             least = min(least, here)
-            if here <= least + unit * TIE_RESOLUTION:
-                hits = np.flatnonzero(numbers <= least + unit * TIE_RESOLUTION)
+            if here <= least + tie:
+                hits = np.flatnonzero(numbers <= least + tie)
                 noted.append((start + hits, numbers[hits]))
         hits, numbers = (np.concatenate(some) for some in zip(*noted, strict=True))
-        hits = hits[numbers <= least + unit * TIE_RESOLUTION]
+        hits = hits[numbers <= least + tie]
         chunks = self._array("chunks")
         num = np.diff(np.searchsorted(hits, starts))  # of them in each row
         return int(min(chunks[num > 0].min(), chunks[hits - np.repeat(starts[:-1], num)].min()))
-
-    def _compared(self, scale: Scale, some: slice) -> np.ndarray:
-        """Of some pairs a number that is in proportion to their distance."""
-        dt, dr = (self._pairs[name].all(self._count)[some] for name in ("dt", "dr"))
-        if scale.dt is None or scale.dr is None:
-            return dr if scale.dt is None else dt
-        numbers = np.multiply(dr, scale.dt / scale.dr, out=self._scratch[: len(dr)])
-        return np.add(numbers, dt, out=numbers)
 
     def _row(self, chunk: int) -> int:
         return int(np.flatnonzero(self._array("chunks") == chunk)[0])
@@ -175,15 +193,6 @@ class KeptPoses:
         self._describe(row, description)
         self._ready = chunk, description, row
 
-    def _describe(self, row: int, description: Any) -> None:
-        self._describe_pose(row, description)
-
-    def _describe_pose(self, row: int, pose: np.ndarray) -> None:
-        self._arrays["poses"][..., row] = pose
-        dt, dr = _differences(pose, self._array("poses"))
-        self._pairs["dt"].put(row, dt)
-        self._pairs["dr"].put(row, dr)
-
     def _select(self, current: Any, budget: int, first: int) -> list[int]:
         chunks = self._array("chunks")
         rows: Any = slice(self._count)
@@ -196,8 +205,55 @@ class KeptPoses:
         picked = pick_nearest(to_current, to_picked, chunks, budget, self._policy.diversity)
         return [int(chunks[place]) for place in picked]
 
+    def _of_pairs(self, name: str, rows: Any, place: int, itself: float) -> np.ndarray:
+        row = place if isinstance(rows, slice) else int(rows[place])
+        return self._pairs[name].of(row, self._count, itself)[rows]
+
+
+class KeptPoses(KeptRows):
+    """For retrieval by pose: poses side by side, and how far all are from each other, in place and in angle. 16 bytes
+    of each two."""
+
+    def __init__(self, policy: NearestPolicy, most: int) -> None:
+        self._by_pose = policy if isinstance(policy, PoseRetrieval) else policy.by_pose
+        super().__init__(policy, most)
+
+    def clear(self) -> None:
+        super().clear()
+        self._arrays["poses"] = np.empty((4, 4, 0))
+        self._pairs = {"dt": Pairs(np.float64), "dr": Pairs(np.float64)}
+
+    def description(self, chunk: int) -> Any:
+        return self._array("poses")[..., self._row(chunk)].copy()
+
+    def _scale(self, youngest: int, rows: Any) -> Scale | None:
+        dt, dr = (self._pairs[name].of(youngest, self._count, -np.inf)[rows].max() for name in ("dt", "dr"))
+        scale = self._by_pose.scale(np.moveaxis(self._array("poses")[..., rows], -1, 0), dt, dr)
+        return None if scale == (None, None) else scale
+
+    def _measured(self, scale: Scale) -> str:
+        return "dr" if scale.dt is None else "dt"
+
+    def _unit(self, scale: Scale) -> float:
+        return 2 * (scale.dr if scale.dt is None else scale.dt)
+
+    def _compared(self, scale: Scale, some: slice) -> np.ndarray:
+        dt, dr = (self._pairs[name].all(self._count)[some] for name in ("dt", "dr"))
+        if scale.dt is None or scale.dr is None:
+            return dr if scale.dt is None else dt
+        numbers = np.multiply(dr, scale.dt / scale.dr, out=self._scratch[: len(dr)])
+        return np.add(numbers, dt, out=numbers)
+
+    def _describe(self, row: int, description: Any) -> None:
+        self._describe_pose(row, description)
+
+    def _describe_pose(self, row: int, pose: np.ndarray) -> None:
+        self._arrays["poses"][..., row] = pose
+        dt, dr = _differences(pose, self._array("poses"))
+        self._pairs["dt"].put(row, dt)
+        self._pairs["dr"].put(row, dr)
+
     def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
-        """From `current` to these rows, and on its scale from the one at a place among them to all of them."""
         scale, to_current = self._pose_distances(current, rows)
         return to_current, lambda place: self._to_picked(scale, rows, place)
 
@@ -210,10 +266,6 @@ class KeptPoses:
     def _to_picked(self, scale: Scale, rows: Any, place: int) -> np.ndarray:
         dt, dr = (self._of_pairs(name, rows, place, np.inf) for name in ("dt", "dr"))
         return 0.5 * scale.sum(dt, dr)
-
-    def _of_pairs(self, name: str, rows: Any, place: int, itself: float) -> np.ndarray:
-        row = place if isinstance(rows, slice) else int(rows[place])
-        return self._pairs[name].of(row, self._count, itself)[rows]
 
 
 class KeptViews(KeptPoses):
@@ -264,9 +316,54 @@ class KeptViews(KeptPoses):
         return self._frusta.seen(pose[:3, 3], out, into, poses[:3, 3], outs, intos)
 
 
-def keep(policy: RetrievalPolicy, most: int) -> KeptDescriptions | KeptPoses:
+class KeptContents(KeptRows):
+    """For retrieval by content: contents side by side, and how far chunks are from each other. 4 bytes of each two, and
+    4 of each number of a content: 60 KiB a chunk of three frames where a model has 40 heads of 128."""
+
+    def clear(self) -> None:
+        super().clear()
+        self._pairs["apart"] = Pairs(np.float32)
+
+    def description(self, chunk: int) -> Any:
+        return self._contents(self._row(chunk))[0].copy()
+
+    def _contents(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Of these rows, [..., vectors, dim], and their squared lengths [..., vectors]."""
+        contents, squares = (np.moveaxis(self._array(name), -1, 0)[rows] for name in ("contents", "squares"))
+        return contents, squares
+
+    def _scale(self, youngest: int, rows: Any) -> float | None:
+        return scale_of(self._pairs["apart"].of(youngest, self._count, 0.0)[rows]) or None
+
+    def _measured(self, scale: float) -> str:
+        return "apart"
+
+    def _unit(self, scale: float) -> float:
+        return scale
+
+    def _compared(self, scale: float, some: slice) -> np.ndarray:
+        return self._pairs["apart"].all(self._count)[some]
+
+    def _write(self, chunk: int, description: Any) -> None:
+        if "contents" not in self._arrays:  # their sizes are the first one's, and each is one piece of memory
+            room, (vectors, dim) = len(self._arrays["chunks"]), description.shape
+            for name, shape in {"contents": (room, vectors, dim), "squares": (room, vectors)}.items():
+                self._arrays[name] = np.moveaxis(np.empty(shape, np.float32), 0, -1)
+        super()._write(chunk, description)
+
+    def _describe(self, row: int, description: Any) -> None:
+        self._arrays["contents"][..., row] = description
+        self._arrays["squares"][..., row] = squared_lengths(description)
+        self._pairs["apart"].put(row, self._policy.apart(description, *self._contents(slice(row))))
+
+    def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+        to_current, scale = self._policy.ranked(current, *self._contents(rows), self._array("chunks")[rows])
+        return to_current, self._policy.scaled(lambda place: self._of_pairs("apart", rows, place, 0.0), scale)
+
+
+def keep(policy: RetrievalPolicy, most: int) -> KeptDescriptions | KeptRows:
     """For a bank of at most `most` chunks. A user's own object, or a class that chooses in its own way, is asked."""
-    for own, kept in ((PoseRetrieval, KeptPoses), (FovRetrieval, KeptViews)):
+    for own, kept in ((PoseRetrieval, KeptPoses), (FovRetrieval, KeptViews), (ContentRetrieval, KeptContents)):
         as_here = isinstance(policy, own) and all(
             getattr(policy, name) == getattr(own, name).__get__(policy) for name in _CHOOSES
         )
@@ -284,6 +381,6 @@ def _differences(pose: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _grown(array: np.ndarray, count: int, room: int) -> np.ndarray:
-    grown = np.empty((*array.shape[:-1], room), dtype=array.dtype)
+    grown = np.empty_like(array, shape=(*array.shape[:-1], room))  # its axes in the order that they have in memory
     grown[..., :count] = array[..., :count]
     return grown

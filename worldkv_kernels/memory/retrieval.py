@@ -1,7 +1,8 @@
 """Retrieval policies: which banked chunks come back into the window, and which a full bank gives up.
 
-A policy describes a chunk once, when it is made, and later selects among the descriptions. All of this
-runs on the host, on a few hundred small records; nothing here touches the device.
+A policy describes a chunk once, when it is made, and later selects among the descriptions; where it goes by content,
+the memory does (contents.py). All of this runs on the host, on a few hundred small records; nothing here touches the
+device.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class RetrievalPolicy(Protocol):
     A policy that has an attribute `stateless`, True, says that a call changes no later one: it is then also asked about
     views that may come next, to prefetch what they would retrieve. One without it is asked once a chunk, by
     begin_chunk, and WorldMemory.prefetch does nothing.
+
+    One that has an attribute `by_content`, True, is not asked to describe: its descriptions are contents, fp32 arrays
+    [vectors, dim], and `current` is one vector [dim]. See WorldMemory.begin_chunk and ContentRetrieval.
     """
 
     needs_intrinsics: bool
@@ -291,6 +295,99 @@ def ordered(overlap: np.ndarray, by_pose: np.ndarray) -> np.ndarray:
     return np.where(overlap > 0, 1.0 - overlap / 2, 1.0 + by_pose)
 
 
+class ContentRetrieval(NearestPolicy):
+    """Chunks that look like the last frame made: for models without a camera, or one that is not known.
+
+    A chunk's content is one vector for each of its frames, the mean of their keys in layer 0, unless the caller gives
+    others (WorldMemory.begin_chunk, end_chunk). A chunk is as far away as the nearest of its vectors is from that of
+    the last frame made, in squared distance. That frames are compared, and not means of chunks, matters where the
+    camera comes back the other way round; layer 0 has appearance alone and tells as much as all layers do. Of the
+    `skip_newest` newest banked chunks, which show what the recent frames show, one is chosen only where no other is
+    left.
+
+    What no look back can tell is where the coming chunk goes. On smooth ways one chunk more than by pose makes up for
+    most of that; after a cut, or a jump to elsewhere, what comes back is what was seen before the jump.
+
+    A full bank gives up the older of the two chunks that are most alike: for each vector of either, the nearest of the
+    other, on the mean. So does `diversity` tell near-copies. `distances` are divided by the largest from the current.
+
+    After LongLive-RAG (arXiv 2606.02553), which ranks evicted frames by content too; the rule here is the one that did
+    best on the small world model, see docs/small_world.md.
+    """
+
+    by_content = True
+
+    def __init__(self, *, skip_newest: int = 4, diversity: float = 0.0) -> None:
+        super().__init__(diversity=diversity)
+        self.skip_newest = as_integer(type(self).__name__, "skip_newest", skip_newest)
+        if self.skip_newest < 0:
+            raise bad_value(type(self).__name__, "skip_newest", "at least 0", skip_newest)
+
+    def describe(self, poses: np.ndarray, intrinsics: np.ndarray | None) -> Any:
+        """Not asked: descriptions are contents."""
+        raise NotImplementedError
+
+    def distances(self, views: Sequence[Any], others: Sequence[Any], current: Any) -> np.ndarray:
+        contents = np.stack(others)
+        squares = squared_lengths(contents)
+        apart = np.stack([self.apart(view, contents, squares) for view in views])
+        return apart / (scale_of(self.apart(current, contents, squares)) or 1.0)
+
+    def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+        if not candidates or budget < 1:
+            return []
+        chunks, contents = np.array([chunk for chunk, _ in candidates]), np.stack([of for _, of in candidates])
+        squares = squared_lengths(contents)
+        to_current, scale = self.ranked(current, contents, squares, chunks)
+        to_picked = self.scaled(lambda place: self.apart(contents[place], contents, squares), scale)
+        picked = pick_nearest(to_current, to_picked, chunks, budget, self.diversity)
+        return [int(chunks[place]) for place in picked]
+
+    def ranked(
+        self, current: np.ndarray, contents: np.ndarray, squares: np.ndarray, chunks: np.ndarray
+    ) -> tuple[np.ndarray, float]:
+        """From a vector [dim] to contents [n, vectors, dim] of these squared lengths [n, vectors] and chunks, [n]: from
+        0 to 1, for the newest ones from 4, and for what is not finite from 8 on; and what it was divided by."""
+        to_current = _squared_differences(current[None], contents, squares).min(axis=(1, 2)).astype(np.float64)
+        newest = np.zeros(len(chunks), dtype=bool)
+        if 0 < self.skip_newest < len(chunks):
+            newest = chunks >= np.sort(chunks)[-self.skip_newest]
+        scale = scale_of(to_current[~newest]) or 1.0
+        to_current = np.minimum(to_current / scale, 1.0) + 4.0 * newest
+        return np.where(np.isfinite(to_current), to_current, 8.0), scale
+
+    @staticmethod
+    def scaled(apart: Callable[[int], np.ndarray], scale: float) -> Callable[[int], np.ndarray]:
+        """How far chunks are from one at a place, for pick_nearest: at most as far as any is from the current view."""
+        return lambda place: np.minimum(apart(place) / scale, 1.0)
+
+    @staticmethod
+    def apart(content: np.ndarray, contents: np.ndarray, squares: np.ndarray) -> np.ndarray:
+        """From a content [vectors, dim] to others, as of `ranked`, [n] in fp32. What is not finite is near all others,
+        so that a full bank gives it up first."""
+        differences = _squared_differences(content, contents, squares)
+        both = differences.min(axis=1).mean(axis=1) + differences.min(axis=2).mean(axis=1)
+        return np.where(np.isfinite(both), np.float32(0.5) * both, np.float32(0.0))
+
+
+def squared_lengths(contents: np.ndarray) -> np.ndarray:
+    """Of vectors [..., dim]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.einsum("...d,...d->...", contents, contents)
+
+
+def _squared_differences(content: np.ndarray, contents: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Of vectors [m, dim] and [n, vectors, dim], [n, vectors, m]. A product for each of n: a chunk's numbers then rest
+    on nothing but it, to the last bit."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.maximum(squares[..., None] + squared_lengths(content) - 2 * (contents @ content.T), 0.0)
+
+
+def scale_of(distances: np.ndarray) -> float:
+    """The largest of those that are finite; 0 where there is none, or nothing but zeros."""
+    return float(distances[np.isfinite(distances)].max(initial=0.0))
+
+
 class OfficialPoseRetrieval:
     """What the published code computes, faults included; for MemoryConfig.official().
 
@@ -330,6 +427,14 @@ def make_policy(retrieval: str | RetrievalPolicy) -> RetrievalPolicy:
         return FovRetrieval()
     if retrieval == "action":
         return ActionRetrieval()
+    if retrieval == "content":
+        return ContentRetrieval()
     if not isinstance(retrieval, (str, type)) and isinstance(retrieval, RetrievalPolicy):
         return retrieval
-    raise ValueError(f"MemoryConfig: retrieval must be 'pose', 'fov', 'action' or a RetrievalPolicy, got {retrieval!r}")
+    raise ValueError(
+        f"MemoryConfig: retrieval must be 'pose', 'fov', 'action', 'content' or a RetrievalPolicy, got {retrieval!r}"
+    )
+
+
+def goes_by_content(policy: RetrievalPolicy) -> bool:
+    return getattr(policy, "by_content", False)

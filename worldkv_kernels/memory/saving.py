@@ -19,10 +19,12 @@ from .config import MemoryConfig, changed
 from .plan import leaving
 from .retrieval import (
     ActionRetrieval,
+    ContentRetrieval,
     FovRetrieval,
     OfficialPoseRetrieval,
     PoseRetrieval,
     RetrievalPolicy,
+    goes_by_content,
     make_policy,
 )
 from .room import has_places
@@ -42,6 +44,7 @@ _POLICIES: dict[type, tuple[str, ...]] = {
     PoseRetrieval: ("diversity",),
     FovRetrieval: ("depth_range", "image_size", "diversity", "samples"),
     ActionRetrieval: ("integrator", "diversity"),
+    ContentRetrieval: ("skip_newest", "diversity"),
     OfficialPoseRetrieval: (),
 }
 
@@ -60,6 +63,7 @@ def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
     bank = memory._bank
     if memory.device.type == "cuda":
         torch.cuda.synchronize(memory.device)  # pruning, and copies to the host
+    memory._last_content()  # read, where it was not
     tree = {
         "changed": {name: getattr(memory.config, name) for name in _CHANGEABLE},
         "places": memory._storage.places,
@@ -256,17 +260,26 @@ def _name(policy: object) -> str:
 
 
 class _Described:
-    """What descriptions look like: of the policies here, shapes and dtypes of arrays, and a pose that is one."""
+    """What descriptions look like: of the policies here, shapes and dtypes of arrays, and a pose that is one. Contents
+    are all of one shape, and may have what is not finite where a model made it."""
 
     def __init__(self, config: MemoryConfig) -> None:
         policy = make_policy(config.retrieval)
-        own = type(policy) not in _POLICIES
+        self._by_content = goes_by_content(policy)
+        own = type(policy) not in _POLICIES or self._by_content
         self._wanted = None if own else _layout(policy.describe(np.eye(4)[None], np.ones((1, 4))))
         self._has_pose = isinstance(policy, PoseRetrieval | FovRetrieval)
         self._has_camera = isinstance(policy, FovRetrieval)
 
     def checked(self, description: Any) -> Any:
         """It, if distances can be taken of it; any, of a policy of a user's own."""
+        if self._by_content:
+            layout = _content_layout(description)
+            self._wanted = self._wanted or layout
+            if layout is None or layout != self._wanted:
+                wanted = self._wanted or "fp32 [vectors, dim]"
+                raise ValueError(f"{_OP}: contents must all be {wanted}, got {layout or type(description).__name__}")
+            return description
         if self._wanted is None:
             return description
         got = _layout(description)
@@ -289,6 +302,12 @@ def _layout(description: Any) -> Any:
     return type(description).__name__
 
 
+def _content_layout(description: Any) -> str | None:
+    if isinstance(description, np.ndarray) and description.dtype == np.float32 and description.ndim == 2:
+        return f"fp32 {list(description.shape)}" if description.size else None
+    return None
+
+
 def _view_tree(view: View) -> tuple[Any, ...]:
     return *view[:3], None if view.after_actions is None else tuple(view.after_actions)
 
@@ -301,7 +320,7 @@ def _view(memory: WorldMemory, tree: Any, described: _Described) -> View:
         if any(part is not None for part in tree):
             raise ValueError(f"{_OP}: last_view must be empty before chunk 0, got one")
         return View()
-    if config.has_bank and poses is None:
+    if config.has_bank and poses is None and not config.takes_contents:
         raise ValueError(f"{_OP}: last_view must have poses in mode 'worldkv', got none")
     if not config.has_bank and description is not None:
         raise ValueError(f"{_OP}: last_view must have no description in mode {config.mode!r}, got one")

@@ -17,7 +17,7 @@ from .plan import capacity, ring_chunks
 from .pool import Pool
 from .store import chunk_bytes
 
-_INT32, _INT64 = 4, 8
+_INT32, _INT64, _FP32 = 4, 8, 4
 _LAYERS_AT_ONCE = 4  # at least, of a chunk that is pruned and packed: launches of less do not fill a GPU
 
 
@@ -29,10 +29,11 @@ class MemoryBytes:
     banked chunks, or of a bank in host memory the slots that are a cache of it; `packed_bank`, the same of a bank in
     fewer bits, and `restored`, the rows that layers share, to which one layer of its retrieved chunks is restored and
     by which some layers of a chunk are packed; `tables` of the window, of a bank in fewer bits also a set for each
-    layer; `scratch`, which is queries, what compress_chunk says of a chunk, and its row; `rotations` of the chunk that
-    is made. In host memory: `host_bank`, the arena with its page, and `host_tables`, which the window's and the
-    rotations are written from, both page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses
-    that a policy remembers.
+    layer; `scratch`, which is queries, what compress_chunk says of a chunk, its row, and its content where retrieval is
+    by content; `rotations` of the chunk that is made. In host memory: `host_bank`, the arena with its page, and
+    `host_tables`, which the window's and the rotations are written from, and to which the content goes, both
+    page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses or contents that a policy
+    remembers.
     """
 
     sink: int
@@ -93,6 +94,11 @@ def chosen_shape(config: MemoryConfig) -> tuple[int, int]:
     return config.retrieved_chunks, 2
 
 
+def content_shape(config: MemoryConfig) -> tuple[int, int]:
+    """Of what Contents takes of a chunk."""
+    return config.chunk_frames, config.num_heads * config.head_dim
+
+
 def window_capacity(config: MemoryConfig, places: int) -> int:
     """Of the window's tables, in tiles."""
     return capacity(config, places)
@@ -117,6 +123,7 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         of_layers = _table_bytes(layer_table_shapes(config.num_layers, tiles))
         tables += math.prod(chosen_shape(config)) * _INT32
     rotations = _table_bytes(rope_table_shapes(rope, (config.chunk_frames, *config.grid))) if rope else 0
+    content = math.prod(content_shape(config)) * _FP32 if config.takes_contents else 0
     queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize
     return MemoryBytes(
         sink=sink * whole,
@@ -127,10 +134,10 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         packed_bank=bank_slots(config, places) * _stored_bytes(config, dtype) if config.packs_bank else 0,
         restored=shared_slots(config)[1] * _slot_bytes(config, config.banked_tokens, dtype) // config.num_layers,
         tables=tables + of_layers,
-        scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64,
+        scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64 + content,
         rotations=rotations,
         host_bank=arena_bytes(on_host) if on_host else 0,
-        host_tables=tables + rotations,
+        host_tables=tables + rotations + content,
     )
 
 

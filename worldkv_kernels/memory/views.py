@@ -1,4 +1,5 @@
-"""Views: where the camera is in a chunk, as given, as integrated from actions, or as its motion leads on."""
+"""Views: where the camera is in a chunk, as given, as integrated from actions, or as its motion leads on; or what it
+looks like, where retrieval is by content."""
 
 from __future__ import annotations
 
@@ -9,16 +10,19 @@ import numpy as np
 from ..actions import IntegratorState, as_actions
 from ..poses import as_intrinsics, as_poses, mean_pose
 from .config import MemoryConfig
-from .retrieval import ActionRetrieval, RetrievalPolicy
+from .contents import as_content
+from .retrieval import ActionRetrieval, RetrievalPolicy, goes_by_content
 
 
 class View(NamedTuple):
-    """A chunk's camera, checked."""
+    """A chunk's camera, checked; where retrieval is by content a description alone, of the one begun what is asked for,
+    a vector, and of one of history its content."""
 
     poses: np.ndarray | None = None  # [chunk_frames, 4, 4]
     intrinsics: np.ndarray | None = None  # [chunk_frames, 4], where the policy needs them
     description: Any = None  # the policy's, where there is a bank
     after_actions: IntegratorState | None = None  # where the integrator is at the chunk's end
+    asked: bool = False  # whether the caller said what is asked for
 
 
 class Views:
@@ -30,6 +34,7 @@ class Views:
     def __init__(self, config: MemoryConfig, policy: RetrievalPolicy) -> None:
         self._config, self._policy = config, policy
         self.integrator = policy.integrator.fresh() if isinstance(policy, ActionRetrieval) else None
+        self.by_content = goes_by_content(policy)
 
     def of(
         self,
@@ -38,9 +43,13 @@ class Views:
         poses: object,
         intrinsics: object,
         actions: object,
+        query: object = None,
+        *,
         start: IntegratorState | None = None,
+        content: np.ndarray | None = None,
     ) -> View:
         """The view of `chunk`, whose actions start at `start`, None for where the integrator is; it stays there.
+        `content` is that of the chunk before, None where there is none.
 
         Raises ValueError or TypeError naming `op` as WorldMemory.begin_chunk says.
         """
@@ -51,6 +60,17 @@ class Views:
             policy, got = type(self._policy).__name__, type(actions).__name__
             raise ValueError(f"{op}: actions must be None for retrieval by {policy}, got {got}")
         frames, has_bank = self._config.chunk_frames, self._config.has_bank
+        if query is not None and not self.by_content:
+            policy, got = type(self._policy).__name__, type(query).__name__
+            raise ValueError(f"{op}: query must be None for retrieval by {policy}, got {got}")
+        if self.by_content:
+            if poses is not None:
+                as_poses(op, poses, frames)
+            if not has_bank:
+                return View()
+            if query is not None:
+                return View(description=as_content(op, "query", query, ("dim",), content), asked=True)
+            return View(description=None if content is None else content[-1])
         if poses is None:
             if has_bank:
                 raise ValueError(f"{op}: poses must be [{frames}, 4, 4] in mode 'worldkv', got None")

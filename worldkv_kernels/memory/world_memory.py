@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import saved
@@ -19,9 +20,11 @@ from ..window import Segment, Window
 from . import saving
 from .bank import Bank
 from .config import MemoryConfig, changed
+from .contents import Contents, as_content
 from .layers import LayerWindows
 from .plan import ChunkPlan, leaving, pieces, place
 from .retrieval import RetrievalPolicy, make_policy
+from .sizes import content_shape
 from .storage import Storage
 from .views import View, Views
 
@@ -84,7 +87,8 @@ class WorldMemory:
         self._views = Views(config, policy)
         self.integrator = self._views.integrator
         self._may_ask_ahead = getattr(policy, "stateless", False)
-        self._foresees = config.caches_bank and config.prefetch and self._may_ask_ahead
+        self._foresees = config.caches_bank and config.prefetch and self._may_ask_ahead and not config.takes_contents
+        self._contents = Contents(content_shape(config), self.device) if config.takes_contents else None
         self._storage = Storage(config, policy, device=self.device, dtype=dtype, backend=backend)
         self._pool, self._bank = self._storage.pool, self._storage.bank
         rope = config.make_rope()
@@ -127,7 +131,12 @@ class WorldMemory:
 
     @ranged("begin_chunk")
     def begin_chunk(
-        self, poses: object = None, *, intrinsics: object = None, actions: tuple[object, object] | None = None
+        self,
+        poses: object = None,
+        *,
+        intrinsics: object = None,
+        actions: tuple[object, object] | None = None,
+        query: object = None,
     ) -> ChunkPlan:
         """Choose what the next chunk attends to.
 
@@ -138,11 +147,16 @@ class WorldMemory:
             actions: in place of poses where retrieval is by action: an Actions (mouse, keyboard) of this chunk's rows
                 in the integrator's layout, 4 * chunk_frames - 3 of chunk 0, then 4 * chunk_frames a chunk. The
                 memory integrates them; a chunk that is aborted or not begun leaves no trace.
+            query: where retrieval is by content, what the chunk is to be like, a vector [dim] of the contents' numbers,
+                such as an embedding of its prompt. None for the last vector of the content of the chunk before, that of
+                its last frame. Poses are then not needed, nor used.
 
-        Returns the plan. Nothing is synchronised unless the arguments lie on the GPU. Raises RuntimeError when a chunk
-        is already begun or the rollout has ended (in mode "full" with its pool), ValueError when the poses or actions
-        are missing, misshapen, not rigid or not finite, or are what this retrieval does not take, or a policy object
-        selects what is not on offer, TypeError when that is no list of chunk numbers; the memory is then as before.
+        Returns the plan. Nothing is synchronised unless the arguments lie on the GPU; but where retrieval is by the
+        content of keys the host waits until those of the last pass's layer 0 have come, see Contents. Raises
+        RuntimeError when a chunk is already begun or the rollout has ended (in mode "full" with its pool), ValueError
+        when the poses or actions are missing, misshapen, not rigid or not finite, or are what this retrieval does not
+        take, or a policy object selects what is not on offer, TypeError when that is no list of chunk numbers; the
+        memory is then as before.
         With a bank in host memory, the copies of what is missing on the device are begun, then, under
         `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it did.
         """
@@ -157,10 +171,10 @@ class WorldMemory:
             most = self._storage.max_chunks
             of_what = "bank_chunks in mode 'full'" if config.mode == "full" else "2**31 frames"
             raise RuntimeError(f"begin_chunk: chunk must be below {most} ({of_what}), got chunk {chunk}")
-        view = self._views.of("begin_chunk", chunk, poses, intrinsics, actions)
+        view = self._views.of("begin_chunk", chunk, poses, intrinsics, actions, query, content=self._last_content())
         start_frame = chunk * config.chunk_frames
         retrieved: list[int] = []
-        if self._bank is not None:
+        if self._bank is not None and not (view.description is None and self._views.by_content):
             retrieved = self._bank.select(
                 "begin_chunk", view.description, config.retrieved_chunks, first=config.sink_chunks
             )
@@ -184,7 +198,12 @@ class WorldMemory:
         return self._plan
 
     def prefetch(
-        self, poses: object = None, *, intrinsics: object = None, actions: tuple[object, object] | None = None
+        self,
+        poses: object = None,
+        *,
+        intrinsics: object = None,
+        actions: tuple[object, object] | None = None,
+        query: object = None,
     ) -> tuple[int, ...]:
         """Begin to bring to the device what the next chunk will retrieve, for a caller who knows where it will be.
 
@@ -194,8 +213,9 @@ class WorldMemory:
         begin_chunk finds on the device what was guessed right, and copies the rest.
 
         Returns the chunks that are now on the device or on their way; none without a bank, nor with a policy object
-        that is not `stateless`, which being asked could change: see RetrievalPolicy. Another has to describe the poses
-        once more. Raises as begin_chunk does for its arguments, where it looks at them.
+        that is not `stateless`, which being asked could change: see RetrievalPolicy; nor by content while a chunk is
+        begun, without a query, for that is not made yet. Another has to describe the poses once more. Raises as
+        begin_chunk does for its arguments, where it looks at them.
         """
         self._check_process("prefetch")
         if self._bank is None or not self._may_ask_ahead:
@@ -203,7 +223,11 @@ class WorldMemory:
         begun = self._plan.chunk if self._plan is not None else None
         start = self._view.after_actions if begun is not None else None
         chunk = self._next_chunk if begun is None else begun + 1
-        view = self._views.of("prefetch", chunk, poses, intrinsics, actions, start)
+        view = self._views.of(
+            "prefetch", chunk, poses, intrinsics, actions, query, start=start, content=self._last_content()
+        )
+        if self._views.by_content and (view.description is None or (begun is not None and query is None)):
+            return ()
         return self._prefetch("prefetch", view.description, self._coming(begun, self._view.description))
 
     def wait(self) -> None:
@@ -300,19 +324,27 @@ class WorldMemory:
         if self._plan is None:
             raise RuntimeError("replayed: a chunk must be begun (begin_chunk), got a replay outside one")
         self._layers_done.update(range(self.config.num_layers))
+        if self._contents is not None:
+            self._contents.replayed()
 
     @ranged("end_chunk")
-    def end_chunk(self, *, bank: bool = True) -> None:
+    def end_chunk(self, *, bank: bool = True, content: object = None) -> None:
         """Make the current chunk history, and prune into the bank the chunk that leaves the recent frames.
 
         With `bank` False this chunk is attended while it is recent and dropped when it leaves, such as one that has
         drifted. What it has in the sink stays there.
 
+        `content`, where retrieval is by content: what the chunk is to be known by, vectors [vectors, dim], as a rule
+        one for each frame, such as its latents averaged over a coarse grid. None for the query that begin_chunk was
+        given, or the means of its keys where that was none. All chunks of a rollout have one shape of it.
+
         On a GPU pruning runs on a stream of its own, beside what is queued between here and the next begin_chunk.
 
         Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
-        ValueError when a policy object gives up a chunk that is not in a full bank or is pinned, TypeError when that is
-        no chunk number, or `bank` neither True nor False; the chunk is then still begun.
+        ValueError when a policy object gives up a chunk that is not in a full bank or is pinned, or the content is of
+        another shape than those before, not finite, or given where retrieval is not by content, TypeError when what is
+        given up is no chunk number, the content no array, or `bank` neither True nor False; the chunk is then still
+        begun.
         When pruning itself fails, it is still begun, to be ended again or dropped; what a full bank gave up is gone.
         """
         self._check_process("end_chunk")
@@ -323,8 +355,9 @@ class WorldMemory:
         missing = sorted(set(range(config.num_layers)) - self._layers_done)
         if missing:
             raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
+        made = self._made(content)
         if self._bank is not None:
-            self._descriptions[chunk] = self._view.description
+            self._descriptions[chunk] = made.description
             copied = config.bank_sink and chunk < config.sink_chunks  # to the bank at once
             self._unbanked.discard(chunk)
             if not bank and (copied or chunk >= config.sink_chunks):
@@ -337,7 +370,7 @@ class WorldMemory:
         if self.integrator is not None:
             self.integrator.restore(self._view.after_actions)
         self._release()
-        self._last_view = self._view
+        self._last_view = made
         self._next_chunk = chunk + 1
 
     def abort_chunk(self) -> None:
@@ -562,7 +595,34 @@ class WorldMemory:
             q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
             out=self._q, backend=self._backend,
         )  # fmt: skip
+        if layer == 0 and self._contents is not None:
+            self._contents.take(k)
         return segment_attention(turned, k_pool, v_pool, window, scale=config.scale, out=out, backend=self._backend)
+
+    def _made(self, content: object) -> View:
+        """The view of the chunk that ends. Of a content of keys the description is still to be read, None."""
+        if content is not None and not self._views.by_content:
+            raise ValueError("end_chunk: content must be None where retrieval is not by content, got one")
+        if self._contents is None:
+            return self._view
+        before = self._last_view.description
+        if content is None and self._view.asked:
+            content = self._view.description[None]
+        if content is not None:
+            return View(description=as_content("end_chunk", "content", content, ("vectors", "dim"), before))
+        if before is not None and before.shape != content_shape(self.config):
+            raise ValueError(f"end_chunk: content must be {list(before.shape)} as in the chunks before, got None")
+        self._contents.end()
+        return View()
+
+    def _last_content(self) -> np.ndarray | None:
+        """Where retrieval is by content, that of the last chunk of history, read now if it was not."""
+        last = self._next_chunk - 1
+        if self._contents is not None and last >= 0 and self._last_view.description is None:
+            self._last_view = View(description=self._contents.read())
+            if last in self._descriptions:
+                self._descriptions[last] = self._last_view.description
+        return self._last_view.description if self._contents is not None else None
 
     def _see(self, segments: list[Segment]) -> None:
         """Make these the window."""
@@ -604,7 +664,7 @@ class WorldMemory:
         if begun is None:
             return None
         banked = next(iter(leaving(self.config, begun + 1, self._first_whole)), None)
-        if banked is None or banked in self._unbanked:
+        if banked is None or banked in self._unbanked or (banked == begun and self._views.by_content):
             return None
         return banked, {**self._descriptions, begun: description}[banked]
 
@@ -625,7 +685,10 @@ class WorldMemory:
             self._bank.pass_over(chunk)
             self._unbanked.remove(chunk)
         elif chunk not in self._bank:  # as it would be where an interrupt fell just behind it
-            self._storage.prune(chunk, self._descriptions[chunk])
+            description = self._descriptions[chunk]
+            if description is None and self._contents is not None:
+                description = self._contents.read()
+            self._storage.prune(chunk, description)
         self._descriptions.pop(chunk, None)
 
     def _configure(self, config: MemoryConfig) -> None:
