@@ -5,7 +5,7 @@ its packages (requirements.txt) and its weights (README, under "Download checkpo
 
   python self_forcing.py --prompt "A cat walks through a garden." --frames 84 --out on.mp4
 
-Past chunks that are like the one being made come back; nothing but the prompt is needed. Another pipeline of the family
+Past chunks that look like the last frame made come back; nothing but the prompt is needed. Another pipeline of the family
 takes the same one line, `attach`.
 """
 

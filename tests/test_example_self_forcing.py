@@ -58,7 +58,7 @@ def example(monkeypatch, tmp_path):
 def test_it_makes_what_the_pipeline_makes_with_the_memory_attached(example, capsys):
     module, written = example
     module.main(["--prompt", "A cat.", "--frames", "24", "--out", "cat.mp4"])
-    assert capsys.readouterr().out == "cat.mp4: 24 frames; 11 chunks brought back\n"
+    assert capsys.readouterr().out == "cat.mp4: 24 frames; 10 chunks brought back\n"
     ((path, (video, fps)),) = written.items()
     assert (path, fps, video.dtype, video.shape) == ("cat.mp4", 16, torch.uint8, (24, 4, 6, 3))
 

@@ -81,8 +81,9 @@ def attach(
     For models that make video block by block and were derived from Wan as Self-Forcing's was: text-to-video and
     image-to-video, of any size, CausVid's and LongLive's first version too. They are known by their parts, not by their
     classes' names: `blocks[i].self_attn` with q, k, v, o, norm_q and norm_k, called with a `kv_cache` and a
-    `current_start`. Chunks that leave the window come back where the new chunk is like them, retrieval "content", which
-    needs nothing but the model; by camera where `poses` are given.
+    `current_start`. Of the chunks that have left the window those come back that look like the last frame made,
+    retrieval "content", which needs nothing but the model; by camera where `poses` are given. By content the host waits
+    once a chunk, for the keys of the first layer in the last pass.
 
     The model's forward and that of each self_attn are replaced on this instance alone, until `detach`. Self-attention
     then takes the model's q, k, v, o and qk-norm, and rope, cache and attention from the memory. A new chunk is
@@ -138,7 +139,7 @@ def attach(
     RuntimeError when the model has a memory already or something else has replaced its attention.
     """
     if config is None:
-        fields = {"retrieval": "pose", **fields}
+        fields = {"retrieval": "content" if poses is None else "pose", **fields}
     return put(
         CausalMemory, _OP, model, config, memory_config, attentions_of(_OP, checked.unwrapped(model)), poses=poses,
         intrinsics=intrinsics, grid=grid, dtype=dtype, backend=backend, graph=graph, fields=fields,

@@ -12,7 +12,7 @@ import torch
 
 from ..actions import as_actions, video_frames
 from ..memory.config import MemoryConfig
-from ..memory.retrieval import ActionRetrieval, make_policy
+from ..memory.retrieval import ActionRetrieval, goes_by_content, make_policy
 from ..memory.world_memory import WorldMemory
 from ..poses import as_intrinsics, as_poses, convention_hint
 from ..tracing import untraced
@@ -325,7 +325,7 @@ class _Controls:
     def __init__(self, name: str, config: MemoryConfig, poses: object, intrinsics: object, actions: object) -> None:
         self._name, self._frames = name, config.chunk_frames
         policy = make_policy(config.retrieval)
-        by_action, by_content = isinstance(policy, ActionRetrieval), getattr(policy, "by_content", False)
+        by_action, by_content = isinstance(policy, ActionRetrieval), goes_by_content(policy)
         if config.has_bank and not by_content:
             needed = {"actions": actions} if by_action else {"poses": poses}
             if policy.needs_intrinsics:
