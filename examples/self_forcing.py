@@ -5,8 +5,8 @@ its packages (requirements.txt) and its weights (README, under "Download checkpo
 
   python self_forcing.py --prompt "A cat walks through a garden." --frames 84 --out on.mp4
 
-Past chunks that look like the last frame made come back; nothing but the prompt is needed. Another pipeline of the family
-takes the same one line, `attach`.
+Past chunks that look like the last frame made come back; nothing but the prompt is needed. Other pipelines of the
+family take the same one line, `attach`.
 """
 
 import argparse

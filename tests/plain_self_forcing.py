@@ -8,7 +8,7 @@ worldkv_kernels. The layers around self-attention are those of plain_lingbot.
 import math
 
 import torch
-from plain_lingbot import PATCH, WanCrossAttention, WanLayerNorm, WanRMSNorm, attention, axis_angles, rotated
+from plain_lingbot import PATCH, WanCrossAttention, WanLayerNorm, WanRMSNorm, apply, attention, axis_angles, rotated
 from plain_matrix_game_pipeline import FlowMatchScheduler
 from torch import nn
 
@@ -57,7 +57,7 @@ class CausalWanSelfAttention(nn.Module):
         kv_cache["global_end_index"].fill_(current_end)
         kv_cache["local_end_index"].fill_(end)
         seen = slice(max(0, end - self.max_attention_size), end)
-        return self.o(attention(q, kv_cache["k"][:, seen], kv_cache["v"][:, seen]).flatten(2))
+        return apply(self.o, attention(q, kv_cache["k"][:, seen], kv_cache["v"][:, seen]).flatten(2))
 
 
 class PairedSelfAttention(CausalWanSelfAttention):
@@ -81,7 +81,7 @@ class PairedSelfAttention(CausalWanSelfAttention):
             after[name][:, first:end] = rows[:, first - end + tokens :]
         recent = max(sink, end - (self.max_attention_size - sink))
         seen = (torch.cat([after[name][:, :sink], after[name][:, recent:end]], dim=1) for name in ("k", "v"))
-        return self.o(attention(q, *seen).flatten(2)), (current_end, end, {**after, "again": again})
+        return apply(self.o, attention(q, *seen).flatten(2)), (current_end, end, {**after, "again": again})
 
 
 class CausalWanAttentionBlock(nn.Module):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import small_self_forcing as small
 import torch
-from plain_self_forcing import CausalInferencePipeline
 from torch import nn
 
 from worldkv_kernels.integrations import attach
@@ -20,15 +19,13 @@ class Pipeline(nn.Module):
     def __init__(self, args, device):
         super().__init__()
         assert args == ["configs/default_config.yaml", "configs/self_forcing_dmd.yaml"] and device == "cpu"
-        inner = small.pipeline(small.make_model())
-        inner.draw, self.inner, self.generator = None, [inner], inner.generator
-        self.local_attn_size = -1
+        self.inner = small.pipeline(small.make_model())
+        self.generator, self.local_attn_size = self.inner.generator, -1
 
     def inference(self, noise, text_prompts):
-        (self.inner[0].local_attn_size,) = {self.local_attn_size}
+        self.inner.local_attn_size = self.local_attn_size
         conditions = {"prompt_embeds": (small.TEXT * len(text_prompts[0])).to(noise.dtype)}
-        self.latents = CausalInferencePipeline.inference(self.inner[0], noise, conditions)
-        return self.latents[:, :, :3].float().sigmoid()
+        return self.inner.inference(noise, conditions)[:, :, :3].float().sigmoid()
 
 
 @pytest.fixture
@@ -57,16 +54,16 @@ def example(monkeypatch, tmp_path):
 
 def test_it_makes_what_the_pipeline_makes_with_the_memory_attached(example, capsys):
     module, written = example
-    module.main(["--prompt", "A cat.", "--frames", "24", "--out", "cat.mp4"])
-    assert capsys.readouterr().out == "cat.mp4: 24 frames; 10 chunks brought back\n"
+    module.main(["--prompt", "A cat.", "--frames", "21", "--out", "cat.mp4"])
+    assert capsys.readouterr().out == "cat.mp4: 21 frames; 6 chunks brought back\n"
     ((path, (video, fps)),) = written.items()
-    assert (path, fps, video.dtype, video.shape) == ("cat.mp4", 16, torch.uint8, (24, 4, 6, 3))
+    assert (path, fps, video.dtype, video.shape) == ("cat.mp4", 16, torch.uint8, (21, 4, 6, 3))
 
     torch.manual_seed(0)
     pipe = Pipeline(["configs/default_config.yaml", "configs/self_forcing_dmd.yaml"], "cpu")
     pipe.generator.load_state_dict(torch.load("checkpoints/self_forcing_dmd.pt")["generator_ema"])
     pipe.to(dtype=torch.bfloat16)
-    noise = torch.randn(1, 24, small.CHANNELS, small.HEIGHT, small.WIDTH, dtype=torch.bfloat16)
+    noise = torch.randn(1, 21, small.CHANNELS, small.HEIGHT, small.WIDTH, dtype=torch.bfloat16)
     own = pipe.inference(noise, ["A cat."])
     attach(pipe.generator.model)
     wanted = pipe.inference(noise, ["A cat."])
