@@ -351,6 +351,7 @@ class InteractiveCausalInferencePipeline(CausalInferencePipeline):
         window = current_start_frame if self.local_attn_size == -1 else self.local_attn_size
         start = current_start_frame - min(window, current_start_frame)
         past = output[:, start:current_start_frame]
+        self.generator.model.block_mask = "as in training, and not heeded where there is a cache"
         level = torch.zeros(1, past.shape[1], dtype=torch.int64)
         self._pass(past, new_conditional_dict, level, start, sink_recache_after_switch=not self.global_sink)
         self._forget_text()

@@ -326,6 +326,18 @@ def test_past_chunks_that_are_recomputed_at_a_change_of_prompt_are_refused(globa
     assert torch.equal(generate(pipe), own)
 
 
+@pytest.mark.parametrize(("window", "switch"), [(-1, 3), (3, 6)])
+def test_the_newest_chunk_alone_may_be_recomputed(window, switch):
+    """The first one, or where the cache holds no other: it is one more pass over the same chunk."""
+    model = make_model(window, kind=plain.PairedCausalWanModel)
+    pipe = pipeline(model, plain.InteractiveCausalInferencePipeline, switches=[(switch, OTHER_TEXT)])
+    wanted, kept = generate(pipe), generate(pipeline(model, KeepsThePast, switches=[(switch, OTHER_TEXT)]))
+    assert relative_error(kept, wanted) > 1e-3
+    handle = attach_own_window(model)
+    assert relative_error(generate(pipe), wanted) < 1e-5
+    assert handle.stats()["chunks"] == CHUNKS
+
+
 # --- the documentation ---
 
 
@@ -383,6 +395,10 @@ def test_other_chunks_than_the_models_are_refused():
             pipe._pass(GIVEN[:, :3], {"prompt_embeds": TEXT}, torch.zeros(1, 1), 6)
         with pytest.raises(RuntimeError, match="attach: forward must have the pipeline's kv_cache, got none"):
             model(GIVEN, t=torch.zeros(1, 1), context=TEXT, seq_len=99)
+        model.block_mask = "of blocks"
+        with pytest.raises(RuntimeError, match="attach: the model's block_mask must be None, got one"):
+            generate(pipe, 2)
+        model.block_mask = None
         generate(pipe, 2)
         with pytest.raises(ValueError, match=r"x must be of \(3, 2, 3\) frames.* got \(6, 2, 3\)"), torch.no_grad():
             pipe._pass(GIVEN, {"prompt_embeds": TEXT}, torch.zeros(1, 1), 6)

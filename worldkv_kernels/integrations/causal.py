@@ -105,8 +105,8 @@ def attach(
     What is not supported, and is an error that says so:
 
     - two caches, as in guidance by two forwards: one memory serves one stream;
-    - passes over chunks that are history, as LongLive's `_recache_after_switch` makes at a change of prompt: let the
-      pipeline do what is said above in its place;
+    - passes over older chunks than the newest, as LongLive's `_recache_after_switch` makes at a change of prompt (let
+      the pipeline do what is said above in its place) and Krea's server before each block, with a `block_mask`;
     - a first chunk of one frame (independent_first_frame), or any other chunk of its own size;
     - a rollout that does not begin at token 0, a batch of several videos, training;
     - self-attention that something else has replaced: sequence parallel, quantised attention. The function that it
@@ -193,10 +193,19 @@ class CausalMemory(PatchedModel):
         """Forget the rollout; the next one goes along these poses, as attach's. RuntimeError once detached."""
         self._session.restart(poses, intrinsics)
 
+    @property
+    def _gives_pairs(self) -> bool:
+        return hasattr(self._model, _GIVES_PAIRS)
+
     @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
         if not given.get("kv_cache"):
             raise RuntimeError(f"{self._op}: forward must have the pipeline's kv_cache, got none, as in training")
+        if getattr(self._model, "block_mask", None) is not None and not self._gives_pairs:  # which heed none
+            raise RuntimeError(
+                f"{self._op}: the model's block_mask must be None, got one: where its code heeds that beside a "
+                f"kv_cache, the pass makes the cache of past chunks anew, and would be taken for one over a new chunk"
+            )
         frames, config = given["x"][0].shape[1] // self._patch_size[0], self._chunks.config
         start = int(given.get("current_start") or 0)
         if frames > config.chunk_frames and self._chunks.memory is not None:
@@ -212,7 +221,7 @@ class CausalMemory(PatchedModel):
 
     def _attention_of(self, attention: nn.Module, attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         forward = super()._attention_of(attention, attend)
-        if not hasattr(self._model, _GIVES_PAIRS):
+        if not self._gives_pairs:
             return forward
 
         def with_nothing_to_write(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
