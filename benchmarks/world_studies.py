@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from worldkv_kernels.journeys import Journey, turn_and_return
-from worldkv_kernels.memory.retrieval import FovRetrieval, PoseRetrieval
+from worldkv_kernels.memory.retrieval import ContentRetrieval, FovRetrieval, PoseRetrieval
 from worldkv_kernels.reference import compress_chunk
 from worldkv_kernels.worlds import looking
 
@@ -106,6 +106,22 @@ def turns_round_and_round(number: int) -> Journey:
     return _degrees(7.2 * frame + np.degrees(number), 8 * np.sin(frame / 5 + 1.7 * number), given=51)
 
 
+def twice_round(number: int) -> Journey:
+    """Two turns on the spot the same way, the first given, the second between its views and 2.5 degrees higher."""
+    frame = np.arange(36)
+    yaw, pitch = 10.0 * frame, 8 * np.sin(4 * np.pi * frame / 36 + 1.7 * number)
+    return _degrees(np.r_[yaw, yaw + 364.5] + np.degrees(number), np.r_[pitch, pitch + 2.5], given=36)
+
+
+def cuts(number: int) -> Journey:
+    """A turn, and then each of its chunks once more, beside its views, in an order drawn at random."""
+    frame = np.arange(36)
+    order = np.random.default_rng(number).permutation(12)
+    again = (3 * order[:, None] + np.arange(3)).ravel()
+    yaw, pitch = 7.0 * frame, 8 * np.sin(frame / 5 + 1.7 * number)
+    return _degrees(np.r_[yaw, yaw[again] - 3.15] + np.degrees(number), np.r_[pitch, pitch[again] + 2.5], given=36)
+
+
 def walk_and_return(number: int) -> Journey:
     """Out from the middle to .4 of the way to the wall, turning by 5 degrees a frame, and back beside that."""
     out = np.arange(45)
@@ -149,6 +165,18 @@ RETRIEVALS = [
     Memory("pose, nearest first", {**TWO, "order": "nearest_first"}),
     Memory("random", {**TWO, "retrieval": RandomRetrieval()}),
 ]
+CONTENTS = [
+    Memory("pose", TWO),
+    Memory("content", {**TWO, "retrieval": "content"}),
+    Memory("content, 3 chunks", {**TWO, "retrieval": "content", "retrieved_chunks": 3}),
+    Memory("content, 4 chunks", {**TWO, "retrieval": "content", "retrieved_chunks": 4}),
+    Memory("content, 3 chunks, diversity .5",
+           {**TWO, "retrieval": ContentRetrieval(diversity=0.5), "retrieved_chunks": 3}),
+    Memory("content, 3 chunks, none skipped",
+           {**TWO, "retrieval": ContentRetrieval(skip_newest=0), "retrieved_chunks": 3}),
+    Memory("random", {**TWO, "retrieval": RandomRetrieval()}),
+    SINK,
+]  # fmt: skip
 REBASE = [Memory("rebased", TWO), Memory("not rebased", {**TWO, "rebase_time": False})]
 
 
@@ -221,6 +249,9 @@ STUDIES = [
           sweeps_and_diagonal),
     Study("retrieval, round and round", "The same, where every view has near-copies?", RETRIEVALS,
           turns_round_and_round),
+    Study("content, turn and return", "What is retrieval worth that knows of no camera?", CONTENTS),
+    Study("content, twice round", "The same, where the camera goes on the same way?", CONTENTS, twice_round),
+    Study("content, cuts", "And where nothing seen says where it looks next?", CONTENTS, cuts),
     Study("rebase, 72 frames", "What is rebasing worth?", [*REBASE, FULL], partial(turn_and_return, 24)),
     Study("rebase, 144 frames", "And after longer?", [*REBASE, FULL], partial(turn_and_return, 48)),
     Study("rebase, 504 frames", "And after very long?", REBASE, partial(turn_and_return, 168), worlds=16),

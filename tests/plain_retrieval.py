@@ -6,7 +6,13 @@ import math
 
 import numpy as np
 
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, NearestPolicy, PoseRetrieval
+from worldkv_kernels.memory.retrieval import (
+    ActionRetrieval,
+    ContentRetrieval,
+    FovRetrieval,
+    NearestPolicy,
+    PoseRetrieval,
+)
 
 TIE = 1e-6
 
@@ -73,3 +79,46 @@ class Plain:
         pairs = np.triu_indices(len(chunks), k=1)
         scores = pose_distances(poses, poses, poses[-1])[pairs]
         return chunks[pairs[0][np.flatnonzero(scores <= scores.min() + TIE)[0]]]
+
+
+class PlainContents:
+    """What ContentRetrieval says in words, in float64."""
+
+    def __init__(self, policy: ContentRetrieval) -> None:
+        self.policy = policy
+
+    def select(self, current, candidates: dict, budget: int) -> list[int]:
+        chunks, picked = list(candidates), []
+        newest = chunks[-self.policy.skip_newest :] if 0 < self.policy.skip_newest < len(chunks) else []
+        for some in ([chunk for chunk in chunks if chunk not in newest], newest):
+            budget_of = min(budget - len(picked), len(some))
+            while budget_of > 0:
+                score = {chunk: self.score(current, chunk, candidates, newest, picked) for chunk in some}
+                score = {chunk: of for chunk, of in score.items() if chunk not in picked}
+                picked.append(min(chunk for chunk, of in score.items() if of <= min(score.values()) + TIE))
+                budget_of -= 1
+        return picked
+
+    def score(self, current, chunk: int, candidates: dict, newest: list[int], picked: list[int]) -> float:
+        def away(one) -> float:
+            return min(np.square(current.astype(float) - vector).sum() for vector in one.astype(float))
+
+        scale = max(away(content) for other, content in candidates.items() if other not in newest) or 1.0
+        bonus = 0.0
+        if picked and self.policy.diversity:
+            bonus = min(min(apart(candidates[one], candidates[chunk]) / scale, 1.0) for one in picked)
+        return min(away(candidates[chunk]) / scale, 1.0) - self.policy.diversity * bonus
+
+    def drop(self, candidates: dict) -> int:
+        chunks, contents = list(candidates), list(candidates.values())
+        if len(chunks) == 1:
+            return chunks[0]
+        scale = max(apart(contents[-1], content) for content in contents) or 1.0
+        pairs = np.triu_indices(len(chunks), k=1)
+        scores = np.array([apart(contents[i], contents[j]) / scale for i, j in zip(*pairs, strict=True)])
+        return chunks[pairs[0][np.flatnonzero(scores <= scores.min() + TIE)[0]]]
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    squares = np.square(one.astype(float)[:, None] - other.astype(float)[None]).sum(axis=2)
+    return 0.5 * (squares.min(axis=0).mean() + squares.min(axis=1).mean())

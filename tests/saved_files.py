@@ -15,7 +15,13 @@ import torch
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
 from worldkv_kernels.actions import LAYOUTS, Actions
 from worldkv_kernels.memory import saving
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
+from worldkv_kernels.memory.retrieval import (
+    ActionRetrieval,
+    ContentRetrieval,
+    FovRetrieval,
+    OfficialPoseRetrieval,
+    PoseRetrieval,
+)
 from worldkv_kernels.saved import Rows
 
 SIZES = dict(
@@ -33,6 +39,7 @@ KINDS = {
     "sink_recent": (dict(mode="sink_recent", retrieval="action"), 5),
     "unbounded": (dict(bank_chunks=None, rope=Rope3D(64)), 5),
     "without a rope": (dict(mode="sliding", rope=None), 5),
+    "content": (dict(retrieval=ContentRetrieval(skip_newest=1, diversity=0.3)), 8),
     "in 4 bits": (dict(bank_bits=4), 8),
     "turned": (dict(bank="host", recent_frames=4, keep_ratio=0.8), 9),
 }

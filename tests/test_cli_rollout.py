@@ -294,10 +294,10 @@ def test_each_option_reaches_the_memory(tmp_path):
     assert of_worldkv(tmp_path, *corner)["chunks"][8]["retrieved"] == [4, 5]
     assert of_worldkv(tmp_path, *corner, "--diversity", "1")["chunks"][8]["retrieved"] == [1, 5]
     chosen = {}
-    for policy in ("pose", "fov --depth-range 0.5 9", "fov --depth-range 0.2 2"):
+    for policy in ("pose", "fov --depth-range 0.5 9", "fov --depth-range 0.2 2", "content"):
         turn = ["--trajectory", "forward*40,left*40,back*27", "--retrieved-chunks", "1", "--retrieval", *policy.split()]
         chosen[policy] = [chunk["retrieved"] for chunk in of_worldkv(tmp_path, *turn)["chunks"][6:]]
-    assert list(chosen.values()) == [[[3], [4], [5]], [[3], [2], [1]], [[3], [2], [2]]]
+    assert list(chosen.values()) == [[[3], [4], [5]], [[3], [2], [1]], [[3], [2], [2]], [[3], [3], [1]]]
 
 
 def test_the_seed_is_that_of_weights_and_noise(tmp_path):
@@ -328,7 +328,7 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--model", "large"], "--model must be one of small_world, lingbot_world_fast, matrix_game_2, got 'large'"),
         (["--modes", "full,fast"], "--modes must be one of worldkv, full, sliding, sink_recent, got 'fast'"),
         (["--modes", ""], "--modes must be one of .*, got ''"),
-        (["--retrieval", "sound"], "--retrieval must be one of pose, fov, action, got 'sound'"),
+        (["--retrieval", "sound"], "--retrieval must be one of pose, fov, action, content, got 'sound'"),
         (["--depth-range", "1", "9"], "--depth-range must go with --retrieval fov, got --retrieval pose"),
         (["--retrieval", "fov", "--depth-range", "9", "1"], "--depth-range must be 1e-09 <= NEAR < FAR <= .*, got 9 1"),
         (["--retrieval", "fov", "--depth-range", "1", "inf"], "--depth-range must be 1e-09 <= .*, got 1 inf"),
@@ -367,7 +367,7 @@ def test_the_callers_threads_are_left_alone(capsys):
         (["--trajectory", "x" * 5000], "--trajectory: must be an existing folder, or moves .*, got 'xxx"),
         (["--actions", ""], "--actions must go with --model matrix_game_2, got --model small_world"),
         (["--weights", ""], "--weights must be left out with --random, got ''"),
-        (["--retrieval", ""], "--retrieval must be one of pose, fov, action, got ''"),
+        (["--retrieval", ""], "--retrieval must be one of pose, fov, action, content, got ''"),
         (["--dtype", ""], "--dtype must be one of bfloat16, float16, float32, got ''"),
         (["--keep-ratio", "nan"], "--keep-ratio must be .*, got nan"),
         (["--diversity", "nan"], "--diversity must be from 0 to 1, got nan"),

@@ -116,8 +116,15 @@ def test_warming_up_changes_nothing(options, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bank": "host"}, {"rebase_time": True}, {"bank_bits": 4}, {"bank": "host", "bank_bits": 8}],
-    ids=["device", "host", "rebase", "4 bits", "host, 8 bits"],
+    [
+        {},
+        {"bank": "host"},
+        {"rebase_time": True},
+        {"bank_bits": 4},
+        {"bank": "host", "bank_bits": 8},
+        {"retrieval": "content", "recent_frames": 0},
+    ],
+    ids=["device", "host", "rebase", "4 bits", "host, 8 bits", "by content"],
 )
 def test_chunks_made_by_replays_are_those_of_the_ops(options):
     """Of a graph captured where nothing is retrieved yet."""

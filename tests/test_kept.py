@@ -10,16 +10,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_retrieval import Plain
+from plain_retrieval import Plain, PlainContents
 
 import worldkv_kernels.memory.frusta as frusta_module
 import worldkv_kernels.memory.kept as kept_module
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.frusta import Frusta
-from worldkv_kernels.memory.kept import KeptDescriptions, KeptPoses, KeptViews, keep
+from worldkv_kernels.memory.kept import KeptContents, KeptDescriptions, KeptPoses, KeptViews, keep
 from worldkv_kernels.memory.pairs import Pairs
 from worldkv_kernels.memory.pool import Pool
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
+from worldkv_kernels.memory.retrieval import (
+    ActionRetrieval,
+    ContentRetrieval,
+    FovRetrieval,
+    OfficialPoseRetrieval,
+    PoseRetrieval,
+)
 from worldkv_kernels.memory.store import WholeStore
 
 CAMERA = np.array([[300.0, 300.0, 200.0, 150.0]])
@@ -118,6 +124,39 @@ def test_sessions_choose_as_brute_force_does(**session):
 @given(**sessions)
 def test_thousands_of_sessions_choose_as_brute_force_does(**session):
     check_session(**session, length=60)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    seed=st.integers(0, 2**31), capacity=st.integers(1, 9), diversity=st.sampled_from([0.0, 0.5, 1.0]),
+    skip=st.integers(0, 5), values=st.sampled_from([2, 4, 100]), vectors=st.integers(1, 3), first=st.integers(0, 2),
+)  # fmt: skip
+def test_contents_are_chosen_as_brute_force_does(seed, capacity, diversity, skip, values, vectors, first):
+    """Of small integers, of which sums are exact and many are ties; chunk by chunk by the policy itself, too."""
+    rng, policy = np.random.default_rng(seed), ContentRetrieval(skip_newest=skip, diversity=diversity)
+    bank, plain = bank_of(policy, capacity), PlainContents(policy)
+    kept: dict[int, np.ndarray] = {}
+    for chunk in range(25):
+        content = rng.integers(values, size=(vectors, 3)).astype(np.float32)
+        current, budget = rng.integers(values, size=3).astype(np.float32), int(rng.integers(0, 5))
+        on_offer = {number: of for number, of in kept.items() if number >= first}
+        chosen = plain.select(current, on_offer, budget)
+        assert bank.select("test", current, budget, first=first) == chosen
+        assert policy.select(current, list(on_offer.items()), budget) == chosen
+        if chunk >= first and rng.random() < 0.5:
+            coming = bank.select("test", current, budget, first=first, coming=(chunk, content))
+            assert coming == plain.select(current, {**on_offer, chunk: content}, budget)
+        kept[chunk] = content
+        if len(kept) > capacity:
+            given_up = plain.drop(kept)
+            assert policy.drop(list(kept.items())) == given_up
+            del kept[given_up]
+        bank.slot_to_fill(chunk, content)
+        assert list(bank._place) == list(kept)
+        assert all(np.array_equal(bank.description(number), of) for number, of in kept.items())
+        free = {number: of for number, of in kept.items() if rng.random() < 0.7}
+        if free:
+            assert bank._kept.drop(kept.keys() - free.keys()) == plain.drop(free)
 
 
 @pytest.mark.parametrize("kind", PATHS)
@@ -222,7 +261,8 @@ def test_who_chooses_in_a_way_of_its_own_is_asked():
     patched.select = lambda current, candidates, budget: []
     for policy in (OwnDrop(), OwnDistances(), OfficialPoseRetrieval(), patched):
         assert type(keep(policy, 3)) is KeptDescriptions
-    for policy, kept in ((PoseRetrieval(), KeptPoses), (ActionRetrieval(), KeptPoses), (FovRetrieval(), KeptViews)):
+    policies = (PoseRetrieval(), ActionRetrieval(), FovRetrieval(), ContentRetrieval())
+    for policy, kept in zip(policies, (KeptPoses, KeptPoses, KeptViews, KeptContents), strict=True):
         assert type(keep(policy, 3)) is kept
         assert type(keep(copy.deepcopy(policy), 3)) is kept
     poses = camera_path("turn", np.random.default_rng(3), 8, 1.0, 0.0)

@@ -37,6 +37,7 @@ def drawn(seed: int) -> tuple[MemoryConfig, torch.dtype]:
         device_slots=of.choice((None, max(1, retrieved) + of.randint(0, 3))),
         rebase_time=rope is not None and of.random() < 0.5, retrieved_log_weight=of.choice((0, 0, 0.5)),
         unattended_chunks=of.choice((0, 0, 1, 2)), bank_sink=of.random() < 0.2, merge_pruned=of.random() < 0.5,
+        retrieval=of.choice(("pose", "pose", "content")),
     )  # fmt: skip
     return config, of.choice((torch.bfloat16, torch.float16, torch.float32))
 
@@ -75,7 +76,9 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
     anew = [getattr(of_layers, name) for name in ("tiles", "tail_rows", "_steps", "_shared")] if of_layers else []
     assert bytes_of([x.on_device for x in of_window if x] + anew) == sizes.tables
     assert bytes_of([x.on_device for x in of_rotations]) == sizes.rotations
-    assert bytes_of([x.on_host for x in [*of_window, *of_rotations] if x]) == sizes.host_tables
+    on_host = [x.on_host for x in [*of_window, *of_rotations] if x]
+    contents = memory._contents
+    assert bytes_of([*on_host, contents._on_host if contents else ()]) == sizes.host_tables
     assert bytes_of(memory._bank._cache.arena.rows if config.caches_bank else ()) == sizes.host_bank
     assert bytes_of(memory) == sizes.device + sizes.host
     memory.begin_chunk(np.tile(np.eye(4), (config.chunk_frames, 1, 1)))
@@ -92,7 +95,7 @@ def test_the_walk_meets_every_kind_of_config():
     for seen in (
         {c.rope is None for c in configs}, {c.turns_segments for c in configs}, {c.weighs_segments for c in configs},
         {c.gap_chunks > 0 for c in configs}, {c.sink_frames % c.chunk_frames > 0 for c in configs},
-        {c.caches_bank and c.device_slots is not None for c in configs},
+        {c.caches_bank and c.device_slots is not None for c in configs}, {c.takes_contents for c in configs},
     ):  # fmt: skip
         assert seen == {True, False}
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from worldkv_kernels.cli import main, photographs
-from worldkv_kernels.recall import MODES, Scene, pan_and_return, recall, revisited, to_values, to_view, yaw_poses
+from worldkv_kernels.recall import (
+    MODES,
+    RecallMode,
+    Scene,
+    pan_and_return,
+    recall,
+    revisited,
+    to_values,
+    to_view,
+    yaw_poses,
+)
 
 skimage = pytest.importorskip("skimage", reason="scikit-image, which brings the photographs, is not installed")
 Image = pytest.importorskip("PIL.Image")
@@ -65,6 +75,17 @@ def test_what_a_window_has_lost_stays_lost():
     sliding = recall(scene, MODES[1], pan_and_return(48, 4.0))
     assert sliding.mode.name == "sliding window" and len(sliding.psnr) == 9
     assert max(sliding.psnr) < 16 and sliding.psnr[-1] < 13  # a grey view of noise has 11 or so
+
+
+@pytest.mark.parametrize("photo", ["astronaut", "coffee"])
+def test_without_poses_content_recalls_as_much(photo):
+    _, image = photographs.load(argparse.Namespace(image=None, photo=photo))
+    scene, yaws = Scene(image, torch.device("cpu")), pan_and_return(90, 4.0)
+    found = {}
+    for retrieval in ("pose", "content"):
+        result = recall(scene, RecallMode(retrieval, {"keep_ratio": 0.25, "retrieval": retrieval}), yaws)
+        found[retrieval] = np.mean(result.psnr)
+    assert found["content"] > found["pose"] - 1 > 30
 
 
 def test_views_and_values_are_what_they_say():

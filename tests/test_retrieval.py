@@ -369,5 +369,7 @@ def test_make_policy():
     for policy in (PoseRetrieval(), FovRetrieval(), OfficialPoseRetrieval()):
         assert isinstance(policy, RetrievalPolicy)
     for wrong in ("poses", None, 3, PoseRetrieval, object()):
-        with pytest.raises(ValueError, match="retrieval must be 'pose', 'fov', 'action', 'content' or a RetrievalPolicy, got"):
+        with pytest.raises(
+            ValueError, match="retrieval must be 'pose', 'fov', 'action', 'content' or a RetrievalPolicy, got"
+        ):
             make_policy(wrong)

@@ -11,7 +11,13 @@ from saved_files import begin, same_state, walk
 
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory
 from worldkv_kernels.actions import ActionIntegrator
-from worldkv_kernels.memory.retrieval import ActionRetrieval, FovRetrieval, OfficialPoseRetrieval, PoseRetrieval
+from worldkv_kernels.memory.retrieval import (
+    ActionRetrieval,
+    ContentRetrieval,
+    FovRetrieval,
+    OfficialPoseRetrieval,
+    PoseRetrieval,
+)
 
 AFTER = 20  # chunks
 diversities = st.sampled_from([0.0, 0.3, 1.0])
@@ -32,6 +38,7 @@ POLICIES = {
         diversity=diversities,
     ),
     "official": st.builds(OfficialPoseRetrieval),
+    "content": st.just("content") | st.builds(ContentRetrieval, skip_newest=st.integers(0, 5), diversity=diversities),
 }
 BASELINES = ("full", "sliding", "sink_recent")
 

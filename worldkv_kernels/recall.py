@@ -186,7 +186,7 @@ def recall(
         frames = range(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
         truth = [scene.view(yaws[frame]) for frame in frames]
         keys = torch.cat([scene.keys(yaws[frame]) for frame in frames]).to(dtype)
-        plan = memory.begin_chunk(poses[frames.start : frames.stop])
+        plan = memory.begin_chunk(None if config.takes_contents else poses[frames.start : frames.stop])
         pictures = truth
         if not seen.isdisjoint(frames):
             nothing = torch.zeros_like(keys)

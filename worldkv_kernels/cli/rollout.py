@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..memory.config import BANK_BITS, MODES, ORDERS, MemoryConfig
-from ..memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
+from ..memory.retrieval import ActionRetrieval, ContentRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
 from ..memory.room import check_room, least_chunks
 from ..memory.world_memory import WorldMemory
 from ..models.checkpoint import write_tensors
@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="added to the scores of retrieved tokens: 0.69 lets each count twice (default: 0)")  # fmt: skip
     add("--sink-frames", type=report.integer(0), help="latent frames kept from the start (default: the model's own)")
     add("--recent-frames", type=report.integer(0), help="past latent frames kept whole (default: the model's own)")
-    add("--retrieval", help="by pose, by fov, the overlap of the views, or by action, the pose that a player's actions "
-        "lead to (default: action for matrix_game_2, else pose)")  # fmt: skip
+    add("--retrieval", help="by pose, by fov, the overlap of the views, by action, the pose that a player's actions lead "
+        "to, or by content, for which no camera is known (default: action for matrix_game_2, else pose)")  # fmt: skip
     add("--depth-range", type=report.number, nargs=2, metavar=("NEAR", "FAR"),
         help="of the views' overlap (default: 1 50)")  # fmt: skip
     add("--diversity", type=report.number, default=0.0, help="0 to 1: avoid near-copies (default: %(default)s)")
@@ -263,7 +263,7 @@ def _policy(args: argparse.Namespace, motion: Motion) -> RetrievalPolicy:
     plays = motion.integrator is not None
     if args.retrieval is None:
         args.retrieval = "action" if plays else "pose"
-    name = _one_of("--retrieval", args.retrieval, ("pose", "fov", "action"))
+    name = _one_of("--retrieval", args.retrieval, ("pose", "fov", "action", "content"))
     if name == "action" and not plays:
         raise ValueError(f"--retrieval action must go with --model matrix_game_2, got --model {args.model}")
     if not 0 <= args.diversity <= 1:
@@ -273,6 +273,8 @@ def _policy(args: argparse.Namespace, motion: Motion) -> RetrievalPolicy:
             raise ValueError(f"--depth-range must go with --retrieval fov, got --retrieval {name}")
         if name == "action":
             return ActionRetrieval(motion.integrator, diversity=args.diversity)
+        if name == "content":
+            return ContentRetrieval(diversity=args.diversity)
         return PoseRetrieval(diversity=args.diversity)
     near, far = args.depth_range or (1.0, 50.0)
     if not 1 / _DEEPEST <= near < far <= _DEEPEST:

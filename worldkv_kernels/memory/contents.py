@@ -64,7 +64,8 @@ def as_content(op: str, name: str, given: object, axes: tuple[str, ...], like: n
     """
     shape = list(axes) if like is None else list(like.shape[-len(axes) :])
     wanted = f"[{', '.join(map(str, shape))}]"
-    array = as_real(op, name, f"an array {wanted}", given).astype(np.float32)
+    with np.errstate(over="ignore"):
+        array = as_real(op, name, f"an array {wanted}", given).astype(np.float32)
     if array.ndim != len(axes) or not array.size or (like is not None and list(array.shape) != shape):
         before = "" if like is None else " as in the chunks before"
         raise ValueError(f"{op}: {name} must be {wanted}{before}, got {list(array.shape)}")

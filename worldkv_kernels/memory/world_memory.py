@@ -88,8 +88,8 @@ class WorldMemory:
         self.integrator = self._views.integrator
         self._may_ask_ahead = getattr(policy, "stateless", False)
         self._foresees = config.caches_bank and config.prefetch and self._may_ask_ahead and not config.takes_contents
-        self._contents = Contents(content_shape(config), self.device) if config.takes_contents else None
         self._storage = Storage(config, policy, device=self.device, dtype=dtype, backend=backend)
+        self._contents = Contents(content_shape(config), self.device) if config.takes_contents else None
         self._pool, self._bank = self._storage.pool, self._storage.bank
         rope = config.make_rope()
         self._rotations = None
