@@ -44,6 +44,8 @@ import worldkv_kernels
 for package, modules in {"models": ["small_world", "rollout"], "integrations": ["lingbot", "matrix_game"]}.items():
     for module in modules:
         assert getattr(getattr(worldkv_kernels, package), module).__name__ == f"worldkv_kernels.{package}.{module}"
+from worldkv_kernels.integrations import attach, detach
+assert (attach.__module__, detach.__module__) == ("worldkv_kernels.integrations.causal",) * 2
 assert worldkv_kernels.recall.Scene and worldkv_kernels.kernels and worldkv_kernels.trajectory.load
 """
     done = python("-c", program)

@@ -94,7 +94,7 @@ from worldkv_kernels.cli import main
 
 torch.set_num_threads(1)
 for example in re.findall(r"```python\n(.*?)```", Path(sys.argv[1]).read_text(), flags=re.DOTALL):
-    if not re.search(r"\.enable\(|rollout\(", example):
+    if not re.search(r"\.enable\(|attach\(|rollout\(", example):
         exec(compile(example, "README.md", "exec"), {})
 print(worldkv_kernels.__file__)
 main(["doctor", "--device", "cpu"])

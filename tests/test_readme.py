@@ -22,8 +22,8 @@ EVERY_EXAMPLE = [
     for page in PAGES
     for i, block in enumerate(BLOCK.findall(page.read_text()))
 ]
-# These need a pipeline: the first is run by test_integrations_lingbot.
-OF_PIPELINES = ("lingbot.enable(", "matrix_game.enable(")
+# These need a pipeline: test_integrations_lingbot and test_integrations_attach run theirs.
+OF_PIPELINES = ("lingbot.enable(", "matrix_game.enable(", "attach(")
 
 
 @pytest.mark.parametrize("example", EVERY_EXAMPLE)

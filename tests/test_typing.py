@@ -29,7 +29,7 @@ from worldkv_kernels import (
     ActionRetrieval, FovRetrieval, MemoryConfig, PoseRetrieval, Rope3D, Segment, Window, WorldMemory, compress_chunk,
     dequantize_chunk, norm_rope_append, parse_actions, quantize_chunk, segment_attention,
 )
-from worldkv_kernels.integrations import lingbot, matrix_game
+from worldkv_kernels.integrations import attach, detach, lingbot, matrix_game
 from worldkv_kernels.models.matrix_game_2 import MatrixGame2
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
 from worldkv_kernels.models.rollout import rollout
@@ -92,6 +92,9 @@ def models(pipe: torch.nn.Module, poses: torch.Tensor) -> None:
     lingbot.disable(pipe)
     matrix_game.enable(pipe)
     matrix_game.disable(pipe)
+    chunks: int = attach(pipe, poses=poses, mode="worldkv").stats()["chunks"]
+    attach(pipe, grid=chunks)  # type: ignore[arg-type]
+    detach(pipe)
 """
 
 

@@ -1,8 +1,9 @@
 """The memory in models' own code.
 
 `integrations.lingbot` and `integrations.matrix_game` put a WorldMemory into the published code of their models by two
-lines; it is made in the pipeline's first forward, where device, dtype and size are known. For another model that makes
-video chunk by chunk with a KV cache (the Self-Forcing family), these are the calls:
+lines, and `integrations.attach(model)` into that of other causal video models made from Wan, Self-Forcing's and those
+that came of it; the memory is made in the pipeline's first forward, where device, dtype and size are known. For another
+model that makes video chunk by chunk with a KV cache, these are the calls:
 
 | who | calls | when |
 |---|---|---|
@@ -51,10 +52,17 @@ diffusers (0.42.1) has no Wan model with a KV cache over chunks for an attention
 AnyFlowFARTransformer3DModel is causal, but keeps unrotated keys and old frames at another patch size.
 """
 
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..lazy import submodule
 
+if TYPE_CHECKING:
+    from .causal import attach, detach
 
-def __getattr__(name: str) -> ModuleType:
+__all__ = ["attach", "detach"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(submodule(__name__, "causal"), name)
     return submodule(__name__, name)

@@ -12,7 +12,7 @@ import torch
 
 from ..actions import as_actions, video_frames
 from ..memory.config import MemoryConfig
-from ..memory.retrieval import ActionRetrieval, make_policy
+from ..memory.retrieval import ActionRetrieval, goes_by_content, make_policy
 from ..memory.world_memory import WorldMemory
 from ..poses import as_intrinsics, as_poses, convention_hint
 from ..tracing import untraced
@@ -165,6 +165,11 @@ class Chunks:
         """The chunk that is begun and not ended."""
         return self._chunk
 
+    @property
+    def of_rollout(self) -> int:
+        """The chunks of this rollout so far, with the current one."""
+        return self._done + (self._chunk is not None)
+
     def finish(self) -> None:
         """End the current chunk, when no pass over a next one will. Does nothing when there is none.
 
@@ -182,8 +187,7 @@ class Chunks:
         for one that is known beforehand to have so many.
         """
         if latent_frames is None:
-            begun = 0 if self._broken_off else self._done + (self._chunk is not None)
-            latent_frames = begun * self.config.chunk_frames
+            latent_frames = 0 if self._broken_off else self.of_rollout * self.config.chunk_frames
         if latent_frames >= 2 * self.config.chunk_frames:
             self._controls.check_used(latent_frames)
 
@@ -321,15 +325,16 @@ class _Controls:
     def __init__(self, name: str, config: MemoryConfig, poses: object, intrinsics: object, actions: object) -> None:
         self._name, self._frames = name, config.chunk_frames
         policy = make_policy(config.retrieval)
-        by_action = isinstance(policy, ActionRetrieval)
-        if config.has_bank:
+        by_action, by_content = isinstance(policy, ActionRetrieval), goes_by_content(policy)
+        if config.has_bank and not by_content:
             needed = {"actions": actions} if by_action else {"poses": poses}
             if policy.needs_intrinsics:
                 needed["intrinsics"] = intrinsics
             for kind, given in needed.items():
                 if given is None:
                     raise ValueError(f"{name}: {kind} must be given, or a callable, for this retrieval, got None")
-        for kind, given, taken in (("poses", poses, not by_action), ("actions", actions, by_action)):
+        taken_by = (("poses", poses, not (by_action or by_content)), ("actions", actions, by_action))
+        for kind, given, taken in taken_by:
             if given is not None and not taken:
                 raise ValueError(
                     f"{name}: {kind} must be None for retrieval {config.retrieval!r}, got {type(given).__name__}"

@@ -9,7 +9,6 @@ and the pipeline's own `generate(..., frame_num=frame_num)` runs as it is, with 
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -22,9 +21,8 @@ from ..memory.config import MemoryConfig
 from ..poses import as_poses, interpolated
 from ..tracing import untraced
 from ..trajectory import latent_frames
-from . import patched
-from .chunks import Chunks
-from .patched import PatchedModel
+from . import causal, checked, patched
+from .causal import CausalMemory
 
 _OP = "lingbot"
 _MODEL = "LingBot-World-Fast's WanModelFast (a pipeline's .model)"
@@ -46,13 +44,7 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int], **options: Any) ->
 
     Raises TypeError when the model is not of that class, and what MemoryConfig raises.
     """
-    attentions = patched.attentions_of(_OP, patched.unwrapped(model), _MODEL)
-    fields = {**patched.sizes_of(attentions), **options}
-    window, sink = attentions[0].local_attn_size, attentions[0].sink_size
-    if window > 0:
-        chunk = fields.get("chunk_frames", MemoryConfig.chunk_frames)
-        fields = {"sink_frames": sink, "recent_frames": max(0, window - sink - chunk), **fields}
-    return MemoryConfig(**fields, grid=grid)
+    return causal.config_of(_OP, _attentions_of(model), grid, options)
 
 
 def latent_poses(poses: object, frame_num: int, *, chunk_frames: int = 3) -> np.ndarray:
@@ -151,18 +143,10 @@ def enable(
     RuntimeError when the model is enabled already, something else has replaced its attention, or it runs in sequence
     parallel on more than one device.
     """
-    wrapper, model = patched.called(model), patched.unwrapped(model)
-    attentions = patched.attentions_of(_OP, model, _MODEL)
-    patched.check_free(_OP, model, attentions, allowed=(_SEQUENCE_PARALLEL,))
-    _check_alone(attentions)
-    keep_grid = config is not None or grid is not None
-    config = patched.config_of(_OP, model, config, grid, fields, memory_config)
-    patched.check_sizes(_OP, model, attentions, config)
-    patched.check_choices(_OP, dtype, backend)
-    chunks = Chunks(_OP, config, poses, intrinsics)
-    return LingBotMemory(
-        _OP, wrapper, attentions, chunks, keep_grid=keep_grid, dtype=dtype, backend=backend, graph=graph,
-        signature=inspect.signature(model.forward),
+    return causal.put(
+        LingBotMemory, f"{_OP}.enable", model, config, memory_config, _attentions_of(model), poses=poses,
+        intrinsics=intrinsics, alone=(_SEQUENCE_PARALLEL,), grid=grid, dtype=dtype, backend=backend, graph=graph,
+        fields=fields,
     )  # fmt: skip
 
 
@@ -172,19 +156,15 @@ def disable(model: nn.Module) -> None:
     In the middle of a rollout its own code then has no past to go on from, and makes NaN: start a new one, which is as
     it would have been, also of a pipeline that keeps its caches.
     """
-    patched.disable(_OP, model)
+    patched.disable(f"{_OP}.disable", model)
 
 
-class LingBotMemory(PatchedModel):
+class LingBotMemory(CausalMemory):
     """A model with a memory: what `enable` returns."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._told: set[str] = set()
-
-    def restart(self, poses: object = None, intrinsics: object = None) -> None:
-        """Forget the rollout; the next one goes along these poses, as enable's. RuntimeError once disabled."""
-        self._session.restart(poses, intrinsics)
 
     @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
@@ -211,12 +191,5 @@ class LingBotMemory(PatchedModel):
             warnings.warn(f"{_OP}: {text}", stacklevel=2)
 
 
-def _check_alone(attentions: list[nn.Module]) -> None:
-    replaced = any("forward" in attention.__dict__ for attention in attentions)
-    if replaced and torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise RuntimeError(
-                f"{_OP}.enable: sequence parallel is supported on 1 device, got {size}: each would need the memory "
-                f"of its own heads. Load the model with use_sp=False, one process a session"
-            )
+def _attentions_of(model: nn.Module) -> list[nn.Module]:
+    return checked.attentions_of(_OP, checked.unwrapped(model), _MODEL)

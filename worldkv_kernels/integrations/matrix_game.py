@@ -18,7 +18,7 @@ from ..actions import LAYOUTS, ActionIntegrator, Actions, video_frames
 from ..memory.config import MemoryConfig
 from ..memory.retrieval import ActionRetrieval, make_policy
 from ..tracing import untraced
-from . import patched
+from . import checked, patched
 from .chunks import Chunks
 from .patched import PatchedModel
 
@@ -39,9 +39,9 @@ def memory_config(model: nn.Module, *, grid: tuple[int, int] = (22, 40), **optio
     Raises TypeError when the model is not of that class, ValueError when its keys are of no layout and no retrieval is
     given, and what MemoryConfig raises.
     """
-    model = patched.unwrapped(model)
-    attentions = patched.attentions_of(_OP, model, _MODEL)
-    fields = {**patched.sizes_of(attentions), "chunk_frames": _CHUNK_FRAMES, "sink_frames": 0, **options}
+    model = checked.unwrapped(model)
+    attentions = checked.attentions_of(_OP, model, _MODEL)
+    fields = {**checked.sizes_of(attentions), "chunk_frames": _CHUNK_FRAMES, "sink_frames": 0, **options}
     if "recent_frames" not in options and model.local_attn_size > 0:
         fields["recent_frames"] = max(0, model.local_attn_size - fields["chunk_frames"])
     if "retrieval" not in options:
@@ -109,16 +109,16 @@ def enable(
     ValueError when the config does not agree with the model, a grid is in pixels, or what retrieval needs is missing or
     wrong; RuntimeError when the model is enabled already or something else has replaced its attention.
     """
-    wrapper, model = patched.called(model), patched.unwrapped(model)
-    attentions = patched.attentions_of(_OP, model, _MODEL)
-    patched.check_free(_OP, model, attentions)
+    wrapper, model = checked.called(model), checked.unwrapped(model)
+    attentions = checked.attentions_of(_OP, model, _MODEL)
     keep_grid = config is not None or grid is not None
     if config is None and poses is not None:
         fields = {"retrieval": "pose", **fields}
-    config = patched.config_of(_OP, model, config, grid, fields, memory_config)
-    patched.check_sizes(_OP, model, attentions, config)
+    config = checked.config_for(
+        f"{_OP}.enable", wrapper, attentions, config, memory_config, grid=grid, fields=fields, dtype=dtype,
+        backend=backend, graph=graph,
+    )  # fmt: skip
     _check_layout(model, config)
-    patched.check_choices(_OP, dtype, backend)
     pressed = _Pressed(config)
     if actions is None and pressed.needed:
         actions = pressed.of
@@ -137,7 +137,7 @@ def disable(model: nn.Module) -> None:
     In the middle of a rollout its own code then has no past to go on from, and makes NaN: start a new one, which is as
     it would have been, also of a pipeline that keeps its caches.
     """
-    patched.disable(_OP, model)
+    patched.disable(f"{_OP}.disable", model)
 
 
 class MatrixGameMemory(PatchedModel):

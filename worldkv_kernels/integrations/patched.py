@@ -6,30 +6,21 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import fields as dataclass_fields
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checks import DTYPES, check_backend, describe
-from ..memory.config import MemoryConfig
 from ..memory.saving import WHERE_ROWS_LIE, differences, is_of_this_package, with_own_policy
 from ..memory.world_memory import WorldMemory
-from ..ops.all import EVERY_BACKEND
 from ..tracing import untraced
 from . import passes
+from .checked import HANDLE, unwrapped
 from .chunks import Chunks
 from .named import attend_of, names_for
 from .session import Session
-
-ATTENTION = "CausalWanSelfAttention"
-_HANDLE = "_worldkv"
-_TOKEN_PIXELS = 16
-_LONGEST_SIDE = 256  # tokens: 4096 pixels, which none of these models makes
 
 
 class PatchedModel:
@@ -64,19 +55,16 @@ class PatchedModel:
         self._sessions = weakref.WeakSet([self._session])
         self._keep_grid, self._dtype, self._backend = keep_grid, dtype, backend
         self._graph, self._signature = graph, signature
-        no_graphs = passes.why_not(model, self._model)
-        if graph and no_graphs:
-            raise ValueError(f"{op}.enable: graph must be None or False where {no_graphs}, got True")
-        self._may_be_graphs = graph is not False and no_graphs is None
+        self._may_be_graphs = graph is not False and passes.why_not(model, self._model) is None
         self._patch_size = tuple(self._model.patch_size)
         self._released: list[tuple[weakref.ref[torch.Tensor], torch.Size]] = []
         self._originals: list[tuple[nn.Module, Any]] = []
         names = names_for(self, len(attentions))  # of this handle, whichever session is in place: compiled code stays
         for layer, attention in enumerate(attentions):
             attend = attend_of(self, names, layer, chunks.config.num_heads)
-            self._replace(attention, _attention_of(attention, attend))
+            self._replace(attention, self._attention_of(attention, attend))
         self._replace(model, self._forward_of(model.forward, signature))
-        setattr(self._model, _HANDLE, self)
+        setattr(self._model, HANDLE, self)
 
     @property
     def memory(self) -> WorldMemory:
@@ -140,7 +128,7 @@ class PatchedModel:
             else:
                 module.forward = original
         self._originals = []
-        delattr(self._model, _HANDLE)
+        delattr(self._model, HANDLE)
         for released, shape in self._released:
             tensor = released()
             if tensor is not None and not tensor.numel():
@@ -294,6 +282,16 @@ class PatchedModel:
                 self._released = [pair for pair in self._released if pair[0]() is not None]
                 self._released.append((weakref.ref(emptied), tensor.shape))
 
+    def _attention_of(self, attention: nn.Module, attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        """The forward of one layer's self-attention, x [1, tokens, dim] -> [1, tokens, dim]."""
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            q, k, v = attention.q(x)[0], attention.k(x)[0], attention.v(x)[0]
+            out = attend(q, k, v, _weight(attention.norm_q), _weight(attention.norm_k))
+            return attention.o(out.flatten(1)[None])
+
+        return forward
+
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._originals.append((module, module.__dict__.get("forward")))
         module.forward = forward
@@ -319,131 +317,12 @@ class PatchedModel:
         return untraced(forward, recursive=False)  # the original may be compiled, this may not
 
 
-def disable(op: str, model: nn.Module) -> None:
-    """Give a model its own attention back. Raises RuntimeError when it is not enabled."""
-    handle = getattr(unwrapped(model), _HANDLE, None)
+def disable(call: str, model: nn.Module) -> None:
+    """Give a model its own attention back. Raises RuntimeError when it is not enabled; `call` names what was called."""
+    handle = getattr(unwrapped(model), HANDLE, None)
     if handle is None:
-        raise RuntimeError(f"{op}.disable: model must be enabled, got one that is not")
+        raise RuntimeError(f"{call}: model must be enabled, got one that is not")
     handle.disable()
-
-
-def called(model: nn.Module) -> nn.Module:
-    """The module whose forward is to be replaced. What torch.compile made of it would go on with the one it has seen;
-    other wrappers copy the caches on their way in."""
-    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        model = model._orig_mod
-    return model
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside what torch.compile, FSDP or DDP made of it, however often; a mode of theirs is not its own."""
-    while True:
-        inner = getattr(module, "_orig_mod", getattr(module, "module", None))
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
-
-
-def attentions_of(op: str, model: nn.Module, wanted: str) -> list[nn.Module]:
-    """The self-attention of each block. Raises TypeError when the model is not of the published class, `wanted`."""
-    blocks = [unwrapped(block) for block in getattr(model, "blocks", ())]
-    attentions = [unwrapped(getattr(block, "self_attn", None)) for block in blocks]
-    wrong = [type(attention).__name__ for attention in attentions if not _is_attention(attention)]
-    if not attentions or wrong or not hasattr(model, "patch_size"):
-        got = f"a self_attn of {wrong[0]}" if wrong else type(model).__name__
-        raise TypeError(f"{op}: model must be {wanted}, with blocks whose self_attn is a {ATTENTION}, got {got}")
-    return attentions
-
-
-def _is_attention(module: object) -> bool:
-    """By its class or a base of it: fully_shard and swapping code derive a class of their own."""
-    return any(base.__name__ == ATTENTION for base in type(module).__mro__)
-
-
-def sizes_of(attentions: list[nn.Module]) -> dict[str, Any]:
-    """The fields of a MemoryConfig that the model determines."""
-    first = attentions[0]
-    return dict(num_layers=len(attentions), num_heads=first.num_heads, head_dim=first.head_dim, eps=first.eps)
-
-
-def config_of(
-    op: str,
-    model: nn.Module,
-    config: MemoryConfig | None,
-    grid: tuple[int, int] | None,
-    fields: dict[str, Any],
-    make: Callable[..., MemoryConfig],
-) -> MemoryConfig:
-    """What `enable` was given, or what `make`, memory_config, makes of the fields; any grid stands for one to be seen.
-
-    Raises TypeError where a config and fields are given, ValueError on a grid that looks like pixels, else as `make`.
-    """
-    given = ["grid"] * (grid is not None) + list(fields)
-    if config is not None and given:
-        raise TypeError(f"{op}.enable: {', '.join(given)} must be left out where a config is given, which has its own")
-    if config is None:
-        names = [field.name for field in dataclass_fields(MemoryConfig)]
-        for name in fields:
-            if name not in names:
-                near = get_close_matches(name, names, n=1)
-                wanted = f"an argument of enable or a field of MemoryConfig{f', such as {near[0]}' if near else ''}"
-                raise TypeError(f"{op}.enable: {name} must be {wanted}, got {describe(fields[name])}")
-        config = make(model, grid=(1, 1) if grid is None else grid, **fields)
-    if isinstance(config, MemoryConfig) and max(config.grid) > _LONGEST_SIDE:
-        pixels = tuple(side // _TOKEN_PIXELS for side in config.grid)
-        raise ValueError(
-            f"{op}.enable: grid must be (height, width) in tokens of {_TOKEN_PIXELS} x {_TOKEN_PIXELS} pixels, at most "
-            f"{_LONGEST_SIDE} each, got {config.grid}: as pixels it would be {pixels}"
-        )
-    return config
-
-
-def check_free(op: str, model: nn.Module, attentions: list[nn.Module], allowed: tuple[str, ...] = ()) -> None:
-    """Raise RuntimeError when the model is enabled, or its attention replaced by what is not named in `allowed`."""
-    if getattr(model, _HANDLE, None) is not None:
-        raise RuntimeError(f"{op}.enable: model must not be enabled, got one that is: disable it first")
-    for layer, attention in enumerate(attentions):
-        replaced = attention.__dict__.get("forward")
-        name = getattr(replaced, "__name__", repr(replaced))
-        if replaced is not None and name not in allowed:
-            raise RuntimeError(
-                f"{op}.enable: blocks[{layer}].self_attn.forward must be the model's own, got {name} in its place"
-            )
-
-
-def check_sizes(op: str, model: nn.Module, attentions: list[nn.Module], config: MemoryConfig) -> None:
-    """Raise TypeError on what is no MemoryConfig, ValueError when its sizes or rope are not the model's."""
-    if not isinstance(config, MemoryConfig):
-        wanted = f"a MemoryConfig, such as {op}.memory_config makes of the model"
-        raise TypeError(f"{op}.enable: config must be {wanted}, got {describe(config)}")
-    for field, value in sizes_of(attentions).items():
-        got = getattr(config, field)
-        if got != value:
-            raise ValueError(f"{op}.enable: config's {field} must be the model's {value}, got {got}")
-    rope, freqs = config.make_rope(), torch.view_as_real(model.freqs).cpu()
-    table = torch.from_numpy(rope.table(range(len(freqs)))) if rope is not None else None
-    if table is None or table.shape != freqs.shape or not torch.allclose(table, freqs.float(), atol=1e-5):
-        raise ValueError(f"{op}.enable: config's rope must be the model's, {list(freqs.shape[:2])} angles, got {rope}")
-
-
-def check_choices(op: str, dtype: torch.dtype | None, backend: str | None) -> None:
-    """Raise what WorldMemory would raise of these in the first forward, but for a backend that its device lacks."""
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"{op}.enable: dtype must be bfloat16, float16, float32 or None, got {dtype}")
-    check_backend(f"{op}.enable", backend)
-    if backend is not None and backend not in EVERY_BACKEND:
-        raise ValueError(f"{op}.enable: backend must be one of {', '.join(EVERY_BACKEND)}, got {backend!r}")
-
-
-def _attention_of(attention: nn.Module, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The forward of one layer's self-attention, x [1, tokens, dim] -> [1, tokens, dim]; the rest is the memory's."""
-
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        q, k, v = attention.q(x)[0], attention.k(x)[0], attention.v(x)[0]
-        out = attend(q, k, v, _weight(attention.norm_q), _weight(attention.norm_k))
-        return attention.o(out.flatten(1)[None])
-
-    return forward
 
 
 def _weight(norm: nn.Module) -> torch.Tensor | None:
