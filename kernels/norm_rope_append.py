@@ -169,7 +169,7 @@ def norm_rope_append(
     multiples of 16 bytes are read and written in wider pieces. Deterministic; does not allocate or synchronise. All
     tensors are on one GPU, which is the current one.
 
-    Limits: no batch dimension, one session a call; K and V of as many heads and of one head_dim; no gradients.
+    Limits: no batch dimension, one session a call; V of K's heads and head_dim; no gradients.
 
     Raises ValueError or TypeError, before the launch, on shapes, dtypes and strides other than these, on rows outside
     the pools and on a grid larger than the table. Undefined, since not looked at: a first_row on the device that leads

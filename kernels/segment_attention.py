@@ -607,8 +607,8 @@ def segment_attention(
     allocator; does not synchronise. All tensors are on one GPU, which is the current one, of compute capability 8.0 or
     newer.
 
-    Limits: no batch dimension, one session a call; no mask, none for causality either; at most 128 heads; K and V of as
-    many heads and of one head_dim; no gradients.
+    Limits: no batch dimension, one session a call; no mask, none for causality either; at most 128 heads; V of K's
+    heads and head_dim; no gradients.
 
     Raises ValueError or TypeError, before any launch, on shapes, dtypes, strides and scales other than these.
     Undefined, since not looked at: tables that name rows outside the pool or no row at all, pool rows 2**24 elements

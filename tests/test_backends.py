@@ -13,7 +13,7 @@ import torch
 import torch.utils.backend_registration
 from conftest import DEVICE
 
-from worldkv_kernels import Rope3D, Segment, Window, segment_attention
+from worldkv_kernels import Rope3D, Segment, Window, norm_rope_append, segment_attention
 from worldkv_kernels.cli import doctor, main
 from worldkv_kernels.ops import cuda, proven
 from worldkv_kernels.ops.backends import LIBRARY, Backend, Cannot, OpBackends, on_current_device
@@ -275,6 +275,19 @@ def test_attention_from_what_the_cuda_kernel_does_not_take_is_a_kind_of_its_own(
         (0, False, False, False, False, True, True), (0, False, False, False, False, True, False),
         (7, False, False, False, False, True, False),
     )]  # fmt: skip
+
+
+def test_grouped_heads_are_kinds_of_their_own(monkeypatch):
+    seen = []
+    for op in (ATTENTION, APPEND):
+        monkeypatch.setattr(op, "choose", lambda *x: seen.append(x[2]) or (lambda *x, **y: None))
+    q, pool = torch.zeros(8, 4, 64), torch.zeros(128, 2, 64)
+    segment_attention(q, pool, pool, Window([Segment(0, 100)], device=CPU))
+    norm_rope_append(q.flatten(1), *torch.zeros(2, 8, 128), pool, pool.clone(), 0, rope=None, grid=(2, 2, 2))
+    assert seen == [
+        (torch.float32, 64, 0, False, False, False, True, True, True),
+        (torch.float32, 4, 2, 64, None, None, False, True, True),
+    ]
 
 
 def test_the_check_of_what_is_not_aligned_looks_at_such(monkeypatch):

@@ -84,8 +84,8 @@ def norm_rope_append(
         out: where q goes, [tokens, heads, head_dim], contiguous, apart from all other tensors; allocated when None.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
-    Limits: no batch dimension, one session a call; K and V of as many heads and of one head_dim; no gradients. Under
-    torch.compile a Rope3D that meets a new frame ends the graph; a RopeTable never does.
+    Limits: no batch dimension, one session a call; V of K's heads and head_dim; no gradients. Under torch.compile a
+    Rope3D that meets a new frame ends the graph; a RopeTable never does.
 
     Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32, by cosines and sines out of float64. Deterministic.
     Does not synchronise, but where a Rope3D meets a grid and frame that are none of its last few: their table is then

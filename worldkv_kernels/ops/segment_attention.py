@@ -118,8 +118,8 @@ def segment_attention(
             and heads of q and the pools start on multiples of 16 bytes and those of out on multiples of 4), or None for
             the automatic choice.
 
-    Limits: no batch dimension, one session a call; no mask, none for causality either; K and V of as many heads and of
-    one head_dim; no gradients.
+    Limits: no batch dimension, one session a call; no mask, none for causality either; V of K's heads and head_dim; no
+    gradients.
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). q . k and softmax in fp32; from q . k on their
     size costs no digit, up to 1e38 with the scale, which no fp16 reaches: sdpa on a CPU, whose scores lose digits from
