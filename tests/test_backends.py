@@ -290,6 +290,16 @@ def test_grouped_heads_are_kinds_of_their_own(monkeypatch):
     ]
 
 
+def test_the_check_of_grouped_heads_looks_at_such():
+    seen = []
+    for kind in [(torch.float16, 64, 0, False, False, False, grouped, True, True) for grouped in (False, True)]:
+        ATTENTION.small_case(CPU, kind)(lambda q, k, v, *x, **y: seen.append((q.shape[1], k.shape[1], v.shape[1])))
+    assert seen == [(2, 2, 2)] * 2 + [(4, 2, 2)] * 2  # in two windows each
+    kind = (torch.float16, 4, 2, 64, None, torch.float16, True, True, True)
+    APPEND.small_case(CPU, kind)(lambda q, k, v, *x, k_weight, **y: seen.append((q.shape, k.shape, len(k_weight))))
+    assert seen[4:] == [((30, 256), (30, 128), 128)]
+
+
 def test_the_check_of_what_is_not_aligned_looks_at_such(monkeypatch):
     aligned = []
     for is_aligned in (True, False):

@@ -13,7 +13,8 @@ from conftest import BENCHMARKS
 from worldkv_kernels.cli import main
 
 CPU = torch.device("cpu")
-SHAPE = "heads=3,kv_heads=1,q=40,head_dim=64,window=40x1+20x3,dtype=float16"
+SHAPE = "heads=3,kv_heads=3,q=40,head_dim=64,window=40x1+20x3,dtype=float16"
+GROUPED = SHAPE.replace("heads=3,kv_heads=3", "heads=4,kv_heads=2")
 BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "prefetch", "chunk", "rollout"]
 
 
@@ -28,9 +29,9 @@ def bench(tmp_path, *arguments):
     "name, shape, case, of_figure",
     [
         (
-            "segment_attention", SHAPE, "3 heads over 1, 40 queries, 100 keys, window 40x1+20x3, head_dim 64, float16",
-            {"heads": 3, "queries": 40, "tokens": 100, "keys": "40x1+20x3", "head_dim": 64, "dtype": "float16",
-             "kv_heads": 1},
+            "segment_attention", GROUPED, "4 heads over 2, 40 queries, 100 keys, window 40x1+20x3, head_dim 64, float16",
+            {"heads": 4, "queries": 40, "tokens": 100, "keys": "40x1+20x3", "head_dim": 64, "dtype": "float16",
+             "kv_heads": 2},
         ),
         (
             "norm_rope_append", "heads=3,head_dim=64,grid=2x3x4,dtype=float32", "24 tokens x 3 x 64, float32",

@@ -420,6 +420,11 @@ def test_bad_tensors_are_named(argument, value, error, wanted):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (
+            {"q": torch.zeros(8, 3, 64, device=DEVICE)},
+            ValueError,
+            "k_pool must be [256, kv_heads, 64] with kv_heads a divisor of q's 3 heads, got [256, 2, 64]",
+        ),
         ({"window": [Segment(0, 9)]}, TypeError, "window must be a worldkv_kernels.Window, got"),
         ({"window": Window([Segment(250, 7)], device=DEVICE)}, ValueError, "pool's 256 rows, got 'last row 256'"),
         *[

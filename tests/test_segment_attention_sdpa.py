@@ -270,6 +270,7 @@ def test_the_way_of_a_gpu_with_plain_attention(stand_in, heads):
             out, lse = torch.empty_like(q), torch.empty(heads, 9)
             sdpa._on_gpu(query, k, v, window.tables, out, lse, scale=0.125, has_shift=True, has_weight=False)
             assert relative_error(out, want) <= 1e-3 and relative_error(lse, want_lse) <= 1e-3
+    assert [grouped for _, _, _, grouped, _ in sdpa._faults] == [heads == 4]  # what was tried
 
 
 def ignores_the_lengths(*args):

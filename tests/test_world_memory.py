@@ -104,6 +104,7 @@ def test_grouped_heads_are_as_pools_in_which_they_are_repeated(bits):
     grouped = tiny(num_layers=2, num_heads=4, num_kv_heads=2, bank_bits=bits)
     rollout = Rollout(grouped, 3, 9)
     memory, repeated = make(grouped), make(dataclasses.replace(grouped, num_kv_heads=4))
+    memory.warm_up(*rollout.weights[0])
 
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (2, HEAD_DIM)).repeat_interleave(2, dim=-2).flatten(-2)
