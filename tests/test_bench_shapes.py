@@ -29,7 +29,8 @@ def bench(tmp_path, *arguments):
     "name, shape, case, of_figure",
     [
         (
-            "segment_attention", GROUPED, "4 heads over 2, 40 queries, 100 keys, window 40x1+20x3, head_dim 64, float16",
+            "segment_attention", GROUPED,
+            "4 heads over 2, 40 queries, 100 keys, window 40x1+20x3, head_dim 64, float16",
             {"heads": 4, "queries": 40, "tokens": 100, "keys": "40x1+20x3", "head_dim": 64, "dtype": "float16",
              "kv_heads": 2},
         ),
