@@ -42,7 +42,7 @@ lengths = [num for _, num, *_ in segments]
 rows = torch.cat([torch.arange(first, first + num) for first, num, *_ in segments])
 shifts = torch.cat([torch.full((num,), shift) for _, num, shift, *_ in segments])
 of_segment = torch.arange(3).repeat_interleave(torch.tensor(lengths))
-q = torch.randn(40, 6, 64)  # three heads share one of K and V
+q = torch.randn(40, 4, 64)  # two heads share one of K and V
 k_pool, v_pool = torch.full((2, 600, 2, 64), float("nan"))
 k_pool[rows], v_pool[rows] = torch.randn(2, len(rows), 2, 64)
 frequencies = torch.zeros(32)
@@ -54,13 +54,13 @@ for of_time, has_weight, capacity in (
 ):
     used = [(first, num, shift * (of_time is not None), *weight) for first, num, shift, *weight in segments]
     tables = window_tables(used, of_time, capacity=capacity, device=device)
-    out, lse, mass = torch.empty(40, 6, 64), torch.empty(6, 40), torch.empty(6, 3)
+    out, lse, mass = torch.empty(40, 4, 64), torch.empty(4, 40), torch.empty(4, 3)
     segment_attention(
         q, k_pool, v_pool, *tables, out, lse, mass, scale=0.125, has_shift=of_time is not None,
         has_weight=has_weight,
     )
     angles = shifts[:, None, None] * frequencies.double() * (of_time is not None)
-    keys, values = (x.double().repeat_interleave(3, dim=1) for x in (turned(k_pool[rows], angles), v_pool[rows]))
+    keys, values = (x.double().repeat_interleave(2, dim=1) for x in (turned(k_pool[rows], angles), v_pool[rows]))
     scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * 0.125
     scores += has_weight * torch.tensor([-0.5, 3.0, 0.0]).double()[of_segment]
     p = scores.softmax(-1)
