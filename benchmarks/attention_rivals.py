@@ -1,6 +1,6 @@
 """Other attention over the window of `segment_attention`: libraries', imported when asked for, and one's own.
 
-Each function takes q [q_len, heads, head_dim], the pools [rows, heads, head_dim], where rows outside the window may
+Each function takes q [q_len, heads, head_dim], the pools [rows, kv_heads, head_dim], where rows outside the window may
 hold NaN, and index [num_tokens], the window's rows in order. It makes ready what a library wants beforehand and
 returns run(i) -> out [q_len, heads, head_dim]. It raises where the library is absent or cannot serve.
 """
@@ -29,8 +29,8 @@ def need_gpu(q: torch.Tensor, name: str) -> None:
 def flex_inputs(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: torch.Tensor, *, q_tile: int = 128
 ) -> tuple[list[torch.Tensor], torch.nn.attention.flex_attention.BlockMask]:
-    """q and the whole pools as [1, heads, length, head_dim], zeros for NaN, and a mask that admits the window's rows,
-    whose blocks are `q_tile` queries by 128 rows.
+    """q and the whole pools as [1, heads of each, length, head_dim], zeros for NaN, and a mask that admits the window's
+    rows, whose blocks are `q_tile` queries by 128 rows.
 
     Weights of zero do not cancel a NaN in V, and a slot's unused rows hold zeros in the library, too.
     """
@@ -54,7 +54,8 @@ def flex(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: tor
     inputs, mask = flex_inputs(q, k_pool, v_pool, index)
     torch.compiler.reset()  # every case is another shape, and torch.compile stops at the eighth
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    return lambda i: compiled(*inputs, block_mask=mask).squeeze(0).transpose(0, 1)
+    grouped = q.shape[1] != k_pool.shape[1]
+    return lambda i: compiled(*inputs, block_mask=mask, enable_gqa=grouped).squeeze(0).transpose(0, 1)
 
 
 def flash_attn4_lists(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, index: torch.Tensor) -> Run:
@@ -71,8 +72,8 @@ def flash_attn4_lists(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tenso
     inputs, mask = flex_inputs(q, k_pool, v_pool, index, q_tile=q_tile)
     # No reset of the compiler here: `flex`, before this one, has done so, and its own kernel is yet to be timed.
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    options = {"BACKEND": "FLASH"}
-    return lambda i: compiled(*inputs, block_mask=mask, kernel_options=options).squeeze(0).transpose(0, 1)
+    options = dict(block_mask=mask, enable_gqa=q.shape[1] != k_pool.shape[1], kernel_options={"BACKEND": "FLASH"})
+    return lambda i: compiled(*inputs, **options).squeeze(0).transpose(0, 1)
 
 
 def whole_page(index: torch.Tensor) -> int:
@@ -132,7 +133,7 @@ def flashinfer_paged(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor
 
     q_len, heads, head_dim = q.shape
     wrapper.plan(
-        numbers(0, q_len), numbers(0, len(index)), index.int(), numbers(1), heads, heads, head_dim, 1,
+        numbers(0, q_len), numbers(0, len(index)), index.int(), numbers(1), heads, k_pool.shape[1], head_dim, 1,
         causal=False, q_data_type=q.dtype,
     )  # fmt: skip
     pools = (k_pool.unsqueeze(1), v_pool.unsqueeze(1))  # [rows, 1, heads, head_dim]

@@ -63,6 +63,7 @@ class AttentionCase:
     pruned: bool = True
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    group_size: int = 1  # heads of q that share one of K and V
 
     @property
     def lengths(self) -> list[int]:
@@ -94,13 +95,15 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class ShapeCase:
-    """A window of one's own: `window` holds the rows of a segment and how many such segments, in window order."""
+    """A window of one's own: `window` holds the rows of a segment and how many such segments, in window order;
+    `group_size` heads of q share one of K and V."""
 
     heads: int
     q_len: int
     window: tuple[tuple[int, int], ...]
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    group_size: int = 1
 
     @property
     def lengths(self) -> list[int]:
@@ -121,8 +124,9 @@ class ShapeCase:
 
     @property
     def needed_bytes(self) -> int:
-        """What it takes on the device, about: the pools, three gathered copies of the window, q, what comes out and
-        the float64 that it is held against, and the check's scores, scaled, exponentiated and summed."""
+        """What it takes on the device, about: the pools, three gathered copies of the window, as if no heads shared
+        one, q, what comes out and the float64 that it is held against, and the check's scores, scaled, exponentiated
+        and summed."""
         slots = sum(-(-rows // TILE_ROWS) * number + -(-number // 3) for rows, number in self.window) * TILE_ROWS
         columns, tokens, itemsize = self.heads * self.head_dim, self.num_tokens, self.dtype.itemsize
         scores = 4 * 8 * max(tokens, min(self.q_len * tokens, MOST_SCORES))
@@ -136,7 +140,8 @@ Case = AttentionCase | ShapeCase
 
 
 def describe(case: Case) -> str:
-    return f"{case.heads} heads, {case.q_len} queries, {case.num_tokens} keys"
+    shared = f" over {case.heads // case.group_size}" * (case.group_size > 1)
+    return f"{case.heads} heads{shared}, {case.q_len} queries, {case.num_tokens} keys"
 
 
 def storage(case: Case) -> str:
@@ -145,7 +150,7 @@ def storage(case: Case) -> str:
     return head_dim + f", {dtype_name(case.dtype)}" * (case.dtype != torch.bfloat16)
 
 
-# Of --shape. What is grouped is not supported: kv_heads is there to be told so.
+# Of --shape.
 KEYS = {"heads": HEADS, "kv_heads": HEADS, "q": whole, "head_dim": HEAD_DIM, "window": runs, "dtype": DTYPE}
 
 
@@ -153,9 +158,10 @@ def case_of(shape: str) -> ShapeCase:
     """The case of a --shape. Raises ValueError that names the key at fault."""
     values = read_shape(shape, KEYS, {"kv_heads": None, "head_dim": 128, "dtype": torch.bfloat16})
     heads, kv_heads = values["heads"], values["kv_heads"]
-    if kv_heads not in (None, heads):
-        raise ValueError(f"--shape: kv_heads must be heads={heads}, grouped heads are not supported, got {kv_heads}")
-    return ShapeCase(heads, values["q"], values["window"], values["head_dim"], values["dtype"])
+    if kv_heads is not None and heads % kv_heads:
+        raise ValueError(f"--shape: kv_heads must be a divisor of heads={heads}, got {kv_heads}")
+    group_size = heads // (kv_heads or heads)
+    return ShapeCase(heads, values["q"], values["window"], values["head_dim"], values["dtype"], group_size)
 
 
 def window_case(frames: int, frame_tokens: int, heads: int, *, pruned: bool) -> AttentionCase:
@@ -193,13 +199,14 @@ CASES = list(dict.fromkeys([
     AttentionCase(heads=40, q_len=4680, chunk=4680, sink=1, retrieved=6, recent=2, dtype=torch.float16),
     AttentionCase(heads=80, q_len=4680, chunk=4680, sink=1, retrieved=6, recent=2, head_dim=64),  # as wide
     ShapeCase(heads=24, q_len=3600, window=((3600, 1), (1800, 6)), head_dim=64, dtype=torch.float16),
+    AttentionCase(heads=32, q_len=4680, chunk=4680, sink=1, retrieved=6, recent=2, group_size=4),
 ]))  # fmt: skip
 SMALL_CASES = [
     AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=3, recent=1, dtype=torch.float32),
     AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=9, recent=1, dtype=torch.float32),
     AttentionCase(heads=2, q_len=150, chunk=150, sink=1, retrieved=2, recent=1, pruned=False, dtype=torch.float32),
     AttentionCase(heads=1, q_len=33, chunk=33, sink=0, retrieved=0, recent=0),
-    ShapeCase(heads=2, q_len=60, window=((60, 1), (30, 3)), head_dim=64, dtype=torch.float16),
+    ShapeCase(heads=4, q_len=60, window=((60, 1), (30, 3)), head_dim=64, dtype=torch.float16, group_size=2),
 ]
 
 
@@ -218,11 +225,13 @@ def attention_flops(q_len: int, heads: int, head_dim: int, num_tokens: int) -> i
 
 
 def attention_bytes(
-    q_len: int, heads: int, head_dim: int, rows: int, itemsize: int, *, lse: bool = False, mass_segments: int = 0
-) -> int:
+    q_len: int, heads: int, head_dim: int, rows: int, itemsize: int, *, kv_heads: int, lse: bool = False,
+    mass_segments: int = 0,
+) -> int:  # fmt: skip
     """q and out, the K and V rows once however often they are named, and the fp32 extras. The window's tables, a few
     kilobytes, are not counted."""
-    return (2 * q_len + 2 * rows) * heads * head_dim * itemsize + 4 * heads * (q_len * lse + mass_segments)
+    rows_of_heads = 2 * q_len * heads + 2 * rows * kv_heads
+    return rows_of_heads * head_dim * itemsize + 4 * heads * (q_len * lse + mass_segments)
 
 
 def scatter(lengths: Sequence[int], shifts: Sequence[int]) -> tuple[list[Segment], int]:
@@ -271,11 +280,11 @@ def exact_attention(
     mass = torch.zeros((heads, len(segments)), dtype=wide, device=q.device)
     step = max(1, MOST_SCORES // sum(lengths))
     for head in range(heads):
-        keys, values = [], []
+        keys, values, kv_head = [], [], head * k_pool.shape[1] // heads
         for first, count, shift, *_ in segments:
-            k = k_pool[first : first + count, head].to(wide)
+            k = k_pool[first : first + count, kv_head].to(wide)
             keys.append(turned_keys(k, rope, shift) if shift else k)
-            values.append(v_pool[first : first + count, head].to(wide))
+            values.append(v_pool[first : first + count, kv_head].to(wide))
         k, v = torch.cat(keys), torch.cat(values)
         for start in range(0, q_len, step):
             scores = torch.addmm(weights, q[start : start + step, head].to(wide), k.T, alpha=head_dim**-0.5)
@@ -294,7 +303,8 @@ class Inputs:
         self.shifted, rows = scatter(case.lengths, case.shifts)
         self.plain = [segment._replace(time_shift=0) for segment in self.shifted]
         generator = torch.Generator(device=device).manual_seed(0)
-        pools = torch.full((2, rows, case.heads, case.head_dim), float("nan"), dtype=case.dtype, device=device)
+        kv_heads = case.heads // case.group_size
+        pools = torch.full((2, rows, kv_heads, case.head_dim), float("nan"), dtype=case.dtype, device=device)
         self.k_pool, self.v_pool = pools
         for first, count, *_ in self.plain:
             for pool in pools:
@@ -334,7 +344,7 @@ class Inputs:
         return {
             "num_bytes": attention_bytes(
                 case.q_len, case.heads, case.head_dim, unique_rows(self.plain), case.dtype.itemsize,
-                lse=lse, mass_segments=len(self.plain) * mass,
+                kv_heads=case.heads // case.group_size, lse=lse, mass_segments=len(self.plain) * mass,
             ),
             "flops": attention_flops(case.q_len, case.heads, case.head_dim, case.num_tokens),
         }  # fmt: skip
@@ -345,7 +355,8 @@ def our_variants(case: Case, device: torch.device) -> list[tuple[str, str]]:
     mine = {name: BACKENDS.backends[name] for name in ours("segment_attention", device)}
 
     def takes(backend: Backend, extra: str) -> bool:
-        kind = (case.dtype, case.head_dim, 0, False, extra == "mass", extra == "weights", True, True)
+        extras, grouped = (False, extra == "mass", extra == "weights"), case.group_size > 1
+        kind = (case.dtype, case.head_dim, 0, *extras, grouped, True, True)
         return not (backend.unsupported(kind) or backend.unsupported_on(device, kind))
 
     return [(name, extra) for name, backend in mine.items() for extra in ("", *EXTRAS) if takes(backend, extra)]
@@ -385,15 +396,16 @@ def _sdpa(inputs: Inputs, kernel: SDPBackend, gather: bool) -> Run:
     if kernel == SDPBackend.MATH and scores > MOST_SCORES:
         raise RuntimeError(f"it would hold {scores} scores at once")
     dense = None if gather else inputs.gathered()
+    grouped = inputs.case.group_size > 1
 
     def run(i: int) -> torch.Tensor:
         with sdpa_kernel(kernel):
             if dense is not None:
-                result = scaled_dot_product_attention(*dense)
+                result = scaled_dot_product_attention(*dense, enable_gqa=grouped)
             else:
                 pools = (x.index_select(0, inputs.index) for x in (inputs.k_pool, inputs.v_pool))
                 of_heads = (x.transpose(0, 1).unsqueeze(0) for x in (inputs.q, *pools))
-                result = scaled_dot_product_attention(*of_heads)
+                result = scaled_dot_product_attention(*of_heads, enable_gqa=grouped)
         return result.squeeze(0).transpose(0, 1)
 
     return run
@@ -451,7 +463,7 @@ def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = 
         for name, (make, widened) in {**RIVALS, **{name: (make, None) for name, make in (own or {}).items()}}.items()
     ]
     shape = {"heads": case.heads, "queries": case.q_len, "tokens": case.num_tokens, "keys": case.kind}
-    shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype)}
+    shape |= {"head_dim": case.head_dim, "dtype": dtype_name(case.dtype), "kv_heads": case.heads // case.group_size}
     return Problem(str(case), variants, flush=True, shape=shape)
 
 

@@ -24,7 +24,7 @@ void norm_rope_append(
     int64_t first_row, int64_t start_frame,
     int64_t stride_q_token, int64_t stride_k_token, int64_t stride_v_token,
     int64_t stride_q_out_token, int64_t stride_k_pool_row, int64_t stride_v_pool_row,
-    int tokens, int heads, int head_dim, int grid_height, int grid_width, int pairs_time, int pairs_height,
+    int tokens, int heads, int kv_heads, int head_dim, int grid_height, int grid_width, int pairs_time, int pairs_height,
     float eps, bool round_before_rope, bool q_weight_is_float, bool k_weight_is_float, int dtype, uintptr_t stream) {
     worldkv::AppendParams params{};
     params.q = pointer<const void>(q);
@@ -48,6 +48,7 @@ void norm_rope_append(
     params.stride_v_pool_row = stride_v_pool_row;
     params.tokens = tokens;
     params.heads = heads;
+    params.kv_heads = kv_heads;
     params.head_dim = head_dim;
     params.grid_height = grid_height;
     params.grid_width = grid_width;
@@ -159,8 +160,8 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("device_first_row"), py::arg("device_start_frame"), py::arg("first_row"), py::arg("start_frame"),
         py::arg("stride_q_token"), py::arg("stride_k_token"), py::arg("stride_v_token"),
         py::arg("stride_q_out_token"), py::arg("stride_k_pool_row"), py::arg("stride_v_pool_row"),
-        py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("grid_height"), py::arg("grid_width"),
-        py::arg("pairs_time"), py::arg("pairs_height"), py::arg("eps"), py::arg("round_before_rope"),
+        py::arg("tokens"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("grid_height"),
+        py::arg("grid_width"), py::arg("pairs_time"), py::arg("pairs_height"), py::arg("eps"), py::arg("round_before_rope"),
         py::arg("q_weight_is_float"), py::arg("k_weight_is_float"), py::arg("dtype"), py::arg("stream"));
     module.def(
         "compress_chunk", &compress_chunk, py::kw_only(),

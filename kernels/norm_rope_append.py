@@ -2,8 +2,9 @@
 
 One program handles one token of one of q, k and v: it sums the squares over all heads, reads the row a
 second time from L1, normalises, turns and stores it. q goes to a new tensor, k and v to their pool rows.
+k and v may have fewer heads.
 
-Norm as in Wan's qk-norm: in fp32 over all heads*head_dim numbers, rounded to the input's dtype, then
+Norm as in Wan's qk-norm: in fp32 over all numbers of a row, rounded to the input's dtype, then
 times the weight. Rotation of interleaved pairs (2i, 2i+1) by frame, row and column, as in RoFormer,
 arXiv 2104.09864, with the pairs split among three axes.
 """
@@ -73,7 +74,8 @@ def norm_rope_append_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, table_ptr, q_out_ptr, k_pool_ptr, v_pool_ptr,
     first_row, grid_height, grid_width, eps,
     stride_q_token, stride_k_token, stride_v_token, stride_q_out_token, stride_k_pool_row, stride_v_pool_row,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_KV_HEADS: tl.constexpr,
     PAIRS_TIME: tl.constexpr, PAIRS_HEIGHT: tl.constexpr,
     HAS_Q_WEIGHT: tl.constexpr, HAS_K_WEIGHT: tl.constexpr, HAS_ROPE: tl.constexpr, ROUND: tl.constexpr,
     DEVICE_ROW: tl.constexpr,
@@ -96,13 +98,13 @@ def norm_rope_append_kernel(
     elif tensor == 1:
         _store_row(
             k_ptr + token * stride_k_token, k_weight_ptr, k_pool_ptr + pool_row * stride_k_pool_row, table_ptr,
-            frame, row, col, eps, HEADS, HEAD_DIM, BLOCK_HEADS, PAIRS_TIME, PAIRS_HEIGHT,
+            frame, row, col, eps, KV_HEADS, HEAD_DIM, BLOCK_KV_HEADS, PAIRS_TIME, PAIRS_HEIGHT,
             HAS_K_WEIGHT, HAS_ROPE, ROUND,
         )  # fmt: skip
     else:
         _store_row(
             v_ptr + token * stride_v_token, v_ptr, v_pool_ptr + pool_row * stride_v_pool_row, table_ptr,
-            frame, row, col, eps, HEADS, HEAD_DIM, BLOCK_HEADS, PAIRS_TIME, PAIRS_HEIGHT,
+            frame, row, col, eps, KV_HEADS, HEAD_DIM, BLOCK_KV_HEADS, PAIRS_TIME, PAIRS_HEIGHT,
             False, False, ROUND,
         )  # fmt: skip
 
@@ -137,15 +139,16 @@ def norm_rope_append(
 ) -> None:
     """Normalise and turn q and k, and write q to `q_out`, k and v to the pool rows from `first_row` on: one launch.
 
-    x -> x / sqrt(mean(x^2) + eps) * weight over all heads * head_dim numbers of a token, where a weight is given; then
+    x -> x / sqrt(mean(x^2) + eps) * weight over all numbers of a token's row, where a weight is given; then
     each pair (a, b) = (x[2i], x[2i + 1]) of a head -> (a cos - b sin, a sin + b cos) with cos and sin of the table's
     pair i at the token's frame, row or column, where a table is given. v is copied.
 
     Args:
-        q, k, v: [tokens, heads * head_dim], one dtype, bf16, fp16 or fp32; dense in the last dimension, tokens of any
-            stride, so that they may be slices of one projection. head_dim 64 or 128, 1 to 128 heads.
-        k_pool, v_pool: [rows, heads, head_dim], q_out: [tokens, heads, head_dim], all of q's dtype; dense in heads and
-            head_dim, rows and tokens of any stride.
+        q: [tokens, heads * head_dim], k, v: [tokens, kv_heads * head_dim], one dtype, bf16, fp16 or fp32; dense in the
+            last dimension, tokens of any stride, so that they may be slices of one projection. head_dim 64 or 128, 1 to
+            128 heads, which kv_heads divide.
+        k_pool, v_pool: [rows, kv_heads, head_dim], q_out: [tokens, heads, head_dim], all of q's dtype; dense in heads
+            and head_dim, rows and tokens of any stride.
         table: fp32 [positions, head_dim / 2, 2], contiguous: cosine and sine of pair i's angle at each position of its
             axis, commonly position * theta ** (-j / n) for the j-th of the n pairs of that axis. It is the table of one
             chunk: its entries of the pairs that turn by frame begin at the chunk's first frame, whatever its number. It
@@ -156,7 +159,8 @@ def norm_rope_append(
         grid: (frames, height, width), tokens = frames * height * width in that order. Token t reads the table's entries
             t // (height * width), t // width % height and t % width.
         pairs: how many of a head's pairs turn by frame, then by row, then by column; not used without a table.
-        q_weight, k_weight: [heads * head_dim], contiguous, q's dtype or fp32; None for no norm.
+        q_weight, k_weight: [heads * head_dim] and [kv_heads * head_dim], contiguous, q's dtype or fp32; None for no
+            norm.
         eps: added to the mean square, not negative and finite.
         round_before_rope: round to q's dtype after the norm, and again after the weight where it has that dtype, as in
             Wan; otherwise all is fp32 up to the last rounding.
@@ -165,8 +169,7 @@ def norm_rope_append(
     multiples of 16 bytes are read and written in wider pieces. Deterministic; does not allocate or synchronise. All
     tensors are on one GPU, which is the current one.
 
-    Limits: no batch dimension, one session a call; as many heads in the pools as in q; K and V of one head_dim; no
-    gradients.
+    Limits: no batch dimension, one session a call; V of K's heads and head_dim; no gradients.
 
     Raises ValueError or TypeError, before the launch, on shapes, dtypes and strides other than these, on rows outside
     the pools and on a grid larger than the table. Undefined, since not looked at: a first_row on the device that leads
@@ -174,16 +177,20 @@ def norm_rope_append(
     """
     pool = k_pool.shape
     if len(pool) != 3 or pool[2] not in (64, 128) or not 1 <= pool[1] <= MAX_HEADS:
-        wanted = f"[rows, heads, head_dim], heads not first, of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
+        wanted = f"[rows, kv_heads, head_dim], heads not first, of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
         raise ValueError(_wrong("k_pool", wanted, k_pool))
-    rows, heads, head_dim = pool
-    columns = heads * head_dim
+    rows, kv_heads, head_dim = pool
     frames, height, width = grid
     tokens = frames * height * width
-    if not q.shape == k.shape == v.shape == (tokens, columns):
-        raise ValueError(_wrong("q, k and v", f"[{tokens}, {columns}]", q, k, v))
+    columns = q.shape[1] if q.dim() == 2 else 0
+    heads = columns // head_dim
+    if q.shape != (tokens, heads * head_dim) or not 1 <= heads <= MAX_HEADS or heads % kv_heads:
+        wanted = f"[{tokens}, heads * {head_dim}], up to {MAX_HEADS} heads, a multiple of the pools' {kv_heads}"
+        raise ValueError(_wrong("q", wanted, q))
+    if not k.shape == v.shape == (tokens, kv_heads * head_dim):
+        raise ValueError(_wrong("k and v", f"[{tokens}, {kv_heads * head_dim}]", k, v))
     if v_pool.shape != pool:
-        raise ValueError(_wrong("v_pool", f"[{rows}, {heads}, {head_dim}]", v_pool))
+        raise ValueError(_wrong("v_pool", f"[{rows}, {kv_heads}, {head_dim}]", v_pool))
     if q_out.shape != (tokens, heads, head_dim):
         raise ValueError(_wrong("q_out", f"[{tokens}, {heads}, {head_dim}]", q_out))
     if not q.dtype is k.dtype is v.dtype is q_out.dtype is k_pool.dtype is v_pool.dtype:
@@ -198,16 +205,18 @@ def norm_rope_append(
     stride_q_out_token, stride_q_out_head, stride_q_out_dim = q_out.stride()
     stride_k_pool_row, stride_k_pool_head, stride_k_pool_dim = k_pool.stride()
     stride_v_pool_row, stride_v_pool_head, stride_v_pool_dim = v_pool.stride()
-    if not stride_q_out_dim == stride_k_pool_dim == stride_v_pool_dim == 1 or (
-        heads > 1 and not stride_q_out_head == stride_k_pool_head == stride_v_pool_head == head_dim
+    if (
+        not stride_q_out_dim == stride_k_pool_dim == stride_v_pool_dim == 1
+        or (heads > 1 and stride_q_out_head != head_dim)
+        or (kv_heads > 1 and not stride_k_pool_head == stride_v_pool_head == head_dim)
     ):
         wanted = "dense in their last two dimensions"
         raise ValueError(_wrong("q_out, k_pool and v_pool", wanted, q_out, k_pool, v_pool))
-    for weight in (q_weight, k_weight):
-        if weight is not None and not (weight.shape == (columns,) and weight.is_contiguous()):
-            raise ValueError(_wrong("q_weight and k_weight", f"None or [{columns}], contiguous", q_weight, k_weight))
+    for name, weight, numbers in (("q_weight", q_weight, columns), ("k_weight", k_weight, kv_heads * head_dim)):
+        if weight is not None and not (weight.shape == (numbers,) and weight.is_contiguous()):
+            raise ValueError(_wrong(name, f"None or [{numbers}], contiguous", weight))
         if weight is not None and weight.dtype not in (q.dtype, torch.float32):
-            raise TypeError(_wrong("q_weight and k_weight", f"{q.dtype} or torch.float32", q_weight, k_weight))
+            raise TypeError(_wrong(name, f"{q.dtype} or torch.float32", weight))
     if not 0 <= eps < math.inf:
         raise ValueError(_wrong("eps", "finite and not negative", eps))
     on_device = not isinstance(first_row, int)
@@ -229,7 +238,8 @@ def norm_rope_append(
         q, k, v, q_weight, k_weight, table, q_out, k_pool, v_pool,
         first_row, height, width, eps,
         stride_q_token, stride_k_token, stride_v_token, stride_q_out_token, stride_k_pool_row, stride_v_pool_row,
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK_HEADS=heads_per_step(heads, head_dim),
+        HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+        BLOCK_HEADS=heads_per_step(heads, head_dim), BLOCK_KV_HEADS=heads_per_step(kv_heads, head_dim),
         PAIRS_TIME=pairs[0], PAIRS_HEIGHT=pairs[1],
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None,
         HAS_ROPE=table is not None, ROUND=round_before_rope,

@@ -1,13 +1,13 @@
 """Attention over segments of a paged KV pool, read where they lie.
 
-An item is BLOCK_Q queries of one head; one program computes it. It walks the window's full tiles of 128 rows, which
-need no mask, then the rows that segments leave over, gathered from several segments into one block, of which only the
-last needs a mask. Where segments are shifted in time, the same walk goes segment by segment. Where their shares of the
-softmax are wanted, the sum over a segment is written as the walk leaves its tiles, and its tail rows are added. Where
-segments have weights, sums are kept relative to the weight of the tile at hand, so that a tile's weight costs no more
-than a few additions a row; in a block of tail rows each row adds its segment's. The
-items that would leave most of the processors idle in a last round are cut by keys into parts, each a program of its
-own, whose results a second kernel merges.
+An item is BLOCK_Q queries of one head; one program computes it. GROUP_SIZE heads in a row share one of K and V. It
+walks the window's full tiles of 128 rows, which need no mask, then the rows that segments leave over, gathered from
+several segments into one block, of which only the last needs a mask. Where segments are shifted in time, the same walk
+goes segment by segment. Where their shares of the softmax are wanted, the sum over a segment is written as the walk
+leaves its tiles, and its tail rows are added. Where segments have weights, sums are kept relative to the weight of the
+tile at hand, so that a tile's weight costs no more than a few additions a row; in a block of tail rows each row adds
+its segment's. The items that would leave most of the processors idle in a last round are cut by keys into parts, each a
+program of its own, whose results a second kernel merges.
 
 The window's tables (int32, on the device; `window_tables` makes them, `worldkv_kernels.Window` rewrites them in place):
     tiles         [capacity, 2]        first pool row and segment of each full tile, in segment order
@@ -132,9 +132,9 @@ def segment_attention_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     HAS_SHIFT: tl.constexpr, TURNED_PAIRS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     RETURN_LSE: tl.constexpr, RETURN_MASS: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr, HOPPER: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, HOPPER: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
-    # Which item, and which part of its keys. Items of one head run side by side, so its K and V stay in L2; so do
+    # Which item, and which part of its keys. Items of one KV head run side by side, so its K and V stay in L2; so do
     # the items of one part.
     program = tl.program_id(0)
     item = program
@@ -145,6 +145,7 @@ def segment_attention_kernel(
         part = (program - num_whole) // num_cut
         parts_of_item = parts
     head = item // num_blocks
+    kv_head = head // GROUP_SIZE
     block = item % num_blocks
     in_block = tl.arange(0, BLOCK_Q)
     rows = block * BLOCK_Q + in_block
@@ -153,8 +154,8 @@ def segment_attention_kernel(
     mask_q = rows[:, None] < q_len
     q_rows = q_ptr + head.to(tl.int64) * stride_q_head + rows[:, None].to(tl.int64) * stride_q_token
     q_ptrs = q_rows + dims[None, :]
-    k_ptr += head.to(tl.int64) * stride_k_head
-    v_ptr += head.to(tl.int64) * stride_v_head
+    k_ptr += kv_head.to(tl.int64) * stride_k_head
+    v_ptr += kv_head.to(tl.int64) * stride_v_head
 
     # The part's share of full tiles, and of blocks of tail rows.
     num_full = tl.load(ranges_ptr + 1)
@@ -224,8 +225,8 @@ def segment_attention_kernel(
                     next_tile = tiles_ptr + tl.minimum(step + 1, step_hi - 1) // STEPS * 2
                     tile_row = tl.load(next_tile)
                     if k_tiles is not None:
-                        k = k_tiles.load([first_row, head * HEAD_DIM])
-                        v = v_tiles.load([first_row, head * HEAD_DIM])
+                        k = k_tiles.load([first_row, kv_head * HEAD_DIM])
+                        v = v_tiles.load([first_row, kv_head * HEAD_DIM])
                     else:
                         # A 64-bit base and 32-bit offsets within the tile, which stay in registers over the loop.
                         k_base = k_ptr + first_row.to(tl.int64) * stride_k_row
@@ -576,15 +577,16 @@ def segment_attention(
 ) -> None:
     """Attend every query to every row of a window's segments, where they lie in the pool.
 
-    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h] + w_j) v[j, h] over the window's rows j, where R(d_j)
-    turns a key by its segment's time shift: the query is turned instead, back from the original q for each segment, and
-    rounded once to its dtype. w_j is the log weight of j's segment, a natural logarithm.
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, g] + w_j) v[j, g] over the window's rows j, where
+    g = h // (heads // kv_heads) and R(d_j) turns a key by its segment's time shift: the query is turned instead, back
+    from the original q for each segment, and rounded once to its dtype. w_j is the log weight of j's segment, a natural
+    logarithm.
 
     Args:
         q, out: [q_len, heads, head_dim], bf16, fp16 or fp32, head_dim 64 or 128, at least one query and head; dense in
             head_dim, tokens and heads of any stride. `out` is written whole.
-        k_pool, v_pool: [rows, heads, head_dim] with q's dtype, dense in head_dim. Rows outside the window never reach
-            a result, whatever they hold.
+        k_pool, v_pool: [rows, kv_heads, head_dim] with q's dtype, dense in head_dim; kv_heads divide heads. Rows
+            outside the window never reach a result, whatever they hold.
         tiles, tail_rows, ranges, num_segments, turns, weights: the window's tables, contiguous, as in the module's
             docstring.
         lse: fp32 [heads, q_len], contiguous: the log-sum-exp of the scaled scores plus log weights, natural log. None
@@ -605,8 +607,8 @@ def segment_attention(
     allocator; does not synchronise. All tensors are on one GPU, which is the current one, of compute capability 8.0 or
     newer.
 
-    Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
-    q, at most 128; K and V of one head_dim; no gradients.
+    Limits: no batch dimension, one session a call; no mask, none for causality either; at most 128 heads; V of K's
+    heads and head_dim; no gradients.
 
     Raises ValueError or TypeError, before any launch, on shapes, dtypes, strides and scales other than these.
     Undefined, since not looked at: tables that name rows outside the pool or no row at all, pool rows 2**24 elements
@@ -621,9 +623,12 @@ def segment_attention(
         raise ValueError(_wrong("q", wanted, q))
     if v_pool.shape[2:] not in ((), (head_dim,)):
         raise ValueError(_wrong("v_pool", f"of head_dim {head_dim}, which K and V share", v_pool))
-    if not pool == v_pool.shape == (*pool[:1], heads, head_dim):
+    kv_heads = pool[1] if len(pool) == 3 else 0
+    if not (pool == v_pool.shape == (*pool[:1], kv_heads, head_dim) and 1 <= kv_heads <= heads):
         rows = pool[0] if pool else "rows"
-        raise ValueError(_wrong("k_pool and v_pool", f"[{rows}, {heads}, {head_dim}]", k_pool, v_pool))
+        raise ValueError(_wrong("k_pool and v_pool", f"[{rows}, 1 to {heads} heads, {head_dim}]", k_pool, v_pool))
+    if heads % kv_heads:
+        raise ValueError(_wrong("k_pool and v_pool", f"of heads that divide q's {heads}", k_pool, v_pool))
     if out.shape != shape:
         raise ValueError(_wrong("out", f"[{q_len}, {heads}, {head_dim}]", out))
     if not q.dtype is k_pool.dtype is v_pool.dtype is out.dtype:
@@ -702,7 +707,7 @@ def segment_attention(
         HAS_SHIFT=has_shift, TURNED_PAIRS=turned_pairs, HAS_WEIGHT=has_weight,
         RETURN_LSE=lse is not None, RETURN_MASS=mass is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TILE=TILE_ROWS, HOPPER=capability[0] == 9,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        GROUP_SIZE=heads // kv_heads, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if pieces:
         merge_pieces_kernel[(num_cut, head_dim // 32)](

@@ -141,10 +141,12 @@ def attention_launches():
         (torch.bfloat16, 64, False, False, "weights"), (torch.bfloat16, 64, True, True, "weights"),
         (torch.float16, 128, False, False, "weights"), (torch.float32, 128, False, False, "weights"),
         (torch.float32, 64, True, True, "weights"),
+        (torch.bfloat16, 128, False, False, "grouped"), (torch.bfloat16, 128, True, True, "weights", "grouped"),
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 80, head_dim, dtype=dtype, device="meta")
         pool = pool[:, ::2] if "pointers" in how else pool[:, :40]  # every other head: not for the copy engine
+        pool = pool[:, :8] if "grouped" in how else pool
         shapes = ((400, 2), (400 * 128, 2), (401, 4), (1,))
         tables = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
         time = head_dim // 2 - 2 * (head_dim // 6)  # pairs that turn: 22 or 12, as in Rope3D; else all
@@ -181,22 +183,23 @@ def gather_launches():
 
 
 def append_launches():
-    for dtype, heads, head_dim, weight, rope in [
-        (torch.bfloat16, 40, 128, True, True), (torch.bfloat16, 12, 128, True, True),
-        (torch.float16, 16, 64, False, True), (torch.float32, 40, 128, True, False),
+    for dtype, heads, kv_heads, head_dim, weight, rope in [
+        (torch.bfloat16, 40, 40, 128, True, True), (torch.bfloat16, 12, 12, 128, True, True),
+        (torch.float16, 16, 16, 64, False, True), (torch.float32, 40, 40, 128, True, False),
+        (torch.bfloat16, 40, 8, 128, True, True),
     ]:  # fmt: skip
-        x = torch.empty(4680, heads * head_dim, dtype=dtype, device="meta")
-        pool = torch.empty(9999, heads, head_dim, dtype=dtype, device="meta")
+        q = torch.empty(4680, heads * head_dim, dtype=dtype, device="meta")
+        k = torch.empty(4680, kv_heads * head_dim, dtype=dtype, device="meta")
+        pool = torch.empty(9999, kv_heads, head_dim, dtype=dtype, device="meta")
         table = torch.empty(52, head_dim // 2, 2, device="meta") if rope else None
         # Both ways of saying where: on the device, as WorldMemory does, and as a number.
         first_row = torch.empty(1, dtype=torch.int64, device="meta") if weight else 4736
-        scale = x[0] if weight else None
         yield (
-            f"{str(dtype)[6:]} {heads}x{head_dim}{' norm' * weight}{' rope' * rope}",
+            f"{str(dtype)[6:]} {heads} over {kv_heads}x{head_dim}{' norm' * weight}{' rope' * rope}",
             partial(
-                norm_rope_append.norm_rope_append, x, x, x, pool, pool, pool[:4680], table, first_row, grid=(3, 30, 52),
-                pairs=(22, 21, 21) if head_dim == 128 else (12, 10, 10),
-                q_weight=scale, k_weight=scale, eps=1e-6, round_before_rope=True,
+                norm_rope_append.norm_rope_append, q, k, k, pool, pool, q.unflatten(1, (heads, head_dim)), table,
+                first_row, grid=(3, 30, 52), pairs=(22, 21, 21) if head_dim == 128 else (12, 10, 10),
+                q_weight=q[0] if weight else None, k_weight=k[0] if weight else None, eps=1e-6, round_before_rope=True,
             ),
         )  # fmt: skip
 

@@ -77,20 +77,22 @@ class Rollout:
         self.random = torch.Generator().manual_seed(seed)
         self.config = config
         self.poses = camera_walk(rng, num_chunks, config.chunk_frames, walk)
-        columns = config.num_heads * config.head_dim
+        columns = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)]
         self.weights = [(None, None)] * config.num_layers
         if rng.random() < 0.7:
             self.weights = [
-                tuple(1 + 0.2 * torch.randn(columns, generator=self.random) for _ in "qk")
+                tuple(1 + 0.2 * torch.randn(of, generator=self.random) for of in columns)
                 for _ in range(config.num_layers)
             ]
         self.passes = [[self._layers(chunk) for _ in range(rng.integers(1, 3))] for chunk in range(num_chunks)]
 
     def _layers(self, chunk: int) -> list[tuple[torch.Tensor, ...]]:
-        shape = (self.config.chunk_tokens, self.config.num_heads * self.config.head_dim)
-        layers = []
-        for layer in range(self.config.num_layers):
-            q, v = (torch.randn(shape, generator=self.random) for _ in range(2))
+        config, layers = self.config, []
+        for layer in range(config.num_layers):
+            q, v = (
+                torch.randn(config.chunk_tokens, heads * config.head_dim, generator=self.random)
+                for heads in (config.num_heads, config.num_kv_heads)
+            )
             k = self._keys(chunk, layer)
             while self._margin(chunk, layer, k) < SIMILARITY_GAP:
                 k = self._keys(chunk, layer)
@@ -100,7 +102,7 @@ class Rollout:
     def _keys(self, chunk: int, layer: int) -> torch.Tensor:
         """Keys of which, once normed and turned, about half are like one of an earlier frame; without a bank, any."""
         config, per_frame = self.config, self.config.chunk_tokens // self.config.chunk_frames
-        k = torch.randn(config.chunk_tokens, config.num_heads * config.head_dim, generator=self.random)
+        k = torch.randn(config.chunk_tokens, config.num_kv_heads * config.head_dim, generator=self.random)
         if config.mode != "worldkv":
             return k
         for token in range(per_frame, config.chunk_tokens):
@@ -112,13 +114,13 @@ class Rollout:
         return (unturned if weight is None else unturned / weight.double()).float()
 
     def _turned(self, k: torch.Tensor, chunk: int, sign: int = 1) -> torch.Tensor:
-        """[tokens, heads * head_dim] as the rope turns a chunk's keys, or back."""
+        """[tokens, kv_heads * head_dim] as the rope turns a chunk's keys, or back."""
         config, frequencies = self.config, SlowMemory(self.config).frequencies
         if frequencies is None:
             return k
         frequencies = [[axis, sign * frequency] for axis, frequency in frequencies]
         first, sizes = chunk * config.chunk_frames, (config.chunk_frames, *config.grid)
-        return turned(k.view(len(k), config.num_heads, config.head_dim), sizes, first, frequencies).view(k.shape)
+        return turned(k.view(len(k), config.num_kv_heads, config.head_dim), sizes, first, frequencies).view(k.shape)
 
     def _margin(self, chunk: int, layer: int, k: torch.Tensor) -> float:
         """The least difference that decides what pruning makes of these keys."""
@@ -126,7 +128,7 @@ class Rollout:
         if config.mode != "worldkv":
             return math.inf
         keys = self._turned(qk_norm(k.double(), self.weights[layer][1], config.eps), chunk)
-        keys = keys.view(len(k), config.num_heads, config.head_dim)
+        keys = keys.view(len(k), config.num_kv_heads, config.head_dim)
         return pruned(config, keys, keys).margin
 
     def chunk(self, memory: WorldMemory, chunk: int) -> list[torch.Tensor]:
@@ -165,10 +167,12 @@ def configs(draw, whole_chunks: bool = False, any_bits: bool = False, **fixed) -
     whole = whole_chunks or draw(st.booleans())
     retrieved = draw(st.integers(0, 4))
     rope = draw(st.sampled_from([*ROPES, ROPES[0], None]))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 3), (4, 2)]))
     bounds = [MAX_CHUNKS] + [max(1, retrieved) + draw(st.integers(0, 3))] * (mode != "full")
     drawn = dict(
         num_layers=draw(st.integers(1, 2)),
-        num_heads=draw(st.integers(1, 3)),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=HEAD_DIM,
         grid=(draw(st.integers(2, 4)), draw(st.integers(3, 5))),
         chunk_frames=frames,

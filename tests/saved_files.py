@@ -67,7 +67,9 @@ def walk(memory: WorldMemory, chunks: int, *, turns: bool = False) -> list[torch
         generator = torch.Generator().manual_seed(chunk)
         for layer in range(config.num_layers):
             qkv = torch.randn(3, config.chunk_tokens, config.num_heads * config.head_dim, generator=generator)
-            made.append(memory.attend(layer, *qkv.to(memory.device, memory.dtype)).cpu())
+            q, k, v = qkv.to(memory.device, memory.dtype)
+            columns = config.num_kv_heads * config.head_dim
+            made.append(memory.attend(layer, q, k[:, :columns], v[:, :columns]).cpu())
         memory.end_chunk(bank=not turns or chunk % 5 != 3)
         if turns:
             turn(memory, chunk)

@@ -65,7 +65,9 @@ def pruned(config, keys: torch.Tensor, values: torch.Tensor) -> Plain:
 def softmax_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, log_weights: torch.Tensor
 ) -> torch.Tensor:
-    """[tokens, heads, head_dim] each, every query on every key, whose score its `log_weights` is added to."""
+    """[tokens, heads, head_dim], every query on every key, whose score its `log_weights` is added to. Of k and v
+    [rows, kv_heads, head_dim] a head serves as many heads of q as any other, in their order."""
+    k, v = (torch.stack([x[:, head * x.shape[1] // q.shape[1]] for head in range(q.shape[1])], dim=1) for x in (k, v))
     logits = torch.einsum("qhd,khd->hqk", q, k) * scale + log_weights
     return torch.einsum("hqk,khd->qhd", torch.softmax(logits, dim=2), v)
 
@@ -301,7 +303,7 @@ class SlowMemory:
     def keys(self, chunk: SlowChunk, layer: int, first_frame: int) -> torch.Tensor:
         config = self.config
         keys = qk_norm(chunk.k[layer], chunk.k_weight[layer], config.eps)
-        return self.rotate(keys.view(len(keys), config.num_heads, config.head_dim), first_frame)
+        return self.rotate(keys.view(len(keys), config.num_kv_heads, config.head_dim), first_frame)
 
     def rotate(self, x: torch.Tensor, first_frame: int) -> torch.Tensor:
         if self.frequencies is None:
@@ -314,8 +316,7 @@ class SlowMemory:
     def attend(self, layer: int, q, k, v, q_weight=None, k_weight=None) -> torch.Tensor:
         config, current = self.config, self.current
         current.k[layer], current.v[layer], current.k_weight[layer] = k.double(), v.double(), k_weight
-        heads = (config.num_heads, config.head_dim)
-        queries = qk_norm(q.double(), q_weight, config.eps).view(-1, *heads)
+        queries = qk_norm(q.double(), q_weight, config.eps).view(-1, config.num_heads, config.head_dim)
         queries = self.rotate(queries, current.number * config.chunk_frames)
         keys, values, log_weights = [], [], []
         for role, number, first_frame, of_chunk in self.window:
@@ -328,7 +329,7 @@ class SlowMemory:
                 continue
             tokens = self.tokens(role, number, of_chunk, layer)
             keys.append(self.keys(chunk, layer, first_frame)[tokens])
-            values.append(chunk.v[layer].view(-1, *heads)[tokens])
+            values.append(chunk.v[layer].view(-1, config.num_kv_heads, config.head_dim)[tokens])
             log_weights += [0.0] * len(tokens)
         scale = config.scale if config.scale is not None else 1 / math.sqrt(config.head_dim)
         weights = torch.tensor(log_weights, dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 import torch.utils.backend_registration
 from conftest import DEVICE
 
-from worldkv_kernels import Rope3D, Segment, Window, segment_attention
+from worldkv_kernels import Rope3D, Segment, Window, norm_rope_append, segment_attention
 from worldkv_kernels.cli import doctor, main
 from worldkv_kernels.ops import cuda, proven
 from worldkv_kernels.ops.backends import LIBRARY, Backend, Cannot, OpBackends, on_current_device
@@ -199,7 +199,7 @@ def test_what_no_installation_changes_is_no_fallback(monkeypatch):
     for table in (ATTENTION, APPEND, COMPRESS):
         for kind in table.kinds[:4]:
             table.choose("auto", CPU, kind)
-    kind = (torch.float32, 64, 0, False, False, False, True, True)
+    kind = (torch.float32, 64, 0, False, False, False, False, True, True)
     monkeypatch.setitem(ATTENTION.loaded, "sdpa", corrupted(ATTENTION.run("sdpa"), lambda x: x[OUT].mul_(1.05)))
     ATTENTION.forget()
     refused = "passes over sdpa on cpu: its out differs"
@@ -233,7 +233,7 @@ K_POOL, Q_OUT = 3, 5  # among those of norm_rope_append
     ],
 )
 def test_the_check_looks_at_each_output_by_itself(monkeypatch, op, output, spoil):
-    kind = op.kinds[0] if op is not ATTENTION else (torch.bfloat16, 128, 0, True, True, False, True, True)
+    kind = op.kinds[0] if op is not ATTENTION else (torch.bfloat16, 128, 0, True, True, False, False, True, True)
     assert kind[0] == torch.bfloat16
     monkeypatch.setitem(op.loaded, "triton", op.run("reference"))
     assert op.disagreement("triton", CPU, kind) is None
@@ -259,7 +259,7 @@ def test_attention_from_pools_that_the_copy_engine_does_not_take_is_a_kind_of_it
     by_heads = torch.zeros(2, 128, 64).transpose(0, 1)
     for pools in ((pool, pool), (pool, by_heads), (by_heads, pool), (pool[:, :1], by_heads[:, :1])):
         segment_attention(torch.zeros(3, pools[0].shape[1], 64), *pools, window)
-    assert [kind[6] for kind in seen] == [True, False, False, True]
+    assert [kind[7] for kind in seen] == [True, False, False, True]
 
 
 def test_attention_from_what_the_cuda_kernel_does_not_take_is_a_kind_of_its_own(monkeypatch):
@@ -272,15 +272,38 @@ def test_attention_from_what_the_cuda_kernel_does_not_take_is_a_kind_of_its_own(
     segment_attention(odd, pool, pool, window)
     segment_attention(q, pool, pool, turned, out=odd)
     assert seen == [(torch.float16, 64, *rest) for rest in (
-        (0, False, False, False, True, True), (0, False, False, False, True, False),
-        (7, False, False, False, True, False),
+        (0, False, False, False, False, True, True), (0, False, False, False, False, True, False),
+        (7, False, False, False, False, True, False),
     )]  # fmt: skip
+
+
+def test_grouped_heads_are_kinds_of_their_own(monkeypatch):
+    seen = []
+    for op in (ATTENTION, APPEND):
+        monkeypatch.setattr(op, "choose", lambda *x: seen.append(x[2]) or (lambda *x, **y: None))
+    q, pool = torch.zeros(8, 4, 64), torch.zeros(128, 2, 64)
+    segment_attention(q, pool, pool, Window([Segment(0, 100)], device=CPU))
+    norm_rope_append(q.flatten(1), *torch.zeros(2, 8, 128), pool, pool.clone(), 0, rope=None, grid=(2, 2, 2))
+    assert seen == [
+        (torch.float32, 64, 0, False, False, False, True, True, True),
+        (torch.float32, 4, 2, 64, None, None, False, True, True),
+    ]
+
+
+def test_the_check_of_grouped_heads_looks_at_such():
+    seen = []
+    for kind in [(torch.float16, 64, 0, False, False, False, grouped, True, True) for grouped in (False, True)]:
+        ATTENTION.small_case(CPU, kind)(lambda q, k, v, *x, **y: seen.append((q.shape[1], k.shape[1], v.shape[1])))
+    assert seen == [(2, 2, 2)] * 2 + [(4, 2, 2)] * 2  # in two windows each
+    kind = (torch.float16, 4, 2, 64, None, torch.float16, True, True, True)
+    APPEND.small_case(CPU, kind)(lambda q, k, v, *x, k_weight, **y: seen.append((q.shape, k.shape, len(k_weight))))
+    assert seen[4:] == [((30, 256), (30, 128), 128)]
 
 
 def test_the_check_of_what_is_not_aligned_looks_at_such(monkeypatch):
     aligned = []
     for is_aligned in (True, False):
-        kind = (torch.float16, 64, 0, False, False, False, True, is_aligned)
+        kind = (torch.float16, 64, 0, False, False, False, False, True, is_aligned)
         ATTENTION.small_case(CPU, kind)(lambda q, k, v, *x, **y: aligned.append(cuda.attention_aligned(q, k, v, q)))
     assert aligned == [True, True, False, False]
 
@@ -333,10 +356,10 @@ def test_the_extension_says_what_it_lacks(monkeypatch):
     assert cuda.unavailable(GPU) is None  # sm_80 code runs on 8.9
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
     assert cuda.unavailable(GPU) == "the extension is built for 80, 90a, not 100"
-    assert "bfloat16 and float16" in cuda.append_unsupported((torch.float32, 2, 64, True, True, True, True))
-    assert "16 bytes" in cuda.append_unsupported((torch.float16, 2, 64, True, True, True, False))
-    assert "not 65 heads of 128" in cuda.append_unsupported((torch.float16, 65, 128, True, True, True, True))
-    assert cuda.append_unsupported((torch.float16, 128, 64, True, True, True, True)) is None
+    assert "bfloat16 and float16" in cuda.append_unsupported((torch.float32, 2, 2, 64, True, True, True, True))
+    assert "16 bytes" in cuda.append_unsupported((torch.float16, 2, 2, 64, True, True, True, False))
+    assert "not 65 heads of 128" in cuda.append_unsupported((torch.float16, 65, 65, 128, True, True, True, True))
+    assert cuda.append_unsupported((torch.float16, 128, 128, 64, True, True, True, True)) is None
 
 
 def test_attention_in_cuda_is_for_hopper_alone(monkeypatch):
@@ -362,13 +385,13 @@ def test_attention_in_cuda_is_for_hopper_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kinds_of_attention_that_the_cuda_kernel_takes(dtype):
-    assert cuda.attention_unsupported((dtype, 128, 22, False, True, False, False, True)) is None
-    assert "16 bytes" in cuda.attention_unsupported((dtype, 128, 22, False, True, False, True, False))
-    wide = (torch.float32, 128, 22, False, True, False, True, True)
+    assert cuda.attention_unsupported((dtype, 128, 22, False, True, False, True, False, True)) is None
+    assert "16 bytes" in cuda.attention_unsupported((dtype, 128, 22, False, True, False, False, True, False))
+    wide = (torch.float32, 128, 22, False, True, False, False, True, True)
     assert cuda.attention_unsupported(wide) == "it takes bfloat16 and float16, not torch.float32"
-    reason = cuda.attention_unsupported((dtype, 128, 64, False, False, True, True, True))
+    reason = cuda.attention_unsupported((dtype, 128, 64, False, False, True, False, True, True))
     assert reason == "it takes weights of segments where up to 24 pairs turn, not 64"
-    assert cuda.attention_unsupported((dtype, 64, 32, False, False, True, True, True)) is None
+    assert cuda.attention_unsupported((dtype, 64, 32, False, False, True, False, True, True)) is None
     assert all(
         cuda.attention_unsupported(kind) is None
         for kind in ATTENTION.kinds
@@ -376,21 +399,31 @@ def test_kinds_of_attention_that_the_cuda_kernel_takes(dtype):
     )
 
 
-def test_kernels_with_weights_are_proven_by_themselves(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "plain", "other"),
+    [
+        *[(ATTENTION, (64, 0, False, False, False, False, True, True), (64, 0, False, False, *of, True, True))
+          for of in ((True, False), (False, True), (True, True))],
+        (APPEND, (2, 2, 64, None, None, True, True, True), (4, 2, 64, None, None, True, True, True)),
+    ],
+    ids=["weights", "grouped", "both", "append grouped"],
+)  # fmt: skip
+def test_kernels_with_weights_or_grouped_heads_are_proven_by_themselves(tmp_path, monkeypatch, op, plain, other):
     """A proof of the kernels without them, such as the list of an older version holds, says nothing of those."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     older = tmp_path / "older.json"
-    older.write_text('{"cuda": {"segment_attention": ["sm_90"]}}')
+    older.write_text(json.dumps({"cuda": {op.op: ["sm_90"]}}))
     monkeypatch.setattr(proven, "REPOSITORY_LIST", older)
     monkeypatch.setenv("WORLDKV_SELF_CHECK", "0")
     monkeypatch.setattr(proven, "architecture", lambda device: "sm_90")
-    monkeypatch.setitem(ATTENTION.backends, "cuda", Backend(lambda: None))
+    monkeypatch.setitem(op.backends, "cuda", Backend(lambda: None))
     proven._lists.cache_clear()
-    plain, weighted = ((torch.float16, 128, 0, False, False, has_weight, True, True) for has_weight in (False, True))
-    assert ATTENTION.passed_over("cuda", GPU, plain) is None
-    assert "no run has proven it on sm_90" in ATTENTION.passed_over("cuda", GPU, weighted)
-    proven.record(ATTENTION.proof(weighted), GPU)
-    assert ATTENTION.passed_over("cuda", GPU, weighted) is None
+    plain, other = ((torch.float16, *kind) for kind in (plain, other))
+    assert op.passed_over("cuda", GPU, plain) is None
+    assert "no run has proven it on sm_90" in op.passed_over("cuda", GPU, other)
+    assert any(op.proof(kind) == op.proof(other) for kind in op.kinds)  # doctor --prove may
+    proven.record(op.proof(other), GPU)
+    assert op.passed_over("cuda", GPU, other) is None
     proven._lists.cache_clear()
 
 

@@ -22,10 +22,11 @@ def test_attention_operations_are_two_products(load):
 def test_attention_bytes_are_q_out_and_each_row_once(load):
     bench = load("bench_segment_attention")
     # q 2 x 5 x 4 numbers of 2 bytes = 80, out as much; K 3 x 5 x 4 x 2 = 120, V as much.
-    assert bench.attention_bytes(2, 5, 4, 3, 2) == 80 + 80 + 120 + 120
+    assert bench.attention_bytes(2, 5, 4, 3, 2, kv_heads=5) == 80 + 80 + 120 + 120
+    assert bench.attention_bytes(2, 5, 4, 3, 2, kv_heads=1) == 80 + 80 + 24 + 24
     # An fp32 number a head and query for lse, a head and segment for mass.
-    assert bench.attention_bytes(2, 5, 4, 3, 2, lse=True) == 400 + 4 * 5 * 2
-    assert bench.attention_bytes(2, 5, 4, 3, 2, mass_segments=7) == 400 + 4 * 5 * 7
+    assert bench.attention_bytes(2, 5, 4, 3, 2, kv_heads=5, lse=True) == 400 + 4 * 5 * 2
+    assert bench.attention_bytes(2, 5, 4, 3, 2, kv_heads=5, mass_segments=7) == 400 + 4 * 5 * 7
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_each_model_has_each_window_pruned_and_whole(load):
             assert pruned.lengths.count(3 * frame_tokens // 2) == halves
             assert whole.lengths == [3 * frame_tokens] * (frames // 3)
     names = [str(c) for c in every]
-    assert len(set(names)) == len(names) == 39
+    assert len(set(names)) == len(names) == 40
     assert names[0] == "40 heads, 4680 queries, 32760 keys, 21 frames, pruned"
     assert names[3] == "40 heads, 4680 queries, 32760 keys, 21 frames, whole"
 
@@ -86,7 +87,7 @@ def test_other_head_dims_and_dtypes_are_among_the_cases(load):
             assert {torch.float16, torch.bfloat16} <= {case.dtype for case in cases}
 
 
-@pytest.mark.parametrize("options, count", [([], 39), (["--core"], 8), (["--core", "--small"], 5)])
+@pytest.mark.parametrize("options, count", [([], 40), (["--core"], 8), (["--core", "--small"], 5)])
 def test_core_runs_the_first_cases_alone(load, monkeypatch, options, count):
     bench, asked = load("bench_segment_attention"), []
     monkeypatch.setattr(load("common"), "device_for", lambda name, small: CPU)
@@ -128,9 +129,9 @@ def test_an_attention_rival_with_wrong_numbers_is_not_timed(load, monkeypatch):
     right = bench.scaled_dot_product_attention
     calls = []
 
-    def one_key_short(q, k, v):
+    def one_key_short(q, k, v, enable_gqa):
         calls.append(len(calls))
-        return right(q, k[:, :, 1:], v[:, :, 1:])
+        return right(q, k[:, :, 1:], v[:, :, 1:], enable_gqa=enable_gqa)
 
     monkeypatch.setattr(bench, "scaled_dot_product_attention", one_key_short)
     figures = bench.run(small=True, device=CPU, seconds=0.01)
@@ -143,14 +144,15 @@ def test_an_attention_rival_with_wrong_numbers_is_not_timed(load, monkeypatch):
 
 @pytest.fixture
 def window():
-    """q, pools with NaN outside the window, the window's rows out of order, and what attention over them gives."""
+    """q of 4 heads, pools of 2 with NaN outside the window, the window's rows out of order, and what attention over
+    them gives."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(70, 2, 64, generator=generator)
+    q = torch.randn(70, 4, 64, generator=generator)
     pools = [torch.full((400, 2, 64), math.nan) for _ in range(2)]
     index = torch.cat([torch.arange(256, 300), torch.arange(5, 6), torch.arange(128, 256)])
     for pool in pools:
         pool[index] = torch.randn(len(index), 2, 64, generator=generator)
-    k, v = (pool[index].transpose(0, 1) for pool in pools)
+    k, v = (pool[index].transpose(0, 1).repeat_interleave(2, dim=0) for pool in pools)
     exact = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1).double(), k.double(), v.double())
     return q, *pools, index, exact.transpose(0, 1)
 
@@ -162,7 +164,7 @@ def test_the_flex_mask_admits_the_window_and_nothing_else(load, window):
     q, k_pool, v_pool, index, exact = window
     inputs, mask = load("attention_rivals").flex_inputs(q, k_pool, v_pool, index)
     with torch.no_grad():
-        out = flex_attention(*inputs, block_mask=mask)
+        out = flex_attention(*inputs, block_mask=mask, enable_gqa=True)
     assert load("common").relative_error(out.squeeze(0).transpose(0, 1), exact) < 1e-5
     # Of four tiles of 128 rows the last is never visited.
     assert mask.to_dense().flatten().tolist() == [1, 1, 1, 0]
@@ -171,7 +173,7 @@ def test_the_flex_mask_admits_the_window_and_nothing_else(load, window):
 def dense(q, k, v, causal):
     assert not causal
     assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 class PagedPrefill:
@@ -183,7 +185,7 @@ class PagedPrefill:
     def plan(self, qo_indptr, indptr, indices, last_page_len, qo_heads, kv_heads, head_dim, page_size, **options):
         assert {x.dtype for x in (qo_indptr, indptr, indices, last_page_len)} == {torch.int32}
         assert (qo_indptr.tolist(), indptr.tolist(), last_page_len.tolist()) == ([0, 70], [0, len(indices)], [1])
-        assert (qo_heads, kv_heads, head_dim, page_size) == (2, 2, 64, 1)
+        assert (qo_heads, kv_heads, head_dim, page_size) == (4, 2, 64, 1)
         assert options == {"causal": False, "q_data_type": torch.float32}
         self.indices = indices.long()
 
@@ -244,10 +246,10 @@ def test_flash_attn_4_gets_its_lists_through_flex_attention(load, monkeypatch, w
     def compiled(function, fullgraph, dynamic):
         assert fullgraph and not dynamic
 
-        def run(*inputs, block_mask, kernel_options):
+        def run(*inputs, block_mask, enable_gqa, kernel_options):
             asked.append((block_mask.BLOCK_SIZE, kernel_options))
             with torch.no_grad():
-                return function(*inputs, block_mask=block_mask)
+                return function(*inputs, block_mask=block_mask, enable_gqa=enable_gqa)
 
         return run
 

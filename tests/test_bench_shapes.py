@@ -14,6 +14,7 @@ from worldkv_kernels.cli import main
 
 CPU = torch.device("cpu")
 SHAPE = "heads=3,kv_heads=3,q=40,head_dim=64,window=40x1+20x3,dtype=float16"
+GROUPED = SHAPE.replace("heads=3,kv_heads=3", "heads=4,kv_heads=2")
 BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "prefetch", "chunk", "rollout"]
 
 
@@ -28,8 +29,10 @@ def bench(tmp_path, *arguments):
     "name, shape, case, of_figure",
     [
         (
-            "segment_attention", SHAPE, "3 heads, 40 queries, 100 keys, window 40x1+20x3, head_dim 64, float16",
-            {"heads": 3, "queries": 40, "tokens": 100, "keys": "40x1+20x3", "head_dim": 64, "dtype": "float16"},
+            "segment_attention", GROUPED,
+            "4 heads over 2, 40 queries, 100 keys, window 40x1+20x3, head_dim 64, float16",
+            {"heads": 4, "queries": 40, "tokens": 100, "keys": "40x1+20x3", "head_dim": 64, "dtype": "float16",
+             "kv_heads": 2},
         ),
         (
             "norm_rope_append", "heads=3,head_dim=64,grid=2x3x4,dtype=float32", "24 tokens x 3 x 64, float32",
@@ -66,6 +69,10 @@ def test_a_window_of_ones_own_is_the_one_asked_for(load):
     assert [shift != 0 for shift in case.shifts] == [True, True, False]
     inputs = attention.Inputs(case, CPU)
     assert [segment.num_rows for segment in inputs.plain] == case.lengths
+    assert attention.case_of("heads=2,kv_heads=2,q=7,window=5x2+130x1") == case
+    grouped = attention.case_of("heads=6,kv_heads=2,q=7,window=5x2+130x1")
+    assert str(grouped) == "6 heads over 2, 7 queries, 140 keys, window 5x2+130x1"
+    assert attention.Inputs(grouped, CPU).k_pool.shape[1] == 2
 
 
 def test_sizes_that_do_not_fit_are_told_in_bytes(load, monkeypatch, capsys):

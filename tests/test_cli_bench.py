@@ -342,8 +342,8 @@ ROLLOUT = ["rollout", *QUICK]
             "--shape: dtype must be float16 or bfloat16 or float32, got 'fp8'",
         ),
         (
-            [*SHAPE, "heads=24,kv_heads=8,q=1,window=1x1"],
-            "--shape: kv_heads must be heads=24, grouped heads are not supported, got 8",
+            [*SHAPE, "heads=24,kv_heads=7,q=1,window=1x1"],
+            "--shape: kv_heads must be a divisor of heads=24, got 7",
         ),
         ([*SHAPE, "heads=24,q=1,window=1x2147483647"], "--shape 24 heads, 1 queries, 2147483647 keys, window 1x214748"),
         ([*SHAPE, "heads=1,q=2147483647,window=1x1"], " GiB that are free on cpu, got "),

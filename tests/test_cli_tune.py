@@ -98,7 +98,7 @@ def measured(tmp_path, *arguments, status=0):
 
 
 def shape_of(heads, q_len, keys, *, turned_pairs=0, has_mass=False, has_weight=False):
-    return Shape(heads, q_len, keys, 128, turned_pairs, has_mass, has_weight)
+    return Shape(heads, q_len, keys, 128, turned_pairs, has_mass, has_weight, 1)
 
 
 def test_a_cpu_is_told_that_there_is_nothing_to_choose(capsys):
@@ -131,6 +131,7 @@ def test_what_is_fastest_here_serves_from_then_on(card, tmp_path, capsys):
         assert of["us"]["cuda"] == pytest.approx({"us_20": 89.1, "us": 90.0, "us_80": 90.9})
     assert found[default, "rebase"]["shape"] == {
         "heads": 40, "q_len": 4680, "keys": 33_536, "head_dim": 128, "turned_pairs": 22, "has_mass": 0, "has_weight": 0,
+        "group_size": 1,
     }  # fmt: skip
     assert found[default, "weights"]["left_out"] == {
         "sdpa": "PyTorch's attention with lengths on the device takes no log weights"
@@ -232,7 +233,7 @@ def test_a_card_is_forgotten_and_others_are_not(card, tmp_path, capsys):
     measured(tmp_path, "--shape", SHAPE)
     tuned.record("NVIDIA A100", tuned.read()[CARD])
     found = tuned.read()[CARD][0]
-    kind = (torch.float16, 64, 0, False, False, False, True, True)
+    kind = (torch.float16, 64, 0, False, False, False, False, True, True)
     assert ATTENTION.name("auto", GPU, kind, Shape(**found.shape)) == "sdpa"
     capsys.readouterr()
     assert main(["tune", "--forget"]) == 0
@@ -330,7 +331,8 @@ def test_a_window_is_kept_as_the_op_sees_it(monkeypatch, extra):
     monkeypatch.setattr(ATTENTION, "passed_over", passed_over)
     monkeypatch.setattr(bench, "our_variant", lambda inputs, name, extra: make(inputs, "reference", extra))
     monkeypatch.setattr(tune, "SECONDS", 0.01)
-    found = tune._measure(bench.Inputs(bench.case_of(SHAPE), CPU), CPU, extra)
+    case = bench.case_of(SHAPE.replace("heads=2", "heads=4,kv_heads=2"))
+    found = tune._measure(bench.Inputs(case, CPU), CPU, extra)
     assert list(found["us"]) == ["triton", "sdpa"] and found["left_out"] == {"cuda": "not here"}
     assert all(0 < of["us_20"] <= of["us"] <= of["us_80"] for of in found["us"].values())
     assert {shape for _, shape in seen} == {Shape(**found["shape"])} and {kind for kind, _ in seen} == set(checked)

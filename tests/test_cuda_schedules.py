@@ -165,7 +165,9 @@ def test_any_order_of_threads_gives_the_same_bits(pooled):
 def tokens_to_append(draw):
     return dict(
         grid=draw(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2))),
-        heads=draw(st.sampled_from([1, 2, 7, 12, 16, 17, 33, 40, 41, 64])), head_dim=draw(st.sampled_from([64, 128])),
+        heads=draw(st.sampled_from([(1, 1), (2, 1), (7, 7), (12, 12), (16, 2), (17, 17), (33, 11), (40, 40), (41, 1),
+                                    (64, 64)])),
+        head_dim=draw(st.sampled_from([64, 128])),
         dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])), pads=draw(PADS),
         weights=draw(st.tuples(*[st.sampled_from(["none", "same", "float"])] * 2)),
         roped=draw(st.booleans()), on_device=draw(st.booleans()), round_before_rope=draw(st.booleans()),
@@ -177,16 +179,17 @@ def tokens_to_append(draw):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(tokens_to_append(), SEEDS)
 def test_append_agrees_with_the_reference_and_writes_nothing_else(case, seed):
-    heads, head_dim, dtype, first_row = (case[x] for x in ("heads", "head_dim", "dtype", "first_row"))
-    tokens, columns = case["grid"][0] * case["grid"][1] * case["grid"][2], heads * head_dim
+    (heads, kv_heads), head_dim, dtype, first_row = (case[x] for x in ("heads", "head_dim", "dtype", "first_row"))
+    tokens = case["grid"][0] * case["grid"][1] * case["grid"][2]
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        torch.randn(tokens, columns + pad, generator=generator).to(DEVICE, dtype)[:, :columns]
-        for pad in case["pads"][1:]
+        torch.randn(tokens, of * head_dim + pad, generator=generator).to(DEVICE, dtype)[:, : of * head_dim]
+        for of, pad in zip((heads, kv_heads, kv_heads), case["pads"][1:], strict=True)
     )
+    dtypes = {"same": dtype, "float": torch.float32}
     q_weight, k_weight = (
-        None if kind == "none" else (torch.randn(columns, generator=generator)).to(DEVICE, {"same": dtype}.get(kind))
-        for kind in case["weights"]
+        torch.randn(of * head_dim, generator=generator).to(DEVICE, dtypes[kind]) if kind in dtypes else None
+        for of, kind in zip((heads, kv_heads), case["weights"], strict=True)
     )
     where = dict(first_row=first_row, rope=Rope3D(head_dim), start_frame=case["start_frame"])
     if case["on_device"]:
@@ -197,7 +200,10 @@ def test_append_agrees_with_the_reference_and_writes_nothing_else(case, seed):
 
     def run(backend):
         order_threads_by(seed)
-        stores = [surrounded(1, tokens + 5, heads, head_dim, dtype, pad) for pad in case["pads"][:3]]
+        stores = [
+            surrounded(1, tokens + 5, of, head_dim, dtype, pad)
+            for of, pad in zip((kv_heads, kv_heads, heads), case["pads"][:3], strict=True)
+        ]
         norm_rope_append(
             q, k, v, stores[0][1][0], stores[1][1][0], **where, grid=case["grid"], q_weight=q_weight, k_weight=k_weight,
             round_before_rope=case["round_before_rope"], eps=case["eps"], out=stores[2][1][0, :tokens], backend=backend,
@@ -260,7 +266,8 @@ def call_of_append(heads=2, tokens=2, **changes):
         (call_of_compress, {"k": torch.zeros(1, 8, 2, 32)}, ValueError, "1 to 128 heads with head_dim 64 or 128"),
         (call_of_compress, {"k": torch.zeros(8 * 130).as_strided((1, 8, 2, 64), (0, 130, 64, 1))}, ValueError,
          "k must have"),
-        (call_of_append, {"heads": 129}, ValueError, "k_pool must be of 1 to 64 heads with .*, got 129 with"),
+        (call_of_append, {"heads": 129}, ValueError, "q must be of 1 to 64 heads with .*, got 129 with"),
+        (call_of_append, {"k_pool": torch.zeros(2, 3, 64)}, ValueError, "k_pool must be of 1 to 2 heads, got 3"),
         (call_of_append, {"tokens": 0}, RuntimeError, "launch failed: invalid (configuration )?argument"),
         (call_of_append, {"q": torch.zeros(2, 128)}, ValueError, "q must be bfloat16 or float16"),
         (call_of_append, {"q_weight": torch.zeros(129)[1:]}, ValueError, "q_weight must have rows aligned to 16"),

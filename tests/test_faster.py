@@ -149,15 +149,15 @@ def test_attention_says_its_shape(monkeypatch):
 
     seen = []
     monkeypatch.setattr(ATTENTION, "choose", lambda *x: seen.append(x[3]) or (lambda *x, **y: None))
-    q, pool = torch.zeros(7, 3, 64), torch.zeros(300, 3, 64)
+    q, pool = torch.zeros(7, 6, 64), torch.zeros(300, 6, 64)
     segments = [Segment(0, 129), Segment(140, 1)]
     segment_attention(q, pool, pool, Window(segments, device="cpu"))
     window = Window(segments, device="cpu", rope=Rope3D(64), capacity=5)
     segment_attention(q, pool, pool, window, return_mass=True)
-    segment_attention(q, pool, pool, Window(segments, device="cpu", weighted=True))
+    segment_attention(q, pool[:, ::3], pool[:, ::3], Window(segments, device="cpu", weighted=True))
     assert seen == [
-        Shape(3, 7, 384, 64, 0, False, False), Shape(3, 7, 640, 64, 12, True, False),
-        Shape(3, 7, 384, 64, 0, False, True),
+        Shape(6, 7, 384, 64, 0, False, False, 1), Shape(6, 7, 640, 64, 12, True, False, 1),
+        Shape(6, 7, 384, 64, 0, False, True, 3),
     ]  # fmt: skip
     assert isinstance(ATTENTION.typical_shape, Shape)
 
@@ -218,7 +218,8 @@ def fault(entry, root=ROOT):
         numbers = figure["shape"]
         turned = numbers["head_dim"] // 2 - 2 * (numbers["head_dim"] // 6) if extra == "rebase" else 0
         sizes = (numbers["heads"], numbers["queries"], numbers["tokens"], numbers["head_dim"])
-        shapes.append(Shape(*sizes, turned, extra == "mass", extra == "weights"))
+        group_size = numbers["heads"] // numbers.get("kv_heads", numbers["heads"])
+        shapes.append(Shape(*sizes, turned, extra == "mass", extra == "weights", group_size))
         if not entry.holds(shapes[-1]):
             return f"{name} is of another shape"
         others = [
@@ -255,10 +256,16 @@ def test_every_entry_has_figures_that_show_it():
         ({}, {"heads": (41, 80)}, "is of another shape"),
         ({}, {"keys": (0, 1000)}, "is of another shape"),
         ({}, {"has_mass": (1, 1)}, "is of another shape"),
+        (
+            {"shape": {"heads": 40, "queries": 4680, "tokens": 32_760, "head_dim": 128, "kv_heads": 8}},
+            {},
+            "is of another shape",
+        ),
         ({}, {"heads": (40, 41)}, "heads goes beyond the figures"),
         ({}, {"keys": (32_759, 32_760)}, "keys goes beyond the figures"),
         ({}, {"keys": (32_760, 34_400)}, "keys goes beyond the figures"),
         ({}, {"turned_pairs": (0, 1)}, "turned_pairs goes beyond the figures"),
+        ({}, {"group_size": (1, 2)}, "group_size goes beyond the figures"),
     ],
 )
 def test_an_entry_without_such_figures_is_found(tmp_path, changes, ranges, wanted):
@@ -271,7 +278,7 @@ def test_an_entry_without_such_figures_is_found(tmp_path, changes, ranges, wante
         {**common, "variant": "cuda", "us": 90.0, **changes},
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, False, False)), strict=True)) | ranges
+    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, 0, 0, 1)), strict=True)) | ranges
     found = fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",)), tmp_path)
     assert found is None if wanted is None else found.endswith(wanted)
     del held["keys"]
@@ -284,7 +291,7 @@ def test_an_entry_of_sdpa_needs_lines_of_the_backend(tmp_path):
     times = {"triton": 100.0, "cuda": 90.0, "sdpa backend lse": 70.0, "sdpa backend": 80.0}
     lines = [{**common, "variant": variant, "us": us} for variant, us in times.items()]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, False, False)), strict=True))
+    held = dict(zip(Shape._fields, ((n, n) for n in (40, 4680, 32_760, 128, 0, 0, 0, 1)), strict=True))
     assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:4",), ("sdpa",)), tmp_path) is None
     assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:2",), ("sdpa",)), tmp_path).endswith("the kernel")
     assert fault(Faster("segment_attention", "sm_90", held, ("x.jsonl:2",)), tmp_path).endswith("as the fastest")

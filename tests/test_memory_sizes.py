@@ -26,9 +26,9 @@ def drawn(seed: int) -> tuple[MemoryConfig, torch.dtype]:
     half = head_dim // 2
     ropes = (None, "wan", Rope3D(head_dim, pairs=(half - 20, 20, 0)), Rope3D(head_dim, pairs=(0, half // 2, half // 2)))
     rope, mode = of.choice(ropes), of.choice(("worldkv", "worldkv", "worldkv", "full", "sliding", "sink_recent"))
-    retrieved = of.randint(0, 4)
+    retrieved, (heads, kv_heads) = of.randint(0, 4), of.choice(((1, 1), (2, None), (3, 3), (3, 1), (4, 2)))
     config = MemoryConfig(
-        num_layers=of.randint(1, 3), num_heads=of.randint(1, 3), head_dim=head_dim,
+        num_layers=of.randint(1, 3), num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
         grid=(of.randint(1, 9), of.randint(1, 23)), chunk_frames=frames, mode=mode, rope=rope,
         sink_frames=of.randint(0, 2 * frames), recent_frames=of.randint(0, 3 * frames), retrieved_chunks=retrieved,
         keep_ratio=of.choice((0.01, 0.25, 0.3, 0.5, 1)), bank=of.choice(("device", "host")),
@@ -82,7 +82,11 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
     assert bytes_of(memory._bank._cache.arena.rows if config.caches_bank else ()) == sizes.host_bank
     assert bytes_of(memory) == sizes.device + sizes.host
     memory.begin_chunk(np.tile(np.eye(4), (config.chunk_frames, 1, 1)))
-    memory.attend(0, *torch.zeros(3, config.chunk_tokens, config.num_heads * config.head_dim, dtype=dtype))
+    q, k = (
+        torch.zeros(config.chunk_tokens, heads * config.head_dim, dtype=dtype)
+        for heads in (config.num_heads, config.num_kv_heads)
+    )
+    memory.attend(0, q, k, k)
     assert bytes_of(memory) == sizes.device + sizes.host
     assert sum(sizes.on("cpu").values()) == sum(sizes.on("cuda").values()) == sum(sizes.parts.values())
 
@@ -96,6 +100,7 @@ def test_the_walk_meets_every_kind_of_config():
         {c.rope is None for c in configs}, {c.turns_segments for c in configs}, {c.weighs_segments for c in configs},
         {c.gap_chunks > 0 for c in configs}, {c.sink_frames % c.chunk_frames > 0 for c in configs},
         {c.caches_bank and c.device_slots is not None for c in configs}, {c.takes_contents for c in configs},
+        {c.num_kv_heads < c.num_heads for c in configs},
     ):  # fmt: skip
         assert seen == {True, False}
 
@@ -111,6 +116,8 @@ def test_parts_by_hand():
     on_device = LINGBOT.memory(bank_chunks=10).bytes()
     assert (on_device.bank, on_device.host_bank) == (10 * 2432 * row, 0)
     assert LINGBOT.memory(bank_chunks=10).bytes(torch.float32).bank == 2 * on_device.bank
+    fifth = replace(LINGBOT.memory(bank_chunks=10), num_kv_heads=8).bytes()  # of all but q
+    assert (fifth.bank, fifth.sink, fifth.scratch) == (2 * 2432 * row, 4736 * row // 5, on_device.scratch)
 
 
 @pytest.mark.parametrize(("bits", "of_a_layer"), [(8, 40 * (128 + 2) * 2340), (4, 40 * 128 * (2340 / 2 + 37 * 4))])

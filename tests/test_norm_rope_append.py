@@ -39,20 +39,26 @@ def brute_force(x, weight, heads, grid, start_frame, rope=True, eps=1e-6):
     return torch.stack(rows)
 
 
-def inputs(tokens, heads, head_dim, dtype=torch.float32, seed=0):
+def inputs(tokens, heads, head_dim, dtype=torch.float32, seed=0, kv_heads=None):
+    kv_heads = kv_heads or heads
+    columns = [of * head_dim for of in (heads, kv_heads, kv_heads)]
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(tokens, 3 * heads * head_dim, generator=generator).to(DEVICE, dtype)
-    weights = 1 + 0.3 * torch.randn(2, heads * head_dim, generator=generator).to(DEVICE, dtype)
-    pools = torch.full((2, tokens + 40, heads, head_dim), math.nan, dtype=dtype, device=DEVICE)
-    return qkv.chunk(3, dim=1), weights, pools
+    qkv = torch.randn(tokens, sum(columns), generator=generator).to(DEVICE, dtype)
+    weights = 1 + 0.3 * torch.randn(sum(columns[:2]), generator=generator).to(DEVICE, dtype)
+    pools = torch.full((2, tokens + 40, kv_heads, head_dim), math.nan, dtype=dtype, device=DEVICE)
+    return qkv.split(columns, dim=1), weights.split(columns[:2]), pools
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (2, 128), (5, 64), (12, 128), (40, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(1, 1, 64), (2, 2, 128), (5, 5, 64), (12, 12, 128), (40, 40, 64), (6, 2, 128), (40, 8, 64)],
+)
 @pytest.mark.parametrize(("q_normed", "k_normed", "roped"), [(1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 0, 1)])
-def test_matches_float64_and_writes_only_its_rows(backend, heads, head_dim, q_normed, k_normed, roped):
+def test_matches_float64_and_writes_only_its_rows(backend, heads, kv_heads, head_dim, q_normed, k_normed, roped):
     grid, start, first_row = (2, 3, 5), 17, 11
-    (q, k, v), weights, pools = inputs(30, heads, head_dim, WIDEST.get(backend, torch.float32))
+    dtype = WIDEST.get(backend, torch.float32)
+    (q, k, v), weights, pools = inputs(30, heads, head_dim, dtype, kv_heads=kv_heads)
     q_weight, k_weight = weights[0] if q_normed else None, weights[1] if k_normed else None
     limit = LIMIT.get(backend, 2e-6)  # fp32 angles carry 6e-8 of the position, up to 20 radians here
     got = norm_rope_append(
@@ -61,8 +67,8 @@ def test_matches_float64_and_writes_only_its_rows(backend, heads, head_dim, q_no
     )  # fmt: skip
     written = pools[:, first_row : first_row + 30]
     assert relative_error(got, brute_force(q, q_weight, heads, grid, start, roped)) <= limit
-    assert relative_error(written[0], brute_force(k, k_weight, heads, grid, start, roped)) <= limit
-    assert torch.equal(written[1], v.reshape(30, heads, head_dim))
+    assert relative_error(written[0], brute_force(k, k_weight, kv_heads, grid, start, roped)) <= limit
+    assert torch.equal(written[1], v.reshape(30, kv_heads, head_dim))
     others = torch.cat([pools[:, :first_row], pools[:, first_row + 30 :]], dim=1)
     assert others.isnan().all()
 
@@ -85,7 +91,7 @@ def test_rounding_is_that_of_the_models(backend, dtype, weight_dtype):
     if (backend, dtype, DEVICE.type) == ("triton", torch.bfloat16, "cpu"):
         pytest.skip("Triton's interpreter rounds to bf16 towards zero; fp16 stands in for it there")
     (q, k, v), weights, pools = inputs(12, 3, 64, dtype)
-    weights = weights.float() if weight_dtype == "fp32" else weights
+    weights = [weight.float() if weight_dtype == "fp32" else weight for weight in weights]
     got = norm_rope_append(
         q, k, v, *pools, 0, rope=Rope3D(64), grid=(1, 3, 4), start_frame=900,
         q_weight=weights[0], k_weight=weights[1], backend=backend,
@@ -189,7 +195,7 @@ def zeros(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype, device=DEVICE)
 
 
-SIZES = "[rows, heads, head_dim], heads not first, with 1 to 128 heads and head_dim 64 or 128"
+SIZES = "[rows, kv_heads, head_dim], heads not first, with 1 to 128 heads and head_dim 64 or 128"
 
 
 TABLE = RopeTable(Rope3D(64), (2, 3, 5), device=DEVICE)
@@ -198,16 +204,24 @@ TABLE = RopeTable(Rope3D(64), (2, 3, 5), device=DEVICE)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"q": zeros(30, 2, 64)}, ValueError, "q must be [tokens, 128] without a batch dimension"),
-        ({"q": zeros(30, 64)}, ValueError, "q must be [tokens, 128], got [30, 64]"),
+        ({"q": zeros(30, 2, 64)}, ValueError, "q must be [tokens, heads * 64] without a batch dimension"),
+        *[
+            ({"q": zeros(30, columns)}, ValueError,
+             f"q must be [tokens, heads * 64], heads a multiple of the pools' 2, at most 128, got [30, {columns}]")
+            for columns in (64, 192, 160, 0, 130 * 64)
+        ],
+        ({"k": zeros(30, 64)}, ValueError, "k must be [30, 128], got [30, 64]"),
+        ({"q": zeros(30, 256)}, ValueError, "q_weight must be [256], got [128]"),
+        ({"q": zeros(30, 256), "q_weight": None, "out": zeros(30, 2, 64)}, ValueError,
+         "out must be [30, 4, 64], got [30, 2, 64]"),
         ({"k": zeros(29, 128)}, ValueError, "k must be [30, 128], got [29, 128]"),
         ({"v": zeros(30, 128, dtype=torch.float16)}, TypeError, "v must be torch.float32, got"),
         ({"q": zeros(128, 30).T}, ValueError, "q must be contiguous in its last 1"),
-        ({"k_pool": zeros(70, 128)}, ValueError, "k_pool must be [rows, heads, head_dim], got [70, 128]"),
+        ({"k_pool": zeros(70, 128)}, ValueError, "k_pool must be [rows, kv_heads, head_dim], got [70, 128]"),
         ({"k_pool": zeros(70, 2, 96)}, ValueError, f"k_pool must be {SIZES}, got [70, 2, 96]"),
         ({"k_pool": zeros(2, 140, 64)}, ValueError, f"k_pool must be {SIZES}, got [2, 140"),
-        ({"k_pool": zeros(1, 70, 2, 64)}, ValueError, "k_pool must be [rows, heads, head_dim] without a batch dim"),
-        ({"q": zeros(1, 30, 128)}, ValueError, "q must be [tokens, 128] without a batch dimension: one session a call"),
+        ({"k_pool": zeros(1, 70, 2, 64)}, ValueError, "k_pool must be [rows, kv_heads, head_dim] without a batch dim"),
+        ({"q": zeros(1, 30, 128)}, ValueError, "q must be [tokens, heads * 64] without a batch dimension: one session"),
         ({"v_pool": zeros(70, 64, 2).transpose(1, 2)}, ValueError, "v_pool must be contiguous in its last 2"),
         ({"grid": (2, 3, 4)}, ValueError, "grid must be (frames, height, width) of 30 tokens in all, got (2, 3, 4)"),
         ({"q_weight": zeros(64)}, ValueError, "q_weight must be [128], got [64]"),
@@ -227,8 +241,8 @@ TABLE = RopeTable(Rope3D(64), (2, 3, 5), device=DEVICE)
         ({"out": zeros(30, 128)}, ValueError, "out must be [30, 2, 64], got [30, 128]"),
         ({"first_row": zeros(1)}, TypeError, "first_row must be torch.int64, got [1] torch.float32"),
         ({"first_row": zeros(2, dtype=torch.int64)}, ValueError, "first_row must be [1], got [2]"),
-        ({"q": np.zeros((30, 128))}, TypeError, "q must be a tensor [tokens, 128], got a numpy array [30, 128] fl"),
-        ({"k_pool": np.zeros(3)}, TypeError, "k_pool must be a tensor [rows, heads, head_dim], got a numpy array [3]"),
+        ({"q": np.zeros((30, 128))}, TypeError, "q must be a tensor [tokens, heads * 64], got a numpy array [30, 128]"),
+        ({"k_pool": np.zeros(3)}, TypeError, "k_pool must be a tensor [rows, kv_heads, head_dim], got a numpy arra"),
         ({"k_weight": zeros(128, dtype=torch.float64)}, TypeError, "k_weight must be torch.float32, got [128]"),
         ({"grid": 12}, TypeError, "grid must be (frames, height, width) of integers, got 12"),
         ({"grid": None}, TypeError, "grid must be (frames, height, width) of integers, got None"),
@@ -327,7 +341,7 @@ def test_debug_checks_a_row_on_the_device(monkeypatch):
 
 @pytest.mark.parametrize("moved", [False, True], ids=["a frame", "a table that moves"])
 def test_opcheck_and_compile(moved):
-    (q, k, v), weights, pools = inputs(30, 2, 64)
+    (q, k, v), weights, pools = inputs(30, 2, 64, kv_heads=1 if moved else 2)
     rope, grid = Rope3D(64), (2, 3, 5)
     row, table = torch.tensor([5], device=DEVICE), RopeTable(rope, grid, device=DEVICE, start_frame=2)
     pools = pools.nan_to_num()

@@ -203,7 +203,7 @@ def test_given_latents_of_a_chunk_that_failed_are_kept(fails_at, tmp_path, monke
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(got, want[fails_at:], strict=True))
 
 
-def test_what_cannot_go_on_is_refused(tmp_path):
+def test_what_cannot_go_on_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "walk.worldkv"
     model, conditions = made("lingbot")
     walk = rollout(model, memory_of(model), POSES, INTRINSICS, conditions=conditions, sigmas=SIGMAS)
@@ -219,6 +219,11 @@ def test_what_cannot_go_on_is_refused(tmp_path):
     wide = LingBotWorldFast.random(replace(LINGBOT, num_heads=3), device=DEVICE, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"walk.worldkv: memory must be of the model's num_heads=3, got 2"):
         resume(file, wide, POSES, INTRINSICS)
+    with monkeypatch.context() as patch:
+        grouped = replace(LINGBOT.memory(), num_kv_heads=1)
+        patch.setattr(type(LINGBOT), "memory", lambda config: grouped)
+        with pytest.raises(ValueError, match=r"walk.worldkv: memory must be of the model's num_kv_heads=1, got 2"):
+            resume(file, model, POSES, INTRINSICS)
     with pytest.raises(ValueError, match=r"must be of format 'worldkv memory', got 'worldkv rollout'"):
         WorldMemory.load(file)
     strange = rollout(Strange(), memory_of(small), POSES, INTRINSICS, conditions=object())

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldkv_kernels import Rope3D, Segment, Window, segment_attention
-from worldkv_kernels.ops import cuda
 from worldkv_kernels.ops.segment_attention import BACKENDS
 
 
 def serves(backend, dtype, has_weight=False):
     """Whether a backend takes a kind of problem here, where CUDA runs on a CPU too."""
-    kind, of_backend = (dtype, 64, 0, False, False, has_weight, True, True), BACKENDS.backends[backend]
+    kind, of_backend = (dtype, 64, 0, False, False, has_weight, False, True, True), BACKENDS.backends[backend]
     return of_backend.unsupported(kind) is None and of_backend.unsupported_on(DEVICE, kind) is None
 
 
@@ -69,6 +68,7 @@ def brute_force(q, k, v, segments, scale=None):
     """out, lse, mass in float64: keys rewritten, concatenated, plain softmax. Log weights are added to differences of
     scores, since float64 has not the digits for their sum with a score of 1e30."""
     q, k, v = q.double().cpu(), k.cpu(), v.double().cpu()
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scale = q.shape[2] ** -0.5 if scale is None else scale
     keys = torch.cat([rotated(k[s.first_row : s.first_row + s.num_rows], s.time_shift, q.shape[2]) for s in segments])
     values = torch.cat([v[s.first_row : s.first_row + s.num_rows] for s in segments])
@@ -91,10 +91,10 @@ def make_window(segments, head_dim):
     return Window(segments, device=DEVICE, rope=ROPES[head_dim] if shifted else None, weighted=weighted)
 
 
-def check(backend, q_len, heads, head_dim, segments, limit=2e-6, seed=0, scale=None, **flags):
+def check(backend, q_len, heads, head_dim, segments, limit=2e-6, seed=0, scale=None, kv_heads=None, **flags):
     dtype = dtype_of(backend)
     rows = max(s.first_row + s.num_rows for s in segments) + 70
-    k, v, generator = make_pool(rows, heads, head_dim, segments, dtype, seed)
+    k, v, generator = make_pool(rows, kv_heads or heads, head_dim, segments, dtype, seed)
     q = torch.randn(q_len, heads, head_dim, generator=generator).to(DEVICE, dtype)
     window = make_window(segments, head_dim)
     got = segment_attention(q, k, v, window, backend=backend, scale=scale, **flags)
@@ -118,7 +118,7 @@ def segments_strategy(max_segments, max_rows, max_first):
 @given(segments=segments_strategy(8, 300, 500), seed=st.integers(0, 1000), shifted=st.booleans())
 def test_random_windows_match_float64(backend, segments, seed, shifted):
     segments = segments if shifted else [s._replace(time_shift=0) for s in segments]
-    check(backend, 1 + seed % 40, 2, 64, segments, seed=seed, **extras(backend))
+    check(backend, 1 + seed % 40, 2, 64, segments, seed=seed, kv_heads=1 + seed // 40 % 2, **extras(backend))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -146,7 +146,7 @@ def test_tile_edges(backend, head_dim, num_rows, q_len):
 @pytest.mark.parametrize("shift", [0, -33])
 def test_half_precision_within_twice_the_error_of_sdpa(backend, dtype, shift):
     """SDPA in the same dtype, on the gathered window with its keys rewritten and rounded."""
-    reason = BACKENDS.backends[backend].unsupported((dtype, 64, 12, False, False, False, True, True))
+    reason = BACKENDS.backends[backend].unsupported((dtype, 64, 12, False, False, False, False, True, True))
     if reason:
         pytest.skip(f"{reason}; fp16 stands in for them there")
     segments = [Segment(128, 300, shift), Segment(10, 77)]
@@ -350,18 +350,20 @@ def test_mass_of_a_replay_with_other_segments_stays_inside(backend, captured):
     assert (room[1:3, shared:] == 0).all() and (room[0] == 7).all() and (room[3] == 7).all()
 
 
-@pytest.mark.skipif("cuda" not in BACKEND_NAMES, reason="needs Hopper, or a CPU")
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_a_head_of_the_pools_serves_several_of_the_queries_in_cuda(cuda_kernels, kv_heads):
-    segments = [Segment(0, 150, 4), Segment(200, 100), Segment(130, 9, -3)]
-    k, v, generator = make_pool(400, kv_heads, 64, segments, torch.float16)
-    q = torch.randn(9, 4, 64, generator=generator).to(DEVICE, k.dtype)
-    window, out = make_window(segments, 64), torch.empty_like(q)
-    lse, mass = torch.empty(4, 9, device=DEVICE), torch.empty(4, 3, device=DEVICE)
-    cuda.segment_attention(q, k, v, *window.tables, out, lse, mass, scale=0.125, has_shift=True, has_weight=False)
-    wanted = brute_force(q, *(x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v)), segments)
-    for have, want in zip((out, lse, mass), wanted, strict=True):
-        assert relative_error(have, want) <= 1e-3
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("kv_heads", [2, 3])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_head_of_the_pools_serves_several_of_the_queries(backend, kv_heads, shifted):
+    """Pools whose heads are not dense in a row, beside a head of NaN that serves none."""
+    segments = [Segment(0, 150, 4 * shifted), Segment(200, 100), Segment(130, 9, -3 * shifted)]
+    k, v, generator = make_pool(400, kv_heads + 1, 64, segments, dtype_of(backend))
+    k[:, 0], v[:, 0] = math.nan, math.nan
+    k, v = k[:, 1:], v[:, 1:]
+    q = torch.randn(9, 6, 64, generator=generator).to(DEVICE, k.dtype)
+    got = segment_attention(q, k, v, make_window(segments, 64), backend=backend, **extras(backend))
+    of_out, of_sums = limits(k.dtype, segments)
+    for have, want, limit in zip(got, brute_force(q, k, v, segments), (of_out, of_sums, of_sums), strict=False):
+        assert relative_error(have, want) <= limit
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: 400,000 rows and a graph replay")
@@ -391,10 +393,14 @@ BAD_TENSORS = [
     ("q", torch.zeros(8, 2, 64, dtype=torch.float64), TypeError, "bfloat16 or torch.float16 or torch.float32"),
     ("q", torch.zeros(8, 64, 2).transpose(1, 2), ValueError, "contiguous in its last 1"),
     ("q", None, TypeError, "a tensor"),
-    ("k_pool", torch.zeros(256, 3, 64), ValueError, "[rows, 2, 64]"),
+    ("k_pool", torch.zeros(256, 3, 64), ValueError, "[256, kv_heads, 64] with kv_heads a divisor of q's 2 heads"),
+    ("k_pool", torch.zeros(256, 0, 64), ValueError, "[256, kv_heads, 64] with kv_heads a divisor of q's 2 heads"),
+    ("k_pool", torch.zeros(256, 4, 64), ValueError, "[256, kv_heads, 64] with kv_heads a divisor of q's 2 heads"),
+    ("k_pool", torch.zeros(256, 2, 128), ValueError, "[rows, kv_heads, 64]"),
     ("k_pool", torch.zeros(256, 2, 64, dtype=torch.bfloat16), TypeError, "torch.float32"),
     ("k_pool", torch.zeros(256, 2, 64, device="meta"), ValueError, "on "),
     ("v_pool", torch.zeros(255, 2, 64), ValueError, "[256, 2, 64]"),
+    ("v_pool", torch.zeros(256, 1, 64), ValueError, "[256, 2, 64]"),
     ("out", torch.zeros(8, 2, 65), ValueError, "[8, 2, 64]"),
     ("q", np.zeros((800, 2, 64), np.float32), TypeError, "head_dim], got a numpy array [800, 2, 64] float32"),
     ("q", [[0.0] * 64] * 99, TypeError, "0.0, ..."),
@@ -414,6 +420,11 @@ def test_bad_tensors_are_named(argument, value, error, wanted):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (
+            {"q": torch.zeros(8, 3, 64, device=DEVICE)},
+            ValueError,
+            "k_pool must be [256, kv_heads, 64] with kv_heads a divisor of q's 3 heads, got [256, 2, 64]",
+        ),
         ({"window": [Segment(0, 9)]}, TypeError, "window must be a worldkv_kernels.Window, got"),
         ({"window": Window([Segment(250, 7)], device=DEVICE)}, ValueError, "pool's 256 rows, got 'last row 256'"),
         *[
@@ -492,9 +503,10 @@ def test_an_empty_window_cannot_be_made():
         Window([], device=DEVICE)
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_opcheck_and_compile(kv_heads):
     segments = [Segment(0, 40, 3), Segment(128, 50)]
-    k, v, generator = make_pool(256, 2, 64, segments, torch.float32)
+    k, v, generator = make_pool(256, kv_heads, 64, segments, torch.float32)
     q = torch.randn(8, 2, 64, generator=generator).to(DEVICE)
     window = Window(segments, device=DEVICE, rope=ROPES[64])
     out, lse, mass = segment_attention(q, k, v, window, return_lse=True, return_mass=True)

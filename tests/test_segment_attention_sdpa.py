@@ -16,7 +16,7 @@ from worldkv_kernels.ops.segment_attention import BACKENDS
 
 CPU = torch.device("cpu")
 SEGMENTS = [Segment(700, 300, 5, 0.5), Segment(3, 1), Segment(130, 256, -40, -2.0), Segment(400, 90, 0, 1.0)]
-KIND = (torch.float32, 64, 0, False, False, False, True, True)
+KIND = (torch.float32, 64, 0, False, False, False, False, True, True)
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def no_reference(monkeypatch):
     monkeypatch.setattr(sdpa, "reference", refuse)
 
 
-def problem(dtype=torch.float32, head_dim=64, rows=1100, heads=3, q_len=37, segments=SEGMENTS, **window):
-    k, v, generator = make_pool(rows, heads, head_dim, segments, dtype)
+def problem(dtype=torch.float32, head_dim=64, rows=1100, heads=3, group_size=1, q_len=37, segments=SEGMENTS, **window):
+    k, v, generator = make_pool(rows, heads // group_size, head_dim, segments, dtype)
     q = torch.randn(q_len, heads, head_dim, generator=generator).to(DEVICE, dtype)
     return q, k, v, Window(segments, device=DEVICE, rope=ROPES[head_dim], weighted=True, **window)
 
@@ -38,10 +38,10 @@ def problem(dtype=torch.float32, head_dim=64, rows=1100, heads=3, q_len=37, segm
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU takes no weights")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("by_heads", [0, 10**6])
-def test_shifts_weights_and_lse_in_every_dtype(no_reference, monkeypatch, dtype, head_dim, by_heads):
+@pytest.mark.parametrize(("by_heads", "group_size"), [(0, 1), (10**6, 1), (10**6, 2)])
+def test_shifts_weights_and_lse_in_every_dtype(no_reference, monkeypatch, dtype, head_dim, by_heads, group_size):
     monkeypatch.setattr(sdpa, "_BY_HEADS", by_heads)  # of the two ways of gathering, the one
-    q, k, v, window = problem(dtype, head_dim)
+    q, k, v, window = problem(dtype, head_dim, heads=3 * group_size, group_size=group_size)
     out, lse = segment_attention(q, k, v, window, return_lse=True, backend="sdpa")
     want, want_lse, _ = brute_force(q, k, v, SEGMENTS)
     of_out, of_lse = {torch.float32: (2e-6, 2e-6), torch.float16: (1e-3, 1e-3)}.get(dtype, (6e-3, 3e-3))
@@ -243,8 +243,9 @@ def plain(q, k, v, of_q, of_k, scale, *, ignores=False):
     n = len(k) if ignores else int(of_k[1])
     assert all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     assert of_q.tolist() == [0, len(q)] and of_k[0] == 0
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k[:n].float()) * scale
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[:n].float()).to(q.dtype), scores.logsumexp(-1)
+    keys, values = (x[:n].float().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(q.dtype), scores.logsumexp(-1)
 
 
 @pytest.fixture
@@ -256,22 +257,30 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for a GPU")
-def test_the_way_of_a_gpu_with_plain_attention(stand_in):
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_way_of_a_gpu_with_plain_attention(stand_in, heads):
     segments = [Segment(260, 130, 7), Segment(3, 5, -2)]
     k, v, generator = make_pool(500, 2, 64, segments, torch.float16)
-    q = torch.randn(9, 2, 64, generator=generator).half()
+    q = torch.randn(9, heads, 64, generator=generator).half()
     window = Window(segments, device="cpu", rope=ROPES[64], capacity=5)
     for chosen in (segments, segments[1:]):
         window.update(chosen)
         want, want_lse, _ = brute_force(q, k, v, chosen)
         for query in (q, torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)):
-            out, lse = torch.empty_like(q), torch.empty(2, 9)
+            out, lse = torch.empty_like(q), torch.empty(heads, 9)
             sdpa._on_gpu(query, k, v, window.tables, out, lse, scale=0.125, has_shift=True, has_weight=False)
             assert relative_error(out, want) <= 1e-3 and relative_error(lse, want_lse) <= 1e-3
+    assert [grouped for _, _, _, grouped, _ in sdpa._faults] == [heads == 4]  # what was tried
 
 
 def ignores_the_lengths(*args):
     return plain(*args, ignores=True)
+
+
+def serves_every_other_head(q, k, *args):
+    """As if a head of K served those of q that are the pools' number of heads apart."""
+    q = q.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
+    return plain(q, k, *args)
 
 
 def is_not_built(*args):
@@ -290,25 +299,28 @@ def lacks_the_lse(*args):
         (ignores_the_lengths, "its out is wrong"),
         (is_not_built, "RuntimeError: not compiled"),
         (lacks_the_lse, "its lse"),
+        (serves_every_other_head, "its out is wrong"),
     ],
 )
 def test_attention_that_is_wrong_or_missing_is_not_taken(stand_in, monkeypatch, wrong, reason):
-    sdpa._check(CPU, torch.float16, 64)
+    sdpa._check(CPU, torch.float16, 64, False)
     monkeypatch.setattr(sdpa, "_flash", wrong)
-    sdpa._check(CPU, torch.float16, 64)  # tried once
-    with pytest.raises(RuntimeError, match=f"cannot serve sdpa here: .*{reason}"):
-        sdpa._check(CPU, torch.float16, 128)
+    sdpa._check(CPU, torch.float16, 64, False)  # tried once
+    for head_dim, grouped in ((64, True), (128, False)):
+        if grouped or wrong is not serves_every_other_head:
+            with pytest.raises(RuntimeError, match=f"cannot serve sdpa here: .*{reason}"):
+                sdpa._check(CPU, torch.float16, head_dim, grouped)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for a GPU")
 def test_in_a_capture_nothing_is_tried(stand_in, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(
-        RuntimeError, match=r"sdpa must be called once outside a capture, with .*float16 and head_dim 64"
+        RuntimeError, match=r"sdpa must be called once outside a capture, with .*float16, head_dim 64 and grouped heads"
     ):
-        sdpa._check(CPU, torch.float16, 64)
-    sdpa._faults[CPU, torch.float16, 64, None] = None
-    sdpa._check(CPU, torch.float16, 64)
+        sdpa._check(CPU, torch.float16, 64, True)
+    sdpa._faults[CPU, torch.float16, 64, True, None] = None
+    sdpa._check(CPU, torch.float16, 64, True)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a stand-in for a GPU")
@@ -316,16 +328,16 @@ def test_another_flash_attention_is_tried_anew(stand_in, monkeypatch):
     attention = torch.nn.attention
     if not hasattr(attention, "register_flash_attention_impl"):
         pytest.skip(f"torch {torch.__version__} takes no other flash attention")
-    sdpa._check(CPU, torch.float16, 64)
+    sdpa._check(CPU, torch.float16, 64, False)
     monkeypatch.setattr(sdpa, "_flash", ignores_the_lengths)
     attention.register_flash_attention_impl("wrong", register_fn=lambda: SimpleNamespace(remove=lambda: None))
     attention.activate_flash_attention_impl("wrong")
     try:
         with pytest.raises(RuntimeError, match=r"torch \S+ wrong cannot serve sdpa here: its out is wrong"):
-            sdpa._check(CPU, torch.float16, 64)
+            sdpa._check(CPU, torch.float16, 64, False)
     finally:
         attention.restore_flash_attention_impl()
-    sdpa._check(CPU, torch.float16, 64)
+    sdpa._check(CPU, torch.float16, 64, False)
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
@@ -344,16 +356,16 @@ def test_what_torch_has_for_a_gpu(monkeypatch):
     monkeypatch.setattr(sdpa, "_takes_lengths", lambda: False)
     assert "has no attention with lengths on the device" in sdpa.unavailable(device)
     assert "not torch.float32" in sdpa.unsupported_on(device, (torch.float32, *KIND[1:]))
-    assert "no log weights" in sdpa.unsupported_on(device, (torch.float16, *KIND[1:5], True, True, True))
+    assert "no log weights" in sdpa.unsupported_on(device, (torch.float16, *KIND[1:5], True, *KIND[6:]))
     assert sdpa.unsupported_on(device, (torch.float16, *KIND[1:])) is None
 
 
 def test_the_call_fits_the_schema_of_torch():
     """On the meta device: names, number and kinds of arguments, and the shapes that come back."""
-    q, k = (torch.empty(n, 2, 64, dtype=torch.float16, device="meta") for n in (9, 256))
+    q, k = (torch.empty(n, heads, 64, dtype=torch.float16, device="meta") for n, heads in ((9, 4), (256, 2)))
     lengths = torch.empty(2, 2, dtype=torch.int32, device="meta")
     out, lse = sdpa._flash(q, k, k, *lengths, 0.125)
-    assert out.shape == q.shape and lse.shape == (2, 9)
+    assert out.shape == q.shape and lse.shape == (4, 9)
 
 
 # --- on a GPU ---
@@ -365,12 +377,13 @@ on_gpu = pytest.mark.skipif(DEVICE.type != "cuda" or sdpa.unavailable(DEVICE) is
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_against_float64_on_a_gpu(dtype, head_dim, shifted):
+@pytest.mark.parametrize("heads", [5, 10])
+def test_against_float64_on_a_gpu(dtype, head_dim, shifted, heads):
     segments = [Segment(700, 300, 5), Segment(3, 1), Segment(130, 256, -40), Segment(400, 90)]
     segments = [s if shifted else s._replace(time_shift=0) for s in segments]
     for q_len in (1, 129, 880):
         k, v, generator = make_pool(1100, 5, head_dim, segments, dtype)
-        q = torch.randn(q_len, 5, head_dim, generator=generator).to(DEVICE, dtype)
+        q = torch.randn(q_len, heads, head_dim, generator=generator).to(DEVICE, dtype)
         window = Window(segments, device=DEVICE, rope=ROPES[head_dim] if shifted else None, capacity=9)
         first = segment_attention(q, k, v, window, return_lse=True, backend="sdpa")
         want, want_lse, _ = brute_force(q, k, v, segments)

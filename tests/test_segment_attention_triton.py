@@ -31,8 +31,9 @@ def poisoned_scratch():
     torch.use_deterministic_algorithms(before)
 
 
-def make_inputs(q_len, heads, segments, dtype=torch.float32, head_dim=64):
-    k, v, generator = make_pool(max(sum(s[:2]) for s in segments) + 9, heads, head_dim, segments, dtype)
+def make_inputs(q_len, heads, segments, dtype=torch.float32, head_dim=64, group_size=1):
+    rows = max(sum(s[:2]) for s in segments) + 9
+    k, v, generator = make_pool(rows, heads // group_size, head_dim, segments, dtype)
     return torch.randn(q_len, heads, head_dim, generator=generator).to(DEVICE, dtype), k, v
 
 
@@ -177,7 +178,7 @@ def test_the_launcher_cuts_what_the_deal_says(monkeypatch):
 def test_descriptors_and_pointers_give_the_same(monkeypatch, shifted):
     """To the bit in the interpreter; a GPU's compiler may order a sum of one otherwise than of the other."""
     segments = SEGMENTS if shifted else [s._replace(time_shift=0) for s in SEGMENTS]
-    q, k, v = make_inputs(40, 3, segments, torch.float16, head_dim=128)
+    q, k, v = make_inputs(40, 4, segments, torch.float16, head_dim=128, group_size=2)
     window, results = make_window(segments, 128), []
     for descriptors in (False, True):
         config = AttentionConfig(64, 64, 4, 2, descriptors)

@@ -42,7 +42,7 @@ lengths = [num for _, num, *_ in segments]
 rows = torch.cat([torch.arange(first, first + num) for first, num, *_ in segments])
 shifts = torch.cat([torch.full((num,), shift) for _, num, shift, *_ in segments])
 of_segment = torch.arange(3).repeat_interleave(torch.tensor(lengths))
-q = torch.randn(40, 2, 64)
+q = torch.randn(40, 4, 64)  # two heads share one of K and V
 k_pool, v_pool = torch.full((2, 600, 2, 64), float("nan"))
 k_pool[rows], v_pool[rows] = torch.randn(2, len(rows), 2, 64)
 frequencies = torch.zeros(32)
@@ -54,16 +54,17 @@ for of_time, has_weight, capacity in (
 ):
     used = [(first, num, shift * (of_time is not None), *weight) for first, num, shift, *weight in segments]
     tables = window_tables(used, of_time, capacity=capacity, device=device)
-    out, lse, mass = torch.empty(40, 2, 64), torch.empty(2, 40), torch.empty(2, 3)
+    out, lse, mass = torch.empty(40, 4, 64), torch.empty(4, 40), torch.empty(4, 3)
     segment_attention(
         q, k_pool, v_pool, *tables, out, lse, mass, scale=0.125, has_shift=of_time is not None,
         has_weight=has_weight,
     )
     angles = shifts[:, None, None] * frequencies.double() * (of_time is not None)
-    scores = torch.einsum("qhd,khd->hqk", q.double(), turned(k_pool[rows], angles)) * 0.125
+    keys, values = (x.double().repeat_interleave(2, dim=1) for x in (turned(k_pool[rows], angles), v_pool[rows]))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * 0.125
     scores += has_weight * torch.tensor([-0.5, 3.0, 0.0]).double()[of_segment]
     p = scores.softmax(-1)
-    assert close(out, torch.einsum("hqk,khd->qhd", p, v_pool[rows].double()))
+    assert close(out, torch.einsum("hqk,khd->qhd", p, values))
     assert close(lse, scores.logsumexp(-1))
     assert close(mass, torch.stack([p[..., of_segment == i].sum(-1).mean(-1) for i in range(3)], -1))
 """
@@ -73,8 +74,8 @@ from norm_rope_append import norm_rope_append
 
 grid, pairs, start_frame, first_row = (2, 3, 5), (12, 10, 10), 4000, 7
 frames, height, width = grid
-q, k, v = torch.randn(30, 3 * 128).split(128, dim=1)  # slices of one projection
-q_weight, k_weight = torch.randn(2, 128)
+q, k, v = torch.randn(30, 512).split((256, 128, 128), dim=1)  # slices of one projection; four heads and two
+q_weight, k_weight = torch.randn(256), torch.randn(128)
 rates = torch.cat([10000.0 ** (-torch.arange(n).double() / n) for n in pairs])
 of_chunk = torch.tensor([start_frame, 0, 0]).repeat_interleave(torch.tensor(pairs))
 angles = (torch.arange(5)[:, None] + of_chunk) * rates  # begins at the chunk's first frame
@@ -89,16 +90,16 @@ def normed(x, weight):
 for whole in (True, False):  # with norm and rotation, without
     for row in (torch.tensor([first_row]), first_row):
         k_pool, v_pool = torch.full((2, 50, 2, 64), 3.0)
-        q_out = torch.empty(30, 2, 64)
+        q_out = torch.empty(30, 4, 64)
         norm_rope_append(
             q, k, v, k_pool, v_pool, q_out, table if whole else None, row, grid=grid, pairs=pairs,
             q_weight=q_weight if whole else None, k_weight=k_weight if whole else None, eps=1e-6,
             round_before_rope=True,
         )
         for got, x, weight in ((q_out, q, q_weight), (k_pool[7:37], k, k_weight)):
-            want = x.double().view(30, 2, 64)
+            want = x.double().view(30, -1, 64)
             if whole:
-                want = turned(normed(x, weight).view(30, 2, 64), (positions * rates)[:, None])
+                want = turned(normed(x, weight).view(30, -1, 64), (positions * rates)[:, None])
             assert close(got, want)
         assert torch.equal(v_pool[7:37], v.reshape(30, 2, 64))
         for pool in (k_pool, v_pool):
@@ -339,10 +340,32 @@ def attention_arguments():
             for scale in (-1.0, 0.0, 1e-46, 1e37, float("inf"), float("nan"))
         ],
         ({"q": torch.zeros(5, 2, 128)[..., ::2]}, ValueError, "q, k_pool, v_pool and out must be dense in head_dim"),
-        ({"k_pool": torch.zeros(300, 1, 64)}, ValueError, "k_pool and v_pool must be [300, 2, 64], got [300, 1, 64]"),
-        ({"k_pool": torch.zeros(300, 2, 32)}, ValueError, "k_pool and v_pool must be [300, 2, 64]"),
-        ({"k_pool": torch.zeros(300, 128)}, ValueError, "k_pool and v_pool must be [300, 2, 64]"),
-        ({"v_pool": torch.zeros(299, 2, 64)}, ValueError, "k_pool and v_pool must be [300, 2, 64]"),
+        (
+            {"k_pool": torch.zeros(300, 1, 64)},
+            ValueError,
+            "k_pool and v_pool must be [300, 1 to 2 heads, 64], got [300,",
+        ),
+        (
+            {x: torch.zeros(300, 3, 64) for x in ("k_pool", "v_pool")},
+            ValueError,
+            "k_pool and v_pool must be [300, 1 to",
+        ),
+        (
+            {x: torch.zeros(300, 0, 64) for x in ("k_pool", "v_pool")},
+            ValueError,
+            "k_pool and v_pool must be [300, 1 to",
+        ),
+        (
+            {
+                **{x: torch.zeros(5, 4, 64) for x in ("q", "out")},
+                **{x: torch.zeros(300, 3, 64) for x in ("k_pool", "v_pool")},
+            },
+            ValueError,
+            "k_pool and v_pool must be of heads that divide q's 4, got [300, 3, 64]",
+        ),
+        ({"k_pool": torch.zeros(300, 2, 32)}, ValueError, "k_pool and v_pool must be [300, 1 to 2 heads, 64]"),
+        ({"k_pool": torch.zeros(300, 128)}, ValueError, "k_pool and v_pool must be [300, 1 to 2 heads, 64]"),
+        ({"v_pool": torch.zeros(299, 2, 64)}, ValueError, "k_pool and v_pool must be [300, 1 to 2 heads, 64]"),
         (
             {"v_pool": torch.zeros(300, 2, 64, 2)[..., 0]},
             ValueError,
@@ -355,7 +378,7 @@ def attention_arguments():
         ({"lse": torch.zeros(2, 5).half()}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
         ({"mass": torch.zeros(3, 1)}, ValueError, "mass must be torch.float32 [2, max_segments]"),
         ({"mass": torch.zeros(())}, ValueError, "mass must be torch.float32 [2, max_segments], got []"),
-        ({"k_pool": torch.zeros(())}, ValueError, "k_pool and v_pool must be [rows, 2, 64], got []"),
+        ({"k_pool": torch.zeros(())}, ValueError, "k_pool and v_pool must be [rows, 1 to 2 heads, 64], got []"),
         ({"tiles": torch.zeros(()).int()}, ValueError, "tiles, tail_rows, ranges and num_segments must be torch.int32"),
         ({"tiles": torch.zeros(3, 2).long()}, ValueError, TABLES),
         (
@@ -406,19 +429,24 @@ def append_arguments():
 
 
 AT = torch.zeros(1, dtype=torch.int64)
+Q_SIZES = "q must be [12, heads * 64], up to 128 heads, a multiple of the pools' 2"
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [
-        ({"q": torch.zeros(11, 128)}, ValueError, "q, k and v must be [12, 128], got [11, 128]"),
-        ({"k": torch.zeros(12, 64)}, ValueError, "q, k and v must be [12, 128]"),
-        ({"k": torch.zeros(12, 2, 64)}, ValueError, "q, k and v must be [12, 128]"),
+        ({"q": torch.zeros(11, 128)}, ValueError, Q_SIZES + ", got [11, 128]"),
+        *[
+            ({"q": torch.zeros(12, columns)}, ValueError, f"{Q_SIZES}, got [12, {columns}]")
+            for columns in (0, 64, 160, 192, 130 * 64)
+        ],
+        ({"k": torch.zeros(12, 64)}, ValueError, "k and v must be [12, 128], got [12, 64]"),
+        ({"k": torch.zeros(12, 2, 64)}, ValueError, "k and v must be [12, 128]"),
         ({"v": torch.zeros(12, 256)[:, ::2]}, ValueError, "q, k and v must be dense in their last dimension"),
         ({"v": torch.zeros(12, 128).half()}, TypeError, "q, k, v, q_out, k_pool and v_pool must be of one dtype"),
-        ({"k_pool": torch.zeros(20, 128)}, ValueError, "k_pool must be [rows, heads, head_dim]"),
-        ({"k_pool": torch.zeros(20, 2, 96)}, ValueError, "k_pool must be [rows, heads, head_dim], heads not first"),
-        ({"k_pool": torch.zeros(2, 129, 64)}, ValueError, "k_pool must be [rows, heads, head_dim], heads not first"),
+        ({"k_pool": torch.zeros(20, 128)}, ValueError, "k_pool must be [rows, kv_heads, head_dim]"),
+        ({"k_pool": torch.zeros(20, 2, 96)}, ValueError, "k_pool must be [rows, kv_heads, head_dim], heads not first"),
+        ({"k_pool": torch.zeros(2, 129, 64)}, ValueError, "k_pool must be [rows, kv_heads, head_dim], heads not first"),
         *[
             (
                 {
@@ -432,7 +460,7 @@ AT = torch.zeros(1, dtype=torch.int64)
             for dtype in UNSUPPORTED
         ],
         *[({"eps": eps}, ValueError, f"eps must be finite and not negative, got {eps}") for eps in (-1e-6, NAN, INF)],
-        ({"q_weight": torch.zeros(128).double()}, TypeError, "q_weight and k_weight must be torch.float32 or"),
+        ({"q_weight": torch.zeros(128).double()}, TypeError, "q_weight must be torch.float32 or"),
         ({"pairs": (40, -4, -4)}, ValueError, "pairs must be three counts that add up to 32, got (40, -4, -4)"),
         ({"v_pool": torch.zeros(19, 2, 64)}, ValueError, "v_pool must be [20, 2, 64], got [19, 2, 64]"),
         (
@@ -446,7 +474,7 @@ AT = torch.zeros(1, dtype=torch.int64)
             "q_out, k_pool and v_pool must be dense in their last two dimensions",
         ),
         ({"q_out": torch.zeros(11, 2, 64)}, ValueError, "q_out must be [12, 2, 64], got [11, 2, 64]"),
-        ({"grid": (2, 2, 2)}, ValueError, "q, k and v must be [8, 128], got [12, 128]"),
+        ({"grid": (2, 2, 2)}, ValueError, "q must be [8, heads * 64]"),
         ({"grid": (2, -2, -3)}, ValueError, "grid must be within the table's 8 positions, got (2, -2, -3)"),
         ({"first_row": 9}, ValueError, "first_row must be from 0 to 8, got 9"),
         ({"first_row": -1}, ValueError, "first_row must be from 0 to 8, got -1"),
@@ -464,8 +492,8 @@ AT = torch.zeros(1, dtype=torch.int64)
         ({"table": torch.zeros(2, 32, 2)}, ValueError, "grid must be within the table's 2 positions"),
         ({"grid": (12, 1, 1)}, ValueError, "grid must be within the table's 8 positions, got (12, 1, 1)"),
         ({"pairs": (12, 10, 9)}, ValueError, "pairs must be three counts that add up to 32, got (12, 10, 9)"),
-        ({"q_weight": torch.zeros(64)}, ValueError, "q_weight and k_weight must be None or [128], contiguous"),
-        ({"k_weight": torch.zeros(256)[::2]}, ValueError, "q_weight and k_weight must be None or [128], contiguous"),
+        ({"q_weight": torch.zeros(64)}, ValueError, "q_weight must be None or [128], contiguous"),
+        ({"k_weight": torch.zeros(256)[::2]}, ValueError, "k_weight must be None or [128], contiguous"),
     ],
 )
 def test_append_refuses(monkeypatch, changes, error, wanted):

@@ -45,7 +45,7 @@ def official_configs(draw) -> MemoryConfig:
 def check_against_slow(config: MemoryConfig, seed: int, num_chunks: int, order: object = None, walk: str = "") -> None:
     """Play a rollout to the memory and to the slow model; everything visible must agree, chunk by chunk."""
     memory, slow, rollout = make(config), SlowMemory(config, order), Rollout(config, seed, num_chunks, walk)
-    token_bytes = 2 * 4 * config.num_layers * config.num_heads * config.head_dim  # K and V, fp32
+    token_bytes = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim  # K and V, fp32
     attended = retrieved = 0
     for chunk in range(num_chunks):
         plan = memory.begin_chunk(rollout.poses[chunk])
@@ -96,6 +96,31 @@ class ClearOfficialOrder(OfficialOrder):
 @given(official_configs(), seeds, st.integers(6, MAX_CHUNKS))
 def test_official_matches_the_slow_memory(config, seed, num_chunks):
     check_against_slow(config, seed, num_chunks, ClearOfficialOrder(), walk="stray")
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_grouped_heads_are_as_pools_in_which_they_are_repeated(bits):
+    """The same windows and the same attention, in half of the bytes."""
+    grouped = tiny(num_layers=2, num_heads=4, num_kv_heads=2, bank_bits=bits)
+    rollout = Rollout(grouped, 3, 9)
+    memory, repeated = make(grouped), make(dataclasses.replace(grouped, num_kv_heads=4))
+    memory.warm_up(*rollout.weights[0])
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (2, HEAD_DIM)).repeat_interleave(2, dim=-2).flatten(-2)
+
+    retrieved = 0
+    for chunk, passes in enumerate(rollout.passes):
+        plan = memory.begin_chunk(rollout.poses[chunk])
+        assert repeated.begin_chunk(rollout.poses[chunk]) == plan
+        retrieved += len(plan.retrieved)
+        for layer, (q, k, v, q_weight, k_weight) in enumerate(passes[-1]):
+            got = memory.attend(layer, q, k, v, q_weight, k_weight)
+            want = repeated.attend(layer, q, doubled(k), doubled(v), q_weight, doubled(k_weight))
+            assert error(got, want) <= 1e-6
+        memory.end_chunk()
+        repeated.end_chunk()
+    assert retrieved >= 4 and 2 * memory.stats()["kept_bytes"] == repeated.stats()["kept_bytes"]
 
 
 @fuzz(40)

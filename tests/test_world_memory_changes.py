@@ -53,7 +53,7 @@ def check_chunk(memory: WorldMemory, slow: SlowMemory, rollout: Rollout, chunk: 
 def check_places(memory: WorldMemory, slow: SlowMemory, chunks: int) -> None:
     config, stats = memory.config, memory.stats()
     assert [memory.location(past) for past in range(chunks)] == [slow.where[past] for past in range(chunks)]
-    assert stats["kept_bytes"] == slow.kept_rows() * 2 * 4 * config.num_layers * config.num_heads * config.head_dim
+    assert stats["kept_bytes"] == slow.kept_rows() * 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim
     assert stats["chunks_banked"] == len(slow.banked) <= max(stats["bank_capacity"], 0)
     assert memory.pinned == tuple(sorted(slow.pinned))
     if config.mode == "worldkv":

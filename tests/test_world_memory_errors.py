@@ -26,6 +26,9 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("num_layers", 0, "at least 1"),
         ("num_heads", 0, "at least 1"),
         ("num_heads", 129, "at most 128"),
+        ("num_kv_heads", 0, "None or a divisor of num_heads=1"),
+        ("num_kv_heads", 2, "None or a divisor of num_heads=1"),
+        ("num_kv_heads", -1, "None or a divisor of num_heads=1"),
         ("chunk_frames", 0, "at least 1"),
         ("head_dim", 96, "64 or 128"),
         ("grid", (0, 3), "at least 1 token"),
@@ -74,8 +77,8 @@ def test_config_errors(field, value, wanted):
 
 
 COUNTS = (
-    "num_layers", "num_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames", "retrieved_chunks",
-    "unattended_chunks", "bank_chunks", "device_slots",
+    "num_layers", "num_heads", "num_kv_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames",
+    "retrieved_chunks", "unattended_chunks", "bank_chunks", "device_slots",
 )  # fmt: skip
 
 
@@ -345,6 +348,18 @@ def test_too_few_or_too_many_tokens():
     memory.begin_chunk(bad_poses("none"))
     x = torch.zeros(11, HEAD_DIM)
     raises(ValueError, ["attend: q must have the chunk's 12 tokens", "got 11"], memory.attend, 0, x, x, x)
+
+
+def test_too_few_or_too_many_heads():
+    memory = make(tiny(num_heads=4, num_kv_heads=2))
+    memory.begin_chunk(bad_poses("none"))
+    q, k = torch.zeros(12, 4 * HEAD_DIM), torch.zeros(12, 2 * HEAD_DIM)
+    raises(
+        ValueError, ["attend: q must be [12, 256], num_heads * head_dim", "got [12, 128]"], memory.attend, 0, k, k, k
+    )
+    raises(ValueError, ["norm_rope_append: k must be [12, 128]", "got [12, 256]"], memory.attend, 0, q, q, k)
+    raises(ValueError, ["norm_rope_append: v must be [12, 128]", "got [12, 256]"], memory.attend, 0, q, k, q)
+    assert memory.attend(0, q, k, k).shape == (12, 4, HEAD_DIM)
 
 
 def test_layers_and_chunks_are_integers_and_tensors_the_memory_s():

@@ -46,7 +46,7 @@ template <typename T, int kVectors>
 __global__ void __launch_bounds__(kThreads) norm_rope_append_kernel(const __grid_constant__ AppendParams p) {
     const int64_t token = blockIdx.x;
     const int tensor = blockIdx.y;
-    const int columns = p.heads * p.head_dim;
+    const int columns = (tensor == 0 ? p.heads : p.kv_heads) * p.head_dim;
     const int64_t pool_row = (p.device_first_row ? *p.device_first_row : p.first_row) + token;
 
     // What this block reads and where it writes.
@@ -167,9 +167,13 @@ void norm_rope_append(const AppendParams& p, Dtype dtype, cudaStream_t stream) {
     check_rows("v_pool", p.v_pool, p.stride_v_pool_row);
     check_rows("q_weight", p.q_weight, 0);
     check_rows("k_weight", p.k_weight, 0);
+    if (p.kv_heads < 1 || p.kv_heads > p.heads) {
+        throw std::invalid_argument("norm_rope_append: k_pool must be of 1 to " + std::to_string(p.heads) +
+                                    " heads, got " + std::to_string(p.kv_heads));
+    }
     if (p.heads < 1 || (p.head_dim != 64 && p.head_dim != 128) || p.heads * p.head_dim > 8192) {
         throw std::invalid_argument(
-            "norm_rope_append: k_pool must be of 1 to 64 heads with head_dim 128, or to 128 with head_dim 64, for backend "
+            "norm_rope_append: q must be of 1 to 64 heads with head_dim 128, or to 128 with head_dim 64, for backend "
             "'cuda', got " + std::to_string(p.heads) + " with head_dim " + std::to_string(p.head_dim));
     }
     if (dtype == Dtype::kBFloat16) {

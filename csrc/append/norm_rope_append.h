@@ -9,7 +9,8 @@
 
 namespace worldkv {
 
-// Strides are in elements. Rows are dense: heads * head_dim numbers, 16-byte aligned.
+// Strides are in elements. Rows are dense: heads * head_dim numbers, of k, v and the pools kv_heads * head_dim, 16-byte
+// aligned.
 struct AppendParams {
     const void* q;
     const void* k;
@@ -25,7 +26,7 @@ struct AppendParams {
     int64_t first_row, start_frame;
     int64_t stride_q_token, stride_k_token, stride_v_token;
     int64_t stride_q_out_token, stride_k_pool_row, stride_v_pool_row;
-    int tokens, heads, head_dim;
+    int tokens, heads, kv_heads, head_dim;
     int grid_height, grid_width;
     int pairs_time, pairs_height;
     float eps;

@@ -31,7 +31,7 @@ BENCHES = {
     "rollout": "whole chunks of a model with each memory: frames per second, and where time goes",
 }
 SHAPES = {
-    "segment_attention": "heads=24,kv_heads=24,q=3600,head_dim=64,window=3600x1+1800x6,dtype=float16",
+    "segment_attention": "heads=24,kv_heads=8,q=3600,head_dim=64,window=3600x1+1800x6,dtype=float16",
     "norm_rope_append": "heads=24,head_dim=64,grid=3x30x52,dtype=float16",
     "compress_chunk": "frames=3,frame_tokens=1560,heads=24,head_dim=64,keep_ratio=0.25,layers=30,dtype=float16",
     "quantize_chunk": "tokens=1800,heads=24,head_dim=64,bits=4,op=dequantize,layers=30,dtype=float16",

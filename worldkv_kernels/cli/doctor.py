@@ -145,8 +145,8 @@ def _shape(device: torch.device, model: str, extra: str) -> dict[str, Any]:
     heads, q_len, keys = SHAPES[model]
     has_shift, has_mass, has_weight = (extra == name for name in ("rebase", "mass", "weights"))
     turned_pairs = Rope3D(128).pairs[0] if has_shift else 0
-    kind = (torch.bfloat16, 128, turned_pairs, False, has_mass, has_weight, True, True)
-    shape = Shape(heads, q_len, keys, 128, turned_pairs, has_mass, has_weight)
+    kind = (torch.bfloat16, 128, turned_pairs, False, has_mass, has_weight, False, True, True)
+    shape = Shape(heads, q_len, keys, 128, turned_pairs, has_mass, has_weight, 1)
     op = SEGMENT_ATTENTION
     backend = op.name("auto", device, kind, shape)
     reasons = {

@@ -142,9 +142,10 @@ def _measure(inputs: Any, device: torch.device, extra: str) -> dict[str, Any]:
     timing, variant_of = script("timing"), script("bench_segment_attention").our_variant
     case, window = inputs.case, inputs.windows[extra]
     turned_pairs = window.tables[4].shape[1] if window.has_shift else 0
-    options = (turned_pairs, extra == "mass", window.has_weight)
+    options = (turned_pairs, extra == "mass", window.has_weight, case.group_size)
     shape = Shape(case.heads, case.q_len, TILE_ROWS * window.capacity, case.head_dim, *options)
-    kind = (case.dtype, case.head_dim, turned_pairs, False, extra == "mass", window.has_weight, True, True)
+    extras, grouped = (False, extra == "mass", window.has_weight), case.group_size > 1
+    kind = (case.dtype, case.head_dim, turned_pairs, *extras, grouped, True, True)
     reasons = {name: OP.passed_over(name, device, kind) for name in OP.backends if name != "reference"}
     able = [name for name, reason in reasons.items() if reason is None]
     left_out = {name: str(reason) for name, reason in reasons.items() if reason is not None}

@@ -60,7 +60,8 @@ def _is_attention(module: object) -> bool:
 def sizes_of(attentions: list[nn.Module]) -> dict[str, Any]:
     """The fields of a MemoryConfig that the model determines."""
     first = attentions[0]
-    return dict(num_layers=len(attentions), num_heads=first.num_heads, head_dim=first.head_dim, eps=first.eps)
+    heads = dict(num_heads=first.num_heads, num_kv_heads=first.num_heads, head_dim=first.head_dim)
+    return dict(num_layers=len(attentions), **heads, eps=first.eps)
 
 
 def config_for(

@@ -37,7 +37,7 @@ PruneRule = Literal["nearest", "similarity"]
 MODES = ("worldkv", "full", "sliding", "sink_recent")
 BANK_BITS = (16, 8, 4)
 _INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks", "bank_bits")
-_INTEGERS_IF_GIVEN = ("sink_frames", "recent_frames", "retrieved_chunks", "bank_chunks", "device_slots")
+_INTEGERS_IF_GIVEN = ("num_kv_heads", "sink_frames", "recent_frames", "retrieved_chunks", "bank_chunks", "device_slots")
 _NOT_GIVEN: Any = None  # of what then follows from others
 _LARGEST = 2**31 - 1  # of every count: far more than memory holds, and sums and products of them stay in float's range
 _RETRIEVED_CHUNKS = 6
@@ -49,9 +49,10 @@ ORDERS = ("time", "nearest_last", "nearest_first")
 class MemoryConfig:
     """The sizes of a model and the policy of its memory.
 
-    The model: `num_layers`, `num_heads`, `head_dim` (64 or 128), `grid` (height, width) in tokens of one latent
-    frame, `chunk_frames` latent frames denoised together; `rope`, "wan" for Rope3D(head_dim) or None for no
-    rotation; `eps` and `round_before_rope` of its QK-norm; `scale` of its softmax, 1 / sqrt(head_dim) for None.
+    The model: `num_layers`, `num_heads`, `num_kv_heads` of K and V, which divide `num_heads` and are as many by
+    default, `head_dim` (64 or 128), `grid` (height, width) in tokens of one latent frame, `chunk_frames` latent frames
+    denoised together; `rope`, "wan" for Rope3D(head_dim) or None for no rotation; `eps` and `round_before_rope` of its
+    QK-norm; `scale` of its softmax, 1 / sqrt(head_dim) for None.
 
     The window: `sink_frames` latent frames from the start (by default one chunk), then up to `retrieved_chunks` from
     the bank (6, or as many as a given `bank_chunks` or `device_slots` has room for), then `recent_frames` past ones
@@ -95,7 +96,8 @@ class MemoryConfig:
     alone.
 
     What is not given is worked out when the config is made, and `dataclasses.replace` takes it along: to change `mode`,
-    `rope` or `chunk_frames` name `rebase_time` and the window too, or make the config anew.
+    `rope`, `chunk_frames` or `num_heads` name `rebase_time`, the window and `num_kv_heads` too, or make the config
+    anew.
 
     Raises ValueError on a size or a choice that is out of range, TypeError on a count that is not an integer, a number
     that is none, or a switch that is not True or False.
@@ -104,6 +106,7 @@ class MemoryConfig:
     num_layers: int
     num_heads: int
     grid: tuple[int, int]
+    num_kv_heads: int = _NOT_GIVEN
     head_dim: int = 128
     chunk_frames: int = 3
     sink_frames: int = _NOT_GIVEN
@@ -144,6 +147,7 @@ class MemoryConfig:
             check(getattr(self, field) <= _LARGEST, field, f"at most {_LARGEST}")
         room = [self.device_slots, self.bank_chunks if self.mode == "worldkv" else None]
         follows = {
+            "num_kv_heads": self.num_heads,
             "sink_frames": self.chunk_frames,
             "recent_frames": 2 * self.chunk_frames,
             "rebase_time": self.mode == "worldkv" and self.rope is not None,
@@ -160,6 +164,8 @@ class MemoryConfig:
         for field in ("num_layers", "num_heads", "chunk_frames"):
             check(getattr(self, field) >= 1, field, "at least 1")
         check(self.num_heads <= MAX_HEADS, "num_heads", f"at most {MAX_HEADS}")
+        divides = self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0
+        check(divides, "num_kv_heads", f"None or a divisor of num_heads={self.num_heads}")
         check(self.head_dim in HEAD_DIMS, "head_dim", "64 or 128")
         grid = tuple(self.grid) if isinstance(self.grid, Iterable) else ()
         sizes = len(grid) == 2 and all(is_integer(n) and 1 <= n <= _LARGEST for n in grid)

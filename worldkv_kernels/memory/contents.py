@@ -27,7 +27,7 @@ class Contents:
         self._noted = False  # whether the event stands for the last copy
 
     def take(self, k: torch.Tensor) -> None:
-        """Layer 0's keys [tokens, heads * head_dim] of a pass."""
+        """Layer 0's keys [tokens, kv_heads * head_dim] of a pass."""
         torch.mean(k.unflatten(0, (len(self._on_device), -1)), dim=1, dtype=torch.float32, out=self._on_device)
         self._on_host.copy_(self._on_device, non_blocking=True)
         self._noted = False

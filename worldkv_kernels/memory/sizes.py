@@ -96,7 +96,7 @@ def chosen_shape(config: MemoryConfig) -> tuple[int, int]:
 
 def content_shape(config: MemoryConfig) -> tuple[int, int]:
     """Of what Contents takes of a chunk."""
-    return config.chunk_frames, config.num_heads * config.head_dim
+    return config.chunk_frames, config.num_kv_heads * config.head_dim
 
 
 def window_capacity(config: MemoryConfig, places: int) -> int:
@@ -147,9 +147,9 @@ def _table_bytes(shapes: Shapes) -> int:
 
 def _stored_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
     """Of a banked chunk in its bits, without the tail of a slot in the pool."""
-    of_layer = chunk_bytes(config.banked_tokens, config.num_heads, config.head_dim, config.bank_bits, dtype)
+    of_layer = chunk_bytes(config.banked_tokens, config.num_kv_heads, config.head_dim, config.bank_bits, dtype)
     return 2 * config.num_layers * of_layer
 
 
 def _slot_bytes(config: MemoryConfig, tokens: int, dtype: torch.dtype) -> int:
-    return Pool.slot_bytes(tokens, config.num_layers, config.num_heads, config.head_dim, dtype)
+    return Pool.slot_bytes(tokens, config.num_layers, config.num_kv_heads, config.head_dim, dtype)

@@ -51,7 +51,7 @@ class Storage:
         backend: str | None,
     ) -> None:
         self.config, self._backend = config, backend  # the config may change as far as WorldMemory.change allows
-        sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
+        sizes = dict(num_layers=config.num_layers, num_heads=config.num_kv_heads, head_dim=config.head_dim)
         banked = config.banked_tokens
         self.places = places = bank_places(config, device, dtype)
         check_room(config, device, dtype, places)

@@ -256,12 +256,14 @@ class WorldMemory:
         if self._plan is not None or self._next_chunk:
             raise RuntimeError(f"warm_up: the memory must be new or reset, got one at chunk {self._next_chunk}")
         config, pool = self.config, self._pool
-        heads = config.num_heads * config.head_dim
-        zeros = torch.zeros((config.chunk_tokens, heads), dtype=self.dtype, device=self.device)
+        q, k = (
+            torch.zeros((config.chunk_tokens, heads * config.head_dim), dtype=self.dtype, device=self.device)
+            for heads in (config.num_heads, config.num_kv_heads)
+        )
         first_row = self._storage.first_row(0)
         self._first_row.fill_(first_row)
         self._see([Segment(first_row, config.chunk_tokens)])
-        self._attend(0, zeros, zeros, zeros, q_weight, k_weight)
+        self._attend(0, q, k, k, q_weight, k_weight)
         pool = self._pool
         for rows in (pool.k, pool.v):
             rows[:, first_row : first_row + config.chunk_tokens].zero_()  # those of the other layers are not made yet
@@ -284,8 +286,9 @@ class WorldMemory:
 
         Args:
             layer: 0 .. num_layers - 1. Each pass over the layers overwrites the rows of the pass before.
-            q, k, v: [chunk_frames * height * width, heads * head_dim] as the projections give them.
-            q_weight, k_weight: of the QK-norm, [heads * head_dim]; None for no norm.
+            q, k, v: [chunk_frames * height * width, heads * head_dim] as the projections give them, of k and v
+                kv_heads * head_dim.
+            q_weight, k_weight: of the QK-norm, [heads * head_dim] and [kv_heads * head_dim]; None for no norm.
             out: where to write; with it, a call allocates nothing but a kernel's scratch (see segment_attention).
 
         Returns [tokens, heads, head_dim]. For inference: call it under torch.no_grad() or torch.inference_mode().
@@ -298,9 +301,11 @@ class WorldMemory:
             raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")
         self._check_layer("attend", layer)
         if isinstance(q, torch.Tensor):
-            tokens = self.config.chunk_tokens
+            tokens, columns = self.config.chunk_tokens, self.config.num_heads * self.config.head_dim
             if q.dim() == 2 and len(q) != tokens:
                 raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {len(q)}")
+            if q.dim() == 2 and q.shape[1] != columns:
+                raise ValueError(f"attend: q must be [{tokens}, {columns}], num_heads * head_dim, got {list(q.shape)}")
             if q.dtype != self.dtype:
                 raise TypeError(f"attend: q must be of the memory's dtype {self.dtype}, got {q.dtype}")
             if q.device != self.device:
@@ -537,7 +542,7 @@ class WorldMemory:
         return self._window
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V pools of a layer, [rows, heads, head_dim], and with `bank_bits` below 16 what lies behind them."""
+        """K and V pools of a layer, [rows, kv_heads, head_dim], and with `bank_bits` below 16 what lies behind them."""
         self._check_layer("pools", layer)
         return self._pool.of_layer(layer)
 

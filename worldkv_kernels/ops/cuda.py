@@ -70,9 +70,9 @@ def attention_unavailable(device: torch.device) -> str | None:
 
 
 def append_unsupported(kind: tuple) -> str | None:
-    """Why csrc/append does not take a kind of norm_rope_append, (dtype, heads, head_dim, ..., aligned); None when it
-    does."""
-    dtype, heads, head_dim, *_, aligned = kind
+    """Why csrc/append does not take a kind of norm_rope_append, (dtype, heads, kv_heads, head_dim, ..., aligned);
+    None when it does."""
+    dtype, heads, _, head_dim, *_, aligned = kind
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
     if heads * head_dim > _MAX_APPEND_COLUMNS:
@@ -82,8 +82,8 @@ def append_unsupported(kind: tuple) -> str | None:
 
 def attention_unsupported(kind: tuple) -> str | None:
     """Why csrc/attention does not take a kind of segment_attention, (dtype, head_dim, turned_pairs, ..., has_weight,
-    rows_in_order, aligned); None when it does."""
-    dtype, head_dim, turned_pairs, *_, has_weight, _, aligned = kind
+    grouped, rows_in_order, aligned); None when it does."""
+    dtype, head_dim, turned_pairs, *_, has_weight, _, _, aligned = kind
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
     if has_weight and head_dim == 128 and turned_pairs > _PARTLY_TURNED_PAIRS:
@@ -169,7 +169,7 @@ def norm_rope_append(
         device_start_frame=0, start_frame=0,  # the kernel's own count of frames: the table begins at the chunk's first
         stride_q_token=q.stride(0), stride_k_token=k.stride(0), stride_v_token=v.stride(0),
         stride_q_out_token=q_out.stride(0), stride_k_pool_row=k_pool.stride(0), stride_v_pool_row=v_pool.stride(0),
-        tokens=q.shape[0], heads=k_pool.shape[1], head_dim=k_pool.shape[2],
+        tokens=q.shape[0], heads=q_out.shape[1], kv_heads=k_pool.shape[1], head_dim=k_pool.shape[2],
         grid_height=grid[1], grid_width=grid[2], pairs_time=pairs[0], pairs_height=pairs[1],
         eps=eps, round_before_rope=round_before_rope,
         q_weight_is_float=q_weight is not None and q_weight.dtype == torch.float32,
@@ -238,9 +238,8 @@ def segment_attention(
 ) -> None:
     """Launch csrc/attention on the current stream. Takes what `attention_unsupported` lets through.
 
-    Also pools of fewer heads than q's, which they divide: query head h reads head h * kv_heads // heads. `tile_rows` is
-    128 or 176, `attention_tile_rows` by default and always where segments have weights; `processors` is how many thread
-    blocks share the work, by default one a processor of the GPU.
+    `tile_rows` is 128 or 176, `attention_tile_rows` by default and always where segments have weights; `processors` is
+    how many thread blocks share the work, by default one a processor of the GPU.
     """
     deal, device_processors = _shared_with_triton()
     (q_len, heads, head_dim), (rows, kv_heads, _) = q.shape, k_pool.shape

@@ -63,7 +63,7 @@ FASTER: tuple[Faster, ...] = (
         "sm_90",
         {
             "heads": (12, 40), "q_len": (880, 4680), "keys": (2640, 147_000), "head_dim": (128, 128),
-            "turned_pairs": (0, 22), "has_mass": (0, 1), "has_weight": (0, 0),
+            "turned_pairs": (0, 22), "has_mass": (0, 1), "has_weight": (0, 0), "group_size": (1, 1),
         },
         _lines(
             _H100,
@@ -76,7 +76,7 @@ FASTER: tuple[Faster, ...] = (
         "sm_90",
         {
             "heads": (24, 80), "q_len": (3600, 4680), "keys": (14_400, 29_400), "head_dim": (64, 64),
-            "turned_pairs": (0, 12), "has_mass": (0, 1), "has_weight": (0, 0),
+            "turned_pairs": (0, 12), "has_mass": (0, 1), "has_weight": (0, 0), "group_size": (1, 1),
         },
         _lines(_H100, 182, 183, 184, 196, 197, 198),
     ),
@@ -85,7 +85,7 @@ FASTER: tuple[Faster, ...] = (
         "sm_90",
         {
             "heads": (12, 40), "q_len": (2640, 4680), "keys": (13_200, 147_000), "head_dim": (128, 128),
-            "turned_pairs": (0, 0), "has_mass": (0, 0), "has_weight": (1, 1),
+            "turned_pairs": (0, 0), "has_mass": (0, 0), "has_weight": (1, 1), "group_size": (1, 1),
         },
         _lines(_H200, 2, 8, 14, 20, 26, 32, 38, 44),
     ),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..checks import (
+    MAX_HEADS,
     as_number,
     bad_type,
     bad_value,
@@ -58,15 +59,15 @@ def norm_rope_append(
 ) -> torch.Tensor:
     """Normalise and turn q and k, write k and v to the pool rows from `first_row` on, and return q.
 
-    x -> x / sqrt(mean(x^2) + eps) * weight over all heads * head_dim numbers, where a weight is given;
+    x -> x / sqrt(mean(x^2) + eps) * weight over all heads of q or of k, where a weight is given;
     then pair (2i, 2i + 1) of each head turns by the angle that `rope` gives for the token's frame
     (start_frame + t), row and column, where a rope is given. v is copied.
 
     Args:
-        q, k, v: [tokens, heads * head_dim] as the projections give them, bf16, fp16 or fp32, dense in the
-            last dimension; they may be slices of one fused projection. tokens = frames * height * width,
-            in that order; head_dim 64 or 128, 1 to 128 heads.
-        k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in heads and head_dim, apart from each
+        q, k, v: [tokens, heads * head_dim] of q, [tokens, kv_heads * head_dim] of k and v, as the projections give
+            them, bf16, fp16 or fp32, dense in the last dimension; they may be slices of one fused projection.
+            tokens = frames * height * width, in that order; head_dim 64 or 128, 1 to 128 heads, which kv_heads divide.
+        k_pool, v_pool: [rows, kv_heads, head_dim], dtype and device of q, dense in heads and head_dim, apart from each
             other and from q, k and v.
         first_row: the pool row of the first token, an int or a one-element int64 tensor on q's device, which is read
             when the kernel runs; on a GPU that is checked only under WORLDKV_DEBUG=1.
@@ -76,15 +77,15 @@ def norm_rope_append(
         grid: (frames, height, width) in tokens.
         start_frame: the absolute latent frame of the first token, from 0 to 2**31 - frames. None with a RopeTable,
             which has its own.
-        q_weight, k_weight: [heads * head_dim], dtype of q or fp32; None for no norm.
+        q_weight, k_weight: [heads * head_dim] and [kv_heads * head_dim], dtype of q or fp32; None for no norm.
         eps: added to the mean square.
         round_before_rope: round to the input's dtype after the norm, and after the weight where it has
             that dtype, as Wan's qk-norm does; otherwise everything is fp32 up to the last rounding.
         out: where q goes, [tokens, heads, head_dim], contiguous, apart from all other tensors; allocated when None.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
-    Limits: no batch dimension, one session a call; as many heads in the pools as in q; K and V of one head_dim; no
-    gradients. Under torch.compile a Rope3D that meets a new frame ends the graph; a RopeTable never does.
+    Limits: no batch dimension, one session a call; V of K's heads and head_dim; no gradients. Under torch.compile a
+    Rope3D that meets a new frame ends the graph; a RopeTable never does.
 
     Returns q, [tokens, heads, head_dim]. Norm and rotation in fp32, by cosines and sines out of float64. Deterministic.
     Does not synchronise, but where a Rope3D meets a grid and frame that are none of its last few: their table is then
@@ -94,16 +95,17 @@ def norm_rope_append(
     RuntimeError on a Rope3D whose table would be made inside the capture of a graph.
     torch.ops.worldkv.norm_rope_append, which takes the table, raises the same.
     """
-    check_layout(_OP, "k_pool", k_pool, ("rows", "heads", "head_dim"))
-    check_heads(_OP, "k_pool", k_pool, "[rows, heads, head_dim]")
-    _, heads, head_dim = k_pool.shape
-    columns = heads * head_dim
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    check_layout(_OP, "k_pool", k_pool, ("rows", "kv_heads", "head_dim"))
+    check_heads(_OP, "k_pool", k_pool, "[rows, kv_heads, head_dim]")
+    _, kv_heads, head_dim = k_pool.shape
+    check_layout(_OP, "q", q, ("tokens", f"heads * {head_dim}"), like=k_pool)
+    heads, columns = q.shape[1] // head_dim, kv_heads * head_dim
+    for name, x in (("k", k), ("v", v)):
         check_layout(_OP, name, x, ("tokens", columns), like=k_pool)
-    check_layout(_OP, "v_pool", v_pool, ("rows", "heads", "head_dim"), like=k_pool)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+    check_layout(_OP, "v_pool", v_pool, ("rows", "kv_heads", "head_dim"), like=k_pool)
+    for name, weight, numbers in (("q_weight", q_weight, q.shape[1]), ("k_weight", k_weight, columns)):
         if weight is not None:
-            check_layout(_OP, name, weight, (columns,), like=k_pool)
+            check_layout(_OP, name, weight, (numbers,), like=k_pool)
     if not (isinstance(grid, (tuple, list)) and all(map(is_integer, grid))):
         raise bad_type(_OP, "grid", "(frames, height, width) of integers", grid)
     for count in grid:
@@ -167,7 +169,7 @@ def _run(
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in (q, k, v, k_pool, v_pool, q_out))
     aligned = aligned and all(w is None or w.data_ptr() % 16 == 0 for w in (q_weight, k_weight))
     weights = (None if w is None else w.dtype for w in (q_weight, k_weight))
-    kind = (q.dtype, *k_pool.shape[1:], *weights, table is not None, round_before_rope, aligned)
+    kind = (q.dtype, q_out.shape[1], *k_pool.shape[1:], *weights, table is not None, round_before_rope, aligned)
     run = BACKENDS.choose(backend, q.device, kind)
     with on_current_device(q.device):
         run(
@@ -185,20 +187,23 @@ def _check(
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
 ) -> None:  # fmt: skip
     """What every call needs, also one of torch.ops.worldkv."""
-    check_tensor(_OP, "k_pool", k_pool, ("rows", "heads", "head_dim"), inner=2)
-    check_heads(_OP, "k_pool", k_pool, "[rows, heads, head_dim]")
-    rows, heads, head_dim = k_pool.shape
-    columns = heads * head_dim
-    check_tensor(_OP, "q", q, ("tokens", columns), like=k_pool)
-    tokens = q.shape[0]
-    check_tensor(_OP, "k", k, (tokens, columns), like=k_pool)
-    check_tensor(_OP, "v", v, (tokens, columns), like=k_pool)
-    check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=k_pool, inner=2)
+    check_tensor(_OP, "k_pool", k_pool, ("rows", "kv_heads", "head_dim"), inner=2)
+    check_heads(_OP, "k_pool", k_pool, "[rows, kv_heads, head_dim]")
+    rows, kv_heads, head_dim = k_pool.shape
+    check_tensor(_OP, "q", q, ("tokens", f"heads * {head_dim}"), like=k_pool)
+    tokens, columns = q.shape
+    heads = columns // head_dim
+    if columns % head_dim or not 1 <= heads <= MAX_HEADS or heads % kv_heads:
+        wanted = f"[tokens, heads * {head_dim}], heads a multiple of the pools' {kv_heads}, at most {MAX_HEADS}"
+        raise bad_value(_OP, "q", wanted, q)
+    check_tensor(_OP, "k", k, (tokens, kv_heads * head_dim), like=k_pool)
+    check_tensor(_OP, "v", v, (tokens, kv_heads * head_dim), like=k_pool)
+    check_tensor(_OP, "v_pool", v_pool, (rows, kv_heads, head_dim), like=k_pool, inner=2)
     check_tensor(_OP, "out", q_out, (tokens, heads, head_dim), like=k_pool, inner=2)
     _check_grid(grid, tokens)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+    for name, weight, numbers in (("q_weight", q_weight, columns), ("k_weight", k_weight, kv_heads * head_dim)):
         if weight is not None:
-            check_tensor(_OP, name, weight, (columns,), like=k_pool, dtypes=(k_pool.dtype, torch.float32))
+            check_tensor(_OP, name, weight, (numbers,), like=k_pool, dtypes=(k_pool.dtype, torch.float32))
     if not 0 <= eps < math.inf:
         raise bad_value(_OP, "eps", "finite and not negative", eps)
     known = True
@@ -233,20 +238,19 @@ def _load_triton() -> Callable[..., None]:
 
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
     """Two frames of 3 x 5 tokens, into the middle of a NaN pool, of which the rest must stay as it is."""
-    dtype, heads, head_dim, q_weight_dtype, k_weight_dtype, has_rope, round_before_rope, _ = kind
+    dtype, heads, kv_heads, head_dim, q_weight_dtype, k_weight_dtype, has_rope, round_before_rope, _ = kind
     generator = torch.Generator().manual_seed(0)
-    columns = heads * head_dim
     fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
-    q, k, v = (torch.randn(30, columns, **fp32).to(device, dtype) for _ in range(3))
+    q, k, v = (torch.randn(30, of * head_dim, **fp32).to(device, dtype) for of in (heads, kv_heads, kv_heads))
     q_weight, k_weight = (
-        torch.randn(columns, **fp32).to(device, of) if of is not None else None
-        for of in (q_weight_dtype, k_weight_dtype)
+        torch.randn(of * head_dim, **fp32).to(device, weight_dtype) if weight_dtype is not None else None
+        for of, weight_dtype in ((heads, q_weight_dtype), (kv_heads, k_weight_dtype))
     )
     rope, grid = Rope3D(head_dim), (2, 3, 5)
     table = torch.from_numpy(rope.chunk_table(grid, 40)).to(device) if has_rope else None
 
     def call(run: Callable[..., None]) -> dict[str, torch.Tensor]:
-        pools = torch.full((2, 40, heads, head_dim), float("nan"), dtype=dtype, device=device)
+        pools = torch.full((2, 40, kv_heads, head_dim), float("nan"), dtype=dtype, device=device)
         q_out = torch.full((30, heads, head_dim), float("nan"), dtype=dtype, device=device)
         run(
             q, k, v, pools[0], pools[1], q_out, table, 5, grid=grid, pairs=rope.pairs if has_rope else (0, 0, 0),
@@ -269,11 +273,12 @@ BACKENDS = OpBackends(
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
     kinds=tuple(
-        (dtype, heads, head_dim, weight, weight, True, True, True)
+        (dtype, heads, kv_heads, head_dim, weight, weight, True, True, True)
         for dtype in (torch.bfloat16, torch.float16)
-        for heads, head_dim in ((12, 128), (40, 128), (16, 64), (64, 128))
+        for heads, kv_heads, head_dim in ((12, 12, 128), (40, 40, 128), (16, 16, 64), (64, 64, 128), (40, 8, 128))
         for weight in (dtype, torch.float32, None)
     ),
+    proven_as=lambda kind: _OP if kind[1] == kind[2] else f"{_OP}, grouped",
 )
 
 register(

@@ -106,15 +106,17 @@ def _on_cpu(
         _turn(k, turns.index_select(0, segments))
     if has_weight:
         mask = (weights.index_select(0, segments) * math.log(2)).expand(1, 1, len(q), len(index))
-    batch = (q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
+    # Heads that share one of K are a batch, over which K is repeated by a stride of 0.
+    of_kv = (len(k), q.shape[1] // len(k))
+    batch = (q.unflatten(1, of_kv).permute(2, 1, 0, 3), k.expand(of_kv[1], *k.shape), v.expand(of_kv[1], *v.shape))
     found, log_sum = torch._scaled_dot_product_flash_attention_for_cpu(*batch, attn_mask=mask, scale=scale)
     if not float(torch.linalg.vector_norm(log_sum, math.inf)) <= _LARGE[q.dtype]:  # NaN is not, either
         options = dict(scale=scale, has_shift=has_shift, has_weight=has_weight)
         exact(reference)(q, k_pool, v_pool, *tables, out, lse, None, **options)
         return
-    out.copy_(found.squeeze(0).transpose(0, 1))
+    out.unflatten(1, of_kv).copy_(found.permute(2, 1, 0, 3))
     if lse is not None:
-        lse.copy_(log_sum.squeeze(0))
+        lse.unflatten(0, of_kv).copy_(log_sum.transpose(0, 1))
 
 
 class _Rows(NamedTuple):
@@ -166,12 +168,13 @@ def _turn(k: torch.Tensor, turns: torch.Tensor) -> None:
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of_q: torch.Tensor, of_k: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [q_len, heads, head_dim] and lse [heads, q_len] over as many of k's rows as the last number of `of_k`."""
+    """out [q_len, heads, head_dim] and lse [heads, q_len] over as many rows of k and v [rows, kv_heads, head_dim] as
+    the last number of `of_k`."""
     found = torch.ops.aten._flash_attention_forward(q, k, v, of_q, of_k, len(q), len(k), 0.0, False, False, scale=scale)
     return found[0], found[1]
 
 
-_faults: dict[tuple[torch.device, torch.dtype, int, str | None], str | None] = {}
+_faults: dict[tuple[torch.device, torch.dtype, int, bool, str | None], str | None] = {}
 
 
 def _implementation() -> str | None:
@@ -186,31 +189,33 @@ def _takes_lengths() -> bool:
     return {"cum_seq_q", "cum_seq_k"} <= names
 
 
-def _check(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _check(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> None:
     """Raise RuntimeError where flash attention does not run here or does not keep to the lengths: a torch may be built
     without it. Tried once an implementation; that reads results, which no capture allows."""
-    key = (device, dtype, head_dim, _implementation())
+    key = (device, dtype, head_dim, grouped, _implementation())
     if key not in _faults:
         if torch.cuda.is_current_stream_capturing():
-            wanted = f"called once outside a capture, with {dtype} and head_dim {head_dim}, before it is captured"
+            inputs = f"{dtype}, head_dim {head_dim}{' and grouped heads' * grouped}"
+            wanted = f"called once outside a capture, with {inputs}, before it is captured"
             raise RuntimeError(f"segment_attention: sdpa must be {wanted}: it tries PyTorch's attention then")
-        _faults[key] = _fault(device, dtype, head_dim)
+        _faults[key] = _fault(device, dtype, head_dim, grouped)
     if _faults[key]:
         by = " ".join(filter(None, (torch.__version__, key[-1])))
         raise RuntimeError(f"segment_attention: torch {by} cannot serve sdpa here: {_faults[key]}")
 
 
-def _fault(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _fault(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str | None:
     """What is wrong with flash attention over the first 130 of 512 rows, NaN from row 384 on; None if nothing."""
-    generator = torch.Generator().manual_seed(0)
+    generator, group_size = torch.Generator().manual_seed(0), 3 if grouped else 1
     q, k, v = (
-        torch.randn(n, 2, head_dim, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-        for n in (70, 512, 512)
+        torch.randn(n, heads, head_dim, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        for n, heads in ((70, 2 * group_size), (512, 2), (512, 2))
     )
     k[130:384], v[130:384] = 0.0, 0.0
     k[384:], v[384:] = math.nan, math.nan
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k[:130].float()) * head_dim**-0.5
-    want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[:130].float())
+    keys, values = (x[:130].float().repeat_interleave(group_size, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * head_dim**-0.5
+    want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
     of_q, of_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (70, 130))
     try:
         out, lse = _flash(*(x.to(device) for x in (q, k, v)), of_q, of_k, head_dim**-0.5)
@@ -231,7 +236,7 @@ def _on_gpu(
     from ..kernels.gather_window import gather_window
 
     tiles, tail_rows, ranges, _, turns, _ = tables
-    _check(q.device, q.dtype, q.shape[2])
+    _check(q.device, q.dtype, q.shape[2], q.shape[1] > k_pool.shape[1])
     k, v = torch.empty((2, TILE_ROWS * len(tiles), *k_pool.shape[1:]), dtype=q.dtype, device=q.device)
     lengths = torch.empty((2, 2), dtype=torch.int32, device=q.device)
     gather_window(k_pool, v_pool, tiles, tail_rows, ranges, turns, k, v, lengths, q_len=len(q), has_shift=has_shift)

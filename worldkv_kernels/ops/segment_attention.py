@@ -49,6 +49,7 @@ class Shape(NamedTuple):
     turned_pairs: int
     has_mass: bool
     has_weight: bool
+    group_size: int  # heads of q that share one of the pools
 
 
 @overload
@@ -95,15 +96,17 @@ def segment_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Attend every query to every token of a window over a KV pool, where it lies, or gathered for PyTorch's.
 
-    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, h] + w_j) v[j, h] over the window's tokens j, where
-    R(d_j) turns a key by its segment's time shift (the query is turned instead, back from the original q
-    for each segment, and rounded once to its dtype; in "sdpa" a copy of the key), and w_j is its segment's log_weight.
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . R(d_j) k[j, g] + w_j) v[j, g] over the window's tokens j, where
+    g = h // (heads // kv_heads), R(d_j) turns a key by its segment's time shift (the query is turned instead, back from
+    the original q for each segment, and rounded once to its dtype; in "sdpa" a copy of the key), and w_j is its
+    segment's log_weight.
 
     Args:
         q: [q_len, heads, head_dim], bf16, fp16 or fp32, 1 to 128 heads, head_dim 64 or 128, dense in head_dim.
-        k_pool, v_pool: [rows, heads, head_dim], dtype and device of q, dense in head_dim. Rows outside the
-            window are never read into the result, whatever they hold. The window's rows and q must be finite: an
-            infinite number in them may give NaN, also where its weight would be 0.
+        k_pool, v_pool: [rows, kv_heads, head_dim], dtype and device of q, dense in head_dim; kv_heads divide heads, and
+            head g serves the heads / kv_heads heads of q from g * heads / kv_heads on. Rows outside the window are
+            never read into the result, whatever they hold. The window's rows and q must be finite: an infinite number
+            in them may give NaN, also where its weight would be 0.
         window: the segments, on q's device. Order changes rounding only; rows named twice count twice.
         scale: from 1e-25 to 1e25; 1 / sqrt(head_dim) by default.
         return_lse: also return the log-sum-exp of the scaled scores and log weights, natural log, fp32 [heads, q_len].
@@ -115,8 +118,8 @@ def segment_attention(
             and heads of q and the pools start on multiples of 16 bytes and those of out on multiples of 4), or None for
             the automatic choice.
 
-    Limits: no batch dimension, one session a call; no mask, none for causality either; as many heads in the pools as in
-    q; K and V of one head_dim; no gradients.
+    Limits: no batch dimension, one session a call; no mask, none for causality either; V of K's heads and head_dim; no
+    gradients.
 
     Returns out, or a tuple (out, lse), (out, mass) or (out, lse, mass). q . k and softmax in fp32; from q . k on their
     size costs no digit, up to 1e38 with the scale, which no fp16 reaches: sdpa on a CPU, whose scores lose digits from
@@ -137,8 +140,8 @@ def segment_attention(
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
     check_layout(_OP, "q", q, ("q_len", "heads", "head_dim"))
-    check_layout(_OP, "k_pool", k_pool, ("rows", "heads", "head_dim"), like=q)
-    check_layout(_OP, "v_pool", v_pool, ("rows", "heads", "head_dim"), like=q)
+    check_layout(_OP, "k_pool", k_pool, ("rows", "kv_heads", "head_dim"), like=q)
+    check_layout(_OP, "v_pool", v_pool, ("rows", "kv_heads", "head_dim"), like=q)
     check_heads(_OP, "q", q, "[q_len, heads, head_dim]")
     q_len, heads, head_dim = q.shape
     if window.device != q.device:
@@ -213,11 +216,14 @@ def _check_layouts(
     q_len, heads, head_dim = q.shape
     if q_len < 1:
         raise bad_value(_OP, "q", "[q_len >= 1, heads, head_dim]", q)
-    check_tensor(_OP, "k_pool", k_pool, ("rows", heads, head_dim), like=q)
-    rows = k_pool.shape[0]
+    check_tensor(_OP, "k_pool", k_pool, ("rows", "kv_heads", head_dim), like=q)
+    rows, kv_heads, _ = k_pool.shape
+    if not 1 <= kv_heads <= heads or heads % kv_heads:
+        wanted = f"[{rows}, kv_heads, {head_dim}] with kv_heads a divisor of q's {heads} heads"
+        raise bad_value(_OP, "k_pool", wanted, k_pool)
     if v_pool.dim() == 3 and v_pool.shape[2] != head_dim:
-        raise bad_value(_OP, "v_pool", f"[{rows}, {heads}, {head_dim}], since K and V share one head_dim", v_pool)
-    check_tensor(_OP, "v_pool", v_pool, (rows, heads, head_dim), like=q)
+        raise bad_value(_OP, "v_pool", f"[{rows}, {kv_heads}, {head_dim}], since K and V share one head_dim", v_pool)
+    check_tensor(_OP, "v_pool", v_pool, (rows, kv_heads, head_dim), like=q)
     integers = (torch.int32,)
     check_tensor(_OP, "ranges", ranges, ("capacity + 1", 4), like=q, dtypes=integers, inner=2)
     capacity = ranges.shape[0] - 1
@@ -247,13 +253,15 @@ def _kind_and_shape(
 ) -> tuple[tuple, Shape]:  # fmt: skip
     """What a backend is chosen by."""
     q_len, heads, head_dim = q.shape
+    group_size = heads // k_pool.shape[1]
     turned_pairs = turns.shape[1] if has_shift else 0
     layout = (
         _rows_in_order(k_pool, v_pool),
         cuda.attention_aligned(q, k_pool, v_pool, out, tiles, tail_rows, ranges, turns),
     )
-    kind = (q.dtype, head_dim, turned_pairs, lse is not None, mass is not None, has_weight, *layout)
-    return kind, Shape(heads, q_len, TILE_ROWS * len(tiles), head_dim, turned_pairs, mass is not None, has_weight)
+    has_mass, keys = mass is not None, TILE_ROWS * len(tiles)
+    kind = (q.dtype, head_dim, turned_pairs, lse is not None, has_mass, has_weight, group_size > 1, *layout)
+    return kind, Shape(heads, q_len, keys, head_dim, turned_pairs, has_mass, has_weight, group_size)
 
 
 def _rows_in_order(*pools: torch.Tensor) -> bool:
@@ -277,13 +285,13 @@ def _load_triton() -> Callable[..., None]:
 
 
 def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., None]], dict[str, torch.Tensor]]:
-    """200 queries, 2 heads, three segments, with more tiles than a kernel holds at a time, and tails; unused rows are
-    NaN. In two windows, of which the larger capacity lets a kernel cut the keys into parts."""
-    dtype, head_dim, turned_pairs, with_lse, with_mass, has_weight, rows_in_order, aligned = kind
-    has_shift = turned_pairs > 0
+    """200 queries, 2 heads, where grouped 4 over 2, three segments, with more tiles than a kernel holds at a time, and
+    tails; unused rows are NaN. In two windows, of which the larger capacity lets a kernel cut the keys into parts."""
+    dtype, head_dim, turned_pairs, with_lse, with_mass, has_weight, grouped, rows_in_order, aligned = kind
+    has_shift, heads = turned_pairs > 0, 4 if grouped else 2
     generator = torch.Generator().manual_seed(0)
     fp32 = dict(generator=generator, dtype=torch.float32, device="cpu")
-    q, k, v = (torch.randn(n, 2, head_dim, **fp32).to(device, dtype) for n in (200, 1600, 1600))
+    q, k, v = (torch.randn(n, of, head_dim, **fp32).to(device, dtype) for n, of in ((200, heads), (1600, 2), (1600, 2)))
     if not rows_in_order:
         k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
     if not aligned:
@@ -303,8 +311,8 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
         results = {}
         for name, window in zip(("", " of a cut window"), windows, strict=True):
             out = torch.full_like(q, float("nan"))
-            lse = torch.full((2, 200), float("nan"), dtype=torch.float32, device=device) if with_lse else None
-            mass = torch.full((2, 3), float("nan"), dtype=torch.float32, device=device) if with_mass else None
+            lse = torch.full((heads, 200), float("nan"), dtype=torch.float32, device=device) if with_lse else None
+            mass = torch.full((heads, 3), float("nan"), dtype=torch.float32, device=device) if with_mass else None
             flags = dict(has_shift=has_shift, has_weight=has_weight)
             run(q, k, v, *window.tables, out, lse, mass, scale=head_dim**-0.5, **flags)
             made = {f"out{name}": out, f"lse{name}": lse, f"mass{name}": mass}
@@ -328,15 +336,23 @@ BACKENDS = OpBackends(
     on_cpu=("sdpa", "reference"),
     small_case=_small_case,
     tolerance=lambda kind: dtype_tolerance(kind[0]),
-    kinds=tuple(
-        (dtype, head_dim, turned_pairs, with_extras, with_extras, has_weight, True, True)
-        for has_weight in (False, True)
-        for dtype in (torch.bfloat16, torch.float16)
-        for head_dim, turned_pairs in _TURNED_PAIRS
-        for with_extras in (False, True)
+    kinds=(
+        *(
+            (dtype, head_dim, turned_pairs, with_extras, with_extras, has_weight, False, True, True)
+            for has_weight in (False, True)
+            for dtype in (torch.bfloat16, torch.float16)
+            for head_dim, turned_pairs in _TURNED_PAIRS
+            for with_extras in (False, True)
+        ),
+        *(
+            (dtype, head_dim, turned_pairs, with_all, with_all, with_all, True, True, True)
+            for dtype in (torch.bfloat16, torch.float16)
+            for head_dim, turned_pairs in ((64, 0), (128, 22))
+            for with_all in (False, True)
+        ),
     ),
-    proven_as=lambda kind: f"{_OP}, weighted" if kind[5] else _OP,
-    typical_shape=Shape(40, 4680, 32_768, 128, 0, False, False),
+    proven_as=lambda kind: f"{_OP}, grouped" if kind[6] else f"{_OP}, weighted" if kind[5] else _OP,
+    typical_shape=Shape(40, 4680, 32_768, 128, 0, False, False, 1),
 )
 
 register(

@@ -28,9 +28,10 @@ def norm_rope_append(
     factors = None
     if table is not None:
         factors = _factors(table, grid, pairs)
+    of_k = torch.Size([tokens, *k_pool.shape[1:]])
     q_out.copy_(_norm_rope(q, q_weight, factors, q_out.shape, eps, round_before_rope))
-    k_pool.index_copy_(0, rows, _norm_rope(k, k_weight, factors, q_out.shape, eps, round_before_rope))
-    v_pool.index_copy_(0, rows, v.reshape(q_out.shape))
+    k_pool.index_copy_(0, rows, _norm_rope(k, k_weight, factors, of_k, eps, round_before_rope))
+    v_pool.index_copy_(0, rows, v.reshape(of_k))
 
 
 def _factors(table: torch.Tensor, grid: tuple[int, int, int], pairs: tuple[int, int, int]) -> torch.Tensor:

@@ -34,6 +34,7 @@ def segment_attention(
 ) -> None:
     """softmax(scale * R(-shift) q . k + log_weight) v over the window's rows, segment by segment, in fp32 at least."""
     q_len, heads, _ = q.shape
+    group_size = heads // k_pool.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
     lengths = [len(rows) for rows in segments]
@@ -46,8 +47,8 @@ def segment_attention(
         of_rows = log_weights.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=q.device))
     step = max(1, _MAX_SCORES // max(1, len(rows)))
     for head in range(heads):
-        k = k_pool[rows, head].to(wide)
-        v = v_pool[rows, head].to(wide)
+        k = k_pool[rows, head // group_size].to(wide)
+        v = v_pool[rows, head // group_size].to(wide)
         shares = []
         for first in range(0, q_len, step):
             query = q[first : first + step, head].to(wide)
