@@ -463,6 +463,7 @@ def test_attention_that_something_else_has_replaced_is_refused():
         ({"config": "full"}, TypeError, "config must be a MemoryConfig, such as causal.memory_config makes of"),
         ({"grid": (480, 832)}, ValueError, "grid must be .* in tokens"),
         ({"num_heads": 4}, ValueError, "config's num_heads must be the model's 2, got 4"),
+        ({"num_kv_heads": 1}, ValueError, "config's num_kv_heads must be the model's 2, got 1"),
         ({"backend": "cudnn"}, ValueError, "backend must be one of"),
     ],
 )
