@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from worldkv_kernels import MemoryConfig, WorldMemory
+from worldkv_kernels import ContentRetrieval, MemoryConfig, WorldMemory
 from worldkv_kernels.memory.contents import Contents
-from worldkv_kernels.memory.retrieval import ContentRetrieval
+from worldkv_kernels.memory.kept import keep
 
 FRAMES, FRAME_TOKENS, LAYERS, DIM = 3, 6, 2, 128
 
@@ -111,11 +111,28 @@ def test_a_full_bank_gives_up_the_older_of_two_that_look_alike():
 def test_what_is_not_finite_is_never_near_and_given_up_first():
     policy = ContentRetrieval(skip_newest=0)
     fine, broken = np.ones((2, 4), np.float32), np.full((2, 4), np.nan, np.float32)
-    far = np.full((2, 4), 3e38, np.float32)  # its square is infinite
-    on_offer = [(1, broken), (2, fine), (3, far), (4, fine + 5)]
-    assert policy.select(fine[0], on_offer, 4) == [2, 4, 1, 3]
-    assert policy.drop(on_offer) == 1 and policy.drop(on_offer[1:]) == 2  # the older of a pair with one
+    far = np.full((2, 4), 3e38, np.float32)  # its square is infinite in fp32
+    on_offer = [(1, fine), (2, far), (3, broken), (4, fine + 5)]
+    assert policy.select(fine[0], on_offer, 4) == [1, 4, 2, 3]
     assert policy.select(broken[0], on_offer, 2) == [1, 2]
+    assert policy.drop(on_offer) == 3 and policy.drop([*on_offer[:2], on_offer[3]]) == 1
+    kept = keep(policy, 4)
+    for number, content in on_offer:
+        kept.add(number, content)
+    assert kept.select(fine[0], 4, 0, None) == [1, 4, 2, 3]
+    assert kept.drop() == 3 and kept.drop({3}) == 1 and kept.drop({1, 3}) == 2
+
+
+def test_what_keys_have_in_common_hides_nothing():
+    """As far from 0 as three thousand times their spread."""
+    rng = np.random.default_rng(4)
+    contents = (300 + 0.1 * rng.normal(size=(40, FRAMES, DIM))).astype(np.float32)
+    kept = keep(policy := ContentRetrieval(skip_newest=0), 40)
+    for number, content in enumerate(contents):
+        kept.add(number, content)
+    for number in range(0, 40, 3):
+        assert kept.select(contents[number, 1], 1, 0, None) == [number]
+        assert policy.select(contents[number, 1], list(enumerate(contents)), 1) == [number]
 
 
 # --- what a chunk is known by ---
@@ -162,6 +179,27 @@ def test_a_query_of_the_callers_own_is_what_its_chunk_is_known_by():
     assert memory.begin_chunk().retrieved == (5,)  # as the chunk before
     memory.abort_chunk()
     assert memory.prefetch(query=scenes[1])[:1] == (3,)
+
+
+def test_what_was_told_holds_until_something_else_is():
+    scenes = np.eye(3, 5, dtype=np.float32)
+    memory = make()
+    for number, told in enumerate([scenes[0], None, scenes[1], None]):
+        memory.begin_chunk(query=told)
+        attend(memory, number)
+        memory.end_chunk()
+        assert np.array_equal(memory._last_content(), scenes[[number // 2]])
+
+
+def test_a_query_may_be_asked_where_chunks_are_known_by_their_keys():
+    means = np.random.default_rng(5).normal(size=(9, FRAMES, DIM)) * 3
+    memory = make(retrieved_chunks=1)
+    for number in range(9):
+        chunk(memory, number, keys(number, means[number]))
+    assert memory.begin_chunk(query=means[2, 1]).retrieved == (2,)
+    attend(memory, 9, keys(9, means[5]))
+    memory.end_chunk()
+    assert np.abs(memory._last_content() - means[5]).max() < 1e-5
 
 
 def test_contents_of_the_callers_own():
@@ -276,12 +314,17 @@ def test_contents_that_are_wrong_leave_the_chunk_begun(content, error, message):
 
 def test_contents_of_two_kinds_are_refused():
     memory = make()
-    chunk(memory, 0, content=np.ones((1, 4)))
+    chunk(memory, 0, content=np.ones((2, 4)))
     memory.begin_chunk()
     attend(memory, 1)
-    with pytest.raises(ValueError, match=r"end_chunk: content must be \[1, 4\] as in the chunks before, got None"):
+    with pytest.raises(ValueError, match=r"end_chunk: content must be \[2, 4\] as in the chunks before, got None"):
         memory.end_chunk()
-    memory.end_chunk(content=np.zeros((1, 4)))
+    memory.end_chunk(content=np.zeros((2, 4)))
+    one = make()
+    one.begin_chunk(query=np.ones(5))
+    attend(one, 0)
+    with pytest.raises(ValueError, match=r"content must be \[vectors, 5\] as the query is, got \[2, 7\]"):
+        one.end_chunk(content=np.ones((2, 7)))
     with pytest.raises(ValueError, match=r"content must be \[vectors, dim\], got \[0, 4\]"):
         chunk(make(), 0, content=np.ones((0, 4)))
 

@@ -413,6 +413,24 @@ class Uncached(plain.CausalWanSelfAttention):
         """As Wan's own."""
 
 
+class Untimed(plain.CausalWanModel):
+    def _forward_inference(self, x):
+        raise NotImplementedError
+
+
+def test_a_second_memory_is_refused_and_its_config_is_as_before():
+    model = make_model()
+    before = causal.memory_config(model, grid=GRID)
+    with attach(model):
+        assert causal.memory_config(model, grid=GRID) == before
+        with pytest.raises(RuntimeError, match="attach: model must not be enabled, got one that is"):
+            attach(model)
+
+
+def give_one_head(attention):
+    attention.num_heads, attention.head_dim = 1, 128
+
+
 def other_models():
     def changed(change):
         model = make_model()
@@ -427,13 +445,18 @@ def other_models():
 
     yield nn.Linear(2, 2), "Linear with no blocks"
     yield changed(lambda model: delattr(model, "freqs")), "CausalWanModel with no freqs"
-    yield changed(lambda model: setattr(model, "_forward_inference", model.head.forward)), "that takes no t$"
+    yield changed(lambda model: setattr(model, "__class__", Untimed)), "Untimed with a forward that takes no t$"
     yield changed(lambda model: delattr(last(model), "norm_k")), r"no norm_k in blocks\[1\].self_attn, a CausalWan"
     yield changed(lambda model: delattr(last(model), "eps")), r"no eps in blocks\[1\]"
     yield changed(lambda model: setattr(model.blocks[1], "self_attn", None)), r"no q in .*, a NoneType"
     yield of_class(Uncached), r"blocks\[1\].self_attn.forward that takes no kv_cache"
     yield of_class(Scaled), r"blocks\[1\].self_attn.forward that takes args"
-    for norm in (nn.RMSNorm(64), nn.LayerNorm(128), nn.RMSNorm(128, elementwise_affine=False)):
+    yield changed(lambda model: setattr(last(model), "gate", nn.Linear(2, 2))), r"self_attn.gate, which the memory"
+    yield changed(lambda model: setattr(last(model), "gain", nn.Parameter(torch.ones(1)))), "self_attn.gain, which"
+    yield changed(lambda model: setattr(last(model), "eps", 1e-5)), r"norm_q of eps=1e-06, not the attention's 1e-05"
+    yield changed(lambda model: give_one_head(last(model))), r"blocks\[1\].self_attn of other sizes than the first"
+    no_bias = nn.LayerNorm(128, bias=False)
+    for norm in (nn.RMSNorm(64), nn.LayerNorm(128), no_bias, nn.RMSNorm(128, elementwise_affine=False)):
         found = r"blocks\[1\].self_attn.norm_q that is no RMS norm over all 128 numbers of the heads"
         yield changed(lambda model, norm=norm: setattr(last(model), "norm_q", norm)), found
 

@@ -22,7 +22,7 @@ def _command_starts() -> bool:
 if TYPE_CHECKING or "torch" in sys.modules or not _command_starts():
     from .actions import ActionIntegrator, Actions, ActionScales, parse_actions
     from .memory.config import MemoryConfig
-    from .memory.retrieval import ActionRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
+    from .memory.retrieval import ActionRetrieval, ContentRetrieval, FovRetrieval, PoseRetrieval, RetrievalPolicy
     from .memory.world_memory import ChunkPlan, WorldMemory
     from .ops import (
         CompressedChunk,
@@ -53,6 +53,7 @@ __all__ = [
     "Actions",
     "ChunkPlan",
     "CompressedChunk",
+    "ContentRetrieval",
     "FovRetrieval",
     "MemoryConfig",
     "PoseRetrieval",

@@ -118,7 +118,7 @@ def attach(
         model: the denoiser, a pipeline's `.generator.model`, in eval mode. It may be wrapped by torch.compile, by peft,
             or in one process by FSDP.
         config: of the model's sizes, see causal.memory_config. None for memory_config(model, grid=..., **fields) with
-            the grid of the rollout's latents.
+            the grid of the rollout's latents, and where no poses are given retrieval "content".
         poses: camera-to-world [n, 4, 4] of the latent frames, OpenCV coordinates, or a callable that gives the
             [chunk_frames, 4, 4] of a chunk number; None where retrieval needs none.
         intrinsics: fx, fy, cx, cy in pixels, [4], [n, 4] or a callable; None where retrieval needs none.
@@ -236,7 +236,10 @@ def attentions_of(op: str, model: nn.Module) -> list[nn.Module]:
     attentions = [checked.unwrapped(getattr(block, "self_attn", None)) for block in blocks]
     found = "no blocks" if not attentions else _other_in(model)
     for layer, attention in enumerate(attentions):
-        found = found or _other_in_attention(attention, f"blocks[{layer}].self_attn")
+        name = f"blocks[{layer}].self_attn"
+        found = found or _other_in_attention(attention, name)
+        if not found and checked.sizes_of([attention]) != checked.sizes_of(attentions[:1]):
+            found = f"{name} of other sizes than the first"
     if found:
         raise TypeError(
             f"{op}: model must be a causal Wan model, called with a kv_cache and a current_start, whose blocks have a "
@@ -246,8 +249,10 @@ def attentions_of(op: str, model: nn.Module) -> list[nn.Module]:
 
 
 def _signature_of(model: nn.Module) -> inspect.Signature:
-    """Of the code behind the model's forward, where that takes anything and hands it on."""
-    return inspect.signature(getattr(model, "_forward_inference", model.forward))
+    """Of the code behind the model's own forward, where that takes anything and hands it on."""
+    of_class = type(model)
+    takes = inspect.signature(getattr(of_class, "_forward_inference", of_class.forward))
+    return takes.replace(parameters=[*takes.parameters.values()][1:])  # but self
 
 
 def _other_in(model: nn.Module) -> str | None:
@@ -266,6 +271,10 @@ def _other_in_attention(attention: Any, name: str) -> str | None:
     lacks += [size for size in _SIZES if not hasattr(attention, size)]
     if lacks:
         return f"no {lacks[0]} in {name}, a {type(attention).__name__}"
+    of_its_own = [part for part, _ in attention.named_children() if part not in _PARTS]
+    of_its_own += [part for part, _ in attention.named_parameters(recurse=False)]
+    if of_its_own:
+        return f"{name}.{of_its_own[0]}, which the memory would leave out"
     takes = inspect.signature(type(attention).forward).parameters
     lacks = [taken for taken in ("kv_cache", "current_start") if taken not in takes]
     more = [taken for taken in takes if taken not in _TAKEN]
@@ -275,6 +284,11 @@ def _other_in_attention(attention: Any, name: str) -> str | None:
         norm, numbers = getattr(attention, part), attention.num_heads * attention.head_dim
         weight = getattr(norm, "weight", None)
         over_all_heads = weight is not None and weight.numel() == numbers and getattr(norm, "bias", None) is None
-        if not (over_all_heads or isinstance(norm, nn.Identity)):
+        centred, eps = isinstance(norm, nn.LayerNorm), getattr(norm, "eps", attention.eps)
+        if isinstance(norm, nn.Identity):
+            continue
+        if not over_all_heads or centred:
             return f"{name}.{part} that is no RMS norm over all {numbers} numbers of the heads"
+        if eps != attention.eps:
+            return f"{name}.{part} of eps={eps}, not the attention's {attention.eps}"
     return None

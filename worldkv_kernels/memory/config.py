@@ -73,7 +73,7 @@ class MemoryConfig:
     frames, 0.5 two thirds, 1 all. The published way is "similarity", unmerged.
     `retrieval`: "pose", "fov", "action" or "content", or a RetrievalPolicy object. "action" is ActionRetrieval(), with
     guessed scales for Matrix-Game's "universal" actions; give an object for another game or other scales. "content" is
-    ContentRetrieval(), for models without a camera: give it one retrieved chunk more than the others.
+    ContentRetrieval(), for models without a camera: where few are retrieved, give it one more than the others.
     `order` of the retrieved chunks in the window: by "time", or "nearest_last", "nearest_first". `rebase_time`:
     turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
     recent ones; by default in mode "worldkv", where there is a rope.

@@ -59,8 +59,8 @@ def as_content(op: str, name: str, given: object, axes: tuple[str, ...], like: n
     """A vector of a caller's own, or several, as fp32 of these axes: ("dim",) or ("vectors", "dim"). Where there are
     contents before, each is `like` this one, [vectors, dim].
 
-    Raises ValueError naming `op` and `name` on another shape, and on NaN or infinity; TypeError on what is no array of
-    real numbers.
+    Raises ValueError naming `op` and `name` on another shape, and on NaN, infinity or what is too large; TypeError on
+    what is no array of real numbers.
     """
     shape = list(axes) if like is None else list(like.shape[-len(axes) :])
     wanted = f"[{', '.join(map(str, shape))}]"

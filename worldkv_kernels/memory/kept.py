@@ -321,17 +321,22 @@ class KeptViews(KeptPoses):
 
 
 class KeptContents(KeptRows):
-    """For retrieval by content: contents side by side, and how far chunks are from each other. 4 bytes of each two, and
-    4 of each number of a content: 60 KiB a chunk of three frames where a model has 40 heads of 128."""
+    """For retrieval by content: contents side by side, and how far chunks are from each other. 8 bytes of each two, and
+    8 of each number of a content: 120 KiB a chunk of three frames where a model has 40 heads of 128."""
 
     _pieces = ("contents", "squares")  # products read a content as it lies
 
     def clear(self) -> None:
         super().clear()
-        self._pairs["apart"] = Pairs(np.float32)
+        self._pairs["apart"] = Pairs(np.float64)
 
     def description(self, chunk: int) -> Any:
-        return self._contents(self._row(chunk))[0].copy()
+        return self._contents(self._row(chunk))[0].astype(np.float32)
+
+    def drop(self, exclude: Collection[int] = ()) -> int:
+        finite = np.isfinite(self._array("squares")).all(axis=0)
+        broken = [int(chunk) for chunk in self._array("chunks")[~finite] if chunk not in exclude]
+        return min(broken) if broken else super().drop(exclude)
 
     def _contents(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of these rows, [..., vectors, dim], and their squared lengths [..., vectors]."""
@@ -352,14 +357,13 @@ class KeptContents(KeptRows):
 
     def _write(self, chunk: int, description: Any) -> None:
         if "contents" not in self._arrays:  # they are as large as the first one
-            room = len(self._arrays["chunks"])
             for name, shape in {"contents": description.shape, "squares": description.shape[:1]}.items():
-                self._arrays[name] = np.empty((*shape, room), np.float32)
+                self._arrays[name] = np.empty((*shape, 0))
         super()._write(chunk, description)
 
     def _describe(self, row: int, description: Any) -> None:
         self._arrays["contents"][..., row] = description
-        self._arrays["squares"][..., row] = squared_lengths(description)
+        self._arrays["squares"][..., row] = squared_lengths(description.astype(np.float64))
         self._pairs["apart"].put(row, self._policy.apart(description, *self._contents(slice(row))))
 
     def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:

@@ -300,19 +300,18 @@ class ContentRetrieval(NearestPolicy):
 
     A chunk's content is one vector for each of its frames, the mean of their keys in layer 0, unless the caller gives
     others (WorldMemory.begin_chunk, end_chunk). A chunk is as far away as the nearest of its vectors is from that of
-    the last frame made, in squared distance. That frames are compared, and not means of chunks, matters where the
-    camera comes back the other way round; layer 0 has appearance alone and tells as much as all layers do. Of the
-    `skip_newest` newest banked chunks, which show what the recent frames show, one is chosen only where no other is
-    left.
+    the last frame made, in squared distance. Of the `skip_newest` newest banked chunks, which show what the recent
+    frames show, one is chosen only where no other is left.
 
     What no look back can tell is where the coming chunk goes. On smooth ways one chunk more than by pose makes up for
-    most of that; after a cut, or a jump to elsewhere, what comes back is what was seen before the jump.
+    most of that; after a cut, or a jump to elsewhere, what comes back is what was seen before the jump. docs/content.md
+    has what was measured.
 
-    A full bank gives up the older of the two chunks that are most alike: for each vector of either, the nearest of the
-    other, on the mean. So does `diversity` tell near-copies. `distances` are divided by the largest from the current.
+    A full bank gives up what is not finite, else the older of the two chunks that are most alike: for each vector of
+    either, the nearest of the other, on the mean. So does `diversity` tell near-copies. `distances` are divided by the
+    largest from the current. All in fp64: keys may have far more in common than what tells them apart.
 
-    After LongLive-RAG (arXiv 2606.02553), which ranks evicted frames by content too; the rule here is the one that did
-    best on the small world model, see docs/small_world.md.
+    After LongLive-RAG (arXiv 2606.02553), which ranks evicted frames by content, too.
     """
 
     by_content = True
@@ -328,7 +327,7 @@ class ContentRetrieval(NearestPolicy):
         raise NotImplementedError
 
     def distances(self, views: Sequence[Any], others: Sequence[Any], current: Any) -> np.ndarray:
-        contents = np.stack(others)
+        contents = np.stack(others).astype(np.float64)
         squares = squared_lengths(contents)
         apart = np.stack([self.apart(view, contents, squares) for view in views])
         return apart / (scale_of(self.apart(current, contents, squares)) or 1.0)
@@ -336,19 +335,26 @@ class ContentRetrieval(NearestPolicy):
     def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
         if not candidates or budget < 1:
             return []
-        chunks, contents = np.array([chunk for chunk, _ in candidates]), np.stack([of for _, of in candidates])
+        chunks, contents = (
+            np.array([chunk for chunk, _ in candidates]),
+            np.stack([of for _, of in candidates]).astype(np.float64),
+        )
         squares = squared_lengths(contents)
         to_current, scale = self.ranked(current, contents, squares, chunks)
         to_picked = self.scaled(lambda place: self.apart(contents[place], contents, squares), scale)
         picked = pick_nearest(to_current, to_picked, chunks, budget, self.diversity)
         return [int(chunks[place]) for place in picked]
 
+    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+        broken = [chunk for chunk, content in candidates if not np.isfinite(content).all()]
+        return min(broken) if broken else super().drop(candidates)
+
     def ranked(
         self, current: np.ndarray, contents: np.ndarray, squares: np.ndarray, chunks: np.ndarray
     ) -> tuple[np.ndarray, float]:
         """From a vector [dim] to contents [n, vectors, dim] of these squared lengths [n, vectors] and chunks, [n]: from
         0 to 1, for the newest ones from 4, and for what is not finite from 8 on; and what it was divided by."""
-        to_current = _squared_differences(current[None], contents, squares).min(axis=(1, 2)).astype(np.float64)
+        to_current = _squared_differences(current[None], contents, squares).min(axis=(1, 2))
         newest = np.zeros(len(chunks), dtype=bool)
         if 0 < self.skip_newest < len(chunks):
             newest = chunks >= np.sort(chunks)[-self.skip_newest]
@@ -363,23 +369,22 @@ class ContentRetrieval(NearestPolicy):
 
     @staticmethod
     def apart(content: np.ndarray, contents: np.ndarray, squares: np.ndarray) -> np.ndarray:
-        """From a content [vectors, dim] to others, as of `ranked`, [n] in fp32. What is not finite is near all others,
-        so that a full bank gives it up first."""
+        """From a content [vectors, dim] to others, as of `ranked`, [n]; infinity for what is not finite."""
         differences = _squared_differences(content, contents, squares)
         both = differences.min(axis=1).mean(axis=1) + differences.min(axis=2).mean(axis=1)
-        return np.where(np.isfinite(both), np.float32(0.5) * both, np.float32(0.0))
+        return np.where(np.isfinite(both), 0.5 * both, np.inf)
 
 
 def squared_lengths(contents: np.ndarray) -> np.ndarray:
     """Of vectors [..., dim]."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.einsum("...d,...d->...", contents, contents)
+    return np.einsum("...d,...d->...", contents, contents)
 
 
 def _squared_differences(content: np.ndarray, contents: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """Of vectors [m, dim] and [n, vectors, dim], [n, vectors, m]. A product for each of n: a chunk's numbers then rest
     on nothing but it, to the last bit."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    content = content.astype(np.float64)
+    with np.errstate(invalid="ignore"):
         return np.maximum(squares[..., None] + squared_lengths(content) - 2 * (contents @ content.T), 0.0)
 
 

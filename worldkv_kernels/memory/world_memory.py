@@ -142,21 +142,21 @@ class WorldMemory:
 
         Args:
             poses: camera-to-world [chunk_frames, 4, 4] of the chunk's latent frames, OpenCV coordinates, any unit
-                of length; an array or tensor. Needed in mode "worldkv", checked wherever given.
+                of length; an array or tensor. Needed in mode "worldkv" but by content, checked wherever given.
             intrinsics: fx, fy, cx, cy in pixels, [chunk_frames, 4] or [4]; needed by retrieval "fov".
             actions: in place of poses where retrieval is by action: an Actions (mouse, keyboard) of this chunk's rows
                 in the integrator's layout, 4 * chunk_frames - 3 of chunk 0, then 4 * chunk_frames a chunk. The
                 memory integrates them; a chunk that is aborted or not begun leaves no trace.
             query: where retrieval is by content, what the chunk is to be like, a vector [dim] of the contents' numbers,
                 such as an embedding of its prompt. None for the last vector of the content of the chunk before, that of
-                its last frame. Poses are then not needed, nor used.
+                its last frame. Poses are not used by content.
 
         Returns the plan. Nothing is synchronised unless the arguments lie on the GPU; but where retrieval is by the
         content of keys the host waits until those of the last pass's layer 0 have come, see Contents. Raises
         RuntimeError when a chunk is already begun or the rollout has ended (in mode "full" with its pool), ValueError
-        when the poses or actions are missing, misshapen, not rigid or not finite, or are what this retrieval does not
-        take, or a policy object selects what is not on offer, TypeError when that is no list of chunk numbers; the
-        memory is then as before.
+        when the poses, actions or query are missing, misshapen, not rigid or not finite, or are what this retrieval
+        does not take, or a policy object selects what is not on offer, TypeError when that is no list of chunk numbers,
+        or the query no array; the memory is then as before.
         With a bank in host memory, the copies of what is missing on the device are begun, then, under
         `MemoryConfig.prefetch`, those of what the next chunk would retrieve if the camera went on as it did.
         """
@@ -214,7 +214,7 @@ class WorldMemory:
 
         Returns the chunks that are now on the device or on their way; none without a bank, nor with a policy object
         that is not `stateless`, which being asked could change: see RetrievalPolicy; nor by content while a chunk is
-        begun, without a query, for that is not made yet. Another has to describe the poses once more. Raises as
+        begun, without a query, for that is not made yet. A policy object has to describe the poses once more. Raises as
         begin_chunk does for its arguments, where it looks at them.
         """
         self._check_process("prefetch")
@@ -340,8 +340,9 @@ class WorldMemory:
         drifted. What it has in the sink stays there.
 
         `content`, where retrieval is by content: what the chunk is to be known by, vectors [vectors, dim], as a rule
-        one for each frame, such as its latents averaged over a coarse grid. None for the query that begin_chunk was
-        given, or the means of its keys where that was none. All chunks of a rollout have one shape of it.
+        one for each frame, such as its latents averaged over a coarse grid. All chunks of a rollout have one shape of
+        it. Where none is given, chunks are known by the means of their keys; or by what was asked for, one vector, if
+        chunk 0 was begun with a query. With no recent frames the host waits here for the means, see begin_chunk.
 
         On a GPU pruning runs on a stream of its own, beside what is queued between here and the next begin_chunk.
 
@@ -610,12 +611,16 @@ class WorldMemory:
             raise ValueError("end_chunk: content must be None where retrieval is not by content, got one")
         if self._contents is None:
             return self._view
-        before = self._last_view.description
-        if content is None and self._view.asked:
-            content = self._view.description[None]
+        before, query, of_keys = self._last_view.description, self._view.description, content_shape(self.config)
         if content is not None:
-            return View(description=as_content("end_chunk", "content", content, ("vectors", "dim"), before))
-        if before is not None and before.shape != content_shape(self.config):
+            made = as_content("end_chunk", "content", content, ("vectors", "dim"), before)
+            if self._view.asked and len(query) != made.shape[1]:
+                wanted = f"[vectors, {len(query)}] as the query is"
+                raise ValueError(f"end_chunk: content must be {wanted}, got {list(made.shape)}")
+            return View(description=made)
+        if self._view.asked if before is None or before.shape == of_keys == (1, len(query)) else len(before) == 1:
+            return View(description=query[None])  # as all chunks so far
+        if before is not None and before.shape != of_keys:
             raise ValueError(f"end_chunk: content must be {list(before.shape)} as in the chunks before, got None")
         self._contents.end()
         return View()

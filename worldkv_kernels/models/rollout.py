@@ -175,11 +175,11 @@ class Rollout(Iterator[RolloutChunk]):
 
     An exception inside a chunk drops that chunk from the memory (abort_chunk) and passes on; the rollout can then be
     saved, and gone on with where it is loaded, and asked for another chunk raises RuntimeError. On a GPU a chunk is
-    yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, and no other
-    before it is made. Raises ValueError at the call when the memory is not at its start, the given latents are no whole
-    chunks of the model's shape, seed or sigmas are out of range, or there can be no graphs but graph is True; at a
-    chunk what begin_chunk and the model's prepare_rollout raise, and RuntimeError where graph is True and a pass cannot
-    be captured.
+    yielded when it is queued: the next one is prepared while it is made, unless the caller waits for it, or retrieval
+    is by content and passes are graphs; and no other before it is made. Raises ValueError at the call when the memory
+    is not at its start, the given latents are no whole chunks of the model's shape, seed or sigmas are out of range, or
+    there can be no graphs but graph is True; at a chunk what begin_chunk and the model's prepare_rollout raise, and
+    RuntimeError where graph is True and a pass cannot be captured.
 
     `memory` and `seed` are what was given.
     """
