@@ -35,7 +35,8 @@ class RetrievalPolicy(Protocol):
     begin_chunk, and WorldMemory.prefetch does nothing.
 
     One that has an attribute `by_content`, True, is not asked to describe: its descriptions are contents, fp32 arrays
-    [vectors, dim], and `current` is one vector [dim]. See WorldMemory.begin_chunk and ContentRetrieval.
+    [vectors, dim], and `current` is one vector [dim]. See WorldMemory.begin_chunk and ContentRetrieval. It has to have
+    `describe` all the same.
     """
 
     needs_intrinsics: bool
@@ -335,10 +336,8 @@ class ContentRetrieval(NearestPolicy):
     def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
         if not candidates or budget < 1:
             return []
-        chunks, contents = (
-            np.array([chunk for chunk, _ in candidates]),
-            np.stack([of for _, of in candidates]).astype(np.float64),
-        )
+        chunks = np.array([chunk for chunk, _ in candidates])
+        contents = np.stack([of for _, of in candidates]).astype(np.float64)
         squares = squared_lengths(contents)
         to_current, scale = self.ranked(current, contents, squares, chunks)
         to_picked = self.scaled(lambda place: self.apart(contents[place], contents, squares), scale)
