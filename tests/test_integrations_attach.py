@@ -240,7 +240,7 @@ def test_a_pipeline_that_keeps_its_cache_makes_several_clips_and_finds_it_again(
     assert {name: set(part.__dict__) for name, part in model.named_modules()} == before
     for own in (pipe, fresh):
         assert torch.equal(generate(own), first) and torch.equal(generate(own, 4, initial_latent=GIVEN), second)
-    with pytest.raises(RuntimeError, match="detach: model must be enabled, got one that is not"):
+    with pytest.raises(RuntimeError, match="detach: model must have a memory, got one that has none"):
         detach(model)
 
 
@@ -282,7 +282,7 @@ def test_a_model_with_adapters_around_it():
     adapted = Adapted(model).eval()
     handle = attach_own_window(adapted)
     assert relative_error(generate(adapted), wanted) < 1e-5 and handle.stats()["chunks"] == CHUNKS
-    with pytest.raises(RuntimeError, match="attach: model must not be enabled, got one that is"):
+    with pytest.raises(RuntimeError, match="attach: model must have no memory yet, got one that has"):
         attach(model)
     gone = weakref.ref(handle)
     detach(adapted)
@@ -423,7 +423,7 @@ def test_a_second_memory_is_refused_and_its_config_is_as_before():
     before = causal.memory_config(model, grid=GRID)
     with attach(model):
         assert causal.memory_config(model, grid=GRID) == before
-        with pytest.raises(RuntimeError, match="attach: model must not be enabled, got one that is"):
+        with pytest.raises(RuntimeError, match="attach: model must have no memory yet, got one that has"):
             attach(model)
 
 

@@ -138,7 +138,7 @@ def test_a_context_disables_at_its_end_also_after_an_error():
         raise KeyError
     with enable(model):
         lingbot.disable(model)
-    with pytest.raises(RuntimeError, match=r"lingbot.disable: model must be enabled"):
+    with pytest.raises(RuntimeError, match=r"lingbot.disable: model must have a memory"):
         lingbot.disable(model)
 
 

@@ -69,7 +69,7 @@ def test_a_copy_of_an_enabled_model_is_refused():
     """It would run the original's weights."""
     model = make_model()
     handle = enable(model)
-    with pytest.raises(RuntimeError, match="lingbot: the model must be disabled before it is copied"):
+    with pytest.raises(RuntimeError, match="lingbot: the model must give up its memory before it is copied"):
         copy.deepcopy(model)
     handle.disable()
     assert "forward" not in copy.deepcopy(model).__dict__
@@ -119,7 +119,7 @@ def test_poses_that_are_missing_wrong_or_too_few():
 def test_enabling_twice_is_refused():
     model = make_model()
     handle = enable(model)
-    with pytest.raises(RuntimeError, match=r"lingbot.enable: model must not be enabled"):
+    with pytest.raises(RuntimeError, match=r"lingbot.enable: model must have no memory yet"):
         enable(model)
     generate(model, 6)
     assert handle.stats()["chunks"] == 2
@@ -176,7 +176,7 @@ def test_restart_after_disable_is_refused():
     assert repr(handle).startswith("LingBotMemory(enabled, WorldMemory(full, 1 chunks, 0 banked, ")
     handle.disable()
     with pytest.raises(
-        RuntimeError, match="lingbot: restart must be called while the model is enabled, got a call aft"
+        RuntimeError, match="lingbot: restart must be called while the model has its memory, got a call aft"
     ):
         handle.restart(POSES)
     assert handle.stats()["chunks"] == 2 and repr(handle).startswith("LingBotMemory(disabled, WorldMemory(full, 2 ")

@@ -189,7 +189,7 @@ def test_what_enable_refuses_and_then_leaves_alone():
             matrix_game.enable(model, of_memory, **along)
     assert "forward" not in model.__dict__
     assert all("forward" not in block.self_attn.__dict__ for block in model.blocks)
-    with pytest.raises(RuntimeError, match=r"matrix_game.disable: model must be enabled, got one that is not"):
+    with pytest.raises(RuntimeError, match=r"matrix_game.disable: model must have a memory, got one that has none"):
         matrix_game.disable(model)
 
 
@@ -212,13 +212,13 @@ def test_models_of_another_kind_are_refused():
 def test_enabled_once_and_disabled_once():
     model = plain_model()
     handle = matrix_game.enable(model, config_of(model))
-    with pytest.raises(RuntimeError, match="model must not be enabled, got one that is: disable it first"):
+    with pytest.raises(RuntimeError, match="model must have no memory yet, got one that has: disable that first"):
         matrix_game.enable(model, config_of(model))
     matrix_game.disable(model)
     handle.disable()
-    with pytest.raises(RuntimeError, match="model must be enabled"):
+    with pytest.raises(RuntimeError, match="model must have a memory"):
         matrix_game.disable(model)
-    with pytest.raises(RuntimeError, match="matrix_game: restart must be called while the model is enabled"):
+    with pytest.raises(RuntimeError, match="matrix_game: restart must be called while the model has its memory"):
         handle.restart()
     matrix_game.enable(model, config_of(model)).disable()
 

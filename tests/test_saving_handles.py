@@ -75,7 +75,7 @@ def test_what_is_not_of_this_model_is_refused(saved, tmp_path):
         with pytest.raises(RuntimeError, match="load must be called between passes"):
             lingbot_pass(model, 2, both, 0, 1000.0)
         hook.remove()
-    with pytest.raises(RuntimeError, match="load must be called while the model is enabled"):
+    with pytest.raises(RuntimeError, match="load must be called while the model has its memory"):
         handle.load(saved)
 
 
@@ -93,7 +93,7 @@ def test_a_window_that_was_changed_is_of_the_same_config(tmp_path):
         assert handle.memory.config.retrieved_chunks == 1
         handle.restart(POSES)
         assert handle.memory.config.retrieved_chunks == 2
-    wanted = pytest.raises(ValueError, match=r"must be of retrieved_chunks=1, as enable was told, got 2")
+    wanted = pytest.raises(ValueError, match=r"must be of retrieved_chunks=1, as the model was given it, got 2")
     with enable(model, **{**WORLDKV, "retrieved_chunks": 1}) as handle, wanted:
         handle.load(file)
     with enable(model, **{**WORLDKV, "bank_chunks": None}) as handle:
@@ -145,7 +145,9 @@ def test_sessions_left_out_of_order_change_nothing():
 
 
 def test_another_dtype_than_enable_was_told_is_refused(saved):
-    wanted = pytest.raises(ValueError, match=r"must be of dtype=torch.bfloat16, as enable was told, got torch.float32")
+    wanted = pytest.raises(
+        ValueError, match=r"must be of dtype=torch.bfloat16, as the model was given it, got torch.float32"
+    )
     with enable(make_model(), **WORLDKV, dtype=torch.bfloat16) as handle, wanted:
         handle.load(saved)
 

@@ -206,12 +206,12 @@ def test_what_a_session_refuses():
         forward(model, 0, both=caches())
     handle.disable()
     for call in (first.__enter__, first.restart, partial(handle.session, POSES)):
-        with pytest.raises(RuntimeError, match=r"lingbot: \w+ must be called while the model is enabled"):
+        with pytest.raises(RuntimeError, match=r"lingbot: \w+ must be called while the model has its memory"):
             call()
     del call
     assert second.memory.stats()["chunks"] == 0  # what it holds can still be read
     del handle
-    with pytest.raises(RuntimeError, match="lingbot: session must be called while the model is enabled"):
+    with pytest.raises(RuntimeError, match="lingbot: session must be called while the model has its memory"):
         first.__enter__()
 
 

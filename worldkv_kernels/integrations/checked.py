@@ -131,7 +131,7 @@ def _check_free(call: str, model: nn.Module, attentions: list[nn.Module], alone:
     """Raise RuntimeError when the model is enabled, or its attention replaced by what is not named in `alone`, or
     replaced at all where there are more devices."""
     if getattr(model, HANDLE, None) is not None:
-        raise RuntimeError(f"{call}: model must not be enabled, got one that is: disable it first")
+        raise RuntimeError(f"{call}: model must have no memory yet, got one that has: disable that first")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     devices = torch.distributed.get_world_size() if distributed else 1
     for layer, attention in enumerate(attentions):

@@ -171,7 +171,9 @@ class PatchedModel:
             differ.append(("dtype", memory.dtype, self._dtype))
         if differ:
             name, kept, wanted = differ[0]
-            raise ValueError(f"{self._op}.load: {path} must be of {name}={wanted}, as enable was told, got {kept}")
+            raise ValueError(
+                f"{self._op}.load: {path} must be of {name}={wanted}, as the model was given it, got {kept}"
+            )
         self._check_graphs(memory.device)
         session.forget_passes()
         session.chunks.go_on(memory)
@@ -202,7 +204,9 @@ class PatchedModel:
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """A copy of the model takes its forwards along as they are: they would run this one's weights and memory."""
-        raise RuntimeError(f"{self._op}: the model must be disabled before it is copied, got one enabled")
+        raise RuntimeError(
+            f"{self._op}: the model must give up its memory before it is copied, by disable, got one that has it"
+        )
 
     @untraced
     def _check_forward(self, given: dict[str, Any]) -> None:
@@ -268,7 +272,9 @@ class PatchedModel:
 
     def _check_enabled(self, op: str) -> None:
         if not self._originals:
-            raise RuntimeError(f"{self._op}: {op} must be called while the model is enabled, got a call after disable")
+            raise RuntimeError(
+                f"{self._op}: {op} must be called while the model has its memory, got a call after disable"
+            )
 
     @untraced
     @torch.inference_mode(False)  # what is made in inference mode could not be resized outside of it
@@ -321,7 +327,7 @@ def disable(call: str, model: nn.Module) -> None:
     """Give a model its own attention back. Raises RuntimeError when it is not enabled; `call` names what was called."""
     handle = getattr(unwrapped(model), HANDLE, None)
     if handle is None:
-        raise RuntimeError(f"{call}: model must be enabled, got one that is not")
+        raise RuntimeError(f"{call}: model must have a memory, got one that has none")
     handle.disable()
 
 

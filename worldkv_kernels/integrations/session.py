@@ -105,6 +105,6 @@ class Session:
         handle = self._handle()
         if handle is None or not handle.enabled:
             raise RuntimeError(
-                f"{self._op}: {call} must be called while the model is enabled, got a call after disable"
+                f"{self._op}: {call} must be called while the model has its memory, got a call after disable"
             )
         return handle
