@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -59,7 +60,7 @@ class KeptDescriptions:
         return self._policy.drop([item for item in self._descriptions.items() if item[0] not in exclude])
 
 
-class KeptRows:
+class KeptRows(ABC):
     """For policies here: arrays of a row a chunk, and numbers of each two of them, how far they are from each other.
 
     It chooses what the policy would: only what distances are divided by differs from call to call, so a pair is
@@ -85,9 +86,9 @@ class KeptRows:
         self._write(chunk, description)
         self._count += 1
 
+    @abstractmethod
     def description(self, chunk: int) -> Any:
         """A copy of what was given of a chunk."""
-        raise NotImplementedError
 
     def remove(self, chunk: int) -> None:
         last, row = self._count - 1, self._row(chunk)
@@ -130,30 +131,30 @@ class KeptRows:
             for of_row, numbers in zip(places, before, strict=True):
                 measured[of_row] = numbers
 
+    @abstractmethod
     def _scale(self, youngest: int, rows: Any) -> Any:
         """What numbers of pairs are divided by in a drop, by those of the youngest row; None where nothing tells any
         apart."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _measured(self, scale: Any) -> str:
         """Of the numbers that go into a distance, the name of one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _unit(self, scale: Any) -> float:
         """Of the numbers that are compared, in distances."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _compared(self, scale: Any, some: slice) -> np.ndarray:
         """Of some pairs a number that is in proportion to their distance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _describe(self, row: int, description: Any) -> None:
         """Write a row, the last, and its pairs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
         """From `current` to these rows, and on its scale from the one at a place among them to all of them."""
-        raise NotImplementedError
 
     def _oldest_of_least(self, scale: Any) -> int:
         """The oldest chunk of all pairs whose distance is the least, or within TIE_RESOLUTION of it: in such a pair it

@@ -618,8 +618,12 @@ class WorldMemory:
                 wanted = f"[vectors, {len(query)}] as the query is"
                 raise ValueError(f"end_chunk: content must be {wanted}, got {list(made.shape)}")
             return View(description=made)
-        if self._view.asked if before is None or before.shape == of_keys == (1, len(query)) else len(before) == 1:
-            return View(description=query[None])  # as all chunks so far
+        if before is None or before.shape == of_keys == (1, len(query)):
+            known_by_query = self._view.asked
+        else:
+            known_by_query = len(before) == 1  # as all chunks so far
+        if known_by_query:
+            return View(description=query[None])
         if before is not None and before.shape != of_keys:
             raise ValueError(f"end_chunk: content must be {list(before.shape)} as in the chunks before, got None")
         self._contents.end()
