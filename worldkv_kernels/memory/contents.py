@@ -39,6 +39,29 @@ class Contents:
         """A captured pass has taken them anew."""
         self._noted = False
 
+    def of_chunk(
+        self, given: object, query: np.ndarray | None, asked: bool, before: np.ndarray | None
+    ) -> np.ndarray | None:
+        """What the chunk that ends is known by, fp32 [vectors, dim]: what is given; or its query, as those before it,
+        and where there is none if the caller `asked`; or its keys, which are still to be `read`: None.
+
+        Raises ValueError or TypeError as WorldMemory.end_chunk says.
+        """
+        of_keys = tuple(self._on_device.shape)
+        if given is not None:
+            made = as_content("end_chunk", "content", given, ("vectors", "dim"), before)
+            if asked and len(query) != made.shape[1]:
+                wanted = f"[vectors, {len(query)}] as the query is"
+                raise ValueError(f"end_chunk: content must be {wanted}, got {list(made.shape)}")
+            return made
+        either = before is None or before.shape == of_keys == (1, len(query))  # of keys or queries, by their shape
+        if asked if either else len(before) == 1:
+            return query[None]
+        if before is not None and before.shape != of_keys:
+            raise ValueError(f"end_chunk: content must be {list(before.shape)} as in the chunks before, got None")
+        self.end()
+        return None
+
     def end(self) -> None:
         """The chunk is ended: what was taken last is its own."""
         if self._copied is not None and not self._noted:

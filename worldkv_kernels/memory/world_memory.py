@@ -20,7 +20,7 @@ from ..window import Segment, Window
 from . import saving
 from .bank import Bank
 from .config import MemoryConfig, changed
-from .contents import Contents, as_content
+from .contents import Contents
 from .layers import LayerWindows
 from .plan import ChunkPlan, leaving, pieces, place
 from .retrieval import RetrievalPolicy, make_policy
@@ -611,23 +611,8 @@ class WorldMemory:
             raise ValueError("end_chunk: content must be None where retrieval is not by content, got one")
         if self._contents is None:
             return self._view
-        before, query, of_keys = self._last_view.description, self._view.description, content_shape(self.config)
-        if content is not None:
-            made = as_content("end_chunk", "content", content, ("vectors", "dim"), before)
-            if self._view.asked and len(query) != made.shape[1]:
-                wanted = f"[vectors, {len(query)}] as the query is"
-                raise ValueError(f"end_chunk: content must be {wanted}, got {list(made.shape)}")
-            return View(description=made)
-        if before is None or before.shape == of_keys == (1, len(query)):
-            known_by_query = self._view.asked
-        else:
-            known_by_query = len(before) == 1  # as all chunks so far
-        if known_by_query:
-            return View(description=query[None])
-        if before is not None and before.shape != of_keys:
-            raise ValueError(f"end_chunk: content must be {list(before.shape)} as in the chunks before, got None")
-        self._contents.end()
-        return View()
+        before, view = self._last_view.description, self._view
+        return View(description=self._contents.of_chunk(content, view.description, view.asked, before))
 
     def _last_content(self) -> np.ndarray | None:
         """Where retrieval is by content, that of the last chunk of history, read now if it was not."""
