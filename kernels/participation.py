@@ -102,7 +102,7 @@ def participation_kernel(
     if not HAS_SHIFT:  # one walk does for all segments
         last_segment = first_segment
     for segment in range(first_segment, last_segment + 1):
-        # Of the matrix unit's results a thread has rows i and i + 8 of 16 up to sm_90, whose sum takes half the registers.
+        # Up to sm_90 a thread has rows i and i + 8 of each 16 of the products: sums of pairs take half the registers.
         acc = tl.zeros([BLOCK_Q // (8 * FOLD), 8, BLOCK_K], tl.float32)
         for first in range(0, q_len, BLOCK_Q):
             rows = first + in_block
@@ -194,8 +194,8 @@ def participation(
 
     Whether Q is turned and segments are weighed, and the size of out, is fixed here, also for replays of a captured
     graph. q . k and weights in fp32, sums too. lse rounds to fp32, so that weights of scores near s in size are off by
-    about 1e-7 * s of themselves. Deterministic; allocates nothing and does not synchronise. All tensors are on one GPU,
-    which is the current one, of compute capability 8.0 or newer.
+    up to about 3e-7 * s of themselves. Deterministic; allocates nothing and does not synchronise. All tensors are on
+    one GPU, which is the current one, of compute capability 8.0 or newer.
 
     Raises ValueError or TypeError, before the launch, on shapes, dtypes, strides and scales other than these.
     Undefined, since not looked at: tables that name rows outside the pool or no row at all, and an out that overlaps

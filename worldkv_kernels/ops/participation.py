@@ -70,7 +70,7 @@ def participation(
     Limits: no batch dimension, one session a call; no mask; no gradients.
 
     Returns out. q . k, weights and sums in fp32. A weight is the exponential of a difference from the lse, which rounds
-    to fp32: of scores near s in size it is off by about 1e-7 * s of itself, 1e-4 at 1000, and past 1e6 shares say
+    to fp32: of scores near s in size it is off by up to about 3e-7 * s of itself, 3e-4 at 1000, and past 1e6 shares say
     nothing and may be infinite. Queries that are turned are rounded as in `segment_attention`. Deterministic. Does not
     synchronise, but for the reference on a GPU, and takes no scratch there. Works in a CUDA graph; `window.update` then
     changes what a replay reads, while out keeps the size that it was captured with: later tokens are left out, and what

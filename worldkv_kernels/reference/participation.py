@@ -1,5 +1,4 @@
-"""What each key received of the softmax weight, in plain PyTorch. Reads the window's tables on the host, so on a GPU it
-synchronises."""
+"""Participation in plain PyTorch. Reads the window's tables on the host, so on a GPU it synchronises."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def participation(
     has_shift: bool,
     has_weight: bool,
 ) -> None:
-    """The mean over queries of exp(scale * R(-shift) q . k + log_weight - lse), segment by segment, in fp32 at least."""
+    """The mean over queries of exp(scale * R(-shift) q . k + log_weight - lse), for each of the window's rows."""
     q_len, heads, _ = q.shape
     group_size = heads // k_pool.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
