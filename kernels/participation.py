@@ -135,8 +135,9 @@ class ParticipationConfig:
 
 
 def participation_config(capability: tuple[int, int], dtype: torch.dtype, has_shift: bool) -> ParticipationConfig:
-    """The launch configuration: tiles and stages of which two programs or more fit a processor, three where no query is
-    turned, without spills, by compiling for sm_80, sm_90, sm_100 and sm_120. Not timed."""
+    """The launch configuration: tiles and stages of which several programs fit a processor (three where no query is
+    turned, and of 128 threads two where they are) without spills, by compiling for sm_80, 90, 100 and 120. Not timed.
+    """
     if dtype == torch.float32:  # full precision has no matrix unit: FMA, small tiles
         return ParticipationConfig(block_q=32, block_k=32, num_warps=8, num_stages=1, fold=1)
     if capability[0] == 10:  # whose threads have a row each

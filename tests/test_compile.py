@@ -51,7 +51,7 @@ def test_every_kernel_compiles_without_spills_and_fits(report, arch):
     }  # fmt: skip
     for entry in entries:
         limit = max((spills for word, spills in SPILLS.items() if word in entry["case"]), default=0)
-        if entry["kernel"] in {*COMPRESS_KERNELS, *QUANTIZE_KERNELS, "gather_window_kernel"}:
+        if entry["kernel"] in {*COMPRESS_KERNELS, *QUANTIZE_KERNELS, "gather_window_kernel", "participation_kernel"}:
             limit = 0
             assert entry["stack_bytes"] == 0, entry
         assert entry["spills"] <= limit and entry["spills_in_matrix_loops"] == 0, entry
@@ -112,7 +112,7 @@ def test_participation_leaves_a_processor_room_for_several_programs(report, arch
     """Of 64 K registers; of shared memory; one product and one exponential a score in the loop over queries."""
     entries = [e for e in report if e["kernel"] == "participation_kernel" and e["arch"] == arch]
     half = [e for e in entries if "float32" not in e["case"]]
-    assert len(half) == 6 and len(entries) == 7
+    assert len(half) == 5 and len(entries) == 6
     instruction = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     for entry in half:
         warps = 8 if arch == 100 and "shift" in entry["case"] else 4
