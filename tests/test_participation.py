@@ -101,7 +101,7 @@ def test_queries_that_turn_are_rounded_once_to_their_dtype(backend):
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "both"])
 def test_some_of_the_segments_have_their_shares_of_the_whole(backend, kind):
     segments = KINDS[kind]
     q, k, window, lse = problem(segments)
@@ -137,8 +137,7 @@ def test_equal_keys_have_equal_shares_however_large_the_scores():
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize("kind", ["plain", "both"])
-@pytest.mark.parametrize("room", [1, 300, 309, 700])
+@pytest.mark.parametrize(("kind", "room"), [("both", 1), ("plain", 300), ("both", 309), ("plain", 700)])
 def test_out_has_the_size_it_has(backend, kind, room):
     """What a captured graph does when the window changed: 309 tokens in the tables, room for others in out."""
     q, k, window, lse = problem(KINDS[kind])
