@@ -465,6 +465,11 @@ def participation_arguments():
             ({"k_pool": torch.zeros(shape)}, ValueError, "k_pool must be [rows, kv_heads, 64] with kv_heads a divisor")
             for shape in ((), (300, 64), (300, 0, 64), (300, 3, 64), (300, 2, 128))
         ],
+        (
+            {"q": torch.zeros(5, 4, 64), "k_pool": torch.zeros(300, 3, 64)},
+            ValueError,
+            "k_pool must be [rows, kv_heads, 64] with kv_heads a divisor of q's 4 heads, got [300, 3, 64]",
+        ),
         *[
             ({x: torch.zeros(5, 2, 64).to(dtype) for x in ("q", "k_pool")}, TypeError, "q must be torch.bfloat16 or")
             for dtype in UNSUPPORTED
