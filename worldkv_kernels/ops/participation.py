@@ -64,17 +64,18 @@ def participation(
             some of its segments gets their shares of the whole, for the work of these segments alone.
         scale: from 1e-25 to 1e25; 1 / sqrt(head_dim) by default, as the lse was taken with.
         out: where to write, fp32 [heads, tokens], dense in tokens, apart from q, k_pool and lse, with room for the
-            window's tokens or more, which become 0. Allocated when None, [heads, window.num_tokens].
+            window's tokens; what is more becomes 0. Allocated when None, [heads, window.num_tokens].
         backend: "reference", "triton", or None for the automatic choice. There is no CUDA kernel.
 
     Limits: no batch dimension, one session a call; no mask; no gradients.
 
     Returns out. q . k, weights and sums in fp32. A weight is the exponential of a difference from the lse, which rounds
     to fp32: of scores near s in size it is off by up to about 3e-7 * s of itself, 3e-4 at 1000, and past 1e6 shares say
-    nothing and may be infinite. Queries that are turned are rounded as in `segment_attention`. Deterministic. Does not
-    synchronise, but for the reference on a GPU, and takes no scratch there. Works in a CUDA graph; `window.update` then
-    changes what a replay reads, while out keeps the size that it was captured with: later tokens are left out, and what
-    is past the window's is 0.
+    nothing and may be infinite. Queries that are turned are rounded as in `segment_attention`, but for its "sdpa",
+    which rounds turned keys: of such an lse rows sum to 1 up to that rounding. Deterministic. Does not synchronise, but
+    for the reference on a GPU, and takes no scratch there. Works in a CUDA graph; `window.update` then changes what a
+    replay reads, while out keeps the size that it was captured with: later tokens are left out, and what is past the
+    window's is 0.
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out without room or that overlaps an input,
