@@ -94,9 +94,9 @@ def chosen_shape(config: MemoryConfig) -> tuple[int, int]:
     return config.retrieved_chunks, 2
 
 
-def content_shape(config: MemoryConfig) -> tuple[int, int]:
+def content_shape(config: MemoryConfig) -> tuple[int, int, int]:
     """Of what Contents takes of a chunk."""
-    return config.chunk_frames, config.num_kv_heads * config.head_dim
+    return config.branches, config.chunk_frames, config.num_kv_heads * config.head_dim
 
 
 def window_capacity(config: MemoryConfig, places: int) -> int:
@@ -124,7 +124,7 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         tables += math.prod(chosen_shape(config)) * _INT32
     rotations = _table_bytes(rope_table_shapes(rope, (config.chunk_frames, *config.grid))) if rope else 0
     content = math.prod(content_shape(config)) * _FP32 if config.takes_contents else 0
-    queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize
+    queries = config.chunk_tokens * config.query_heads * config.head_dim * dtype.itemsize
     return MemoryBytes(
         sink=sink * whole,
         recent=(ring - 1 - config.gap_chunks) * whole,
@@ -147,9 +147,9 @@ def _table_bytes(shapes: Shapes) -> int:
 
 def _stored_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
     """Of a banked chunk in its bits, without the tail of a slot in the pool."""
-    of_layer = chunk_bytes(config.banked_tokens, config.num_kv_heads, config.head_dim, config.bank_bits, dtype)
+    of_layer = chunk_bytes(config.banked_tokens, config.pool_heads, config.head_dim, config.bank_bits, dtype)
     return 2 * config.num_layers * of_layer
 
 
 def _slot_bytes(config: MemoryConfig, tokens: int, dtype: torch.dtype) -> int:
-    return Pool.slot_bytes(tokens, config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+    return Pool.slot_bytes(tokens, config.num_layers, config.pool_heads, config.head_dim, dtype)
