@@ -12,6 +12,7 @@ from hypothesis import given
 from random_rollouts import HEAD_DIM, Rollout, configs, fuzz, make, same, seeds, state, tiny
 
 from worldkv_kernels import WorldMemory
+from worldkv_kernels.memory import world_memory
 from worldkv_kernels.memory.retrieval import ContentRetrieval
 
 CHUNKS = 10
@@ -79,6 +80,26 @@ def test_what_comes_back_is_each_branch_s_own(fields):
         memory.warm_up(*rollouts.rollouts[0].weights[0])
     rollouts.run()
     assert rollouts.retrieved > 8
+
+
+def test_warm_up_meets_every_size_of_the_passes(monkeypatch):
+    sizes = set()
+    for op in (world_memory.norm_rope_append, world_memory.segment_attention):
+
+        def noted(x, *args, op=op, **options):
+            sizes.add((op.__name__, x.shape, x.stride()))
+            return op(x, *args, **options)
+
+        monkeypatch.setattr(world_memory, op.__name__, noted)
+    config = tiny(branches=2, num_heads=2)
+    memory, x = make(config), numbers(2, config.chunk_tokens, 2 * HEAD_DIM)
+    memory.warm_up()
+    warmed = sizes.copy()
+    assert len(warmed) == 3
+    sizes.clear()
+    attended(memory, *x)
+    memory.attend(0, *x[:, 1], branch=1)
+    assert sizes == warmed
 
 
 @pytest.mark.parametrize("bits", [16, 4])
