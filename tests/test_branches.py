@@ -177,6 +177,7 @@ def test_a_pass_over_one_branch_leaves_the_other_as_it_is():
     [
         ((12, 64), {}, ValueError, "q must be [2, tokens, columns], of 2 branches, or of one with branch given"),
         ((3, 12, 64), {}, ValueError, "q must be [2, tokens, columns], of 2 branches, or of one with branch given"),
+        ((2, 64), {}, ValueError, "q must be [2, tokens, columns], of 2 branches, or of one with branch given"),
         ((2, 11, 64), {}, ValueError, "q must have the chunk's 12 tokens, got 11"),
         ((2, 12, 128), {}, ValueError, "q must be [branches, 12, 64], num_heads * head_dim, got [2, 12, 128]"),
         ((2, 12, 64), dict(branch=0), ValueError, "q must be [tokens, heads * 64] without a batch dimension"),

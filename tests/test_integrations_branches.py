@@ -6,6 +6,8 @@ import weakref
 import plain_self_forcing as plain
 import pytest
 import recorded_pass
+import small_lingbot
+import small_matrix_game
 import torch
 from conftest import relative_error
 from small_self_forcing import CHUNKS, GIVEN, OTHER_TEXT, TEXT, VIDEO, generate, make_model, pipeline
@@ -14,7 +16,8 @@ from test_integrations_attach import WORLDKV, attach_own_window
 from test_integrations_chunks import ALONG_THE_SAME, POSES, TOKENS, make, run_pass
 
 from worldkv_kernels import WorldMemory
-from worldkv_kernels.integrations import attach, passes
+from worldkv_kernels.actions import parse_actions
+from worldkv_kernels.integrations import attach, matrix_game, passes
 from worldkv_kernels.integrations.chunks import Chunks
 
 A, B = ["A"], ["B"]  # streams
@@ -404,3 +407,67 @@ def test_detach_gives_both_caches_back():
         assert not any(cache["k"].numel() for cache in of_both)
     assert [cache["k"].shape for cache in of_both] == sizes
     assert torch.equal(generate(pipe, 3), wanted)
+
+
+# --- Matrix-Game-2.0 and LingBot-World-Fast ---
+
+
+def played(model, actions, other=None, chunks=5):
+    """Latents [2, frames, ...] of two videos in a batch, which differ in image and noise, and perhaps in actions."""
+    of_both = small_matrix_game.given_of(actions), small_matrix_game.given_of(other or actions, seed=7)
+    given = {name: torch.cat([of[name] for of in of_both]) for name in of_both[0]}
+    noise = small_matrix_game.first_noise(chunks)
+    with torch.no_grad():
+        return small_matrix_game.pipeline(model).inference(torch.cat([noise, noise.flip(2)]), given, mode="universal")
+
+
+@pytest.mark.parametrize("mode", ["sliding", "worldkv"])
+def test_two_games_that_are_played_alike(mode):
+    model, actions = small_matrix_game.plain_model(), parse_actions("J*28,L*28")
+    wanted = played(model, actions)
+    options = dict(mode=mode, bank_chunks=12, retrieved_chunks=1, branches=2)
+    with matrix_game.enable(model, **options) as handle:
+        made = played(model, actions)
+        assert handle.stats()["chunks"] == 5
+        handle.restart()
+    assert (relative_error(made, wanted) < 1e-5) == (mode == "sliding")
+    with matrix_game.enable(model, **options, actions=actions if mode == "worldkv" else None):
+        assert torch.equal(played(model, actions), made)
+
+
+def test_two_games_of_one_memory_go_one_way():
+    model, actions = small_matrix_game.plain_model(), [parse_actions(keys) for keys in ("J*28,L*28", "L*28,J*28")]
+    with matrix_game.enable(model, bank_chunks=12, retrieved_chunks=1, branches=2) as handle:
+        with pytest.raises(ValueError, match="mouse_cond must be the same for each video of a batch"):
+            played(model, *actions)
+        assert handle.stats()["chunks"] == 0
+
+
+class Guided:
+    """LingBot's model, called once more with a cache and a prompt of its own; by another model where one is given."""
+
+    def __init__(self, model, other=None, frames=small_lingbot.FRAMES):
+        self.model, self.other = model, other or model
+        self.caches = small_lingbot.pipeline.WanI2VFast(model).caches(6 * frames, torch.float32)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, x, *, context, kv_cache, crossattn_cache, **given):
+        (flow,) = self.model(x, context=context, kv_cache=kv_cache, crossattn_cache=crossattn_cache, **given)
+        kv_cache, crossattn_cache = self.caches
+        context = [-text for text in context]
+        (away,) = self.other(x, context=context, kv_cache=kv_cache, crossattn_cache=crossattn_cache, **given)
+        return [away + 2 * (flow - away)]
+
+
+def test_guidance_of_lingbot():
+    model, others = small_lingbot.make_model(), [small_lingbot.make_model() for _ in range(2)]
+    wanted = small_lingbot.generate(Guided(model, frames=6), 6)
+    with small_lingbot.enable(model, branches=2):
+        assert relative_error(small_lingbot.generate(Guided(model, frames=6), 6), wanted) < 1e-5
+    handles = [small_lingbot.enable(one, **small_lingbot.WORLDKV) for one in others]
+    apart = small_lingbot.generate(Guided(*others))
+    with small_lingbot.enable(model, branches=2, **small_lingbot.WORLDKV) as handle:
+        assert torch.equal(small_lingbot.generate(Guided(model)), apart)
+        assert handle.stats()["chunks_retrieved"] == handles[1].stats()["chunks_retrieved"] > 4
