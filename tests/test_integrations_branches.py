@@ -160,6 +160,26 @@ def test_a_new_rollout_with_the_same_streams_or_others(made, streams):
 
 
 @ALONG_THE_SAME
+def test_videos_of_one_chunk_by_two_pipelines_in_turn():
+    chunks, caches = make(branches=2), (["C"], ["D"])
+    for _ in range(2):
+        for streams in ((A, B), caches):
+            got = chunk_of(chunks, 0, *streams)
+            for stream in streams:
+                assert all(map(torch.equal, got[stream[0]], alone(1, stream)[0]))
+    assert chunks.begun == 4
+
+
+def test_a_rollout_is_new_where_the_one_that_makes_clean_passes_begins_again():
+    chunks = make(branches=2)
+    for _ in range(2):
+        for step in range(3):
+            one_pass(chunks, 0, step, A)
+            one_pass(chunks, 0, min(step, 1), B)
+    assert chunks.begun == 2
+
+
+@ALONG_THE_SAME
 @pytest.mark.parametrize("made", [1, 3])
 def test_a_new_rollout_of_videos_in_a_batch(made):
     chunks = make(branches=2)
@@ -206,6 +226,17 @@ def test_more_streams_than_branches_are_refused():
     one_pass(chunks, 1, 0, A)
     with pytest.raises(RuntimeError, match=f"{message} at chunk 1"):
         one_pass(chunks, 1, 0, B)
+
+
+def test_after_an_exception_in_chunk_0_any_streams_may_begin():
+    chunks, caches = make(branches=2), (["C"], ["D"])
+    for stream in (A, B, *caches):  # A and B are given up
+        one_pass(chunks, 0, 0, stream)
+    with pytest.raises(KeyboardInterrupt), chunks.model_pass(0, stream=caches[0]):
+        raise KeyboardInterrupt
+    got = chunk_of(chunks, 0, A, B)
+    for stream in (A, B):
+        assert all(map(torch.equal, got[stream[0]], alone(1, stream)[0]))
 
 
 def test_streams_that_nobody_tells_apart_are_one():

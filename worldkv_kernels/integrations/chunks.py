@@ -332,7 +332,7 @@ class Chunks:
             return
         if again:
             self._join(stream)
-            if not (chunk or known):
+            if not known:
                 self._of_first.append(stream)
             return
         controls = self._controls.of(chunk)  # first: if they fail, nothing has changed
