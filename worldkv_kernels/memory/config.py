@@ -56,8 +56,8 @@ class MemoryConfig:
 
     `branches`: how many videos along one path share the memory, 1 or 2 as a rule: the two contexts of classifier-free
     guidance, or a batch. They have one window, one retrieval and one plan; keys, values, norm, pruning and attention
-    are each one's own, bit for bit what it would have alone. See WorldMemory.attend. `branches * num_heads` is at most
-    128. By content a chunk is known by all branches' keys.
+    are each one's own, as it would have them alone. See WorldMemory.attend. `branches * num_heads` is at most 128. By
+    content a chunk is known by all branches' keys.
 
     The window: `sink_frames` latent frames from the start (by default one chunk), then up to `retrieved_chunks` from
     the bank (6, or as many as a given `bank_chunks` or `device_slots` has room for), then `recent_frames` past ones
