@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-import tiny_memory
 import torch
 from hypothesis import given
 from random_rollouts import HEAD_DIM, Rollout, configs, fuzz, make, same, seeds, state, tiny
@@ -236,11 +235,6 @@ def test_a_chunk_ends_when_each_branch_has_attended_every_layer():
         memory.end_chunk()
     memory.replayed()
     memory.end_chunk()
-
-
-def test_a_model_of_one_video_refuses_a_memory_of_two():
-    with pytest.raises(ValueError, match="memory must be of the model's branches=1, got 2"):
-        tiny_memory.latents(tiny_memory.tiny(branches=2))
 
 
 def test_debug_looks_at_all_branches(monkeypatch):

@@ -184,7 +184,7 @@ def test_same_bits_every_time_and_contiguous_or_sliced(backend):
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_heads_of_wider_tensors(backend):
-    """Of out and of the pools some heads in the middle, as a memory's branches have them; the others stay as they are."""
+    """Of out and of the pools some heads in the middle, as a memory's branches have them; others stay as they are."""
     (q, k, v), weights, pools = inputs(30, 4, 64, WIDEST.get(backend, torch.float32), kv_heads=2)
     kwargs = dict(rope=Rope3D(64), grid=(2, 3, 5), start_frame=3, q_weight=weights[0], k_weight=weights[1])
     want = norm_rope_append(q, k, v, *pools, 7, **kwargs, backend=backend)

@@ -402,7 +402,7 @@ def _check_sizes(model: WorldModel, memory: WorldMemory) -> None:
     """Of a model that says what memory it needs."""
     config = getattr(model, "config", None)
     if hasattr(config, "memory"):
-        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "grid", "chunk_frames", "branches"):
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "grid", "chunk_frames"):
             wanted, got = getattr(config.memory(), name), getattr(memory.config, name)
             if wanted != got:
                 raise ValueError(f"memory must be of the model's {name}={wanted}, got {got}")
