@@ -9,7 +9,7 @@ from ..poses import as_real
 
 
 class Contents:
-    """The mean of each frame's keys in layer 0, of the pass made last, on its way to the host.
+    """The mean of each frame's keys in layer 0, of the pass made last over each branch, on its way to the host.
 
     Keys as the projection gives them, before norm and rotation: the mean knows nothing of where and when. Taken in
     every pass, since the memory does not know which is the last: layer 0 is the first of a pass, so the means are on
