@@ -58,7 +58,7 @@ class Branches:
             self.chunk(chunk)
 
 
-@fuzz(25)
+@fuzz(12)
 @given(configs(any_bits=True, branches=2) | configs(any_bits=True, branches=3), seeds)
 def test_branches_are_as_memories_of_their_own(config, seed):
     """Which test_world_memory compares with the slow model, in float64."""

@@ -27,10 +27,9 @@ _FREE = ("current_start", "cache_start", "kv_cache", "max_attention_size")
 class Passes:
     """What an enabled model calls in place of its own forward.
 
-    A pass is of a kind: the structure of its arguments with all that is no tensor, the tensors' shapes, and the
-    autocast and inference mode that it runs in, and the branch that it is of; but for the arguments named in `_FREE`.
-    When one is captured, compared
-    and replayed: see Replays. Then
+    A pass is of a kind: the structure of its arguments with all that is no tensor, the tensors' shapes, the branch that
+    it is of, and the autocast and inference mode that it runs in; but for the arguments named in `_FREE`. When one is
+    captured, compared and replayed: see Replays. Then
 
     - the arguments' tensors are copied to fixed addresses, those that are others than at the copy before, or written
       since (as torch counts it: not by way of `.data`);

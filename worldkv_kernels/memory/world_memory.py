@@ -297,8 +297,8 @@ class WorldMemory:
                 kv_heads * head_dim.
             q_weight, k_weight: of the QK-norm, [heads * head_dim] and [kv_heads * head_dim]; None for no norm.
             branch: where the memory has several, whose q, k and v these are, from 0. None for those of all branches
-                at once, [branches, tokens, columns], which attend in one launch; each branch's norm and write are one
-                of their own either way.
+                at once, [branches, tokens, columns], which attend in one launch, behind one of norm_rope_append for
+                each branch.
             out: where to write, [tokens, heads, head_dim], of all branches at once [tokens, branches * heads,
                 head_dim]; with it, a call allocates nothing but a kernel's scratch (see segment_attention).
 
