@@ -66,6 +66,13 @@ class RandomRetrieval:
         return candidates[0][0]
 
 
+class DropsOlder(PoseRetrieval):
+    """A control: a full bank gives up the other one of the two chunks that are most alike."""
+
+    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+        return self.most_alike(candidates)[0]
+
+
 @contextmanager
 def pruning(rule: str, *, seed: int = 0) -> Iterator[None]:
     """While inside, the reference of rule "similarity" keeps other tokens than the published ones, on a CPU."""
@@ -289,6 +296,12 @@ STUDIES = [
     Study("bits, groups", "Should fewer tokens share a scale in 4 bits?", _groups(1.0)),
     Study("bits, groups, pruned to .25", "And where merged keys differ in length?", _groups(0.25)),
     Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
+    Study("bank, crossing", "The same, on a way that crosses itself at other pitches?",
+          _changed("bank_chunks", (45, 20, 12, 6), {}), sweeps_and_diagonal),
+    Study("bank, which of two", "Should a full bank give up the older of two that are alike?",
+          [Memory(f"{which} given up, bank_chunks={places}", {"bank_chunks": places, **of})
+           for places in (12, 6) for which, of in (("younger", {}), ("older", {"retrieval": DropsOlder()}))],
+          sweeps_and_diagonal),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),
     Study("walk", "Where the camera walks, which no training clip did?",

@@ -78,7 +78,7 @@ class Plain:
             return chunks[0]
         pairs = np.triu_indices(len(chunks), k=1)
         scores = pose_distances(poses, poses, poses[-1])[pairs]
-        return chunks[pairs[0][np.flatnonzero(scores <= scores.min() + TIE)[0]]]
+        return chunks[pairs[1][np.flatnonzero(scores <= scores.min() + TIE)[0]]]
 
 
 class PlainContents:
@@ -116,7 +116,7 @@ class PlainContents:
         scale = max(apart(contents[-1], content) for content in contents) or 1.0
         pairs = np.triu_indices(len(chunks), k=1)
         scores = np.array([apart(contents[i], contents[j]) / scale for i, j in zip(*pairs, strict=True)])
-        return chunks[pairs[0][np.flatnonzero(scores <= scores.min() + TIE)[0]]]
+        return chunks[pairs[1][np.flatnonzero(scores <= scores.min() + TIE)[0]]]
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:

@@ -154,14 +154,14 @@ class PoseOrder:
         return picked
 
     def drop(self, candidates: dict[int, object]) -> int:
-        """The older chunk of the two most alike; of equal pairs the oldest."""
+        """The younger chunk of the two most alike; of equal pairs the oldest."""
         chunks = sorted(candidates)
         if len(chunks) == 1:
             return chunks[0]
         scales = self.scales(candidates[chunks[-1]], list(candidates.values()))
         pairs = {(a, b): self.distance(candidates[a], candidates[b], scales) for a in chunks for b in chunks if a < b}
         least = min(pairs.values())
-        return min(pair for pair, distance in pairs.items() if distance <= least + TIE)[0]
+        return min(pair for pair, distance in pairs.items() if distance <= least + TIE)[1]
 
 
 class OfficialOrder:

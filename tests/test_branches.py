@@ -149,6 +149,17 @@ def test_content_is_of_all_branches_keys(at_once):
     np.testing.assert_allclose(memory._last_content(), means.transpose(0, 1).flatten(1).numpy(), atol=1e-6)
 
 
+def test_what_chunks_received_is_the_mean_over_branches():
+    rollouts = Branches(tiny(branches=2, num_heads=2, num_layers=2, mass_layers=(1,)), 8)
+    for memory in (rollouts.at_once, rollouts.in_turn):
+        memory.warm_up(*rollouts.rollouts[0].weights[0])
+    rollouts.run()
+    one, other = (memory.received() for memory in rollouts.alone)
+    mean = {chunk: pytest.approx((one[chunk] + other[chunk]) / 2, rel=1e-5) for chunk in one}
+    assert rollouts.at_once.received() == rollouts.in_turn.received() == mean and len(mean) > 5
+    assert max(abs(one[chunk] - other[chunk]) for chunk in one) > 1e-3
+
+
 def attended(memory, q, k, v, **options):
     memory.begin_chunk(np.tile(np.eye(4), (2, 1, 1)))
     return memory.attend(0, q, k, v, **options)

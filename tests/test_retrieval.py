@@ -114,7 +114,7 @@ def test_ties_go_to_the_older_chunk_despite_noise(noise, step):
     for positions, want in (([8, step + noise, step], [1, 2]), ([8, step, step + noise], [1, 2])):
         candidates = {i: policy.describe(standing(0, (x, 0, 0)), None) for i, x in enumerate(positions)}
         assert pick(policy, current, candidates, 2) == want
-        assert policy.drop([*candidates.items(), (9, current)]) == 1
+        assert policy.drop([*candidates.items(), (9, current)]) == 2
 
 
 @fuzz
@@ -180,11 +180,11 @@ def test_diversity_errors(policy, diversity):
 # --- what a full bank gives up ---
 
 
-def test_drop_is_the_older_of_the_two_most_alike():
-    assert Points().drop([(0, 0.0), (1, 5.0), (2, 9.0), (3, 5.5)]) == 1
-    assert Points().drop([(0, 0.0), (1, 5.0), (2, 0.2), (3, 9.0)]) == 0
-    assert Points().drop([(4, 1.0), (6, 1.0), (7, 1.0)]) == 4  # of equal pairs the oldest
-    assert Points().drop([(0, 3.0), (1, 1.0), (2, 1.0 + 1e-9), (3, 3.0 - 1e-9)]) == 0  # equal but for noise: 0 and 3
+def test_drop_is_the_younger_of_the_two_most_alike():
+    assert Points().drop([(0, 0.0), (1, 5.0), (2, 9.0), (3, 5.5)]) == 3
+    assert Points().drop([(0, 0.0), (1, 5.0), (2, 0.2), (3, 9.0)]) == 2
+    assert Points().drop([(4, 1.0), (6, 1.0), (7, 1.0)]) == 6  # of equal pairs the oldest
+    assert Points().drop([(0, 3.0), (1, 1.0), (2, 1.0 + 1e-9), (3, 3.0 - 1e-9)]) == 3  # equal but for noise: 0 and 3
     assert OfficialPoseRetrieval().drop([(3, None), (5, None), (9, None)]) == 3
 
 
@@ -193,7 +193,7 @@ def test_drop_is_the_older_of_the_two_most_alike():
 def test_drop_by_brute_force(places):
     chunks = list(enumerate(places, start=2))
     pairs = [(abs(x - y), a, b) for a, x in chunks for b, y in chunks if a < b]
-    assert Points().drop(chunks) == min(pairs)[1]
+    assert Points().drop(chunks) == min(pairs)[2]
 
 
 def test_drop_of_fov_is_by_pose():
@@ -201,7 +201,7 @@ def test_drop_of_fov_is_by_pose():
     policy, wide = FovRetrieval(depth_range=(0.1, 1.0)), np.tile([50.0, 50.0, 20.0, 20.0], (3, 1))
     positions = (0.0, 100.0, 104.0, 200.0)
     candidates = [(i, policy.describe(standing(0, (x, 0, 0)), wide)) for i, x in enumerate(positions)]
-    assert policy.drop(candidates) == 1
+    assert policy.drop(candidates) == 2
 
 
 def test_drop_of_fov_prefers_one_viewpoint_to_one_view():
@@ -212,7 +212,7 @@ def test_drop_of_fov_prefers_one_viewpoint_to_one_view():
     views = [view for _, view in candidates]
     distances = policy.distances(views, views, views[-1])
     assert distances[0, 1] < distances[2, 3] < 1
-    assert policy.drop(candidates) == 2
+    assert policy.drop(candidates) == 3
 
 
 # --- fields of view ---

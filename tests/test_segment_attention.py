@@ -330,7 +330,7 @@ def test_update_in_place_is_what_the_next_call_reads(backend):
     assert addresses == [t.data_ptr() for t in window.tables]
 
 
-@pytest.mark.parametrize("backend", [name for name in MASS_BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", MASS_BACKENDS)
 @pytest.mark.parametrize("captured", [1, 5])
 def test_mass_of_a_replay_with_other_segments_stays_inside(backend, captured):
     """What a captured graph does when the window changed: mass sized for `captured` segments, three in the tables."""
@@ -342,6 +342,9 @@ def test_mass_of_a_replay_with_other_segments_stays_inside(backend, captured):
     room = torch.full((4, captured), 7.0, device=DEVICE)
     tables = window.tables
     torch.ops.worldkv.segment_attention(q, k, v, *tables, out, None, room[1:3], 0.125, False, False, backend)
+    given = torch.full_like(room, 7.0)
+    of_given = segment_attention(q, k, v, window, return_mass=True, out_mass=given[1:3], backend=backend)
+    assert of_given[1].data_ptr() == given[1:3].data_ptr() and torch.equal(given, room)
     want, _, want_mass = brute_force(q, k, v, segments)
     of_out, of_mass = limits(k.dtype, segments)
     assert relative_error(out, want) <= of_out
@@ -435,6 +438,13 @@ def test_bad_tensors_are_named(argument, value, error, wanted):
         ({"scale": True}, TypeError, "scale must be a number, got True"),
         ({"return_lse": "no"}, TypeError, "return_lse must be True or False, got 'no'"),
         ({"return_mass": 1}, TypeError, "return_mass must be True or False, got 1"),
+        ({"out_mass": torch.empty(2, 1)}, ValueError, "out_mass must be None without return_mass, got [2, 1]"),
+        (
+            {"out_mass": torch.empty(1, 4, device=DEVICE), "return_mass": True},
+            ValueError,
+            "mass must be [2, segments], got [1, 4]",
+        ),
+        ({"out_mass": [0.0], "return_mass": True}, TypeError, "out_mass must be a tensor [2, segments], got"),
         ({"backend": 1}, TypeError, "backend must be None or a name, got 1"),
         ({"backend": "tpu"}, ValueError, "must be None or one of 'cuda', 'triton', 'sdpa', 'reference', got 'tpu'"),
         (

@@ -9,6 +9,7 @@ from typing import Any
 from ..checks import describe, is_integer
 from ..saved import Rows
 from .kept import keep
+from .received import Received
 from .retrieval import RetrievalPolicy
 from .slots import COUNTS, SlotCache
 from .store import Store, held
@@ -25,9 +26,11 @@ class Bank:
     `release`. That waits for copies alone: a stream that reads what another has written to the bank waits for that one.
     """
 
-    def __init__(self, store: Store, *, places: int, on_host: bool, policy: RetrievalPolicy) -> None:
+    def __init__(
+        self, store: Store, *, places: int, on_host: bool, policy: RetrievalPolicy, received: Received | None = None
+    ) -> None:
         self.store = store
-        self._kept = keep(policy, places)
+        self._kept = keep(policy, places, received)
         self._cache = SlotCache(store, places=places, device=store.tensors[0].device) if on_host else None
         self.capacity = places
         self.clear()

@@ -26,7 +26,7 @@ from ..checks import (
 from ..ops.compress_chunk import RULES, kept_tokens
 from ..rope import Rope3D
 from ..window import MAX_LOG_WEIGHT
-from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, goes_by_content, make_policy
+from .retrieval import OfficialPoseRetrieval, RetrievalPolicy, goes_by_content, goes_by_mass, make_policy
 
 if TYPE_CHECKING:
     from .sizes import MemoryBytes
@@ -83,6 +83,9 @@ class MemoryConfig:
     turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
     recent ones; by default in mode "worldkv", where there is a rope.
 
+    `mass_layers`: layers whose attention is asked how much of it each chunk received, see WorldMemory.received; none by
+    default. Two or three in a model's middle are enough, at 2 to 6 % of their attention's time.
+
     `bank_bits`: 16, banked chunks as they are, whatever the dtype; or 8 or 4, as quantize_chunk packs them when they
     are pruned, .51 and .28 of the bytes in 16 bits. Sink, recent and current chunks stay as they are; in every pass a
     layer's retrieved chunks are restored into rows that all layers share, just before it attends to them.
@@ -127,6 +130,7 @@ class MemoryConfig:
     order: Order = "time"
     bank: Literal["device", "host"] = "device"
     bank_bits: Literal[16, 8, 4] = 16
+    mass_layers: tuple[int, ...] = ()
     bank_chunks: int | None = None
     device_slots: int | None = None
     prefetch: bool = True
@@ -191,8 +195,13 @@ class MemoryConfig:
         check(self.prune_rule in RULES, "prune_rule", f"one of {', '.join(RULES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")
+        layers = tuple(self.mass_layers) if isinstance(self.mass_layers, Iterable) else (None,)
+        right = all(is_integer(layer) and 0 <= layer < self.num_layers for layer in layers)
+        check(right and len(set(layers)) == len(layers), "mass_layers", f"layers from 0 to {self.num_layers - 1}")
+        object.__setattr__(self, "mass_layers", tuple(map(operator.index, layers)))
         check(self.bank_bits in BANK_BITS, "bank_bits", f"one of {', '.join(map(str, BANK_BITS))}")
-        make_policy(self.retrieval)
+        asked = self.mass_layers or not goes_by_mass(make_policy(self.retrieval))
+        check(asked, "mass_layers", "given where the retrieval policy goes by mass")
         least = max(1, self.retrieved_chunks) if self.mode == "worldkv" else 1
         enough = self.bank_chunks is None or self.bank_chunks >= least
         of_window = f", since retrieved_chunks={self.retrieved_chunks}" if least > 1 else ""
@@ -330,6 +339,11 @@ class MemoryConfig:
     def takes_contents(self) -> bool:
         """Whether banked chunks are chosen by what keys, or the caller, say of them."""
         return self.has_bank and goes_by_content(make_policy(self.retrieval))
+
+    @property
+    def takes_mass(self) -> bool:
+        """Whether attention says how much of it each chunk received."""
+        return self.has_bank and bool(self.mass_layers)
 
     @property
     def cache_slots(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .frusta import Frusta
 from .pairs import Pairs
+from .received import Received
 from .retrieval import (
     TIE_RESOLUTION,
     ContentRetrieval,
@@ -19,6 +20,7 @@ from .retrieval import (
     PoseRetrieval,
     RetrievalPolicy,
     Scale,
+    goes_by_mass,
     ordered,
     pick_nearest,
     scale_of,
@@ -30,10 +32,11 @@ _BLOCK = 2**15  # pairs compared at once: few enough that what is made of them s
 
 
 class KeptDescriptions:
-    """For any policy: what it remembers of each chunk, handed to it whenever it is asked."""
+    """For any policy: what it remembers of each chunk, handed to it whenever it is asked; to one that goes by mass with
+    what chunks have `received`."""
 
-    def __init__(self, policy: RetrievalPolicy) -> None:
-        self._policy = policy
+    def __init__(self, policy: RetrievalPolicy, received: Received | None = None) -> None:
+        self._policy, self._received = policy, received if goes_by_mass(policy) else None
         self.clear()
 
     def clear(self) -> None:
@@ -53,11 +56,16 @@ class KeptDescriptions:
     def select(self, current: Any, budget: int, first: int, coming: tuple[int, Any] | None) -> Any:
         """The policy's choice among the chunks from `first` on and one that is `coming`, as it gives it."""
         candidates = [(chunk, description) for chunk, description in self._descriptions.items() if chunk >= first]
-        return self._policy.select(current, candidates if coming is None else [*candidates, coming], budget)
+        on_offer = candidates if coming is None else [*candidates, coming]
+        return self._policy.select(current, on_offer, budget, **self._mass())
 
     def drop(self, exclude: Collection[int] = ()) -> Any:
         """What the policy gives up of all that are kept but those to exclude, as it gives it."""
-        return self._policy.drop([item for item in self._descriptions.items() if item[0] not in exclude])
+        on_offer = [item for item in self._descriptions.items() if item[0] not in exclude]
+        return self._policy.drop(on_offer, **self._mass())
+
+    def _mass(self) -> dict[str, dict[int, float]]:
+        return {} if self._received is None else {"received": dict(self._received.known.chunks)}
 
 
 class KeptRows(ABC):
@@ -111,22 +119,22 @@ class KeptRows(ABC):
             self._count -= 1  # what is written stays: it will be added, as a rule
 
     def drop(self, exclude: Collection[int] = ()) -> int:
-        """As NearestPolicy.drop: the older of the two that are most alike; the youngest sets the scale. As if those to
-        exclude were not there; one other is, at least."""
+        """As NearestPolicy.drop: the younger of the two that are most alike; the youngest of all sets the scale. As if
+        those to exclude were not there; one other is, at least."""
         count, chunks = self._count, self._array("chunks")
         held = np.flatnonzero(np.isin(chunks, list(exclude))) if exclude else np.empty(0, dtype=np.int64)
         rows: Any = np.delete(np.arange(count), held) if len(held) else slice(count)
         youngest = int(np.arange(count)[rows][chunks[rows].argmax()])
         scale = self._scale(youngest, rows)
         if len(chunks[rows]) == 1 or scale is None:
-            return int(chunks[rows].min())
+            return int(np.sort(chunks[rows])[:2][-1])
         measured = self._pairs[self._measured(scale)].all(count)
         places = [next(iter(self._pairs.values())).places(row, count) for row in held]
         before = [measured[of_row] for of_row in places]
         for of_row in places:
             measured[of_row] = np.inf
         try:
-            return self._oldest_of_least(scale)
+            return self._most_alike(scale)[1]
         finally:
             for of_row, numbers in zip(places, before, strict=True):
                 measured[of_row] = numbers
@@ -156,9 +164,9 @@ class KeptRows(ABC):
     def _distances(self, current: Any, rows: Any) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
         """From `current` to these rows, and on its scale from the one at a place among them to all of them."""
 
-    def _oldest_of_least(self, scale: Any) -> int:
-        """The oldest chunk of all pairs whose distance is the least, or within TIE_RESOLUTION of it: in such a pair it
-        is the older one. In one go over all pairs, of which those are noted that are so near the least so far."""
+    def _most_alike(self, scale: Any) -> tuple[int, int]:
+        """As NearestPolicy.most_alike: of the pair whose distance is the least, of all within TIE_RESOLUTION of that
+        the oldest. In one go over all pairs, of which those are noted that are so near the least so far."""
         starts = next(iter(self._pairs.values())).starts[: self._count + 1]
         tie = self._unit(scale) * TIE_RESOLUTION
         least, noted = np.inf, []
@@ -172,8 +180,10 @@ class KeptRows(ABC):
         hits, numbers = (np.concatenate(some) for some in zip(*noted, strict=True))
         hits = hits[numbers <= least + tie]
         chunks = self._array("chunks")
-        num = np.diff(np.searchsorted(hits, starts))  # of them in each row
-        return int(min(chunks[num > 0].min(), chunks[hits - np.repeat(starts[:-1], num)].min()))
+        of = np.searchsorted(starts, hits, side="right") - 1  # of row 0 there are none
+        pairs = np.sort([chunks[of], chunks[hits - starts[of]]], axis=0)
+        older, younger = pairs[:, np.lexsort(pairs[::-1])[0]]
+        return int(older), int(younger)
 
     def _row(self, chunk: int) -> int:
         return int(np.flatnonzero(self._array("chunks") == chunk)[0])
@@ -372,7 +382,7 @@ class KeptContents(KeptRows):
         return to_current, self._policy.scaled(lambda place: self._of_pairs("apart", rows, place, 0.0), scale)
 
 
-def keep(policy: RetrievalPolicy, most: int) -> KeptDescriptions | KeptRows:
+def keep(policy: RetrievalPolicy, most: int, received: Received | None = None) -> KeptDescriptions | KeptRows:
     """For a bank of at most `most` chunks. A user's own object, or a class that chooses in its own way, is asked."""
     for own, kept in ((PoseRetrieval, KeptPoses), (FovRetrieval, KeptViews), (ContentRetrieval, KeptContents)):
         as_here = isinstance(policy, own) and all(
@@ -380,7 +390,7 @@ def keep(policy: RetrievalPolicy, most: int) -> KeptDescriptions | KeptRows:
         )
         if as_here:
             return kept(policy, most)
-    return KeptDescriptions(policy)
+    return KeptDescriptions(policy, received)
 
 
 def _differences(pose: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

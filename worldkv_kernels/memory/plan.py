@@ -92,6 +92,11 @@ def ring_chunks(config: MemoryConfig, places: int) -> int:
     return places if config.mode == "full" else config.recent_chunks + config.gap_chunks + 1
 
 
+def most_segments(config: MemoryConfig, places: int) -> int:
+    """Of the largest window."""
+    return config.sink_chunks + ring_chunks(config, places) + config.retrieved_chunks
+
+
 def capacity(config: MemoryConfig, places: int) -> int:
     """Tiles of 128 rows that the largest window can take."""
     whole = config.sink_chunks + ring_chunks(config, places)

@@ -37,6 +37,9 @@ class RetrievalPolicy(Protocol):
     One that has an attribute `by_content`, True, is not asked to describe: its descriptions are contents, fp32 arrays
     [vectors, dim], and `current` is one vector [dim]. See WorldMemory.begin_chunk and ContentRetrieval. It has to have
     `describe` all the same.
+
+    One that has an attribute `by_mass`, True, is also given `received`, by keyword, in `select` and `drop`: what
+    WorldMemory.received is then. It needs `MemoryConfig.mass_layers`.
     """
 
     needs_intrinsics: bool
@@ -59,7 +62,8 @@ class NearestPolicy:
     diversity 0 that is the plain order of distance. Towards 1, a chunk close to one already picked
     needs to be that much closer to the current view, so near-copies do not take the whole budget.
 
-    A full bank gives up the older chunk of the two that are most alike.
+    A full bank gives up the younger chunk of the two that are most alike: along a way of even steps every other one
+    goes, where the older of two would be the oldest of all, again and again.
     """
 
     needs_intrinsics = False
@@ -88,12 +92,15 @@ class NearestPolicy:
         return [candidates[place][0] for place in picked]
 
     def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
-        if len(candidates) == 1:
-            return candidates[0][0]
+        return candidates[0][0] if len(candidates) == 1 else self.most_alike(candidates)[1]
+
+    def most_alike(self, candidates: Sequence[tuple[int, Any]]) -> tuple[int, int]:
+        """The older and the younger of the two, on the scale that the youngest sets; of equal pairs the oldest."""
         views = [description for _, description in candidates]
         pairs = np.triu_indices(len(candidates), k=1)  # the oldest first
         closest = _first_of_least(self.distances(views, views, views[-1])[pairs])
-        return candidates[int(pairs[0][closest])][0]
+        older, younger = (candidates[int(places[closest])][0] for places in pairs)
+        return older, younger
 
 
 def pick_nearest(
@@ -308,7 +315,7 @@ class ContentRetrieval(NearestPolicy):
     most of that; after a cut, or a jump to elsewhere, what comes back is what was seen before the jump. docs/content.md
     has what was measured.
 
-    A full bank gives up what is not finite, else the older of the two chunks that are most alike: for each vector of
+    A full bank gives up what is not finite, else the younger of the two chunks that are most alike: for each vector of
     either, the nearest of the other, on the mean. So does `diversity` tell near-copies. `distances` are divided by the
     largest from the current. All in fp64: keys may have far more in common than what tells them apart.
 
@@ -442,3 +449,7 @@ def make_policy(retrieval: str | RetrievalPolicy) -> RetrievalPolicy:
 
 def goes_by_content(policy: RetrievalPolicy) -> bool:
     return getattr(policy, "by_content", False)
+
+
+def goes_by_mass(policy: RetrievalPolicy) -> bool:
+    return getattr(policy, "by_mass", False)

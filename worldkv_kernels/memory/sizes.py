@@ -13,7 +13,7 @@ from ..window import table_shapes
 from .arena import arena_bytes
 from .config import MemoryConfig
 from .layers import layer_table_shapes
-from .plan import capacity, ring_chunks
+from .plan import capacity, most_segments, ring_chunks
 from .pool import Pool
 from .store import chunk_bytes
 
@@ -29,11 +29,11 @@ class MemoryBytes:
     banked chunks, or of a bank in host memory the slots that are a cache of it; `packed_bank`, the same of a bank in
     fewer bits, and `restored`, the rows that layers share, to which one layer of its retrieved chunks is restored and
     by which some layers of a chunk are packed; `tables` of the window, of a bank in fewer bits also a set for each
-    layer; `scratch`, which is queries, what compress_chunk says of a chunk, its row, and its content where retrieval is
-    by content; `rotations` of the chunk that is made. In host memory: `host_bank`, the arena with its page, and
-    `host_tables`, which the window's and the rotations are written from, and to which the content goes, both
-    page-locked for a GPU. Not in it: the ops' own scratch during a call, and the poses or contents that a policy
-    remembers.
+    layer; `scratch`, which is queries, what compress_chunk says of a chunk, its row, its content where retrieval is by
+    content, and the mass of the window's segments in `mass_layers`; `rotations` of the chunk that is made. In host
+    memory: `host_bank`, the arena with its page, and `host_tables`, which the window's and the rotations are written
+    from, and to which content and mass go, both page-locked for a GPU. Not in it: the ops' own scratch during a call,
+    and the poses or contents that a policy remembers.
     """
 
     sink: int
@@ -99,6 +99,11 @@ def content_shape(config: MemoryConfig) -> tuple[int, int, int]:
     return config.branches, config.chunk_frames, config.num_kv_heads * config.head_dim
 
 
+def mass_shape(config: MemoryConfig, places: int) -> tuple[int, int, int]:
+    """Of what attention says of the window's segments, (layers, heads of all branches, segments)."""
+    return len(config.mass_layers), config.query_heads, most_segments(config, places)
+
+
 def window_capacity(config: MemoryConfig, places: int) -> int:
     """Of the window's tables, in tiles."""
     return capacity(config, places)
@@ -124,6 +129,10 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         tables += math.prod(chosen_shape(config)) * _INT32
     rotations = _table_bytes(rope_table_shapes(rope, (config.chunk_frames, *config.grid))) if rope else 0
     content = math.prod(content_shape(config)) * _FP32 if config.takes_contents else 0
+    mass = host_mass = 0
+    if config.takes_mass:
+        layers, heads, segments = mass_shape(config, places)
+        mass, host_mass = (layers * heads + 1) * segments * _FP32, segments * _FP32
     queries = config.chunk_tokens * config.query_heads * config.head_dim * dtype.itemsize
     return MemoryBytes(
         sink=sink * whole,
@@ -134,10 +143,10 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
         packed_bank=bank_slots(config, places) * _stored_bytes(config, dtype) if config.packs_bank else 0,
         restored=shared_slots(config)[1] * _slot_bytes(config, config.banked_tokens, dtype) // config.num_layers,
         tables=tables + of_layers,
-        scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64 + content,
+        scratch=queries + 2 * config.num_layers * config.banked_tokens * _INT32 + _INT64 + content + mass,
         rotations=rotations,
         host_bank=arena_bytes(on_host) if on_host else 0,
-        host_tables=tables + rotations + content,
+        host_tables=tables + rotations + content + host_mass,
     )
 
 

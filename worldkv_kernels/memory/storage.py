@@ -17,9 +17,10 @@ from .bank import Bank
 from .config import MemoryConfig
 from .plan import Piece
 from .pool import Pool, of_branch
+from .received import Received
 from .retrieval import RetrievalPolicy
 from .room import bank_places, check_room
-from .sizes import bank_slots, chosen_shape, pool_slots, shared_slots, window_capacity
+from .sizes import bank_slots, chosen_shape, mass_shape, pool_slots, shared_slots, window_capacity
 from .slots import COUNTS
 from .store import PackedStore, WholeStore
 from .streams import SideStream
@@ -30,7 +31,7 @@ class Storage:
 
     All of it is allocated here, once, of the sizes that sizes.py works out. `bank` is None in a mode without one.
     `max_chunks`: how many chunks a rollout can have: in mode "full" those that the pool holds, else 2**31 frames.
-    `places`: how many chunks the bank holds, in mode "full" the pool.
+    `places`: how many chunks the bank holds, in mode "full" the pool. `received`: None where no layer is asked.
     `window_capacity`: tiles of 128 rows that the largest window can take.
 
     A bank in 16 bits has its slots in the pool, where attention reads them. In fewer bits it has them in a PackedStore,
@@ -60,6 +61,7 @@ class Storage:
         self.pool = Pool(pool_slots(config, places), shared=shared_slots(config), device=device, dtype=dtype, **sizes)
         self._sink_rows, self._ring_rows, bank_rows = self.pool.first_rows
         self._whole = self._packed = self._chosen = self.bank = None
+        self.received = Received(config, mass_shape(config, places), device) if config.takes_mass else None
         if config.packs_bank:
             self._packing_backend = backend_of("quantize_chunk", backend)
             self._packed = PackedStore(
@@ -71,7 +73,7 @@ class Storage:
             self._whole = WholeStore(self.pool, bank_rows, tokens=banked)
         store = self._packed or self._whole
         if store is not None:
-            self.bank = Bank(store, places=places, on_host=config.bank == "host", policy=policy)
+            self.bank = Bank(store, places=places, on_host=config.bank == "host", policy=policy, received=self.received)
         # What compress_chunk says of a chunk and nobody asks for: kept here, it is not allocated in every end_chunk.
         self.index, self.count = torch.empty((2, config.num_layers, banked), dtype=torch.int32, device=device)
         packed = self._packed.tensors if self._packed is not None else ()

@@ -25,6 +25,7 @@ from .contents import Contents
 from .layers import LayerWindows
 from .plan import ChunkPlan, leaving, pieces, place
 from .pool import of_branch
+from .received import ROLES
 from .retrieval import RetrievalPolicy, make_policy
 from .sizes import content_shape
 from .storage import Storage
@@ -92,7 +93,7 @@ class WorldMemory:
         self._foresees = config.caches_bank and config.prefetch and self._may_ask_ahead
         self._storage = Storage(config, policy, device=self.device, dtype=dtype, backend=backend)
         self._contents = Contents(content_shape(config), self.device) if config.takes_contents else None
-        self._pool, self._bank = self._storage.pool, self._storage.bank
+        self._pool, self._bank, self._received = self._storage.pool, self._storage.bank, self._storage.received
         rope = config.make_rope()
         self._rotations = None
         if rope is not None:
@@ -128,6 +129,8 @@ class WorldMemory:
             self.integrator.reset()
         if self._bank is not None:
             self._bank.clear()
+        if self._received is not None:
+            self._received.clear()
 
     # --- a chunk ---
 
@@ -267,10 +270,10 @@ class WorldMemory:
         first_row = self._storage.first_row(0)
         self._first_row.fill_(first_row)
         self._see([Segment(first_row, config.chunk_tokens)])
-        self._attend(0, q[0], k[0], k[0], q_weight, k_weight, branch=0)
-        if config.branches > 1:
-            self._attend(0, q, k, k, q_weight, k_weight)
-        pool = self._pool
+        for layer in sorted({0, *config.mass_layers[:1]}):
+            self._attend(layer, q[0], k[0], k[0], q_weight, k_weight, branch=0)
+            if config.branches > 1:
+                self._attend(layer, q, k, k, q_weight, k_weight)
         for rows in (pool.k, pool.v):
             rows[:, first_row : first_row + config.chunk_tokens].zero_()  # those of the other layers are not made yet
         self._storage.warm_up(first_row)
@@ -392,6 +395,8 @@ class WorldMemory:
                     f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}{of_branch}"
                 )
         made = self._made(content)
+        if self._received is not None:
+            self._received.add(self._received.last())
         if self._bank is not None:
             self._descriptions[chunk] = made.description
             copied = config.bank_sink and chunk < config.sink_chunks  # to the bank at once
@@ -405,9 +410,13 @@ class WorldMemory:
         self._retrieved_total += len(self._plan.retrieved)
         if self.integrator is not None:
             self.integrator.restore(self._view.after_actions)
+        if self._received is not None:
+            self._received.end(self._plan)
         self._release()
         self._last_view = made
         self._next_chunk = chunk + 1
+        if self._received is not None:
+            self._received.keep(lambda past: self._location("end_chunk", past)[1] != "dropped")
 
     def abort_chunk(self) -> None:
         """Drop the current chunk: the memory is as before its begin_chunk. Does nothing when none is begun.
@@ -578,11 +587,25 @@ class WorldMemory:
         self._check_layer("pools", layer)
         return self._pool.of_layer(layer)
 
+    def received(self) -> dict[int, float]:
+        """How much attention past chunks were given while they were in the window, those that are kept, oldest first.
+
+        In even shares: 1 is what the chunk would have if all tokens of the window had the same. A mean over queries,
+        heads, branches and `MemoryConfig.mass_layers`, and a running one, to which each adds a fifth, over the windows
+        that the chunk was in, but for its own. A window counts when the chunk after it ends. Empty without mass_layers.
+
+        What was not in the window is not in it, nor is a reason: attention goes to what resembles the present, be it
+        right or wrong, so that this shows whether retrieved chunks are used, and is no measure of their worth.
+        docs/mass.md has what was measured.
+        """
+        known = {} if self._received is None else self._received.known.chunks
+        return {chunk: known[chunk] for chunk in sorted(known) if self._location("received", chunk)[1] != "dropped"}
+
     def location(self, chunk: int) -> str:
         """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""
         return self._location("location", chunk)[1]
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Counts since the last reset, and bytes: plain numbers, ready for JSON.
 
         chunks_dropped: by a full bank, by end_chunk(bank=False) once they are recent no more, by `forget`, by the mode.
@@ -592,12 +615,16 @@ class WorldMemory:
         prefetched: chunks copied ahead, of which prefetch_hits were retrieved later and prefetch_misses given up
         before. host_bytes: of the arena; pinned: 1 if it is page-locked.
         kept_bytes: of what holds the past, banked chunks in their bits; no room that is free, and no copy of it.
+        With `mass_layers` also mass_sink, mass_retrieved, mass_recent, mass_current: the shares of attention that went
+        there, running means as of `received`; 0 before chunk 1 ends, then together 1.
         """
+        roles = None if self._received is None else self._received.known.roles
         return {
             "chunks": self._next_chunk,
             "tokens_attended": self._tokens_attended,
             "chunks_retrieved": self._retrieved_total,
             **self._storage.stats(self._next_chunk, self._first_whole),
+            **({} if roles is None else {f"mass_{role}": roles.get(role, 0.0) for role in ROLES}),
         }
 
     def __repr__(self) -> str:
@@ -627,17 +654,23 @@ class WorldMemory:
         if self._layer_windows is not None:
             self._storage.restore(layer)
             (k_pool, v_pool), window = pool.of_layer(layer), self._layer_windows.of_layer[layer]
-        if config.branches > 1 and branch is None:
+        mass = self._received.out(layer) if self._received is not None else None
+        at_once = config.branches > 1 and branch is None
+        if at_once:
             for own in range(config.branches):
                 self._append(layer, own, q[own], k[own], v[own], q_weight, k_weight)
-            attended = segment_attention(
-                self._q, k_pool, v_pool, window, scale=config.scale, out=out, backend=self._backend
-            )
-            return attended.unflatten(1, (config.branches, config.num_heads)).transpose(0, 1)
-        branch = branch or 0
-        turned = self._append(layer, branch, q, k, v, q_weight, k_weight)
-        k_pool, v_pool = (self._of_branch(x, branch, config.num_kv_heads) for x in (k_pool, v_pool))
-        return segment_attention(turned, k_pool, v_pool, window, scale=config.scale, out=out, backend=self._backend)
+            turned = self._q
+        else:
+            branch = branch or 0
+            turned = self._append(layer, branch, q, k, v, q_weight, k_weight)
+            k_pool, v_pool = (self._of_branch(x, branch, config.num_kv_heads) for x in (k_pool, v_pool))
+            mass = None if mass is None else self._of_branch(mass, branch, config.num_heads, dim=0)
+        options = dict(scale=config.scale, out=out, backend=self._backend)
+        if mass is None:
+            attended = segment_attention(turned, k_pool, v_pool, window, **options)
+        else:
+            attended, _ = segment_attention(turned, k_pool, v_pool, window, return_mass=True, out_mass=mass, **options)
+        return attended.unflatten(1, (config.branches, config.num_heads)).transpose(0, 1) if at_once else attended
 
     def _append(
         self, layer: int, branch: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -656,9 +689,9 @@ class WorldMemory:
             self._contents.take(k, branch)
         return turned
 
-    def _of_branch(self, x: torch.Tensor, branch: int, heads: int) -> torch.Tensor:
-        """A branch's own `heads` of [rows, heads of all branches, head_dim]."""
-        return of_branch(x, branch, heads) if self.config.branches > 1 else x
+    def _of_branch(self, x: torch.Tensor, branch: int, heads: int, *, dim: int = 1) -> torch.Tensor:
+        """A branch's own `heads` of all branches' heads in a dimension."""
+        return of_branch(x, branch, heads, dim=dim) if self.config.branches > 1 else x
 
     def _made(self, content: object) -> View:
         """The view of the chunk that ends. Of a content of keys the description is still to be read, None."""

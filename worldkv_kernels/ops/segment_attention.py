@@ -56,31 +56,31 @@ class Shape(NamedTuple):
 def segment_attention(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
     return_lse: Literal[False] = False, return_mass: Literal[False] = False,
-    out: torch.Tensor | None = None, backend: str | None = None,
+    out: torch.Tensor | None = None, out_mass: torch.Tensor | None = None, backend: str | None = None,
 ) -> torch.Tensor: ...  # fmt: skip
 @overload
 def segment_attention(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
     return_lse: Literal[True], return_mass: Literal[False] = False,
-    out: torch.Tensor | None = None, backend: str | None = None,
+    out: torch.Tensor | None = None, out_mass: torch.Tensor | None = None, backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 @overload
 def segment_attention(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
     return_lse: Literal[False] = False, return_mass: Literal[True],
-    out: torch.Tensor | None = None, backend: str | None = None,
+    out: torch.Tensor | None = None, out_mass: torch.Tensor | None = None, backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 @overload
 def segment_attention(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
     return_lse: Literal[True], return_mass: Literal[True],
-    out: torch.Tensor | None = None, backend: str | None = None,
+    out: torch.Tensor | None = None, out_mass: torch.Tensor | None = None, backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...  # fmt: skip
 @overload
 def segment_attention(
     q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, window: Window, *, scale: float | None = None,
     return_lse: bool = False, return_mass: bool = False,
-    out: torch.Tensor | None = None, backend: str | None = None,
+    out: torch.Tensor | None = None, out_mass: torch.Tensor | None = None, backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]: ...  # fmt: skip
 def segment_attention(
     q: torch.Tensor,
@@ -92,6 +92,7 @@ def segment_attention(
     return_lse: bool = False,
     return_mass: bool = False,
     out: torch.Tensor | None = None,
+    out_mass: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Attend every query to every token of a window over a KV pool, where it lies, or gathered for PyTorch's.
@@ -113,6 +114,8 @@ def segment_attention(
         return_mass: also return the share of softmax weight on each segment, averaged over the queries,
             fp32 [heads, num_segments]; each row sums to 1.
         out: where to write, [q_len, heads, head_dim] like q, apart from q and the pools; allocated when None.
+        out_mass: where to write the mass, fp32 [heads, n] on q's device, apart from the rest: of the first n segments,
+            and zeros where the window has fewer. None to allocate it. Only with return_mass.
         backend: "reference", "triton", "sdpa" (the window gathered, and PyTorch's own attention over it; without
             mass, and on a GPU without log weights, bf16 and fp16), "cuda" (bf16 and fp16 on Hopper, where tokens, rows
             and heads of q and the pools start on multiples of 16 bytes and those of out on multiples of 4), or None for
@@ -129,8 +132,7 @@ def segment_attention(
     first call there. On a GPU it takes scratch from torch's caching allocator, at most about 0.5 MiB a processor, and
     for the mass 8 bytes a query, head and segment (16 in CUDA), in a last round that is cut once a part; sdpa takes K
     and V of the window's capacity. Works in a CUDA graph, sdpa after a call outside one; `window.update` then changes
-    what a replay reads, while mass keeps the number of segments that it was captured with (later ones are left out,
-    missing ones get zero).
+    what a replay reads, while mass keeps the number of segments that it was captured with, as out_mass does.
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
     on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
@@ -161,8 +163,14 @@ def segment_attention(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         check_layout(_OP, "out", out, (q_len, heads, head_dim), like=q)
+    if out_mass is not None:
+        if not return_mass:
+            raise bad_value(_OP, "out_mass", "None without return_mass", out_mass)
+        check_layout(_OP, "out_mass", out_mass, (heads, "segments"), like=q)
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
-    mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device) if return_mass else None
+    mass = out_mass
+    if return_mass and mass is None:
+        mass = torch.empty((heads, window.num_segments), dtype=torch.float32, device=q.device)
     NAMESPACE.segment_attention(
         q, k_pool, v_pool, *window.tables, out, lse, mass, scale, window.has_shift, window.has_weight,
         backend or "auto",

@@ -80,7 +80,9 @@ def segment_attention(
                 of_segments = torch.stack([part.sum(dim=1) for part in p.split(lengths, dim=1)], dim=1)
                 shares.append((of_segments / row_sum).sum(dim=0))
         if mass is not None:
-            mass[head] = torch.stack(shares).sum(dim=0) / q_len
+            num = min(len(lengths), mass.shape[1])
+            mass[head, :num] = (torch.stack(shares).sum(dim=0) / q_len)[:num]
+            mass[head, num:] = 0.0
 
 
 def _segment_rows(
