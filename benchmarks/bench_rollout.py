@@ -51,6 +51,7 @@ from worldkv_kernels.models.rollout import Rollout as ModelRollout
 from worldkv_kernels.models.rollout import RolloutChunk, WorldModel
 
 VIDEO_FRAMES = 4  # of a latent frame
+BASE = "sliding_as_long"  # attends to as many tokens as a memory, which costs what it takes longer
 # Two passes a chunk over two chunks, in which every mode attends to the same; random weights let rounding grow.
 CHECK_SIGMAS, CHECK_CHUNKS = (1.0,), 2
 ERROR_LIMITS = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
@@ -226,7 +227,7 @@ def clear(device: torch.device) -> None:
 
 
 def measure_case(case: RolloutCase, device: torch.device, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """One figure a mode as soon as it is there, the rival's first, since the others' are held against it."""
+    """One figure a mode as soon as it is there, the rival's and the base's first: the others' are held against them."""
     model = build(case.of, device)
     controls = controls_of(model, 1)[0]
     matmuls = pass_flops(model, controls, 0)
@@ -235,9 +236,9 @@ def measure_case(case: RolloutCase, device: torch.device, ceilings: Ceilings) ->
     # Two implementations that share no code must agree: the ops, and the published path.
     of_published = yardstick(model, "published")
     of_ops = yardstick(model, "full") if "published" in case.modes or of_published is None else None
-    published: dict[str, Any] | None = None
+    published = base = None
     left = dict(CHANGED)  # those up to a mode's own, whichever modes were asked for
-    for mode in sorted(case.modes, key=lambda mode: (mode in CHANGED, mode not in RIVALS)):
+    for mode in sorted(case.modes, key=lambda mode: (mode in CHANGED, mode not in RIVALS, mode != BASE)):
         before = clocks(device)
         for change in list(left)[: list(left).index(mode) + 1] if mode in left else ():
             getattr(model, left.pop(change))()
@@ -247,6 +248,10 @@ def measure_case(case: RolloutCase, device: torch.device, ceilings: Ceilings) ->
             published = figure
         if published and figure["us"]:
             figure.update(rival=published["variant"], times_rival=published["us"] / figure["us"])
+        if mode == BASE and figure["us"]:
+            base = figure
+        if base and figure["us"] and mode.startswith("worldkv") and mode not in CHANGED:
+            figure.update(base=BASE, over_base=figure["us"] / base["us"] - 1)
         yield {**figure, "clocks": (before, clocks(device))}
         clear(device)
 
@@ -288,14 +293,15 @@ def run(
 
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
-    """Speed and sizes of each mode, then the traced chunk by kind of work in milliseconds, then what went wrong."""
-    speed = [("case", "mode", "frames/s", "first", "last", "tokens", "GiB cache", "GiB host", "share", "x rival")]
+    """What memory costs, speed and sizes of each mode, the traced chunk by kind of work in ms, and what went wrong."""
+    columns = "frames/s", "first", "last", "tokens", "GiB cache", "GiB host", "share", "x rival", "memory costs"
+    speed = [("case", "mode", *columns)]
     parts = [("case", "mode", "ms", *ORDER, "idle", "launches", "host syncs")]
     reasons = []
     for f in figures:
         name = (f["case"], f["variant"] + (" (rival)" if f["is_rival"] else ""))
         if f["status"] != "timed":
-            speed.append((*name, f["status"], *[""] * 7))
+            speed.append((*name, f["status"], *[""] * (len(columns) - 1)))
             reasons.append(f"{f['status']}: {f['variant']}: {f['reason']} ({f['case']})")
             continue
         chunks, sizes = f["per_chunk"], f["bytes_by_kind"]
@@ -304,6 +310,7 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
             f"{chunks[-1]['frames_per_second']:.2f}", str(chunks[-1]["tokens"]), f"{sizes['cache'] / 2**30:.2f}",
             f"{sizes['host'] / 2**30:.2f}", f"{100 * f['share']:.0f} % {f['ceiling']}",
             f"{f['times_rival']:.2f}" if f["times_rival"] else "-",
+            f"{100 * f['over_base']:+.1f} %" if f["base"] else "-",
         ))  # fmt: skip
         if f["stopped"]:
             reasons.append(f"ended after {len(chunks)} chunks: {f['variant']}: {f['stopped']} ({f['case']})")
@@ -313,7 +320,22 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
             times = [b["wall"], *(b["kinds"][kind] for kind in ORDER), b["idle"]]
             parts.append((*name, *(f"{1e3 * seconds:.1f}" for seconds in times), *counts))
     tables = (text_table(rows[0], rows[1:], left=2) for rows in (speed, parts))
-    return "\n".join(["\n\none late chunk, traced, in ms\n".join(tables), *reasons])
+    return "\n".join([*headlines(figures), "\n\none late chunk, traced, in ms\n".join(tables), *reasons])
+
+
+def headlines(figures: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each case what the memory costs, where that was measured."""
+    base = {f["case"]: f for f in figures if f["variant"] == BASE}
+    return [
+        f"{f['case']}: memory costs {100 * f['over_base']:+.1f} % of a chunk: {_seen(f)}, {_seen(base[f['case']])}"
+        for f in figures
+        if f["variant"] == "worldkv" and f["base"]
+    ]
+
+
+def _seen(figure: dict[str, Any]) -> str:
+    tokens, speed = figure["per_chunk"][-1]["tokens"], figure["frames_per_second"]
+    return f"{figure['variant']} {speed:.2f} frames/s with {tokens:,} tokens"
 
 
 def variants_of(case: RolloutCase, device: torch.device) -> dict[str, bool]:

@@ -223,7 +223,7 @@ run_tests() {
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
         "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,dequantize_chosen,first_and_large,graphs,integrations_graphs}.py \
         "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,quantize_chunk,rope,segment_attention,segment_attention_sdpa,segment_attention_triton,segment_attention_weights}.py
-    stage "tests of sessions" 90 "${pytest[@]}" "$root"/tests/test_{content,integrations_attach,saving,saving_rollouts,saving_handles,sessions,world_memory_changes}.py
+    stage "tests of sessions" 90 "${pytest[@]}" "$root"/tests/test_{content,received,integrations_attach,saving,saving_rollouts,saving_handles,sessions,world_memory_changes}.py
     # Without torch.compile's pool of processes, for which a worker of pytest waits at its end.
     stage "tests of models" 90 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" \
         "$root"/tests/test_{models_faster,models_small_world,models_matrix_game_2,small_world_memory}.py \

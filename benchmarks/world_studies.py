@@ -73,6 +73,30 @@ class DropsOlder(PoseRetrieval):
         return self.most_alike(candidates)[0]
 
 
+class ByMass(PoseRetrieval):
+    """A control: attention received decides which chunks come back, or which one a full bank gives up, of all or of
+    the two that are most alike."""
+
+    by_mass = True
+
+    def __init__(self, *, selects: bool = False, drops: str = "") -> None:
+        super().__init__()
+        self._selects, self._drops = selects, drops
+
+    def select(
+        self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int, *, received: Mapping[int, float]
+    ) -> list[int]:
+        if not self._selects:
+            return super().select(current, candidates, budget)
+        return sorted((chunk for chunk, _ in candidates), key=lambda chunk: -received.get(chunk, 0.0))[:budget]
+
+    def drop(self, candidates: Sequence[tuple[int, Any]], *, received: Mapping[int, float]) -> int:
+        if not self._drops:
+            return super().drop(candidates)
+        chunks = self.most_alike(candidates) if self._drops == "of two" else [chunk for chunk, _ in candidates]
+        return min(chunks, key=lambda chunk: received.get(chunk, math.inf))  # what is new is not known yet
+
+
 @contextmanager
 def pruning(rule: str, *, seed: int = 0) -> Iterator[None]:
     """While inside, the reference of rule "similarity" keeps other tokens than the published ones, on a CPU."""
@@ -184,6 +208,13 @@ CONTENTS = [
     Memory("random", {**TWO, "retrieval": RandomRetrieval()}),
     SINK,
 ]  # fmt: skip
+MASS = [
+    Memory(name, {"bank_chunks": 12, "mass_layers": (1, 2), "retrieval": policy})
+    for name, policy in {
+        "by pose": ByMass(), "of two alike the less attended given up": ByMass(drops="of two"),
+        "the least attended given up": ByMass(drops="all"), "the most attended retrieved": ByMass(selects=True),
+    }.items()
+]  # fmt: skip
 REBASE = [Memory("rebased", TWO), Memory("not rebased", {**TWO, "rebase_time": False})]
 
 
@@ -259,6 +290,8 @@ STUDIES = [
     Study("content, turn and return", "What is retrieval worth that knows of no camera?", CONTENTS),
     Study("content, twice round", "The same, where the camera goes on the same way?", CONTENTS, twice_round),
     Study("content, cuts", "And where nothing seen says where it looks next?", CONTENTS, cuts),
+    Study("mass, turn and return", "Does attention received say what to keep, or what to bring back?", MASS),
+    Study("mass, crossing", "The same, on a way that crosses itself at other pitches?", MASS, sweeps_and_diagonal),
     Study("rebase, 72 frames", "What is rebasing worth?", [*REBASE, FULL], partial(turn_and_return, 24)),
     Study("rebase, 144 frames", "And after longer?", [*REBASE, FULL], partial(turn_and_return, 48)),
     Study("rebase, 504 frames", "And after very long?", REBASE, partial(turn_and_return, 168), worlds=16),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,34 @@ def test_a_wrong_memory_is_not_timed(load, cases, monkeypatch):
     assert re.fullmatch(r"relative error \d\.\d+e-0\d, limit 1e-04", ours["reason"])
     assert rival["status"] == "wrong"  # the two disagree; which is right the bench cannot know
     assert "wrong: worldkv: relative error" in bench.table([ours, rival])
+
+
+def test_what_a_memory_costs_is_what_comes_first(load, cases, monkeypatch):
+    bench = load("bench_rollout")
+    seconds = {"sliding_as_long": 0.5, "worldkv": 0.75, "worldkv_host": 0.4, "sliding": 0.1}
+    roll_out = bench.roll_out
+
+    def timed(mode, *args):
+        done = roll_out(mode, *args)
+        done.chunks = [replace(chunk, took=SimpleNamespace(seconds=lambda: seconds[mode])) for chunk in done.chunks]
+        return done
+
+    monkeypatch.setattr(bench, "roll_out", timed)
+    figures = run_small(bench, cases, modes=("worldkv", "sliding", "worldkv_host", "sliding_as_long"))
+    assert [f["reason"] for f in figures] == [None] * 4
+    costs = {f["variant"]: (f["base"], f["over_base"]) for f in figures}
+    assert costs["worldkv"] == ("sliding_as_long", pytest.approx(0.5))
+    assert costs["worldkv_host"] == ("sliding_as_long", pytest.approx(-0.2))
+    assert costs["sliding"] == costs["sliding_as_long"] == (None, None)
+    first, *rest = bench.table(figures).splitlines()
+    tokens = [figures[i]["per_chunk"][-1]["tokens"] for i in (0, 3)]
+    assert first.endswith(
+        f": memory costs +50.0 % of a chunk: worldkv 16.00 frames/s with {tokens[0]} tokens, "
+        f"sliding_as_long 24.00 frames/s with {tokens[1]} tokens"
+    )
+    assert sum("+50.0 %" in line for line in rest) == sum("-20.0 %" in line for line in rest) == 1
+    alone = run_small(bench, cases, modes=("worldkv",))
+    assert alone[0]["base"] is None and bench.headlines(alone) == []
 
 
 def test_a_figure_is_written_as_soon_as_it_is_there(load, cases, monkeypatch, tmp_path):

@@ -123,8 +123,9 @@ def test_warming_up_changes_nothing(options, monkeypatch):
         {"bank_bits": 4},
         {"bank": "host", "bank_bits": 8},
         {"retrieval": "content", "recent_frames": 0},
+        {"mass_layers": (1,)},
     ],
-    ids=["device", "host", "rebase", "4 bits", "host, 8 bits", "by content"],
+    ids=["device", "host", "rebase", "4 bits", "host, 8 bits", "by content", "mass"],
 )
 def test_chunks_made_by_replays_are_those_of_the_ops(options):
     """Of a graph captured where nothing is retrieved yet."""
@@ -149,4 +150,5 @@ def test_chunks_made_by_replays_are_those_of_the_ops(options):
 
     got = made(memory, one_pass)
     assert memory.stats()["chunks_retrieved"] > CHUNKS // 2
+    assert memory.received() == plain.received() and bool(memory.received()) == ("mass_layers" in options)
     assert all(np.array_equal(*(x.float().cpu().numpy() for x in pair)) for pair in zip(got, wanted, strict=True))

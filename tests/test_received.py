@@ -37,7 +37,7 @@ def drawn(memory: WorldMemory, number: int, layer: int) -> list[torch.Tensor]:
     config = memory.config
     heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
     shapes = [(config.chunk_tokens, of * config.head_dim) for of in heads]
-    return [2 * torch.randn(shape, generator=generator, dtype=torch.float32).to(DEVICE) for shape in shapes]
+    return [2 * torch.randn(shape, generator=generator, dtype=torch.float32).to(memory.device) for shape in shapes]
 
 
 def attend(memory: WorldMemory, number: int) -> np.ndarray:
@@ -257,3 +257,37 @@ def test_bytes_count_it():
         more, less = (of.config.bytes(torch.float32) for of in (memory, without))
         on_device = received._on_device.nbytes + received._mean.nbytes
         assert (more.scratch - less.scratch, more.host - less.host) == (on_device, received._on_host.nbytes)
+
+
+def test_a_compiled_pass_says_it_in_one_graph():
+    memory, plain = make(mass_layers=(0,)), make(mass_layers=(0,))
+    compiled = torch.compile(lambda q, k, v: memory.attend(0, q, k, v), backend="aot_eager", fullgraph=True)
+    for number in range(4):
+        for one in (memory, plain):
+            one.begin_chunk(poses(number))
+            one.wait()
+        x = drawn(memory, number, 0)
+        assert torch.equal(compiled(*x), plain.attend(0, *x))
+        for one in (memory, plain):
+            for layer in range(1, LAYERS):
+                one.attend(layer, *drawn(one, number, layer))
+            one.end_chunk()
+    assert memory.received() == plain.received() != {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU whose work is late")
+@pytest.mark.parametrize("bank", ["device", "host"])
+def test_a_gpu_that_is_late_says_what_a_cpu_says(bank):
+    said = []
+    for device in ("cpu", "cuda"):
+        memory = make(device, bank=bank)
+        for number in range(12):
+            memory.begin_chunk(poses(number))
+            if device == "cuda":
+                torch.cuda._sleep(20_000_000)
+            for layer in range(LAYERS):
+                memory.attend(layer, *drawn(memory, number, layer))
+            memory.end_chunk()
+            said.append(memory.received())
+    for of_cpu, of_gpu in zip(said[:12], said[12:], strict=True):
+        assert of_gpu == pytest.approx(of_cpu, rel=1e-3)

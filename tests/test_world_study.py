@@ -11,7 +11,7 @@ import torch
 
 from worldkv_kernels import MemoryConfig
 from worldkv_kernels.cli import main
-from worldkv_kernels.memory.retrieval import ContentRetrieval
+from worldkv_kernels.memory.retrieval import ContentRetrieval, PoseRetrieval
 from worldkv_kernels.memory.sizes import place_bytes
 from worldkv_kernels.models.lingbot_config import LingBotConfig
 from worldkv_kernels.models.matrix_game_config import MatrixGameConfig
@@ -109,6 +109,21 @@ def test_retrieved_tokens_have_no_weight_of_their_own_since_not_every_memory_gai
     assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1)).retrieved_log_weight == 0
     gains = {line["case"]: gain(line["case"], "twice") for line in LINES if line["case"].startswith("weight, ")}
     assert len(gains) == 6 and min(db for db, _ in gains.values()) < 0
+
+
+def test_the_younger_of_two_goes_since_the_older_costs_decibels():
+    assert PoseRetrieval().drop([(chunk, at(chunk)) for chunk in range(5)]) == 1  # even steps: every other one goes
+    for places in (12, 6):
+        db, error = gain(
+            "bank, which of two", f"older given up, bank_chunks={places}", f"younger given up, bank_chunks={places}"
+        )
+        assert db < -5 and db < -10 * error
+
+
+def at(x):
+    pose = np.eye(4)
+    pose[0, 3] = x
+    return pose
 
 
 def test_the_training_reached_what_is_shipped():
