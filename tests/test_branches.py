@@ -262,7 +262,7 @@ def test_debug_looks_at_all_branches(monkeypatch):
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_it_compiles_in_one_graph(at_once):
-    config = tiny(branches=2, retrieval="content")
+    config = tiny(branches=2, retrieval="content", mass_layers=(0,))
     memory, eager = make(config), make(config)
     x = numbers(2, config.chunk_tokens, HEAD_DIM)
     given, options = (x, {}) if at_once else (x[:, 1], dict(branch=1))
@@ -276,3 +276,8 @@ def test_it_compiles_in_one_graph(at_once):
     memory.end_chunk()
     eager.end_chunk()
     assert np.array_equal(memory._last_content(), eager._last_content())
+    for made in (memory, eager):
+        made.begin_chunk()
+        made.attend(0, *x)
+        made.end_chunk()
+    assert memory.stats()["mass_current"] == eager.stats()["mass_current"] == pytest.approx(1)
