@@ -6,7 +6,7 @@
 #                        [--next] [--dry]
 #
 # --check              tests that use the GPU                                      (at most 4 minutes)
-# --ops                benches of norm_rope_append, compress_chunk, quantize_chunk and prefetch    (5)
+# --ops                benches of norm_rope_append, compress_chunk, quantize_chunk, participation, prefetch  (6)
 # --segment_attention  what a GPU has to do for it (conformance.py, for sm_90), tests of it in CUDA, its bench     (5)
 # --tune               which backend of segment_attention is the fastest (worldkv tune, not kept), and which
 #                      launch configuration                                              (7)
@@ -222,7 +222,7 @@ run_tests() {
     # The files in which something runs on the GPU.
     stage tests 150 "${pytest[@]}" "$root"/tests/test_{backends,bank_streams,compress_chunk,compress_layers}.py \
         "$root"/tests/test_{compress_nearest,compress_nearest_triton,cuda_schedules,dequantize_chosen,first_and_large,graphs,integrations_graphs}.py \
-        "$root"/tests/test_{norm_rope_append,pass_graphs,prune_aside,quantize_chunk,rope,segment_attention,segment_attention_sdpa,segment_attention_triton,segment_attention_weights}.py
+        "$root"/tests/test_{norm_rope_append,participation,pass_graphs,prune_aside,quantize_chunk,rope,segment_attention,segment_attention_sdpa,segment_attention_triton,segment_attention_weights}.py
     stage "tests of sessions" 90 "${pytest[@]}" "$root"/tests/test_{content,received,integrations_attach,saving,saving_rollouts,saving_handles,sessions,world_memory_changes}.py
     # Without torch.compile's pool of processes, for which a worker of pytest waits at its end.
     stage "tests of models" 90 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" \
@@ -264,6 +264,7 @@ do_ops() {
     bench 70 norm_rope_append
     bench 90 compress_chunk
     bench 70 quantize_chunk
+    bench 70 participation
     bench 100 prefetch
 }
 

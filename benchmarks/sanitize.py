@@ -30,6 +30,7 @@ from worldkv_kernels import (
     compress_chunk,
     dequantize_chunk,
     norm_rope_append,
+    participation,
     quantize_chunk,
     segment_attention,
 )
@@ -70,6 +71,30 @@ def attention_case(
             return_lse=extras, return_mass=extras, backend=backend,
         )  # fmt: skip
         return result if isinstance(result, tuple) else (result,)
+
+    return case
+
+
+def participation_case(
+    head_dim: int, dtype: torch.dtype, *, shift: bool = False, weighted: bool = False, room: int = 0
+) -> Case:
+    """70 queries of four heads over two, and the window of `attention_case`; out ends with the last token, or `room`
+    tokens behind it."""
+
+    def case(device: torch.device, backend: str) -> Outputs:
+        segments = [Segment(300, 41 + 128, 5 * shift), Segment(3, 1, -2 * shift), Segment(128, 128)]
+        if weighted:
+            segments = [s._replace(log_weight=w) for s, w in zip(segments, (0.7, 5.0, -1.5), strict=True)]
+        k = random(469, 2, head_dim, dtype=dtype)
+        unused = torch.ones(469, dtype=torch.bool, device="cpu")
+        for first, count, *_ in segments:
+            unused[first : first + count] = False
+        k[unused] = float("nan")
+        window = Window(segments, device=device, rope=Rope3D(head_dim) if shift else None, weighted=weighted)
+        lse = 5.5 + 0.1 * random(4, 70, dtype=torch.float32)
+        out = torch.full((4, window.num_tokens + room), float("nan"), dtype=torch.float32, device=device)
+        q = random(70, 4, head_dim, dtype=dtype)
+        return (participation(q.to(device), k.to(device), window, lse.to(device), out=out, backend=backend),)
 
     return case
 
@@ -176,6 +201,13 @@ def cases(device: torch.device) -> dict[str, dict[str, Case]]:
                 64, half, weighted=True, shift=True, extras=True, capacity=32
             ),
             "64 half shift mass lse, cut": attention_case(64, half, shift=True, extras=True, capacity=32),
+        },
+        "participation": {
+            "128 half": participation_case(128, half),
+            "128 half shift": participation_case(128, half, shift=True),
+            "64 half shift weights, room": participation_case(64, half, shift=True, weighted=True, room=300),
+            "64 fp16 weights": participation_case(64, torch.float16, weighted=True),
+            "128 fp32 shift": participation_case(128, torch.float32, shift=True),
         },
         "norm_rope_append": {
             "weights": append_case(3, half, weights=True, on_device=False),

@@ -23,7 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-from worldkv_kernels.kernels import compress_chunk, gather_window, norm_rope_append, quantize_chunk, segment_attention
+from worldkv_kernels.kernels import (
+    compress_chunk,
+    gather_window,
+    norm_rope_append,
+    participation,
+    quantize_chunk,
+    segment_attention,
+)
 
 from worldkv_kernels.ops.quantize_chunk import packed_bytes
 
@@ -163,6 +170,28 @@ def attention_launches():
         )  # fmt: skip
 
 
+def participation_launches():
+    for dtype, head_dim, shift, weight, *how in [
+        (torch.bfloat16, 128, False, False), (torch.bfloat16, 128, True, True, "grouped"),
+        (torch.float16, 64, False, True), (torch.bfloat16, 64, True, False), (torch.bfloat16, 128, True, False, "all"),
+        (torch.float32, 128, True, True),
+    ]:  # fmt: skip
+        q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
+        pool = torch.empty(50_000, 8 if "grouped" in how else 40, head_dim, dtype=dtype, device="meta")
+        shapes = ((400, 2), (400 * 128, 2), (401, 4), (1,))
+        tables = [torch.empty(shape, dtype=torch.int32, device="meta") for shape in shapes]
+        time = head_dim // 2 if "all" in how else head_dim // 2 - 2 * (head_dim // 6)
+        fp32 = dict(dtype=torch.float32, device="meta")
+        turns, weights = torch.empty(400, time, 2, **fp32), torch.empty(400, **fp32)
+        yield (
+            " ".join([f"{str(dtype)[6:]} {head_dim}{' shift' * shift}{' weights' * weight}", *how]),
+            partial(
+                participation.participation, q, pool, *tables, turns, weights, torch.empty(40, 4680, **fp32),
+                torch.empty(40, 32_760, **fp32), scale=0.1, has_shift=shift, has_weight=weight,
+            ),
+        )  # fmt: skip
+
+
 def gather_launches():
     for dtype, head_dim, shift in [
         (torch.bfloat16, 128, False), (torch.bfloat16, 128, True), (torch.float16, 64, True), (torch.float32, 128, True)
@@ -249,10 +278,11 @@ def quantize_launches():
 def main(archs: list[int]) -> None:
     report = []
     for arch in archs:
-        for module in (segment_attention, compress_chunk):
+        for module in (segment_attention, compress_chunk, participation):
             module.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
         for launch_list in (
-            attention_launches, gather_launches, append_launches, compress_launches, quantize_launches,
+            attention_launches, participation_launches, gather_launches, append_launches, compress_launches,
+            quantize_launches,
         ):  # fmt: skip
             for case, launch in launch_list():
                 with intercepted_launches() as launches:

@@ -427,14 +427,17 @@ def test_kernels_with_weights_or_grouped_heads_are_proven_by_themselves(tmp_path
     proven._lists.cache_clear()
 
 
+OPS = (
+    "segment_attention", "participation", "norm_rope_append", "compress_chunk", "quantize_chunk", "dequantize_chunk",
+)  # fmt: skip
+
+
 def test_doctor_names_every_backend_and_why(tmp_path, capsys):
     path = tmp_path / "doctor.json"
     assert main(["doctor", "--device", str(DEVICE), "--json", str(path)]) == 0
     findings = json.loads(path.read_text())
     assert {(f["op"], f["backend"]) for f in findings["backends"]} >= {
-        (op, backend)
-        for op in ("segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "dequantize_chunk")
-        for backend in ("triton", "reference")
+        (op, backend) for op in OPS for backend in ("triton", "reference")
     }
     for name in {f["op"] for f in findings["backends"]}:
         assert sum(f["auto"] for f in findings["backends"] if f["op"] == name) == 1

@@ -13,7 +13,7 @@ import torch
 from conftest import BENCHMARKS
 
 CPU = torch.device("cpu")
-BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "prefetch"]
+BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "participation", "prefetch"]
 KEYS = {
     "bench", "case", "variant", "shape", "small", "is_rival", "status", "reason", "error", "error_limit", "us", "us_20",
     "us_80", "host_us", "rounds", "bytes", "link_bytes", "flops", "gb_s", "tflop_s", "ceiling", "share", "rival",

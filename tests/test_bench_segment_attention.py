@@ -80,7 +80,7 @@ def test_retrieved_chunks_are_moved_in_time_and_no_others(load):
 
 
 def test_other_head_dims_and_dtypes_are_among_the_cases(load):
-    for name in ("segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk"):
+    for name in ("segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "participation"):
         bench = load(f"bench_{name}")
         for cases in (bench.CASES, bench.SMALL_CASES):
             assert {64, 128} <= {case.head_dim for case in cases}

@@ -15,7 +15,10 @@ from worldkv_kernels.cli import main
 CPU = torch.device("cpu")
 SHAPE = "heads=3,kv_heads=3,q=40,head_dim=64,window=40x1+20x3,dtype=float16"
 GROUPED = SHAPE.replace("heads=3,kv_heads=3", "heads=4,kv_heads=2")
-BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "prefetch", "chunk", "rollout"]
+BENCHES = [
+    "segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "participation", "prefetch", "chunk",
+    "rollout",
+]  # fmt: skip
 
 
 def bench(tmp_path, *arguments):
@@ -47,6 +50,11 @@ def bench(tmp_path, *arguments):
             "quantize_chunk", "tokens=70,heads=2,head_dim=64,bits=4,op=dequantize,layers=2",
             "dequantize, 4 bits, 2 layers of 70 tokens x 2 x 64",
             {"heads": 2, "tokens": 70, "layers": 2, "bits": 4, "head_dim": 64, "dtype": "bfloat16"},
+        ),
+        (
+            "participation", GROUPED, "4 heads over 2, 40 queries, 100 keys, window 40x1+20x3, head_dim 64, float16",
+            {"heads": 4, "queries": 40, "tokens": 100, "keys": "40x1+20x3", "head_dim": 64, "dtype": "float16",
+             "kv_heads": 2},
         ),
     ],
 )  # fmt: skip
@@ -143,6 +151,7 @@ def test_case_and_only_leave_what_they_name(tmp_path):
         ("segment_attention", "sdpa backend"), ("segment_attention", "reference"), ("segment_attention", "sdpa flash"),
         ("norm_rope_append", "reference"), ("norm_rope_append", "eager"), ("compress_chunk", "reference"),
         ("quantize_chunk", "reference"), ("quantize_chunk", "eager"),
+        ("participation", "reference attention"), ("participation", "eager"),
     ]  # fmt: skip
     assert all(f["case"].endswith("float16") for f in figures)
 

@@ -17,7 +17,9 @@ from worldkv_kernels.cli.bench import BENCHES, script
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--small", "--device", "cpu", "--seconds", "0.02"]
-OPS = {"segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "prefetch", "chunk"}
+OPS = {
+    "segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "participation", "prefetch", "chunk",
+}  # fmt: skip
 RIVALS = {
     "sdpa cudnn", "sdpa flash", "sdpa efficient", "flex attention", "flash-attn 2", "flash-attn 4 lists",
     "flash-attn 4 pages", "flashinfer", "sage attention", "eager", "compiled", "published",

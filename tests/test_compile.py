@@ -45,12 +45,13 @@ def report():
 def test_every_kernel_compiles_without_spills_and_fits(report, arch):
     entries = [entry for entry in report if entry["arch"] == arch]
     assert {entry["kernel"] for entry in entries} == {
-        "segment_attention_kernel", "merge_pieces_kernel", "gather_window_kernel", "norm_rope_append_kernel",
+        "segment_attention_kernel", "merge_pieces_kernel", "participation_kernel", "gather_window_kernel",
+        "norm_rope_append_kernel",
         *COMPRESS_KERNELS, *QUANTIZE_KERNELS,
     }  # fmt: skip
     for entry in entries:
         limit = max((spills for word, spills in SPILLS.items() if word in entry["case"]), default=0)
-        if entry["kernel"] in {*COMPRESS_KERNELS, *QUANTIZE_KERNELS, "gather_window_kernel"}:
+        if entry["kernel"] in {*COMPRESS_KERNELS, *QUANTIZE_KERNELS, "gather_window_kernel", "participation_kernel"}:
             limit = 0
             assert entry["stack_bytes"] == 0, entry
         assert entry["spills"] <= limit and entry["spills_in_matrix_loops"] == 0, entry
@@ -104,3 +105,20 @@ def test_attention_takes_every_exponential_once(report):
         assert entry["exponentials_in_matrix_loops"] <= entry["scores_a_thread"] + 4, entry
     hopper = [e for e in attention if e["arch"] == 90]
     assert hopper and all(e["exponentials_in_matrix_loops"] >= e["scores_a_thread"] for e in hopper)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_participation_leaves_a_processor_room_for_several_programs(report, arch):
+    """Of 64 K registers; of shared memory; one product and one exponential a score in the loop over queries."""
+    entries = [e for e in report if e["kernel"] == "participation_kernel" and e["arch"] == arch]
+    half = [e for e in entries if "float32" not in e["case"]]
+    assert len(half) == 5 and len(entries) == 6
+    instruction = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+    for entry in half:
+        warps = 8 if arch == 100 and "shift" in entry["case"] else 4
+        programs = 1 if warps == 8 else 2 if "shift" in entry["case"] else 3
+        assert programs * 32 * warps * -(-entry["registers"] // 8) * 8 <= 65536, entry
+        assert min(programs, 2 if arch == 120 else 3) * entry["shared_bytes"] <= SHARED_LIMIT[arch], entry
+        assert entry[instruction[arch]] > 0 and entry["async_copies"] > 0, entry
+        assert arch != 90 or (entry["mma"] == 0 and entry["warpgroup_starts_in_matrix_loops"] == 1), entry
+        assert arch == 100 or entry["exponentials_in_matrix_loops"] == entry["scores_a_thread"], entry

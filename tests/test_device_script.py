@@ -20,7 +20,7 @@ case "$*" in
 esac
 """
 CONFORMANCE = ["conformance"] if shutil.which("nvcc") else []
-BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "prefetch"]
+BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "participation", "prefetch"]
 
 
 def test_device_script_runs_dry(tmp_path):
@@ -70,7 +70,7 @@ def test_device_script_starts_nothing_past_its_budget(tmp_path):
     done = dry_run_with_a_stub(tmp_path, BUDGET="3")
     assert done.returncode == 1, done.stdout + done.stderr
     # environment, conformance, doctor, ceilings and the benches
-    assert done.stdout.count("FAILED: no time left of 3 s") == 8 + len(CONFORMANCE)
+    assert done.stdout.count("FAILED: no time left of 3 s") == 9 + len(CONFORMANCE)
     assert "(at most" not in done.stdout
 
 
@@ -79,11 +79,11 @@ def test_device_script_does_what_it_is_asked_to_in_order(tmp_path):
     stages = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("== ") and " (at most" in line]
     assert stages == [
         "environment", "doctor", "ceilings", *["rollout,"] * 3, "chunk", "norm_rope_append", "compress_chunk",
-        "quantize_chunk", "prefetch",
+        "quantize_chunk", "participation", "prefetch",
     ]  # fmt: skip
     assert "fuzz                 skipped: needs a GPU" in done.stdout
     commands = (tmp_path / "commands").read_text().splitlines()
-    assert ["--seconds" in line for line in commands if "/bench_" in line] == [False] * 3 + [True] * 5
+    assert ["--seconds" in line for line in commands if "/bench_" in line] == [False] * 3 + [True] * 6
     done = dry_run_with_a_stub(tmp_path, "--everything")
     assert done.returncode == 2 and "got --everything" in done.stderr
 
@@ -92,7 +92,7 @@ def test_next_leaves_out_what_has_ended_well_with_this_code(tmp_path):
     first = dry_run_with_a_stub(tmp_path, "--ops")
     assert "norm_rope_append     FAILED" in first.stdout
     done = (tmp_path / "out" / "stages.tsv").read_text().splitlines()
-    assert [line.split("\t")[2] for line in done] == ["compress_chunk", "quantize_chunk", "prefetch"]
+    assert [line.split("\t")[2] for line in done] == ["compress_chunk", "quantize_chunk", "participation", "prefetch"]
     following = dry_run_with_a_stub(tmp_path, "--next")
     assert "compress_chunk       skipped: it has ended well here" in following.stdout
     assert "norm_rope_append     FAILED" in following.stdout

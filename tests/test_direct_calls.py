@@ -90,6 +90,44 @@ def test_attention_refuses(changes, error, message):
     refuses("segment_attention", attention(), changes, error, message)
 
 
+def participation(**changes):
+    given = {name: x for name, x in attention().items() if name not in ("v_pool", "mass")}
+    return {**given, "out": zeros(2, 9), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"q": zeros(5, 2, 96)},
+            ValueError,
+            "q must be [q_len, heads, head_dim], heads not first, with 1 to 128 heads",
+        ),
+        ({"k_pool": zeros(300, 2, 64).half()}, TypeError, "k_pool must be torch.float32"),
+        ({"tail_rows": zeros(383, 2, dtype=torch.int32)}, ValueError, "tail_rows must be [384, 2]"),
+        ({"turns": zeros(3, 33, 2)}, ValueError, "turns must be [3, 1 to 32 pairs, 2], got [3, 33, 2]"),
+        ({"weights": zeros(6)[::2]}, ValueError, "weights must be contiguous in its last 1"),
+        ({"lse": zeros(5, 2).T}, ValueError, "lse must be contiguous in its last 2"),
+        ({"out": zeros(2, 0)}, ValueError, "out must be [2, tokens >= 1], got [2, 0]"),
+        ({"out": zeros(3, 9)}, ValueError, "out must be [2, tokens], got [3, 9]"),
+        ({"scale": math.nan}, ValueError, "scale must be from 1e-25 to 1e+25, got nan"),
+        ({"backend": "cuda"}, ValueError, "backend must be None or one of"),
+        (
+            {"num_segments": torch.full((1,), 4, dtype=torch.int32, device=DEVICE), "backend": "reference"},
+            ValueError,
+            "num_segments must hold 1 to 3, got 4",
+        ),
+        (
+            {"tiles": torch.full((3, 2), 173, dtype=torch.int32, device=DEVICE), "backend": "reference"},
+            ValueError,
+            "tiles and tail_rows must name rows of the pool, from 0 to 299, got 10 to 300",
+        ),
+    ],
+)
+def test_participation_refuses(changes, error, message):
+    refuses("participation", participation(), changes, error, message)
+
+
 @pytest.mark.parametrize("capacity", [3, 8])
 def test_tables_in_another_order_are_refused(capacity):
     given = attention(capacity=capacity)

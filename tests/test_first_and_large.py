@@ -15,6 +15,7 @@ from worldkv_kernels import (
     compress_chunk,
     dequantize_chunk,
     norm_rope_append,
+    participation,
     quantize_chunk,
     segment_attention,
 )
@@ -32,8 +33,8 @@ HALF = dict(dtype=torch.bfloat16, device=DEVICE)
 FIRST_CALL = """
 import torch
 from worldkv_kernels import (
-    Rope3D, RopeTable, Segment, Window, compress_chunk, dequantize_chunk, norm_rope_append, quantize_chunk,
-    segment_attention,
+    Rope3D, RopeTable, Segment, Window, compress_chunk, dequantize_chunk, norm_rope_append, participation,
+    quantize_chunk, segment_attention,
 )
 
 def random(*shape, seed=0):
@@ -52,6 +53,11 @@ made = torch.empty_like(q)
 
 def segment_attention_once(backend=None):
     return [segment_attention(q, k, v, window, out=made, backend=backend)]
+
+lse = torch.full((4, 600), 7.0, device="cuda")
+
+def participation_once(backend=None):
+    return [participation(q, k, window, lse, backend=backend)]
 
 def norm_rope_append_once(backend=None):
     rows = [x[:120].flatten(1) for x in (q, k, v)]
@@ -99,7 +105,8 @@ def first_call(op, table=True):
 
 @pytest.mark.parametrize("self_check", ["1", "0"])
 @pytest.mark.parametrize(
-    "op", ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "dequantize_chunk"]
+    "op",
+    ["segment_attention", "participation", "norm_rope_append", "compress_chunk", "quantize_chunk", "dequantize_chunk"],
 )
 def test_the_first_call_of_a_process_may_be_inside_a_capture(op, self_check, monkeypatch):
     monkeypatch.setenv("WORLDKV_SELF_CHECK", self_check)
@@ -146,9 +153,12 @@ def attended(pools, backend):
     for pool, rows in zip(pools, (k, v), strict=True):
         pool[first:] = rows
     near, far = (Window([Segment(at, 1500), Segment(at + 1800, 1200)], device=DEVICE) for at in (0, first))
-    want = segment_attention(q, k, v, near, backend=backend)
+    want, lse = segment_attention(q, k, v, near, return_lse=True, backend=backend)
     assert torch.equal(segment_attention(q, *pools, far, backend=backend), want), backend
     assert torch.isfinite(want).all(), backend
+    shares = participation(q, k, near, lse, backend="triton")
+    assert torch.equal(participation(q, pools[0], far, lse, backend="triton"), shares)
+    assert (shares.sum(1) - 1).abs().max() <= 1e-2
 
 
 def appended(pools, backend):

@@ -69,6 +69,7 @@ def test_a_replay_outside_a_chunk_is_told():
         {"recent_frames": 0, "sink_frames": 0},
         {"bank_bits": 8},
         {"bank": "host", "bank_bits": 4},
+        {"mass_layers": (1,)},
     ],
 )
 def test_warming_up_changes_nothing(options, monkeypatch):

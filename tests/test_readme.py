@@ -54,7 +54,8 @@ def test_the_two_lines_in_matrix_game(monkeypatch):
 
 
 def test_there_is_an_example_for_every_op():
-    for op in ("segment_attention(", "norm_rope_append(", "compress_chunk(", "memory.attend(", *OF_PIPELINES):
+    ops = ("segment_attention(", "participation(", "norm_rope_append(", "compress_chunk(")
+    for op in (*ops, "memory.attend(", *OF_PIPELINES):
         assert any(op in example for example in EXAMPLES)
 
 

@@ -207,8 +207,10 @@ class ByMass(PoseRetrieval):
         return sorted((chunk for chunk, _ in candidates), key=lambda chunk: -received.get(chunk, 0.0))[:budget]
 
     def drop(self, candidates, *, received):
-        self.dropped.append(([chunk for chunk, _ in candidates], received))
-        return min((chunk for chunk, _ in candidates), key=lambda chunk: received.get(chunk, 0.0))
+        self.dropped.append(([chunk for chunk, _ in candidates], dict(received)))
+        least = min((chunk for chunk, _ in candidates), key=lambda chunk: received.get(chunk, 0.0))
+        received.clear()  # its own copy
+        return least
 
 
 def test_a_policy_that_goes_by_mass_is_told():

@@ -27,7 +27,7 @@ import torch
 
 from worldkv_kernels import (
     ActionRetrieval, FovRetrieval, MemoryConfig, PoseRetrieval, Rope3D, Segment, Window, WorldMemory, compress_chunk,
-    dequantize_chunk, norm_rope_append, parse_actions, quantize_chunk, segment_attention,
+    dequantize_chunk, norm_rope_append, parse_actions, participation, quantize_chunk, segment_attention,
 )
 from worldkv_kernels.integrations import attach, detach, lingbot, matrix_game
 from worldkv_kernels.models.matrix_game_2 import MatrixGame2
@@ -40,6 +40,7 @@ def attention(q: torch.Tensor, wish: bool) -> torch.Tensor:
     out, lse = segment_attention(q, q, q, w, return_lse=True)
     out, mass = segment_attention(q, q, q, w, return_mass=True)
     out, lse, mass = segment_attention(q, q, q, w, return_lse=True, return_mass=True)
+    out = participation(q, q, w, lse, scale=0.5, out=mass, backend=None).flatten(1)
     segment_attention(q, q, q, w, return_lse=True).flatten(1)  # type: ignore[attr-defined]
     found = segment_attention(q, q, q, w, return_lse=wish)
     out = found if isinstance(found, torch.Tensor) else found[0]

@@ -1,5 +1,6 @@
 """Each file of kernels/ serves alone: copied, without worldkv_kernels, and called with what its docstring says."""
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from worldkv_kernels import Rope3D, Segment, Window
 
 pytest.importorskip("triton", reason="triton is not installed")
-from worldkv_kernels.kernels import compress_chunk, norm_rope_append, quantize_chunk, segment_attention
+from worldkv_kernels.kernels import compress_chunk, norm_rope_append, participation, quantize_chunk, segment_attention
 
 # --- a copy of one file, in a process that has no worldkv_kernels ---
 
@@ -67,6 +68,36 @@ for of_time, has_weight, capacity in (
     assert close(out, torch.einsum("hqk,khd->qhd", p, values))
     assert close(lse, scores.logsumexp(-1))
     assert close(mass, torch.stack([p[..., of_segment == i].sum(-1).mean(-1) for i in range(3)], -1))
+"""
+
+PARTICIPATION = """
+from participation import participation
+
+segments = [(0, 130, 7, -0.5), (200, 3, -3, 3.0)]  # a full tile and two tails
+rows = torch.tensor([*range(130), *range(200, 203)])
+tail_rows = torch.zeros(3 * 128, 2, dtype=torch.int32)
+tail_rows[:5] = torch.tensor([[128, 0], [129, 0], [200, 1], [201, 1], [202, 1]])
+ranges = torch.tensor([[0, 1, 0, 5], [0, 1, 0, 2], [1, 1, 2, 5], [0, 0, 0, 0]], dtype=torch.int32)
+tables = [torch.tensor([[0, 0], [-1, -1], [-1, -1]], dtype=torch.int32), tail_rows, ranges, torch.tensor([2]).int()]
+q = torch.randn(40, 4, 64)  # two heads share one of K
+k_pool = torch.full((300, 2, 64), float("nan"))
+k_pool[rows] = torch.randn(len(rows), 2, 64)
+frequencies = torch.zeros(32)
+frequencies[:12] = 10000.0 ** (-torch.arange(12) / 12)
+of_segment = torch.tensor([0] * 130 + [1] * 3)
+angles = torch.tensor([7.0, -3.0])[:, None] * frequencies.double()
+turns = torch.stack([angles.cos(), angles.sin()], dim=-1)[:, :12].float()
+turns, weights = torch.cat([turns, turns[:1]]), torch.tensor([-0.5, 3.0, 0.0]) / torch.log(torch.tensor(2.0))
+
+for has_shift in (False, True):
+    for has_weight in (False, True):
+        keys = turned(k_pool[rows], angles[of_segment][:, None] * has_shift).repeat_interleave(2, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * 0.125
+        scores += has_weight * torch.tensor([-0.5, 3.0]).double()[of_segment]
+        lse, out = scores.logsumexp(-1).float(), torch.full((4, 140), 3.0)
+        participation(q, k_pool, *tables, turns, weights, lse, out, scale=0.125, has_shift=has_shift,
+                      has_weight=has_weight)
+        assert close(out[:, :133], scores.softmax(-1).mean(1)) and (out[:, 133:] == 0).all()
 """
 
 NORM_ROPE_APPEND = """
@@ -202,9 +233,9 @@ for bits, size in ((8, numbers + 70 * 2 * 4), (4, numbers // 2 + 2 * 3 * 2 * 64 
     ("module", "use"),
     [
         (segment_attention, SEGMENT_ATTENTION), (norm_rope_append, NORM_ROPE_APPEND), (compress_chunk, COMPRESS_CHUNK),
-        (quantize_chunk, QUANTIZE_CHUNK),
+        (quantize_chunk, QUANTIZE_CHUNK), (participation, PARTICIPATION),
     ],
-    ids=["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk"],
+    ids=["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "participation"],
 )  # fmt: skip
 def test_one_file_alone(tmp_path, module, use):
     shutil.copy(Path(module.__file__), tmp_path)
@@ -416,6 +447,67 @@ def test_attention_refuses_what_the_interpreter_gets_wrong(monkeypatch):
     bf16 = {x: t.bfloat16() for x, t in attention_arguments().items() if x in ("q", "k_pool", "v_pool", "out")}
     wanted = "q must be float16 or float32 in Triton's interpreter, which multiplies bf16 as integers"
     check_refusal(monkeypatch, segment_attention, attention_arguments(), bf16, TypeError, wanted)
+
+
+def participation_arguments():
+    shared = {x: t for x, t in attention_arguments().items() if x not in ("v_pool", "out", "mass")}
+    return {**shared, "out": torch.zeros(2, 9)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"q": torch.zeros(5, 128)}, ValueError, "q must be [q_len, heads, head_dim] with head_dim 64 or 128, without"),
+        ({"q": torch.zeros(5, 2, 32)}, ValueError, "q must be [q_len, heads, head_dim] with head_dim 64 or 128"),
+        ({"q": torch.zeros(0, 2, 64)}, ValueError, "q must be [q_len, heads, head_dim], heads not first"),
+        ({"q": torch.zeros(2, 600, 64)}, ValueError, "q must be [q_len, heads, head_dim], heads not first"),
+        *[
+            ({"k_pool": torch.zeros(shape)}, ValueError, "k_pool must be [rows, kv_heads, 64] with kv_heads a divisor")
+            for shape in ((), (300, 64), (300, 0, 64), (300, 3, 64), (300, 2, 128))
+        ],
+        (
+            {"q": torch.zeros(5, 4, 64), "k_pool": torch.zeros(300, 3, 64)},
+            ValueError,
+            "k_pool must be [rows, kv_heads, 64] with kv_heads a divisor of q's 4 heads, got [300, 3, 64]",
+        ),
+        *[
+            ({x: torch.zeros(5, 2, 64).to(dtype) for x in ("q", "k_pool")}, TypeError, "q must be torch.bfloat16 or")
+            for dtype in UNSUPPORTED
+        ],
+        ({"k_pool": torch.zeros(300, 2, 64).half()}, TypeError, "q and k_pool must be of one dtype"),
+        ({"q": torch.zeros(5, 2, 128)[..., ::2]}, ValueError, "q and k_pool must be dense in head_dim"),
+        ({"k_pool": torch.zeros(300, 64, 2).mT}, ValueError, "q and k_pool must be dense in head_dim"),
+        ({"scale": 1e37}, ValueError, "scale must be from 1e-25 to 1e25, got 1e+37"),
+        ({"tiles": torch.zeros(3, 2).long()}, ValueError, TABLES),
+        ({"tiles": torch.zeros(2, 3).int().T}, ValueError, TABLES),
+        ({"tail_rows": torch.zeros(383, 2).int()}, ValueError, TABLES),
+        ({"ranges": torch.zeros(3, 4).int()}, ValueError, TABLES),
+        ({"turns": torch.zeros(3, 33, 2)}, ValueError, "turns must be torch.float32 [3, 1 to 32 pairs, 2], contiguous"),
+        ({"turns": torch.zeros(3, 24, 2)[:, ::2]}, ValueError, "turns must be torch.float32 [3, 1 to 32 pairs, 2]"),
+        ({"weights": torch.zeros(6)[::2]}, ValueError, "weights must be torch.float32 [3], contiguous"),
+        ({"lse": torch.zeros(5, 2).T}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
+        ({"lse": torch.zeros(2, 5).double()}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
+        *[
+            ({"out": out}, ValueError, "out must be torch.float32 [2, tokens], dense in its tokens, at least one, got")
+            for out in (torch.zeros(3, 9), torch.zeros(2, 0), torch.zeros(9, 2).T, torch.zeros(2, 9).half())
+        ],
+    ],
+)
+def test_participation_refuses(monkeypatch, changes, error, wanted):
+    check_refusal(monkeypatch, participation, participation_arguments(), changes, error, wanted)
+
+
+def test_participation_refuses_what_the_interpreter_gets_wrong(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    bf16 = {x: t.bfloat16() for x, t in participation_arguments().items() if x in ("q", "k_pool")}
+    wanted = "q must be float16 or float32 in Triton's interpreter, which multiplies bf16 as integers"
+    check_refusal(monkeypatch, participation, participation_arguments(), bf16, TypeError, wanted)
+
+
+def test_queries_are_turned_alike_in_both_files():
+    """So that shares are those that attention took; each file has the function, since it serves alone."""
+    one, other = (inspect.getsource(module._turned_query.fn) for module in (participation, segment_attention))
+    assert one == other
 
 
 def append_arguments():

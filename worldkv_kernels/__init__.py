@@ -30,6 +30,7 @@ if TYPE_CHECKING or "torch" in sys.modules or not _command_starts():
         dequantize_chunk,
         norm_rope_append,
         packed_bytes,
+        participation,
         quantize_chunk,
         segment_attention,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "norm_rope_append",
     "packed_bytes",
     "parse_actions",
+    "participation",
     "quantize_chunk",
     "segment_attention",
 ]

@@ -26,6 +26,7 @@ BENCHES = {
     "norm_rope_append": "norm, RoPE and the write into the pool",
     "compress_chunk": "pruning a chunk",
     "quantize_chunk": "a chunk in 8 or 4 bits, and back",
+    "participation": "what each key of a window received",
     "prefetch": "retrieved chunks from host memory",
     "chunk": "one denoising pass of a few layers over a full window",
     "rollout": "whole chunks of a model with each memory: frames per second, and where time goes",
@@ -35,6 +36,7 @@ SHAPES = {
     "norm_rope_append": "heads=24,head_dim=64,grid=3x30x52,dtype=float16",
     "compress_chunk": "frames=3,frame_tokens=1560,heads=24,head_dim=64,keep_ratio=0.25,layers=30,dtype=float16",
     "quantize_chunk": "tokens=1800,heads=24,head_dim=64,bits=4,op=dequantize,layers=30,dtype=float16",
+    "participation": "heads=24,kv_heads=8,q=3600,head_dim=64,window=3600x1+1800x6,dtype=float16",
 }
 CSV_COLUMNS = (
     "bench", "case", "variant", "is_rival", "status", "reason", "error", "us", "us_20", "us_80", "host_us", "rounds",

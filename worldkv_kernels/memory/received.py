@@ -60,7 +60,7 @@ class Received:
         self._on_host.copy_(self._mean, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._on_device.device))
-        self._window, self._last = plan, None
+        self._window = plan
 
     def last(self) -> Shares | None:
         """Of the chunk ended last, if it is not added yet; waits for its passes on the host."""
@@ -77,7 +77,7 @@ class Received:
                 for name, share in of_window.items():
                     before = known.get(name, share)
                     known[name] = before + (1.0 - _KEPT) * (share - before)
-        self._window = self._last = None
+        self._last = None
 
     def keep(self, kept: Callable[[int], bool]) -> None:
         """The others are gone for good."""

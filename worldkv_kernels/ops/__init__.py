@@ -2,6 +2,7 @@
 
 from .compress_chunk import CompressedChunk, compress_chunk
 from .norm_rope_append import norm_rope_append
+from .participation import participation
 from .quantize_chunk import dequantize_chunk, packed_bytes, quantize_chunk
 from .segment_attention import segment_attention
 
@@ -11,6 +12,7 @@ __all__ = [
     "dequantize_chunk",
     "norm_rope_append",
     "packed_bytes",
+    "participation",
     "quantize_chunk",
     "segment_attention",
 ]

@@ -6,12 +6,13 @@ import torch
 
 from .compress_chunk import BACKENDS as COMPRESS_CHUNK
 from .norm_rope_append import BACKENDS as NORM_ROPE_APPEND
+from .participation import BACKENDS as PARTICIPATION
 from .quantize_chunk import BACKENDS as QUANTIZE_CHUNK
 from .quantize_chunk import DEQUANTIZE as DEQUANTIZE_CHUNK
 from .segment_attention import BACKENDS as SEGMENT_ATTENTION
 
 _OF_PASSES = (SEGMENT_ATTENTION, NORM_ROPE_APPEND, COMPRESS_CHUNK)
-OPS = (*_OF_PASSES, QUANTIZE_CHUNK, DEQUANTIZE_CHUNK)
+OPS = (*_OF_PASSES, PARTICIPATION, QUANTIZE_CHUNK, DEQUANTIZE_CHUNK)
 # What a name may ask of a whole memory: packing has no CUDA kernel, and takes its own choice then (`backend_of`).
 EVERY_BACKEND = [name for name in SEGMENT_ATTENTION.backends if all(name in op.backends for op in _OF_PASSES)]
 

@@ -146,12 +146,7 @@ def segment_attention(
     check_layout(_OP, "v_pool", v_pool, ("rows", "kv_heads", "head_dim"), like=q)
     check_heads(_OP, "q", q, "[q_len, heads, head_dim]")
     q_len, heads, head_dim = q.shape
-    if window.device != q.device:
-        raise bad_value(_OP, "window", f"on {q.device}", window.device)
-    if window.last_row >= k_pool.shape[0]:
-        raise bad_value(_OP, "window", f"within the pool's {k_pool.shape[0]} rows", f"last row {window.last_row}")
-    if window.rope is not None and window.rope.head_dim != head_dim:
-        raise bad_value(_OP, "window.rope", f"for head_dim {head_dim}", window.rope)
+    check_window(_OP, window, q, k_pool)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
     else:
@@ -219,31 +214,13 @@ def _check_layouts(
     lse: torch.Tensor | None, mass: torch.Tensor | None, has_shift: bool, has_weight: bool,
 ) -> None:  # fmt: skip
     """What every call needs, also one of torch.ops.worldkv. What is in the tables is for the reference to say."""
-    check_tensor(_OP, "q", q, ("q_len", "heads", "head_dim"))
-    check_heads(_OP, "q", q, "[q_len, heads, head_dim]")
+    check_query_and_keys(_OP, q, k_pool)
     q_len, heads, head_dim = q.shape
-    if q_len < 1:
-        raise bad_value(_OP, "q", "[q_len >= 1, heads, head_dim]", q)
-    check_tensor(_OP, "k_pool", k_pool, ("rows", "kv_heads", head_dim), like=q)
     rows, kv_heads, _ = k_pool.shape
-    if not 1 <= kv_heads <= heads or heads % kv_heads:
-        wanted = f"[{rows}, kv_heads, {head_dim}] with kv_heads a divisor of q's {heads} heads"
-        raise bad_value(_OP, "k_pool", wanted, k_pool)
     if v_pool.dim() == 3 and v_pool.shape[2] != head_dim:
         raise bad_value(_OP, "v_pool", f"[{rows}, {kv_heads}, {head_dim}], since K and V share one head_dim", v_pool)
     check_tensor(_OP, "v_pool", v_pool, (rows, kv_heads, head_dim), like=q)
-    integers = (torch.int32,)
-    check_tensor(_OP, "ranges", ranges, ("capacity + 1", 4), like=q, dtypes=integers, inner=2)
-    capacity = ranges.shape[0] - 1
-    check_tensor(_OP, "tiles", tiles, (capacity, 2), like=q, dtypes=integers, inner=2)
-    check_tensor(_OP, "tail_rows", tail_rows, (TILE_ROWS * capacity, 2), like=q, dtypes=integers, inner=2)
-    check_tensor(_OP, "num_segments", num_segments, (1,), like=q, dtypes=integers)
-    if has_shift:
-        check_tensor(_OP, "turns", turns, (capacity, "pairs", 2), like=q, dtypes=(torch.float32,), inner=3)
-        if not 1 <= turns.shape[1] <= head_dim // 2:
-            raise bad_value(_OP, "turns", f"[{capacity}, 1 to {head_dim // 2} pairs, 2]", turns)
-    if has_weight:
-        check_tensor(_OP, "weights", weights, (capacity,), like=q, dtypes=(torch.float32,))
+    check_tables(_OP, q, (tiles, tail_rows, ranges, num_segments, turns, weights), has_shift, has_weight)
     check_tensor(_OP, "out", out, (q_len, heads, head_dim), like=q)
     if lse is not None:
         check_tensor(_OP, "lse", lse, (heads, q_len), like=q, dtypes=(torch.float32,), inner=2)
@@ -251,6 +228,49 @@ def _check_layouts(
         check_tensor(_OP, "mass", mass, (heads, "segments"), like=q, dtypes=(torch.float32,), inner=0)
         if mass.shape[1] < 1:
             raise bad_value(_OP, "mass", f"[{heads}, segments >= 1]", mass)
+
+
+def check_window(op: str, window: Window, q: torch.Tensor, k_pool: torch.Tensor) -> None:
+    """What has to be known of a window before an op is called, which gets its tables alone."""
+    if window.device != q.device:
+        raise bad_value(op, "window", f"on {q.device}", window.device)
+    if window.last_row >= k_pool.shape[0]:
+        raise bad_value(op, "window", f"within the pool's {k_pool.shape[0]} rows", f"last row {window.last_row}")
+    if window.rope is not None and window.rope.head_dim != q.shape[2]:
+        raise bad_value(op, "window.rope", f"for head_dim {q.shape[2]}", window.rope)
+
+
+def check_query_and_keys(op: str, q: torch.Tensor, k_pool: torch.Tensor) -> None:
+    check_tensor(op, "q", q, ("q_len", "heads", "head_dim"))
+    check_heads(op, "q", q, "[q_len, heads, head_dim]")
+    q_len, heads, head_dim = q.shape
+    if q_len < 1:
+        raise bad_value(op, "q", "[q_len >= 1, heads, head_dim]", q)
+    check_tensor(op, "k_pool", k_pool, ("rows", "kv_heads", head_dim), like=q)
+    rows, kv_heads, _ = k_pool.shape
+    if not 1 <= kv_heads <= heads or heads % kv_heads:
+        wanted = f"[{rows}, kv_heads, {head_dim}] with kv_heads a divisor of q's {heads} heads"
+        raise bad_value(op, "k_pool", wanted, k_pool)
+
+
+def check_tables(
+    op: str, q: torch.Tensor, tables: tuple[torch.Tensor, ...], has_shift: bool, has_weight: bool
+) -> None:  # fmt: skip
+    """Check shapes and dtypes of a window's tables."""
+    tiles, tail_rows, ranges, num_segments, turns, weights = tables
+    head_dim = q.shape[2]
+    integers = (torch.int32,)
+    check_tensor(op, "ranges", ranges, ("capacity + 1", 4), like=q, dtypes=integers, inner=2)
+    capacity = ranges.shape[0] - 1
+    check_tensor(op, "tiles", tiles, (capacity, 2), like=q, dtypes=integers, inner=2)
+    check_tensor(op, "tail_rows", tail_rows, (TILE_ROWS * capacity, 2), like=q, dtypes=integers, inner=2)
+    check_tensor(op, "num_segments", num_segments, (1,), like=q, dtypes=integers)
+    if has_shift:
+        check_tensor(op, "turns", turns, (capacity, "pairs", 2), like=q, dtypes=(torch.float32,), inner=3)
+        if not 1 <= turns.shape[1] <= head_dim // 2:
+            raise bad_value(op, "turns", f"[{capacity}, 1 to {head_dim // 2} pairs, 2]", turns)
+    if has_weight:
+        check_tensor(op, "weights", weights, (capacity,), like=q, dtypes=(torch.float32,))
 
 
 def _kind_and_shape(
@@ -280,7 +300,7 @@ def _rows_in_order(*pools: torch.Tensor) -> bool:
     )
 
 
-def _triton_unsupported(kind: tuple) -> str | None:
+def triton_unsupported(kind: tuple) -> str | None:
     if kind[0] == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         return "triton's interpreter multiplies bf16 matrices as integers"
     return None
@@ -331,13 +351,13 @@ def _small_case(device: torch.device, kind: tuple) -> Callable[[Callable[..., No
 
 
 # No pair, those of a Rope3D, and all of them where fewer may take another kernel.
-_TURNED_PAIRS = ((64, 0), (64, 12), (128, 0), (128, 22), (128, 64))
+TURNED_PAIRS = ((64, 0), (64, 12), (128, 0), (128, 22), (128, 64))
 
 BACKENDS = OpBackends(
     op=_OP,
     backends={
         "cuda": Backend(lambda: cuda.segment_attention, cuda.attention_unavailable, cuda.attention_unsupported),
-        "triton": Backend(_load_triton, triton_unavailable, _triton_unsupported),
+        "triton": Backend(_load_triton, triton_unavailable, triton_unsupported),
         "sdpa": Backend(lambda: sdpa.segment_attention, sdpa.unavailable, sdpa.unsupported, sdpa.unsupported_on),
         "reference": Backend(lambda: exact(reference)),
     },
@@ -349,7 +369,7 @@ BACKENDS = OpBackends(
             (dtype, head_dim, turned_pairs, with_extras, with_extras, has_weight, False, True, True)
             for has_weight in (False, True)
             for dtype in (torch.bfloat16, torch.float16)
-            for head_dim, turned_pairs in _TURNED_PAIRS
+            for head_dim, turned_pairs in TURNED_PAIRS
             for with_extras in (False, True)
         ),
         *(

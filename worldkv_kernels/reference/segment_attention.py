@@ -36,41 +36,23 @@ def segment_attention(
     q_len, heads, _ = q.shape
     group_size = heads // k_pool.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    segments = _segment_rows(tiles, tail_rows, ranges, num_segments)
-    lengths = [len(rows) for rows in segments]
-    rows = torch.cat(segments)
-    check_rows(*map(int, rows.aminmax()), len(k_pool))
-    rows = rows.to(q.device)
-    of_rows = None  # the natural logarithm of each row's weight
-    if has_weight:
-        log_weights = weights[: len(lengths)].to(wide) * math.log(2)
-        of_rows = log_weights.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=q.device))
-    step = max(1, _MAX_SCORES // max(1, len(rows)))
+    rows, lengths = window_rows("segment_attention", tiles, tail_rows, ranges, num_segments, k_pool)
+    of_rows = log_weights(weights, lengths, wide) if has_weight else None
+    step = queries_at_once(rows)
     for head in range(heads):
         k = k_pool[rows, head // group_size].to(wide)
         v = v_pool[rows, head // group_size].to(wide)
         shares = []
         for first in range(0, q_len, step):
-            query = q[first : first + step, head].to(wide)
-            queries, parts = [query], [k]
-            if has_shift:
-                # Rounded once to the input's dtype, as every backend reads it.
-                queries = [_turned(query, turns[s].to(wide)).to(q.dtype).to(wide) for s in range(len(lengths))]
-                parts = k.split(lengths)
-            scores = _scores(queries, parts)
-            row_max = scores.amax(dim=1, keepdim=True)
-            if float(row_max.abs().amax()) * scale > _LARGE:
-                # Sums of fp32 end differently in different orders, and a matrix product has several: equal keys would
-                # get unlike weights.
-                scores = _scores([x.double() for x in queries], [x.double() for x in parts])
-                row_max = scores.amax(dim=1, keepdim=True)
+            query = q[first : first + step, head]
+            scores, row_max = window_scores(query, k, lengths, turns if has_shift else None, scale)
             # The scale after the difference, which is exact where it matters: large scores lose no digit.
             differences = scores.sub_(row_max).to(wide).mul_(scale)
             if of_rows is not None:
                 differences += of_rows
                 highest_difference = differences.amax(dim=1, keepdim=True)
                 differences -= highest_difference
-            p = torch.threshold_(differences.clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
+            p = exp_(differences)
             row_sum = p.sum(dim=1, keepdim=True)
             out[first : first + step, head] = ((p @ v) / row_sum).to(out.dtype)
             if lse is not None:
@@ -85,31 +67,70 @@ def segment_attention(
             mass[head, num:] = 0.0
 
 
-def _segment_rows(
-    tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor
-) -> list[torch.Tensor]:
-    """The pool rows of each segment, in order."""
-    num = check_num_segments(num_segments, ranges)
+def window_rows(
+    op: str, tiles: torch.Tensor, tail_rows: torch.Tensor, ranges: torch.Tensor, num_segments: torch.Tensor,
+    pool: torch.Tensor,
+) -> tuple[torch.Tensor, list[int]]:  # fmt: skip
+    """The pool rows of all segments, in order, on the pool's device, and how many each segment has."""
+    num = check_num_segments(num_segments, ranges, op)
     tiles, tail_rows = tiles[:, 0].cpu(), tail_rows[:, 0].cpu()
     segments = []
     for full_lo, full_hi, tail_lo, tail_hi in ranges[1 : 1 + num].tolist():
         full = tiles[full_lo:full_hi, None] + torch.arange(_TILE_ROWS, dtype=torch.int64, device="cpu")
         segments.append(torch.cat([full.flatten(), tail_rows[tail_lo:tail_hi]]))
-    return segments
+    rows = torch.cat(segments)
+    check_rows(*map(int, rows.aminmax()), len(pool), op)
+    return rows.to(pool.device), [len(segment) for segment in segments]
 
 
-def check_num_segments(num_segments: torch.Tensor, ranges: torch.Tensor) -> int:
+def log_weights(weights: torch.Tensor, lengths: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """The natural logarithm of each row's weight."""
+    of_segments = weights[: len(lengths)].to(dtype) * math.log(2)
+    return of_segments.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=weights.device))
+
+
+def queries_at_once(rows: torch.Tensor) -> int:
+    return max(1, _MAX_SCORES // max(1, len(rows)))
+
+
+def check_num_segments(num_segments: torch.Tensor, ranges: torch.Tensor, op: str = "segment_attention") -> int:
     """How many segments the tables hold."""
     num = int(num_segments)
     if not 1 <= num < len(ranges):
-        raise ValueError(f"segment_attention: num_segments must hold 1 to {len(ranges) - 1}, got {num}")
+        raise ValueError(f"{op}: num_segments must hold 1 to {len(ranges) - 1}, got {num}")
     return num
 
 
-def check_rows(lowest: int, highest: int, pool_rows: int) -> None:
+def check_rows(lowest: int, highest: int, pool_rows: int, op: str = "segment_attention") -> None:
     if lowest < 0 or highest >= pool_rows:
         wanted = f"rows of the pool, from 0 to {pool_rows - 1}"
-        raise ValueError(f"segment_attention: tiles and tail_rows must name {wanted}, got {lowest} to {highest}")
+        raise ValueError(f"{op}: tiles and tail_rows must name {wanted}, got {lowest} to {highest}")
+
+
+def window_scores(
+    q: torch.Tensor, k: torch.Tensor, lengths: list[int], turns: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q . k of queries [n, head_dim] and the rows k of a window, in k's dtype, or in float64 where they are large; and
+    the largest of each query [n, 1]."""
+    wide = k.dtype
+    queries, parts = [q.to(wide)], [k]
+    if turns is not None:
+        # Rounded once to the input's dtype, as every backend reads it.
+        queries = [_turned(queries[0], turn).to(q.dtype).to(wide) for turn in turns[: len(lengths)].to(wide)]
+        parts = k.split(lengths)
+    scores = _scores(queries, parts)
+    row_max = scores.amax(dim=1, keepdim=True)
+    if float(row_max.abs().amax()) * scale > _LARGE:
+        # Sums of fp32 end differently in different orders, and a matrix product has several: equal keys would
+        # get unlike weights.
+        scores = _scores([x.double() for x in queries], [x.double() for x in parts])
+        row_max = scores.amax(dim=1, keepdim=True)
+    return scores, row_max
+
+
+def exp_(x: torch.Tensor) -> torch.Tensor:
+    """exp, in place, with 0 for less than exp(-70)."""
+    return torch.threshold_(x.clamp_min_(_LOG_NOTHING).exp_(), _NOTHING, 0.0)
 
 
 def _scores(queries: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:
