@@ -164,7 +164,7 @@ class CausalWanModel(nn.Module):
         self, x, t, context, seq_len, clip_fea=None, y=None, kv_cache=None, crossattn_cache=None, current_start=0,
         cache_start=0, **recache,
     ):  # fmt: skip
-        """The flow of x [1, in_dim, frames, height, width] at t [1, frames], or [1, 1] for all frames.
+        """The flow of x [videos, in_dim, frames, height, width] at t [1, frames], or [1, 1] for all frames.
 
         `recache` is LongLive's sink_recache_after_switch.
         """
@@ -197,8 +197,8 @@ class CausalWanModel(nn.Module):
             self._apply_cache_updates(kv_cache, writes)
         x = self.head(x, e)
         frames, height, width = grid_sizes[0].tolist()
-        video = x.view(1, frames, height, width, *PATCH[1:], self.out_dim)
-        return video.permute(0, 6, 1, 2, 4, 3, 5).reshape(1, self.out_dim, frames, 2 * height, 2 * width)
+        video = x.view(len(x), frames, height, width, *PATCH[1:], self.out_dim)
+        return video.permute(0, 6, 1, 2, 4, 3, 5).reshape(len(x), self.out_dim, frames, 2 * height, 2 * width)
 
 
 class PairedCausalWanModel(CausalWanModel):
@@ -226,7 +226,7 @@ class WanDiffusionWrapper(nn.Module):
         self, noisy_image_or_video, conditional_dict, timestep, kv_cache=None, crossattn_cache=None,
         current_start=None, cache_start=None, **recache,
     ):  # fmt: skip
-        """[1, frames, channels, height, width] of noise -> the flow and the clean video, as much of each."""
+        """[videos, frames, channels, height, width] of noise -> the flow and the clean video, as much of each."""
         conditional_dict = dict(conditional_dict)
         flow = self.model(
             noisy_image_or_video.transpose(1, 2), t=timestep, context=conditional_dict.pop("prompt_embeds"),
@@ -251,13 +251,13 @@ class CausalInferencePipeline:
 
     @torch.no_grad()
     def inference(self, noise, conditional_dict, initial_latent=None, independent_first_frame=False):
-        """Clean latents [1, frames, channels, height, width]; those of initial_latent come first, as they are."""
+        """Clean latents [videos, frames, channels, height, width]; those of initial_latent come first, as they are."""
         self._begin(noise)
         given = 0 if initial_latent is None else initial_latent.shape[1]
         sizes = [self.num_frame_per_block] * ((given + noise.shape[1]) // self.num_frame_per_block)
         if independent_first_frame:
             sizes = [1, *sizes]
-        self.output = noise.new_zeros(1, given + noise.shape[1], *noise.shape[2:])
+        self.output = noise.new_zeros(len(noise), given + noise.shape[1], *noise.shape[2:])
         start = 0
         for frames in sizes:
             block = slice(start, start + frames)
@@ -281,9 +281,10 @@ class CausalInferencePipeline:
             level = torch.ones(1, noisy.shape[1], dtype=torch.int64) * step
             clean = self._pass(noisy, conditions, level, start_frame)[1]
             if index + 1 < len(STEPS):
-                drawn = torch.randn(clean.shape, generator=torch.Generator().manual_seed(start_frame))[0]
-                levels = torch.full((len(drawn),), STEPS[index + 1])
-                noisy = self.generator.scheduler.add_noise(clean[0], drawn.to(clean), levels)[None]
+                drawn = torch.randn(clean.shape, generator=torch.Generator().manual_seed(start_frame)).to(clean)
+                levels = torch.full((len(drawn) * drawn.shape[1],), STEPS[index + 1])
+                noisy = self.generator.scheduler.add_noise(clean.flatten(0, 1), drawn.flatten(0, 1), levels)
+                noisy = noisy.unflatten(0, clean.shape[:2])
         return clean
 
     def _pass(self, video, conditions, level, start_frame, **recache):
@@ -306,7 +307,7 @@ class CausalInferencePipeline:
     def caches(self, noise):
         model = self.generator.model
         frames = 21 if self.local_attn_size == -1 else self.local_attn_size
-        sizes = 1, frames * self.frame_seq_length, model.num_heads, model.dim // model.num_heads
+        sizes = len(noise), frames * self.frame_seq_length, model.num_heads, model.dim // model.num_heads
         layers = range(len(model.blocks))
         kv_cache = [
             {

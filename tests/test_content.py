@@ -367,7 +367,7 @@ class Events:
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Contents that think that they are on a GPU, whose event and capture a test has in hand."""
-    contents, events = Contents((FRAMES, DIM), torch.device("cpu")), Events()
+    contents, events = Contents((1, FRAMES, DIM), torch.device("cpu")), Events()
     contents._copied = events
     capture = SimpleNamespace(on=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)

@@ -373,12 +373,12 @@ def test_the_change_of_prompt_as_it_is_documented():
 # --- what is refused ---
 
 
-def test_guidance_by_two_forwards_is_refused():
+def test_guidance_by_two_forwards_is_refused_where_the_memory_has_one_branch():
     model = make_model()
     pipe = pipeline(model, plain.CausalDiffusionInferencePipeline)
     own = generate(pipe, 3)
     for given in (None, GIVEN):
-        with attach_own_window(model), pytest.raises(RuntimeError, match="guidance by two forwards is not supported"):
+        with attach_own_window(model), pytest.raises(RuntimeError, match="guidance by two forwards with branches=2"):
             generate(pipe, 3, initial_latent=given)
     assert torch.equal(generate(pipe, 3), own)
 

@@ -112,7 +112,9 @@ def test_no_call_is_dropped_none_is_made_of_two_and_their_order_stays(monkeypatc
     chunks, layers = make(), []
     attend = WorldMemory.attend
     monkeypatch.setattr(
-        WorldMemory, "attend", lambda self, layer, *rest: layers.append(layer) or attend(self, layer, *rest)
+        WorldMemory,
+        "attend",
+        lambda self, layer, *rest, **options: layers.append(layer) or attend(self, layer, *rest, **options),
     )
 
     def one_pass(q, k, v):

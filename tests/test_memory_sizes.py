@@ -37,7 +37,7 @@ def drawn(seed: int) -> tuple[MemoryConfig, torch.dtype]:
         device_slots=of.choice((None, max(1, retrieved) + of.randint(0, 3))),
         rebase_time=rope is not None and of.random() < 0.5, retrieved_log_weight=of.choice((0, 0, 0.5)),
         unattended_chunks=of.choice((0, 0, 1, 2)), bank_sink=of.random() < 0.2, merge_pruned=of.random() < 0.5,
-        retrieval=of.choice(("pose", "pose", "content")),
+        retrieval=of.choice(("pose", "pose", "content")), branches=of.choice((1, 1, 2, 3)),
     )  # fmt: skip
     return config, of.choice((torch.bfloat16, torch.float16, torch.float32))
 
@@ -86,7 +86,7 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
         torch.zeros(config.chunk_tokens, heads * config.head_dim, dtype=dtype)
         for heads in (config.num_heads, config.num_kv_heads)
     )
-    memory.attend(0, q, k, k)
+    memory.attend(0, q, k, k, branch=0)
     assert bytes_of(memory) == sizes.device + sizes.host
     assert sum(sizes.on("cpu").values()) == sum(sizes.on("cuda").values()) == sum(sizes.parts.values())
 
@@ -100,7 +100,7 @@ def test_the_walk_meets_every_kind_of_config():
         {c.rope is None for c in configs}, {c.turns_segments for c in configs}, {c.weighs_segments for c in configs},
         {c.gap_chunks > 0 for c in configs}, {c.sink_frames % c.chunk_frames > 0 for c in configs},
         {c.caches_bank and c.device_slots is not None for c in configs}, {c.takes_contents for c in configs},
-        {c.num_kv_heads < c.num_heads for c in configs},
+        {c.num_kv_heads < c.num_heads for c in configs}, {c.branches > 1 for c in configs},
     ):  # fmt: skip
         assert seen == {True, False}
 
@@ -117,6 +117,9 @@ def test_parts_by_hand():
     assert (on_device.bank, on_device.host_bank) == (10 * 2432 * row, 0)
     assert LINGBOT.memory(bank_chunks=10).bytes(torch.float32).bank == 2 * on_device.bank
     fifth = replace(LINGBOT.memory(bank_chunks=10), num_kv_heads=8).bytes()  # of all but q
+    two = replace(LINGBOT.memory(bank_chunks=10), branches=2).bytes()
+    assert (two.bank, two.sink, two.rotations) == (2 * on_device.bank, 2 * on_device.sink, on_device.rotations)
+    assert two.scratch - on_device.scratch == 4680 * 5120 * 2 and two.tables == on_device.tables
     assert (fifth.bank, fifth.sink, fifth.scratch) == (2 * 2432 * row, 4736 * row // 5, on_device.scratch)
 
 

@@ -182,6 +182,19 @@ def test_same_bits_every_time_and_contiguous_or_sliced(backend):
         assert torch.equal(norm_rope_append(q.contiguous(), k, v, *pools, 0, **kwargs), want)
 
 
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_heads_of_wider_tensors(backend):
+    """Of out and of the pools some heads in the middle, as a memory's branches have them; others stay as they are."""
+    (q, k, v), weights, pools = inputs(30, 4, 64, WIDEST.get(backend, torch.float32), kv_heads=2)
+    kwargs = dict(rope=Rope3D(64), grid=(2, 3, 5), start_frame=3, q_weight=weights[0], k_weight=weights[1])
+    want = norm_rope_append(q, k, v, *pools, 7, **kwargs, backend=backend)
+    wide, out = (torch.full(shape, 5.0, device=DEVICE, dtype=q.dtype) for shape in ((2, 70, 6, 64), (30, 12, 64)))
+    norm_rope_append(q, k, v, *wide[:, :, 2:4], 7, **kwargs, out=out[:, 4:8], backend=backend)
+    assert torch.equal(out[:, 4:8], want) and torch.equal(wide[:, 7:37, 2:4], pools[:, 7:37])
+    out[:, 4:8], wide[:, 7:37, 2:4] = 5, 5
+    assert (wide == 5).all() and (out == 5).all()
+
+
 def good(**changes):
     (q, k, v), weights, pools = inputs(30, 2, 64)
     arguments = dict(

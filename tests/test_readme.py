@@ -37,9 +37,9 @@ def test_the_two_lines_in_matrix_game(monkeypatch):
     """In a plain restatement of its code, of one narrow layer, at 352 x 640 pixels."""
     queries, attend = [], WorldMemory.attend
 
-    def spy(self, layer, q, *args):
+    def spy(self, layer, q, *args, **options):
         queries.append(tuple(q.shape))
-        return attend(self, layer, q, *args)
+        return attend(self, layer, q, *args, **options)
 
     monkeypatch.setattr(WorldMemory, "attend", spy)
     model = small_matrix_game.plain_model(frame_tokens=880, layers=1)

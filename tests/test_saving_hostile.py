@@ -116,13 +116,14 @@ def test_keys_that_lack_or_are_more_or_others(parts, tmp_path):
         refused_or_goes_on(with_value(parts, way, [*pairs, ["more", 1]]).write(file))
 
 
-def test_a_file_that_says_nothing_of_kv_heads_has_as_many_as_of_q(tmp_path):
+@pytest.mark.parametrize("name", ["num_kv_heads", "branches"])
+def test_a_file_that_says_nothing_of_kv_heads_or_branches_has_as_many_as_of_q_and_one(name, tmp_path):
     parts = of("pose", tmp_path)
     pairs = field(parts.tree, "config")["dict"]
-    assert ["num_kv_heads", 1] in pairs
-    pairs.remove(["num_kv_heads", 1])
+    assert [name, 1] in pairs
+    pairs.remove([name, 1])
     memory = loaded(parts.write(tmp_path / "m"))
-    assert memory.config.num_kv_heads == 1 and same_state(memory, memory_of("pose"))
+    assert getattr(memory.config, name) == 1 and same_state(memory, memory_of("pose"))
 
 
 def values_of(parts):

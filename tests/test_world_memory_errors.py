@@ -26,6 +26,8 @@ from worldkv_kernels.memory.retrieval import PoseRetrieval
         ("num_layers", 0, "at least 1"),
         ("num_heads", 0, "at least 1"),
         ("num_heads", 129, "at most 128"),
+        ("branches", 0, "at least 1"),
+        ("branches", 129, "at most 128, branches * num_heads at most 128"),
         ("num_kv_heads", 0, "None or a divisor of num_heads=1"),
         ("num_kv_heads", 2, "None or a divisor of num_heads=1"),
         ("num_kv_heads", -1, "None or a divisor of num_heads=1"),
@@ -78,7 +80,7 @@ def test_config_errors(field, value, wanted):
 
 COUNTS = (
     "num_layers", "num_heads", "num_kv_heads", "head_dim", "chunk_frames", "sink_frames", "recent_frames",
-    "retrieved_chunks", "unattended_chunks", "bank_chunks", "device_slots",
+    "retrieved_chunks", "unattended_chunks", "bank_chunks", "device_slots", "branches",
 )  # fmt: skip
 
 

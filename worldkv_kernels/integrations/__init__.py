@@ -15,7 +15,9 @@ model that makes video chunk by chunk with a KV cache, these are the calls:
 `attend` takes q, k and v [tokens, heads * head_dim] as the projections give them, and returns [tokens, heads, head_dim]
 for the output projection. It stands for the QK-norm (given no weights, there is none), the rotary embedding, the write
 into the cache, and the attention. A pass covers one whole chunk of one video, every layer once, without gradients;
-the layers and their sizes are the MemoryConfig's. Cross-attention and other caches stay the model's.
+the layers and their sizes are the MemoryConfig's. Cross-attention and other caches stay the model's. With
+`MemoryConfig(branches=2)` two videos along one path share a memory, or the two forwards of classifier-free guidance:
+see `WorldMemory.attend`.
 
 A pipeline whose loop is not to be changed says the same by the first token of each pass. `chunks.Chunks` turns that
 into those calls and refuses what a memory cannot follow. Here SmallWorld is the model, and the loop a pipeline's:

@@ -102,13 +102,16 @@ def attach(
     Another prompt on the way needs the text's keys and values to be made anew, `crossattn_cache[i]["is_init"] = False`,
     and no more: the memory keeps the past as it was made.
 
+    With `branches=2` the memory serves guidance by two forwards, each with a cache of its own, or a batch of two videos
+    along one path; see integrations.chunks for the order of passes.
+
     What is not supported, and is an error that says so:
 
-    - two caches, as in guidance by two forwards: one memory serves one stream;
+    - more caches, or more videos in a batch, than the config's branches, which are one where nothing is said;
     - passes over older chunks than the newest, as LongLive's `_recache_after_switch` makes at a change of prompt (let
       the pipeline do what is said above in its place) and Krea's server before each block, with a `block_mask`;
     - a first chunk of one frame (independent_first_frame), or any other chunk of its own size;
-    - a rollout that does not begin at token 0, a batch of several videos, training;
+    - a rollout that does not begin at token 0, training;
     - self-attention that something else has replaced: sequence parallel, quantised attention. The function that it
       calls for softmax may be any: the memory's is called in its place;
     - self-attention that is called with more than the published code's arguments, which the memory would not heed, such

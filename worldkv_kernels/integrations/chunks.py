@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,12 +29,16 @@ class Chunks:
     - a pass at the same first token is one more over the same chunk, and overwrites its rows;
     - a pass at token 0 when there is a past, if only the clean pass of chunk 0, is a new rollout: the memory is reset;
     - so is a pass over chunk 0 with another stream: what came before was a warm-up, or broken off;
+    - where the memory has branches, each has its own passes: the stream that comes first in chunk 0 is branch 0, the
+      next one branch 1, and a further one is that other stream. They may come in any order, but are all over a chunk
+      before any is over the next; a new rollout begins when a branch comes to chunk 0 again after its own clean pass;
+    - or one pass is over all branches: its q, k and v are then [branches, tokens, columns];
     - anything else (a chunk skipped, a jump back, tokens that start no chunk) is an error;
     - an exception inside a pass drops its chunk: the memory is as before that chunk, which may be made again.
 
     The last pass over a chunk is what the memory keeps of it, as it is in the caches of these pipelines. It must have
     attended every layer. A chunk is ended by the next one's start, or by `finish` and, if its last pass was at
-    timestep 0, by `stats`: until then a further pass could come.
+    timestep 0, of each branch, by `stats`: until then a further pass could come.
 
     A UserWarning says, once each, that a rollout is over and asked for so few of the poses listed that they may be of
     video frames, and that another one goes along the same list where `restart` gave none. Rollouts that an exception
@@ -88,7 +92,6 @@ class Chunks:
         self.check_used()
         self.memory, self.config = memory, replace(self.config, grid=memory.config.grid)
         self._forget(reset=False)
-        self._stream = _ANY
 
     def restart(self, poses: object = None, intrinsics: object = None, *, actions: object = None) -> None:
         """Forget the rollout; the one that comes goes along these poses or actions.
@@ -111,17 +114,19 @@ class Chunks:
                 alone, so that it costs no synchronisation later. None when it is not known.
             stream: any object that stays the same over a rollout's passes and differs between two streams that
                 alternate over the same chunk, such as the pipeline's cache. Two forwards a step, as in
-                classifier-free guidance, have two; one memory serves one: that is refused when the first of the two
-                comes back. None when it is not known. Held until chunk 1 begins.
+                classifier-free guidance, have two, which takes a memory of two branches: with fewer it is refused when
+                the first of them comes back. None when it is not known. Held until chunk 1 begins. After `go_on` they
+                are told by the order in which they come to that chunk.
 
-        Raises RuntimeError, with the memory as before, on a chunk out of turn, a second stream, or a pass inside a
+        Raises RuntimeError, with the memory as before, on a chunk out of turn, a stream too many, or a pass inside a
         pass; ValueError when the chunk's poses are missing, too few or wrong, or `current_start` starts no chunk; and
         what begin_chunk and end_chunk raise.
         """
         if self.inside:
             raise RuntimeError(f"{self._name}: one pass must be over before another starts, got a pass inside a pass")
         self._enter(current_start, stream)
-        self._attended.clear()
+        self._attended[self.branch].clear()
+        self._of_pass = (self.branch,)
         self.inside = True
         try:
             yield
@@ -132,7 +137,9 @@ class Chunks:
             raise
         finally:
             self.inside = False
-        self._timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
+        timestep = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else timestep
+        for branch in self._of_pass:
+            self._timesteps[branch] = timestep
 
     def attend(
         self,
@@ -155,10 +162,18 @@ class Chunks:
         """`attend` of one layer. One that is made before anything is traced is no reason to compile each layer anew."""
         return attend_of(self, self._names, layer, self.config.num_heads)
 
-    def replayed(self) -> None:
-        """Say that all layers' self-attention of this pass was a CUDA graph's, as WorldMemory.replayed does."""
-        self.memory.replayed()
-        self._attended.update(range(self.memory.config.num_layers))
+    def replayed(self, branches: Sequence[int]) -> None:
+        """Say that all layers' self-attention of this pass was a CUDA graph's, as WorldMemory.replayed does, of these
+        branches."""
+        self._cover(branches)
+        for branch in branches:
+            self.memory.replayed(branch)
+            self._attended[branch].update(range(self.memory.config.num_layers))
+
+    @property
+    def of_pass(self) -> Sequence[int]:
+        """The branches of this pass, known once it has attended."""
+        return self._of_pass
 
     @property
     def current(self) -> int | None:
@@ -198,7 +213,7 @@ class Chunks:
 
     def settle(self) -> None:
         """End the current chunk if its clean pass is done, which reads the timestep back."""
-        if self._chunk is not None and not self.inside and _is_zero(self._timestep):
+        if self._chunk is not None and not self.inside and all(map(_is_zero, self._timesteps)):
             self._end_chunk()
 
     def made(self) -> WorldMemory:
@@ -228,9 +243,19 @@ class Chunks:
             raise TypeError(f"{self._name}: the memory's dtype must be that of q, {q.dtype}, got {memory.dtype}")
         if q.device != memory.device:
             raise ValueError(f"{self._name}: the model must be on the memory's device {memory.device}, got {q.device}")
-        attended = memory.attend(layer, q, k, v, q_weight, k_weight)
-        self._attended.add(layer)
+        at_once = memory.config.branches > 1 and q.dim() == 3
+        attended = memory.attend(layer, q, k, v, q_weight, k_weight, branch=None if at_once else self.branch)
+        if at_once:
+            self._cover(range(memory.config.branches))
+        for branch in self._of_pass:
+            self._attended[branch].add(layer)
         return attended
+
+    def _cover(self, branches: Sequence[int]) -> None:
+        """This pass is over these branches; over all of them, its stream is that of each."""
+        self._of_pass = branches
+        if len(branches) > 1:
+            self._streams = [self._streams[self.branch]] * len(branches)
 
     @property
     def _done(self) -> int:
@@ -246,11 +271,20 @@ class Chunks:
     def _end_chunk(self) -> None:
         if self._chunk is None:
             return
-        missing = sorted(set(range(self.memory.config.num_layers)) - self._attended)
-        if missing:
-            raise RuntimeError(
-                f"{self._name}: the last pass over chunk {self._chunk} must attend every layer, got none for {missing}"
-            )
+        config = self.memory.config
+        for branch, attended in enumerate(self._attended):
+            if config.branches > 1 and not attended:
+                raise RuntimeError(
+                    f"{self._name}: chunk {self._chunk} must have passes over each of the {config.branches} branches, "
+                    f"with a cache each or in a batch, before it ends, got none over branch {branch}"
+                )
+            missing = sorted(set(range(config.num_layers)) - attended)
+            if missing:
+                whose = f" of branch {branch}" if config.branches > 1 else ""
+                raise RuntimeError(
+                    f"{self._name}: the last pass over chunk {self._chunk}{whose} must attend every layer, "
+                    f"got none for {missing}"
+                )
         self.memory.end_chunk()
         self._chunk = None
 
@@ -258,9 +292,10 @@ class Chunks:
         if self.memory is not None and reset:
             self.memory.reset()
         self._chunk: int | None = None  # begun and not ended
-        self._attended: set[int] = set()  # layers, in the last pass
-        self._timestep: object = None  # of the last pass
-        self._stream: object = None  # the id of that of the last pass
+        self.branch = 0  # of the last pass; the first one where that was over all
+        self._of_pass: Sequence[int] = (0,)  # the branches that the last pass was over
+        self._streams: list[int | None] = []  # the ids of those of the branches that have come
+        self._begin_passes()
         self._of_first: list[object] = []  # the streams of chunk 0, held so that another one has another id
         self._broken_off = False  # by an exception inside the last pass
 
@@ -275,8 +310,9 @@ class Chunks:
             )
         done = self._done
         following = done if self._chunk is None else done + 1
-        again = chunk == self._chunk
-        if chunk == 0 and (_is_zero(self._timestep) if again else done):
+        again, identity = chunk == self._chunk, _identity(stream)
+        known, full = identity in self._streams, len(self._streams) == config.branches
+        if chunk == 0 and (self._is_done(identity) if again else done):
             self._begin_first(stream)
             return
         if not again and chunk != following:
@@ -287,17 +323,17 @@ class Chunks:
                 f"{self._name}: current_start must be {turn} or 0 (a new rollout), got {int(current_start)}: "
                 f"the memory cannot skip chunks or go back"
             )
-        if following and self._stream is not _ANY and _identity(stream) != self._stream:
+        if following and full and not known:
             if chunk or any(stream is one for one in self._of_first):
-                raise RuntimeError(
-                    f"{self._name}: all passes of a rollout must have one cache, got a second one at chunk {chunk}: "
-                    f"one memory serves one stream, so classifier-free guidance by two forwards is not supported"
-                )
+                raise RuntimeError(f"{self._name}: {_too_many(config.branches, chunk)}")
             given_up = self._of_first
             self._begin_first(stream)
             self._of_first += given_up
             return
         if again:
+            self._join(stream)
+            if not known:
+                self._of_first.append(stream)
             return
         controls = self._controls.of(chunk)  # first: if they fail, nothing has changed
         self._end_chunk()
@@ -312,11 +348,30 @@ class Chunks:
     def _begin(self, chunk: int, controls: dict[str, Any], stream: object) -> None:
         self.memory.begin_chunk(**controls)
         self.begun += 1
-        self._chunk, self._stream, self._broken_off = chunk, _identity(stream), False
+        self._chunk, self._broken_off = chunk, False
         self._of_first = [] if chunk else [*self._of_first, stream]
+        self._begin_passes()
+        if not chunk:
+            self._streams = []
+        self._join(stream)
 
+    def _begin_passes(self) -> None:
+        """Of each branch, over a chunk."""
+        self._attended: list[set[int]] = [set() for _ in range(self.config.branches)]  # layers, in the last pass
+        self._timesteps: list[object] = [None] * self.config.branches  # of the last pass
 
-_ANY = object()  # in place of a stream's id: of whichever comes
+    def _join(self, stream: object) -> None:
+        """Find the branch of a stream; an unknown one is the next."""
+        identity = _identity(stream)
+        if identity not in self._streams:
+            self._streams.append(identity)
+        self.branch = self._streams.index(identity)
+
+    def _is_done(self, identity: int | None) -> bool:
+        """Whether a stream that comes to chunk 0 again has no passes left to make over it."""
+        if identity in self._streams:
+            return _is_zero(self._timesteps[self._streams.index(identity)])
+        return all(map(_is_zero, self._timesteps))
 
 
 class _Controls:
@@ -408,6 +463,18 @@ def _is_zero(timestep: object) -> bool:
     if isinstance(timestep, torch.Tensor):
         return not timestep.any().item()
     return timestep is not None and timestep == 0
+
+
+def _too_many(branches: int, chunk: int) -> str:
+    if branches == 1:
+        return (
+            f"all passes of a rollout must have one cache, got a second one at chunk {chunk}: one memory serves one "
+            f"stream, and the two of classifier-free guidance by two forwards with branches=2"
+        )
+    return (
+        f"all passes of a rollout must have {branches} caches, one for each of the config's branches, got another one "
+        f"at chunk {chunk}"
+    )
 
 
 def _identity(stream: object) -> int | None:

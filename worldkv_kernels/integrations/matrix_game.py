@@ -169,21 +169,27 @@ class _Pressed:
         policy = make_policy(config.retrieval)
         self._frames = config.chunk_frames
         self.needed = isinstance(policy, ActionRetrieval) and config.has_bank
-        self.conditions: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # [1, rows so far, c]
+        self.conditions: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # [videos, rows so far, c]
         if self.needed:
             self._has_mouse = policy.integrator.layout.mouse
 
     def of(self, chunk: int) -> Actions:
-        """The rows of a chunk. Raises ValueError when the forward had none, or others than up to the chunk's end."""
+        """The rows of a chunk. Raises ValueError when the forward had none, or others than up to the chunk's end, or
+        its videos differ in them."""
         first, rows = chunk * self._frames, video_frames((chunk + 1) * self._frames)
         mouse, keyboard = self.conditions
         needed = {"mouse_cond": mouse, "keyboard_cond": keyboard} if self._has_mouse else {"keyboard_cond": keyboard}
         for name, given in needed.items():
-            if given is None or given.dim() != 3 or given.shape[:2] != (1, rows):
+            if given is None or given.dim() != 3 or given.shape[1] != rows:
                 got = None if given is None else list(given.shape)
                 raise ValueError(
                     f"{_OP}: forward's {name} must be [1, {rows}, c], the actions up to chunk {chunk}, got {got}; "
                     f"give enable the actions or poses where the forward has none"
+                )
+            if not (given == given[:1]).all():
+                raise ValueError(
+                    f"{_OP}: forward's {name} must be the same for each video of a batch, which has one memory and "
+                    f"goes one way, got others up to chunk {chunk}; give enable the actions or poses to go by"
                 )
         return Actions(mouse[0] if self._has_mouse else None, keyboard[0]).of_frames(first, self._frames)
 

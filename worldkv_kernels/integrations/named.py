@@ -58,7 +58,8 @@ def _attend_of_named(
 
 
 def _attended_like(q: torch.Tensor, k: Any, v: Any, q_weight: Any, k_weight: Any, named: Any, heads: int) -> Any:
-    return q.new_empty((q.shape[0], heads, q.shape[-1] // heads))
+    tokens, columns = q.shape[-2:]
+    return q.new_empty((tokens, *q.shape[:-2], heads, columns // heads)).movedim(0, -3)  # as WorldMemory.attend's
 
 
 # That it writes `named` is not so, but lets the compiler neither drop a call, nor make one of two, nor change their

@@ -27,9 +27,9 @@ _FREE = ("current_start", "cache_start", "kv_cache", "max_attention_size")
 class Passes:
     """What an enabled model calls in place of its own forward.
 
-    A pass is of a kind: the structure of its arguments with all that is no tensor, the tensors' shapes, and the
-    autocast and inference mode that it runs in; but for the arguments named in `_FREE`. When one is captured, compared
-    and replayed: see Replays. Then
+    A pass is of a kind: the structure of its arguments with all that is no tensor, the tensors' shapes, the branch that
+    it is of, and the autocast and inference mode that it runs in; but for the arguments named in `_FREE`. When one is
+    captured, compared and replayed: see Replays. Then
 
     - the arguments' tensors are copied to fixed addresses, those that are others than at the copy before, or written
       since (as torch counts it: not by way of `.data`);
@@ -74,7 +74,7 @@ class Passes:
         tensors: list[torch.Tensor] = []
         given = self._given(args, kwargs)
         try:
-            kind = (self._kind(given, tensors), *_modes(self._device))
+            kind = (self._kind(given, tensors), self._chunks.branch, *_modes(self._device))
         except TypeError as error:
             self.give_up(str(error))
             return kernels()
@@ -199,12 +199,13 @@ class Passes:
         if watch.reason or any(a is not b for a, b in zip(_leaves(mapped), before, strict=True)):
             raise RuntimeError(watch.reason or "a pass changes lists or dicts among its arguments")
         self._inputs[kind] = inputs
+        branches = self._chunks.of_pass
 
         def replayed() -> Any:
             memory.wait()  # a graph cannot wait for copies outside of it
             inputs.take(self._now)
             replay()
-            self._chunks.replayed()
+            self._chunks.replayed(branches)
             self.replayed += 1
             return _mapped(made[0], lambda value: value.clone() if isinstance(value, torch.Tensor) else value)
 

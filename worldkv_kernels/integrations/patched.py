@@ -219,8 +219,11 @@ class PatchedModel:
                 f"{self._op}: forward must run under torch.no_grad() or torch.inference_mode(), got neither"
             )
         x = given["x"]
-        if len(x) != 1:
-            raise ValueError(f"{self._op}: x must hold one video, since one memory serves one stream, got {len(x)}")
+        if len(x) not in (1, config.branches):
+            raise ValueError(
+                f"{self._op}: x must hold one video, or one for each of the config's branches={config.branches}, "
+                f"got {len(x)}"
+            )
         got = tuple(size // patch for size, patch in zip(x[0].shape[1:], self._patch_size, strict=True))
         starts = int(given.get("current_start") or 0) == 0
         grid = config.grid if self._keep_grid or (self._chunks.memory is not None and not starts) else got[1:]
@@ -289,12 +292,14 @@ class PatchedModel:
                 self._released.append((weakref.ref(emptied), tensor.shape))
 
     def _attention_of(self, attention: nn.Module, attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-        """The forward of one layer's self-attention, x [1, tokens, dim] -> [1, tokens, dim]."""
+        """The forward of one layer's self-attention, x [1 or branches, tokens, dim] -> as much."""
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            q, k, v = attention.q(x)[0], attention.k(x)[0], attention.v(x)[0]
+            q, k, v = attention.q(x), attention.k(x), attention.v(x)
+            if x.shape[0] == 1:
+                q, k, v = q[0], k[0], v[0]
             out = attend(q, k, v, _weight(attention.norm_q), _weight(attention.norm_k))
-            return attention.o(out.flatten(1)[None])
+            return attention.o(out.flatten(-2) if out.dim() == 4 else out.flatten(-2)[None])
 
         return forward
 

@@ -36,7 +36,7 @@ Order = Literal["time", "nearest_last", "nearest_first"]
 PruneRule = Literal["nearest", "similarity"]
 MODES = ("worldkv", "full", "sliding", "sink_recent")
 BANK_BITS = (16, 8, 4)
-_INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks", "bank_bits")
+_INTEGERS = ("num_layers", "num_heads", "head_dim", "chunk_frames", "unattended_chunks", "bank_bits", "branches")
 _INTEGERS_IF_GIVEN = ("num_kv_heads", "sink_frames", "recent_frames", "retrieved_chunks", "bank_chunks", "device_slots")
 _NOT_GIVEN: Any = None  # of what then follows from others
 _LARGEST = 2**31 - 1  # of every count: far more than memory holds, and sums and products of them stay in float's range
@@ -53,6 +53,11 @@ class MemoryConfig:
     default, `head_dim` (64 or 128), `grid` (height, width) in tokens of one latent frame, `chunk_frames` latent frames
     denoised together; `rope`, "wan" for Rope3D(head_dim) or None for no rotation; `eps` and `round_before_rope` of its
     QK-norm; `scale` of its softmax, 1 / sqrt(head_dim) for None.
+
+    `branches`: how many videos along one path share the memory, 1 or 2 as a rule: the two contexts of classifier-free
+    guidance, or a batch. They have one window, one retrieval and one plan; keys, values, norm, pruning and attention
+    are each one's own, as it would have them alone. See WorldMemory.attend. `branches * num_heads` is at most 128. By
+    content a chunk is known by all branches' keys.
 
     The window: `sink_frames` latent frames from the start (by default one chunk), then up to `retrieved_chunks` from
     the bank (6, or as many as a given `bank_chunks` or `device_slots` has room for), then `recent_frames` past ones
@@ -137,6 +142,7 @@ class MemoryConfig:
     rebase_sink: bool = True
     unattended_chunks: int = 0
     bank_sink: bool = False
+    branches: int = 1
 
     def __post_init__(self) -> None:
         def check(right: bool, field: str, wanted: str) -> None:
@@ -165,9 +171,11 @@ class MemoryConfig:
             check_number("MemoryConfig", field, getattr(self, field))
         for field in _BOOLS:
             check_bool("MemoryConfig", field, getattr(self, field))
-        for field in ("num_layers", "num_heads", "chunk_frames"):
+        for field in ("num_layers", "num_heads", "chunk_frames", "branches"):
             check(getattr(self, field) >= 1, field, "at least 1")
         check(self.num_heads <= MAX_HEADS, "num_heads", f"at most {MAX_HEADS}")
+        most = MAX_HEADS // self.num_heads
+        check(self.branches <= most, "branches", f"at most {most}, branches * num_heads at most {MAX_HEADS}")
         divides = self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0
         check(divides, "num_kv_heads", f"None or a divisor of num_heads={self.num_heads}")
         check(self.head_dim in HEAD_DIMS, "head_dim", "64 or 128")
@@ -301,6 +309,16 @@ class MemoryConfig:
     def recent_chunks(self) -> int:
         """Past chunks that the recent frames have at least a part of."""
         return -(-self.recent_frames // self.chunk_frames)
+
+    @property
+    def pool_heads(self) -> int:
+        """Heads of the pools: branch b has those from b * num_kv_heads on."""
+        return self.branches * self.num_kv_heads
+
+    @property
+    def query_heads(self) -> int:
+        """Heads of all branches' queries: branch b has those from b * num_heads on."""
+        return self.branches * self.num_heads
 
     @property
     def gap_chunks(self) -> int:

@@ -9,7 +9,7 @@ from ..poses import as_real
 
 
 class Contents:
-    """The mean of each frame's keys in layer 0, of the pass made last, on its way to the host.
+    """The mean of each frame's keys in layer 0, of the pass made last over each branch, on its way to the host.
 
     Keys as the projection gives them, before norm and rotation: the mean knows nothing of where and when. Taken in
     every pass, since the memory does not know which is the last: layer 0 is the first of a pass, so the means are on
@@ -18,17 +18,18 @@ class Contents:
     """
 
     @torch.inference_mode(False)  # what is made in inference mode could not be rewritten outside of it
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        """`shape`: (chunk_frames, numbers of a key)."""
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        """`shape`: (branches, chunk_frames, numbers of a key)."""
         self._on_device = torch.empty(shape, dtype=torch.float32, device=device)
         on_gpu = device.type == "cuda"
         self._on_host = torch.empty(shape, dtype=torch.float32, pin_memory=on_gpu, device="cpu")
         self._copied = torch.cuda.Event() if on_gpu else None
         self._noted = False  # whether the event stands for the last copy
 
-    def take(self, k: torch.Tensor) -> None:
-        """Layer 0's keys [tokens, kv_heads * head_dim] of a pass."""
-        torch.mean(k.unflatten(0, (len(self._on_device), -1)), dim=1, dtype=torch.float32, out=self._on_device)
+    def take(self, k: torch.Tensor, branch: int = 0) -> None:
+        """Layer 0's keys [tokens, kv_heads * head_dim] of a pass over a branch."""
+        means = self._on_device[branch]
+        torch.mean(k.unflatten(0, (len(means), -1)), dim=1, dtype=torch.float32, out=means)
         self._on_host.copy_(self._on_device, non_blocking=True)
         self._noted = False
         if self._copied is None or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
@@ -47,7 +48,8 @@ class Contents:
 
         Raises ValueError or TypeError as WorldMemory.end_chunk says.
         """
-        of_keys = tuple(self._on_device.shape)
+        branches, frames, numbers = self._on_device.shape
+        of_keys = frames, branches * numbers
         if given is not None:
             made = as_content("end_chunk", "content", given, ("vectors", "dim"), before)
             if asked and len(query) != made.shape[1]:
@@ -68,10 +70,10 @@ class Contents:
             self._note()
 
     def read(self) -> np.ndarray:
-        """Of the chunk ended last, fp32 [chunk_frames, numbers of a key]; waits for them on the host."""
+        """Of the chunk ended last, fp32 [chunk_frames, branches * numbers of a key]; waits for them on the host."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._on_host.numpy().copy()
+        return np.concatenate(self._on_host.numpy(), axis=1)
 
     def _note(self) -> None:
         self._copied.record(torch.cuda.current_stream(self._on_device.device))

@@ -109,6 +109,11 @@ class Pool:
         return self._k.nbytes + self._v.nbytes
 
 
+def of_branch(x: torch.Tensor, branch: int, heads: int, *, dim: int = 1) -> torch.Tensor:
+    """A branch's own `heads` of all in a dimension."""
+    return x.narrow(dim, branch * heads, heads)
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes of a device's memory that new storage can have."""
     if device.type != "cuda":

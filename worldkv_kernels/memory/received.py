@@ -22,7 +22,8 @@ class Shares(NamedTuple):
 
 
 class Received:
-    """The mass of the window's segments in the last pass of each chunk, over queries, heads and `config.mass_layers`.
+    """The mass of the window's segments in the last pass of each chunk, over queries, heads, branches and
+    `config.mass_layers`.
 
     Attention of these layers writes it to a fixed place, in captured graphs too; what lies there when a chunk ends is
     copied to the host, and read when the next one ends. The passes of that one are queued by then, so that the device
@@ -34,7 +35,7 @@ class Received:
 
     @torch.inference_mode(False)  # what is made in inference mode could not be rewritten outside of it
     def __init__(self, config: MemoryConfig, shape: tuple[int, int, int], device: torch.device) -> None:
-        """`shape`: (layers, heads, segments of the largest window)."""
+        """`shape`: (layers, heads of all branches, segments of the largest window)."""
         self._place = {layer: place for place, layer in enumerate(config.mass_layers)}
         self._on_device = torch.zeros(shape, dtype=torch.float32, device=device)
         self._mean = torch.zeros(shape[2], dtype=torch.float32, device=device)
@@ -49,7 +50,7 @@ class Received:
         self._last: Shares | None = None  # of it, where that is read already
 
     def out(self, layer: int) -> torch.Tensor | None:
-        """Where the mass of a layer goes, [heads, segments]; None of a layer that is not asked."""
+        """Where the mass of a layer goes, [heads of all branches, segments]; None of a layer that is not asked."""
         place = self._place.get(layer)
         return None if place is None else self._on_device[place]
 

@@ -94,14 +94,14 @@ def chosen_shape(config: MemoryConfig) -> tuple[int, int]:
     return config.retrieved_chunks, 2
 
 
-def content_shape(config: MemoryConfig) -> tuple[int, int]:
+def content_shape(config: MemoryConfig) -> tuple[int, int, int]:
     """Of what Contents takes of a chunk."""
-    return config.chunk_frames, config.num_kv_heads * config.head_dim
+    return config.branches, config.chunk_frames, config.num_kv_heads * config.head_dim
 
 
 def mass_shape(config: MemoryConfig, places: int) -> tuple[int, int, int]:
-    """Of what attention says of the window's segments, (layers, heads, segments)."""
-    return len(config.mass_layers), config.num_heads, most_segments(config, places)
+    """Of what attention says of the window's segments, (layers, heads of all branches, segments)."""
+    return len(config.mass_layers), config.query_heads, most_segments(config, places)
 
 
 def window_capacity(config: MemoryConfig, places: int) -> int:
@@ -133,7 +133,7 @@ def memory_bytes(config: MemoryConfig, dtype: torch.dtype, places: int) -> Memor
     if config.takes_mass:
         layers, heads, segments = mass_shape(config, places)
         mass, host_mass = (layers * heads + 1) * segments * _FP32, segments * _FP32
-    queries = config.chunk_tokens * config.num_heads * config.head_dim * dtype.itemsize
+    queries = config.chunk_tokens * config.query_heads * config.head_dim * dtype.itemsize
     return MemoryBytes(
         sink=sink * whole,
         recent=(ring - 1 - config.gap_chunks) * whole,
@@ -156,9 +156,9 @@ def _table_bytes(shapes: Shapes) -> int:
 
 def _stored_bytes(config: MemoryConfig, dtype: torch.dtype) -> int:
     """Of a banked chunk in its bits, without the tail of a slot in the pool."""
-    of_layer = chunk_bytes(config.banked_tokens, config.num_kv_heads, config.head_dim, config.bank_bits, dtype)
+    of_layer = chunk_bytes(config.banked_tokens, config.pool_heads, config.head_dim, config.bank_bits, dtype)
     return 2 * config.num_layers * of_layer
 
 
 def _slot_bytes(config: MemoryConfig, tokens: int, dtype: torch.dtype) -> int:
-    return Pool.slot_bytes(tokens, config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+    return Pool.slot_bytes(tokens, config.num_layers, config.pool_heads, config.head_dim, dtype)

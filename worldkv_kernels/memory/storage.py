@@ -16,7 +16,7 @@ from ..window import Segment
 from .bank import Bank
 from .config import MemoryConfig
 from .plan import Piece
-from .pool import Pool
+from .pool import Pool, of_branch
 from .received import Received
 from .retrieval import RetrievalPolicy
 from .room import bank_places, check_room
@@ -52,7 +52,7 @@ class Storage:
         backend: str | None,
     ) -> None:
         self.config, self._backend = config, backend  # the config may change as far as WorldMemory.change allows
-        sizes = dict(num_layers=config.num_layers, num_heads=config.num_kv_heads, head_dim=config.head_dim)
+        sizes = dict(num_layers=config.num_layers, num_heads=config.pool_heads, head_dim=config.head_dim)
         banked = config.banked_tokens
         self.places = places = bank_places(config, device, dtype)
         check_room(config, device, dtype, places)
@@ -179,17 +179,23 @@ class Storage:
             )  # fmt: skip
 
     def _compress(self, layers: range, first_row: int, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
-        """Some layers of the whole chunk that starts at `first_row`, [layers, banked tokens, heads, head_dim]."""
+        """Some layers of the whole chunk that starts at `first_row`, [layers, banked tokens, heads, head_dim], each
+        branch by itself."""
         config, inside = self.config, slice(layers.start, layers.stop)
         source, banked = slice(first_row, first_row + config.chunk_tokens), config.banked_tokens
         index, count = (x.view(-1)[: len(x) * banked].view(len(x), -1)[inside] for x in (self.index, self.count))
-        compress_chunk(
-            self.pool.k[inside, source], self.pool.v[inside, source], frames=config.chunk_frames,
-            keep_ratio=config.keep_ratio, pooled=config.pooled,
-            rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
-            out_k=out_k, out_v=out_v, out_index=index,
-            out_count=count if config.merge_pruned else None, backend=self._backend,
-        )  # fmt: skip
+        for branch in range(config.branches):
+            k, v, branch_k, branch_v = (
+                of_branch(x, branch, config.num_kv_heads, dim=2)
+                for x in (self.pool.k[inside, source], self.pool.v[inside, source], out_k, out_v)
+            )
+            compress_chunk(
+                k, v, frames=config.chunk_frames,
+                keep_ratio=config.keep_ratio, pooled=config.pooled,
+                rule=config.prune_rule, merge=config.merge_pruned, scale=config.scale,
+                out_k=branch_k, out_v=branch_v, out_index=index,
+                out_count=count if config.merge_pruned else None, backend=self._backend,
+            )  # fmt: skip
 
     def join(self) -> None:
         """Let the current stream wait for pruning: before it reads what was pruned, or writes where that lay."""

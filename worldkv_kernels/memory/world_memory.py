@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .config import MemoryConfig, changed
 from .contents import Contents
 from .layers import LayerWindows
 from .plan import ChunkPlan, leaving, pieces, place
+from .pool import of_branch
 from .received import ROLES
 from .retrieval import RetrievalPolicy, make_policy
 from .sizes import content_shape
@@ -105,7 +107,7 @@ class WorldMemory:
         )
         self._layer_windows = LayerWindows(self._window, self._pool) if config.packs_bank else None
         self._first_row = torch.zeros(1, dtype=torch.int64, device=self.device)
-        heads = config.num_heads, config.head_dim
+        heads = config.query_heads, config.head_dim
         self._q = torch.empty((config.chunk_tokens, *heads), dtype=dtype, device=self.device)
         self.reset()
 
@@ -118,7 +120,7 @@ class WorldMemory:
         self._first_whole = self.config.sink_chunks  # see plan.leaving
         self._unbanked: set[int] = set()  # chunks that are whole and will not be banked
         self._plan: ChunkPlan | None = None
-        self._layers_done: set[int] = set()
+        self._layers_done: set[tuple[int, int]] = set()  # (branch, layer)
         self._descriptions: dict[int, Any] = {}  # of chunks on their way to the bank
         self._view = self._last_view = View()  # of the chunk begun last, and of the last one of history
         self._tokens_attended = 0
@@ -260,14 +262,18 @@ class WorldMemory:
             raise RuntimeError(f"warm_up: the memory must be new or reset, got one at chunk {self._next_chunk}")
         config, pool = self.config, self._pool
         q, k = (
-            torch.zeros((config.chunk_tokens, heads * config.head_dim), dtype=self.dtype, device=self.device)
+            torch.zeros(
+                (config.branches, config.chunk_tokens, heads * config.head_dim), dtype=self.dtype, device=self.device
+            )
             for heads in (config.num_heads, config.num_kv_heads)
         )
         first_row = self._storage.first_row(0)
         self._first_row.fill_(first_row)
         self._see([Segment(first_row, config.chunk_tokens)])
         for layer in sorted({0, *config.mass_layers[:1]}):
-            self._attend(layer, q, k, k, q_weight, k_weight)
+            self._attend(layer, q[0], k[0], k[0], q_weight, k_weight, branch=0)
+            if config.branches > 1:
+                self._attend(layer, q, k, k, q_weight, k_weight)
         for rows in (pool.k, pool.v):
             rows[:, first_row : first_row + config.chunk_tokens].zero_()  # those of the other layers are not made yet
         self._storage.warm_up(first_row)
@@ -283,6 +289,7 @@ class WorldMemory:
         q_weight: torch.Tensor | None = None,
         k_weight: torch.Tensor | None = None,
         *,
+        branch: int | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Self-attention of one layer of the current chunk over its window.
@@ -292,9 +299,14 @@ class WorldMemory:
             q, k, v: [chunk_frames * height * width, heads * head_dim] as the projections give them, of k and v
                 kv_heads * head_dim.
             q_weight, k_weight: of the QK-norm, [heads * head_dim] and [kv_heads * head_dim]; None for no norm.
-            out: where to write; with it, a call allocates nothing but a kernel's scratch (see segment_attention).
+            branch: where the memory has several, whose q, k and v these are, from 0. None for those of all branches
+                at once, [branches, tokens, columns], which attend in one launch, behind one of norm_rope_append for
+                each branch.
+            out: where to write, [tokens, heads, head_dim], of all branches at once [tokens, branches * heads,
+                head_dim]; with it, a call allocates nothing but a kernel's scratch (see segment_attention).
 
-        Returns [tokens, heads, head_dim]. For inference: call it under torch.no_grad() or torch.inference_mode().
+        Returns [tokens, heads, head_dim], of all branches at once [branches, tokens, heads, head_dim], whose heads of a
+        token lie together, as in `out`. For inference: call it under torch.no_grad() or torch.inference_mode().
         Raises RuntimeError when no chunk is begun, and in a graph capture when rows of the window may be on their way
         (call `wait` before); ValueError or TypeError on another dtype or device than the memory's, and as
         norm_rope_append does. Under WORLDKV_DEBUG=1 ValueError on a NaN or infinity in q, k or v, which would stay in
@@ -303,12 +315,20 @@ class WorldMemory:
         if self._plan is None:
             raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")
         self._check_layer("attend", layer)
+        config = self.config
+        at_once = config.branches > 1 and branch is None
+        if at_once:
+            _check_batch(config.branches, q=q, k=k, v=v)
+        elif branch is not None:
+            self._check_branch("attend", branch)
         if isinstance(q, torch.Tensor):
-            tokens, columns = self.config.chunk_tokens, self.config.num_heads * self.config.head_dim
-            if q.dim() == 2 and len(q) != tokens:
-                raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {len(q)}")
-            if q.dim() == 2 and q.shape[1] != columns:
-                raise ValueError(f"attend: q must be [{tokens}, {columns}], num_heads * head_dim, got {list(q.shape)}")
+            tokens, columns = config.chunk_tokens, config.num_heads * config.head_dim
+            layout_fits = q.dim() == 2 + at_once
+            if layout_fits and q.shape[-2] != tokens:
+                raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {q.shape[-2]}")
+            if layout_fits and q.shape[-1] != columns:
+                wanted = f"[{'branches, ' * at_once}{tokens}, {columns}], num_heads * head_dim"
+                raise ValueError(f"attend: q must be {wanted}, got {list(q.shape)}")
             if q.dtype != self.dtype:
                 raise TypeError(f"attend: q must be of the memory's dtype {self.dtype}, got {q.dtype}")
             if q.device != self.device:
@@ -319,19 +339,25 @@ class WorldMemory:
             self._check_process("attend")
         if self._bank is not None and not self._bank.settled:
             self._bank.wait_layer(layer)
-        attended = self._attend(layer, q, k, v, q_weight, k_weight, out)
-        self._layers_done.add(layer)
+        attended = self._attend(layer, q, k, v, q_weight, k_weight, branch=branch, out=out)
+        for done in range(config.branches) if branch is None else (branch,):
+            self._layers_done.add((done, layer))
         return attended
 
-    def replayed(self) -> None:
+    def replayed(self, branch: int | None = None) -> None:
         """Say that a CUDA graph of a pass over all layers was replayed: the rows it wrote are as those of `attend`.
 
-        A chunk may be made of replays alone: begin_chunk, `wait`, the replays, `replayed`, end_chunk. Raises
-        RuntimeError when no chunk is begun.
+        A chunk may be made of replays alone: begin_chunk, `wait`, the replays, `replayed`, end_chunk. `branch`: whose
+        pass it was, None for all of them. Raises RuntimeError when no chunk is begun, ValueError or TypeError on what
+        is no branch.
         """
         if self._plan is None:
             raise RuntimeError("replayed: a chunk must be begun (begin_chunk), got a replay outside one")
-        self._layers_done.update(range(self.config.num_layers))
+        if branch is not None:
+            self._check_branch("replayed", branch)
+        config = self.config
+        branches = range(config.branches) if branch is None else (branch,)
+        self._layers_done.update(itertools.product(branches, range(config.num_layers)))
         if self._contents is not None:
             self._contents.replayed()
 
@@ -349,11 +375,11 @@ class WorldMemory:
 
         On a GPU pruning runs on a stream of its own, beside what is queued between here and the next begin_chunk.
 
-        Raises RuntimeError when no chunk is begun, or a layer was never attended, whose rows would be stale, and
-        ValueError when a policy object gives up a chunk that is not in a full bank or is pinned, or the content is of
-        another shape than those before, not finite, or given where retrieval is not by content, TypeError when what is
-        given up is no chunk number, the content no array, or `bank` neither True nor False; the chunk is then still
-        begun.
+        Raises RuntimeError when no chunk is begun, or a layer was never attended, or not by each branch, whose rows
+        would be stale, and ValueError when a policy object gives up a chunk that is not in a full bank or is pinned, or
+        the content is of another shape than those before, not finite, or given where retrieval is not by content,
+        TypeError when what is given up is no chunk number, the content no array, or `bank` neither True nor False; the
+        chunk is then still begun.
         When pruning itself fails, it is still begun, to be ended again or dropped; what a full bank gave up is gone.
         """
         self._check_process("end_chunk")
@@ -361,9 +387,13 @@ class WorldMemory:
             raise RuntimeError("end_chunk: a chunk must be begun (begin_chunk), got end_chunk outside one")
         check_bool("end_chunk", "bank", bank)
         config, chunk = self.config, self._plan.chunk
-        missing = sorted(set(range(config.num_layers)) - self._layers_done)
-        if missing:
-            raise RuntimeError(f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}")
+        for branch in range(config.branches):
+            missing = [layer for layer in range(config.num_layers) if (branch, layer) not in self._layers_done]
+            if missing:
+                of_branch = f" of branch {branch}" if config.branches > 1 else ""
+                raise RuntimeError(
+                    f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}{of_branch}"
+                )
         made = self._made(content)
         if self._received is not None:
             self._received.add(self._received.last())
@@ -552,7 +582,8 @@ class WorldMemory:
         return self._window
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V pools of a layer, [rows, kv_heads, head_dim], and with `bank_bits` below 16 what lies behind them."""
+        """K and V pools of a layer, [rows, branches * kv_heads, head_dim], a branch's heads together, and with
+        `bank_bits` below 16 what lies behind them."""
         self._check_layer("pools", layer)
         return self._pool.of_layer(layer)
 
@@ -560,8 +591,8 @@ class WorldMemory:
         """How much attention past chunks were given while they were in the window, those that are kept, oldest first.
 
         In even shares: 1 is what the chunk would have if all tokens of the window had the same. A mean over queries,
-        heads and `MemoryConfig.mass_layers`, and a running one, to which each adds a fifth, over the windows that the
-        chunk was in, but for its own. A window counts when the chunk after it ends. Empty without mass_layers.
+        heads, branches and `MemoryConfig.mass_layers`, and a running one, to which each adds a fifth, over the windows
+        that the chunk was in, but for its own. A window counts when the chunk after it ends. Empty without mass_layers.
 
         What was not in the window is not in it, nor is a reason: attention goes to what resembles the present, be it
         right or wrong, so that this shows whether retrieved chunks are used, and is no measure of their worth.
@@ -615,26 +646,52 @@ class WorldMemory:
 
     def _attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, out: torch.Tensor | None = None,
+        q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, *,
+        branch: int | None = None, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         pool, config = self._pool, self.config
         k_pool, v_pool, window = pool.k[layer], pool.v[layer], self._window
         if self._layer_windows is not None:
             self._storage.restore(layer)
             (k_pool, v_pool), window = pool.of_layer(layer), self._layer_windows.of_layer[layer]
+        mass = self._received.out(layer) if self._received is not None else None
+        at_once = config.branches > 1 and branch is None
+        if at_once:
+            for own in range(config.branches):
+                self._append(layer, own, q[own], k[own], v[own], q_weight, k_weight)
+            turned = self._q
+        else:
+            branch = branch or 0
+            turned = self._append(layer, branch, q, k, v, q_weight, k_weight)
+            k_pool, v_pool = (self._of_branch(x, branch, config.num_kv_heads) for x in (k_pool, v_pool))
+            mass = None if mass is None else self._of_branch(mass, branch, config.num_heads, dim=0)
+        options = dict(scale=config.scale, out=out, backend=self._backend)
+        if mass is None:
+            attended = segment_attention(turned, k_pool, v_pool, window, **options)
+        else:
+            attended, _ = segment_attention(turned, k_pool, v_pool, window, return_mass=True, out_mass=mass, **options)
+        return attended.unflatten(1, (config.branches, config.num_heads)).transpose(0, 1) if at_once else attended
+
+    def _append(
+        self, layer: int, branch: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Write a branch's keys and values to the current chunk's rows; its queries, normed and turned."""
+        pool, config = self._pool, self.config
+        own_k, own_v = (self._of_branch(x[layer], branch, config.num_kv_heads) for x in (pool.k, pool.v))
         turned = norm_rope_append(
-            q, k, v, pool.k[layer], pool.v[layer], self._first_row,
+            q, k, v, own_k, own_v, self._first_row,
             rope=self._rotations, grid=(config.chunk_frames, *config.grid),
             q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
-            out=self._q, backend=self._backend,
+            out=self._of_branch(self._q, branch, config.num_heads), backend=self._backend,
         )  # fmt: skip
         if layer == 0 and self._contents is not None:
-            self._contents.take(k)
-        options = dict(scale=config.scale, out=out, backend=self._backend)
-        mass = self._received.out(layer) if self._received is not None else None
-        if mass is None:
-            return segment_attention(turned, k_pool, v_pool, window, **options)
-        return segment_attention(turned, k_pool, v_pool, window, return_mass=True, out_mass=mass, **options)[0]
+            self._contents.take(k, branch)
+        return turned
+
+    def _of_branch(self, x: torch.Tensor, branch: int, heads: int, *, dim: int = 1) -> torch.Tensor:
+        """A branch's own `heads` of all branches' heads in a dimension."""
+        return of_branch(x, branch, heads, dim=dim) if self.config.branches > 1 else x
 
     def _made(self, content: object) -> View:
         """The view of the chunk that ends. Of a content of keys the description is still to be read, None."""
@@ -665,6 +722,13 @@ class WorldMemory:
             layer = as_integer(op, "layer", layer)
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
+
+    def _check_branch(self, op: str, branch: object) -> None:
+        if type(branch) is not int:
+            branch = as_integer(op, "branch", branch)
+        if not 0 <= branch < self.config.branches:
+            wanted = f"None or from 0 to {self.config.branches - 1}, of the config's branches"
+            raise ValueError(f"{op}: branch must be {wanted}, got {branch}")
 
     def _check_between(self, op: str) -> None:
         """Raise RuntimeError naming `op` while a chunk is begun, and in another process than a GPU's memory is of."""
@@ -734,6 +798,15 @@ class WorldMemory:
         self._plan = None
         if self._bank is not None:
             self._bank.release()
+
+
+def _check_batch(branches: int, **given: object) -> None:
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise bad_type("attend", name, f"a tensor [{branches}, tokens, columns], of {branches} branches", x)
+        if x.dim() != 3 or len(x) != branches:
+            wanted = f"[{branches}, tokens, columns], of {branches} branches, or of one with branch given"
+            raise ValueError(f"attend: {name} must be {wanted}, got {list(x.shape)}")
 
 
 def _check_finite(layer: int, **given: object) -> None:

@@ -81,7 +81,8 @@ def norm_rope_append(
         eps: added to the mean square.
         round_before_rope: round to the input's dtype after the norm, and after the weight where it has
             that dtype, as Wan's qk-norm does; otherwise everything is fp32 up to the last rounding.
-        out: where q goes, [tokens, heads, head_dim], contiguous, apart from all other tensors; allocated when None.
+        out: where q goes, [tokens, heads, head_dim], dense in heads and head_dim, tokens of any stride, apart from all
+            other tensors; allocated when None.
         backend: "reference", "triton", "cuda", or None for the automatic choice.
 
     Limits: no batch dimension, one session a call; V of K's heads and head_dim; no gradients. Under torch.compile a
