@@ -41,6 +41,7 @@ KINDS = {
     "without a rope": (dict(mode="sliding", rope=None), 5),
     "content": (dict(retrieval=ContentRetrieval(skip_newest=1, diversity=0.3)), 8),
     "in 4 bits": (dict(bank_bits=4), 8),
+    "mass": (dict(mass_layers=(0,)), 8),
     "turned": (dict(bank="host", recent_frames=4, keep_ratio=0.8), 9),
 }
 OPS = ("begin_chunk: ", "end_chunk: ", "attend: ", "quantize_chunk: ")
@@ -51,7 +52,7 @@ def memory_of(kind: str) -> WorldMemory:
     memory = WorldMemory(MemoryConfig(**{**SIZES, **fields}), dtype=torch.bfloat16)
     walk(memory, chunks, turns=kind == "turned")
     if kind == "turned":  # by now another window, and chunk 8 is left out of the bank
-        memory.pin(0), memory.pin(2)
+        memory.pin(0), memory.pin(1)
     return memory
 
 

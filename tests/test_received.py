@@ -12,6 +12,7 @@ from conftest import DEVICE
 
 from worldkv_kernels import MemoryConfig, WorldMemory, segment_attention
 from worldkv_kernels.memory import saving
+from worldkv_kernels.memory.received import ROLES
 from worldkv_kernels.memory.retrieval import PoseRetrieval
 
 LAYERS, HEADS = 3, 2
@@ -173,24 +174,33 @@ def test_saved_and_forked_it_goes_on_as_it_would(fields, tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda received: None,
-        lambda received: (received[0], [{99: 1.0}, {}]),
-        lambda received: ([{0: float("nan")}, {}], None),
-        lambda received: ([{0: -1.0}, {}], None),
-        lambda received: ([{0: 1}, {}], None),
-        lambda received: ([{0: 1.0}, {"sink": 1.0}], None),
-        lambda received: ([{"0": 1.0}, {}], None),
+        {"last": {"chunks": {99: 1.0}, "roles": {}}},
+        {"chunks": {0: float("nan")}},
+        {"chunks": {0: -1.0}},
+        {"chunks": {0: 1}},
+        {"chunks": {"0": 1.0}},
+        {"roles": {"sink": 1.0}},
+        {"roles": dict.fromkeys(ROLES[::-1], 0.25)},
     ],
+    ids=str,
 )
 def test_a_file_that_says_what_cannot_be_is_refused(damage):
     memory = make()
     rolled(memory, range(4))
     tree = saving.tree_of("save", memory)
     saving.restore(make(), tree)
-    with pytest.raises(ValueError, match=r"WorldMemory\.load: received must be"):
-        saving.restore(make(), {**tree, "received": damage(tree["received"])})
-    with pytest.raises(ValueError, match="received must be there with mass_layers, else None"):
-        saving.restore(make(mass_layers=()), tree)
+    with pytest.raises(ValueError, match=r"WorldMemory\.load: received must be of past chunks and of sink, retrieved"):
+        saving.restore(make(), {**tree, "received": {**tree["received"], **damage}})
+
+
+def test_a_file_has_it_where_layers_are_asked():
+    memory, without = make(), make(mass_layers=())
+    rolled(memory, range(4)), rolled(without, range(4))
+    trees = [saving.tree_of("save", one) for one in (memory, without)]
+    assert "received" not in trees[1]
+    for one, tree in ((make(), trees[1]), (make(mass_layers=()), trees[0])):
+        with pytest.raises(ValueError, match="received must be there with mass_layers, else not"):
+            saving.restore(one, tree)
 
 
 class ByMass(PoseRetrieval):

@@ -103,7 +103,7 @@ def shares(plan: ChunkPlan, mass: list[float]) -> Shares:
 
 def shares_of(op: str, tree: Any, next_chunk: int) -> Shares:
     """Of a saved memory of so many chunks. Raises ValueError naming `op`, or what is MALFORMED, where they are none."""
-    chunks, roles = tree
+    chunks, roles = tree["chunks"], tree["roles"]
     numbers = [*chunks.values(), *roles.values()]
     fine = all(type(number) is float and 0.0 <= number < float("inf") for number in numbers)
     known = all(type(chunk) is int and 0 <= chunk < next_chunk for chunk in chunks)

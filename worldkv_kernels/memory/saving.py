@@ -77,10 +77,11 @@ def tree_of(op: str, memory: WorldMemory) -> dict[str, Any]:
         "last_view": _view_tree(memory._last_view),
         "descriptions": dict(memory._descriptions),
         "unbanked": sorted(memory._unbanked),
-        "received": _received_tree(memory._received),
         "whole": {chunk: memory._storage.held(chunk) for chunk in _whole(memory)},
         "bank": None,
     }
+    if memory._received is not None:
+        tree["received"] = _received_tree(memory._received)
     if bank is not None:
         tree["bank"] = {
             "chunks": {
@@ -118,7 +119,7 @@ def restore(memory: WorldMemory, tree: dict[str, Any]) -> None:
     memory._descriptions = {chunk: described.checked(given) for chunk, given in tree["descriptions"].items()}
     will_leave = [chunk for chunk in whole if chunk >= config.sink_chunks] if bank is not None else []
     memory._unbanked = _some_of("unbanked", tree["unbanked"], will_leave)
-    _restore_received(memory, tree.get("received"))  # none in files of before
+    _restore_received(memory, tree.get("received"))
     if bank is not None:
         _restore_bank(memory, tree["bank"], whole, described)
     elif tree["bank"] is not None:
@@ -345,22 +346,19 @@ def _state(memory: WorldMemory, tree: Any) -> IntegratorState | None:
     return as_state(_OP, tree, video_frames(frames) if frames and memory.config.has_bank else 0)
 
 
-def _received_tree(received: Received | None) -> Any:
-    """What is known, and what is not added to that yet."""
-    if received is None:
-        return None
+def _received_tree(received: Received) -> dict[str, Any]:
+    """What is known, and what of the last window is not in that yet."""
     known, last = received.known, received.last()
-    return [dict(known.chunks), dict(known.roles)], None if last is None else [dict(last.chunks), dict(last.roles)]
+    return {**known._asdict(), "last": None if last is None else last._asdict()}
 
 
 def _restore_received(memory: WorldMemory, tree: Any) -> None:
-    if memory._received is None or tree is None:
-        if tree is not None or memory._received is not None:
-            raise ValueError(f"{_OP}: received must be there with mass_layers, else None, got {tree!r:.60}")
-        return
-    known, last = tree
-    count = memory._next_chunk
-    memory._received.restore(shares_of(_OP, known, count), None if last is None else shares_of(_OP, last, count))
+    received, count = memory._received, memory._next_chunk
+    if (received is None) != (tree is None):
+        raise ValueError(f"{_OP}: received must be there with mass_layers, else not, got {tree!r:.60}")
+    if received is not None:
+        last = tree["last"]
+        received.restore(shares_of(_OP, tree, count), None if last is None else shares_of(_OP, last, count))
 
 
 def _put(rows: Rows | StoredRows, where: Rows) -> None:
