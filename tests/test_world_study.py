@@ -120,6 +120,15 @@ def test_the_younger_of_two_goes_since_the_older_costs_decibels():
         assert db < -5 and db < -10 * error
 
 
+def test_attention_received_chooses_nothing_since_poses_are_decibels_better():
+    assert MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1)).mass_layers == ()
+    for case in ("mass, turn and return", "mass, crossing"):
+        for variant in ("the least attended given up", "the most attended retrieved"):
+            db, error = gain(case, variant)
+            assert -9 < db < -4.5 and db < -10 * error
+        assert gain(case, "of two alike the less attended given up")[0] < 0
+
+
 def at(x):
     pose = np.eye(4)
     pose[0, 3] = x
