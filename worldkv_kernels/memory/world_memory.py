@@ -596,7 +596,7 @@ class WorldMemory:
 
         What was not in the window is not in it, nor is a reason: attention goes to what resembles the present, be it
         right or wrong, so that this shows whether retrieved chunks are used, and is no measure of their worth.
-        docs/mass.md has what was measured.
+        docs/small_world.md has what was measured.
         """
         known = {} if self._received is None else self._received.known.chunks
         return {chunk: known[chunk] for chunk in sorted(known) if self._location("received", chunk)[1] != "dropped"}
