@@ -133,8 +133,10 @@ def test_a_copy_goes_on_alone(bank):
     copies = [pickle.loads(pickled), copy.deepcopy(memory)]
     made = [[attended(one, chunk, poses[chunk]) for chunk in range(12, 20)] for one in (memory, *copies)]
     assert made[0] == made[1] == made[2]
-    of_all = {x.data_ptr() for one in (memory, *copies) for x in (one._pool._k, one._storage._packed.packed)}
-    assert len(of_all) == 6 and all(one._pool.shared_k.data_ptr() > one._pool._k.data_ptr() for one in copies)
+    of_all = {x.data_ptr() for one in (memory, *copies) for x in (one._storage.pool._k, one._storage._packed.packed)}
+    assert len(of_all) == 6 and all(
+        one._storage.pool.shared_k.data_ptr() > one._storage.pool._k.data_ptr() for one in copies
+    )
 
 
 def attended(memory, chunk, poses):
@@ -173,13 +175,13 @@ def test_a_warm_up_packs_and_restores_and_leaves_nothing(monkeypatch, bits, bank
     warm, cold = (tiny(bank=bank, bank_bits=bits) for _ in range(2))
     for one in (warm, cold):
         one._storage._packed.packed.fill_(255)
-        for pool_rows in (one._pool._k, one._pool._v):
+        for pool_rows in (one._storage.pool._k, one._storage.pool._v):
             pool_rows.fill_(torch.nan)
     warm.change(keep_ratio=0.2)
     warm.warm_up()
     assert set(called) == {quantize_chunk, dequantize_chunk}
     tokens = warm.config.banked_tokens
-    assert not any(rows[0, :tokens].any() for rows in (warm._pool.shared_k, warm._pool.shared_v))
+    assert not any(rows[0, :tokens].any() for rows in (warm._storage.pool.shared_k, warm._storage.pool.shared_v))
     warm.reset()
     assert warm.stats() == cold.stats()
     assert torch.equal(latents(warm, AWAY_AND_BACK[0][:60]), latents(cold, AWAY_AND_BACK[0][:60]))
@@ -234,8 +236,8 @@ def test_tables_of_every_layer_start_on_multiples_of_16_bytes(recent_frames, til
     memory = tiny(bank_bits=8, recent_frames=recent_frames)
     assert memory.window.capacity == tiles
     k_pool, v_pool = memory.pools(1)
-    for window in memory._layer_windows.of_layer:
-        assert attention_aligned(memory._q, k_pool, v_pool, memory._q, *window.tables)
+    for window in memory._attention.layer_windows.of_layer:
+        assert attention_aligned(memory._attention.q, k_pool, v_pool, memory._attention.q, *window.tables)
 
 
 def test_pruning_that_fails_is_waited_for(monkeypatch):

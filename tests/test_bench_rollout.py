@@ -11,7 +11,7 @@ import torch
 from worldkv_kernels import WorldMemory
 from worldkv_kernels.cli import main
 from worldkv_kernels.cli.bench import script
-from worldkv_kernels.memory import world_memory
+from worldkv_kernels.memory import attention
 from worldkv_kernels.models.small_world import SmallWorld, SmallWorldConfig
 
 CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ def test_every_attend_of_the_chunk_bench_is_checked(load, cases, monkeypatch):
 def test_a_chunk_written_wrongly_is_seen(load, cases, monkeypatch):
     bench = load("bench_chunk")
     problem = bench.prepare(bench.ChunkCase(small_case(cases)), CPU)
-    write = world_memory.norm_rope_append
+    write = attention.norm_rope_append
 
     def off(q, k, v, k_pool, v_pool, first_row, **options):
         """Before attention reads it: only what is written can tell."""
@@ -244,7 +244,7 @@ def test_a_chunk_written_wrongly_is_seen(load, cases, monkeypatch):
         k_pool[int(first_row)] += 1
         return turned
 
-    monkeypatch.setattr(world_memory, "norm_rope_append", off)
+    monkeypatch.setattr(attention, "norm_rope_append", off)
     ours = problem.variants[0]
     assert ours.check(ours.make()) > 1e-2
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from random_rollouts import HEAD_DIM, Rollout, configs, fuzz, make, same, seeds, state, tiny
 
 from worldkv_kernels import WorldMemory
-from worldkv_kernels.memory import world_memory
+from worldkv_kernels.memory import attention
 from worldkv_kernels.memory.retrieval import ContentRetrieval
 
 CHUNKS = 10
@@ -88,13 +88,13 @@ def test_what_comes_back_is_each_branch_s_own(fields):
 
 def test_warm_up_meets_every_size_of_the_passes(monkeypatch):
     sizes = set()
-    for op in (world_memory.norm_rope_append, world_memory.segment_attention):
+    for op in (attention.norm_rope_append, attention.segment_attention):
 
         def noted(x, *args, op=op, **options):
             sizes.add((op.__name__, x.shape, x.stride()))
             return op(x, *args, **options)
 
-        monkeypatch.setattr(world_memory, op.__name__, noted)
+        monkeypatch.setattr(attention, op.__name__, noted)
     config = tiny(branches=2, num_heads=2)
     memory, x = make(config), numbers(2, config.chunk_tokens, 2 * HEAD_DIM)
     memory.warm_up()

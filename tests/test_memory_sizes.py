@@ -67,12 +67,12 @@ def test_it_is_what_a_memory_allocates_to_the_byte(seed):
     memory = WorldMemory(config, dtype=dtype)
     sizes = config.bytes(dtype)
     of_pool = sizes.sink + sizes.recent + sizes.gap + sizes.current + sizes.bank + sizes.restored
-    assert bytes_of([memory._pool.k, memory._pool.v]) == of_pool
+    assert bytes_of([memory._storage.pool.k, memory._storage.pool.v]) == of_pool
     assert bytes_of(memory._storage._packed) == sizes.packed_bank
     assert memory.stats()["device_bytes"] == of_pool + sizes.packed_bank
-    of_window, rotations = [memory.window._tables, memory._storage._chosen], memory._rotations
+    of_window, rotations = [memory.window._tables, memory._storage._chosen], memory._attention.rotations
     of_rotations = [rotations._tables] if rotations is not None else []
-    of_layers = memory._layer_windows
+    of_layers = memory._attention.layer_windows
     anew = [getattr(of_layers, name) for name in ("tiles", "tail_rows", "_steps", "_shared")] if of_layers else []
     assert bytes_of([x.on_device for x in of_window if x] + anew) == sizes.tables
     assert bytes_of([x.on_device for x in of_rotations]) == sizes.rotations

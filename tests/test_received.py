@@ -47,8 +47,10 @@ def attend(memory: WorldMemory, number: int) -> np.ndarray:
     for layer in range(LAYERS):
         memory.attend(layer, *drawn(memory, number, layer))
         if layer in ASKED:
-            window = memory.window if memory._layer_windows is None else memory._layer_windows.of_layer[layer]
-            of_layers.append(segment_attention(memory._q, *memory.pools(layer), window, return_mass=True)[1])
+            attention, window = memory._attention, memory.window
+            if attention.layer_windows is not None:
+                window = attention.layer_windows.of_layer[layer]
+            of_layers.append(segment_attention(attention.q, *memory.pools(layer), window, return_mass=True)[1])
     return torch.stack(of_layers).double().mean(dim=(0, 1)).cpu().numpy()
 
 

@@ -170,7 +170,7 @@ if what == "save":
     config = MemoryConfig(num_layers=8, num_heads=8, head_dim=128, grid=(16, 32), chunk_frames=1, rope=None,
                           bank_chunks=places, retrieved_chunks=1, **of_mode)
     memory = WorldMemory(config)
-    memory._pool.k.fill_(0.5), memory._pool.v.fill_(0.25)
+    memory._storage.pool.k.fill_(0.5), memory._storage.pool.v.fill_(0.25)
     for chunk in range(places):
         memory.begin_chunk(torch.eye(4)[None])
         memory.replayed()  # as if a graph had written the rows

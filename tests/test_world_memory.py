@@ -270,7 +270,7 @@ def test_the_last_pass_wins(config, seed, num_chunks):
 
 def unused_rows(memory: WorldMemory) -> torch.Tensor:
     """Of each pool row, whether it is a slot's tail, from the config alone."""
-    config, pool = memory.config, memory._pool
+    config, pool = memory.config, memory._storage.pool
     tail = torch.zeros(pool.rows, dtype=torch.bool)
     whole = config.chunk_frames * config.grid[0] * config.grid[1]
     banked = SlowMemory(config).banked_rows()
@@ -286,24 +286,24 @@ def unused_rows(memory: WorldMemory) -> torch.Tensor:
 def test_poisoned_storage_is_never_read(config, seed, num_chunks):
     memory, clean = make(config), make(config)
     tail = unused_rows(memory)
-    for pool in (memory._pool.k, memory._pool.v):
+    for pool in (memory._storage.pool.k, memory._storage.pool.v):
         assert (pool[:, tail] == 0).all()
         pool[:, ~tail] = math.nan
-    for shared in (memory._pool.shared_k, memory._pool.shared_v):
+    for shared in (memory._storage.pool.shared_k, memory._storage.pool.shared_v):
         shared[:, : config.banked_tokens] = math.nan
     if memory._storage._packed is not None:
         memory._storage._packed.packed.fill_(255)  # as scales, NaN too
     if memory._bank is not None and memory._bank._cache is not None:
         rows = memory._bank._cache.arena.rows
         rows.fill_(math.nan if rows.is_floating_point() else 255)
-    memory._q.fill_(math.nan)
+    memory._attention.q.fill_(math.nan)
     rollout = Rollout(config, seed, num_chunks)
     for poisoned, expected in zip(rollout.run(memory), rollout.run(clean), strict=True):
         assert all(torch.isfinite(x).all() for x in poisoned)
         assert same(poisoned, expected)
-    for pool in (memory._pool.k, memory._pool.v):
+    for pool in (memory._storage.pool.k, memory._storage.pool.v):
         assert (pool[:, tail] == 0).all()
-    for shared in (memory._pool.shared_k, memory._pool.shared_v):
+    for shared in (memory._storage.pool.shared_k, memory._storage.pool.shared_v):
         assert (shared[:, config.banked_tokens :] == 0).all()
 
 
@@ -452,7 +452,8 @@ def test_attention_mass_of_the_window():
     q, k, v = rollout.passes[8][0][0][:3]
     out = memory.attend(0, q, k, v)
     k_pool, v_pool = memory.pools(0)
-    again, mass = segment_attention(memory._q, k_pool, v_pool, memory.window, return_mass=True, backend="reference")
+    q = memory._attention.q
+    again, mass = segment_attention(q, k_pool, v_pool, memory.window, return_mass=True, backend="reference")
     assert torch.equal(out, again)
     assert mass.shape == (1, len(plan.segments))
     assert torch.allclose(mass.sum(dim=1), torch.ones(1))

@@ -115,7 +115,7 @@ def test_a_host_bank_is_the_device_bank_bitwise(config, seed, data):
     ratios = [config.keep_ratio, 0.5 * config.keep_ratio]
     config = dataclasses.replace(config, bank_chunks=max(3, config.retrieved_chunks))
     memories = [make(dataclasses.replace(config, bank=bank)) for bank in ("device", "host")]
-    pool, bank = memories[1]._pool, memories[1]._bank
+    pool, bank = memories[1]._storage.pool, memories[1]._bank
     packed = bank.store.tensors if config.packs_bank else ()
     for rows in (bank._cache.arena.rows, pool.shared_k, pool.shared_v, *packed):
         rows.fill_(float("nan") if rows.is_floating_point() else 255)
@@ -444,8 +444,8 @@ def test_a_change_moves_and_allocates_nothing(bank, bits):
     config = tiny(bank=bank, bank_bits=bits, bank_chunks=9, rebase_time=True, retrieved_log_weight=0.5)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
     walk(memory, rollout, 0, 6)
-    chunks = memory._q, memory._first_row, memory._rotations.table
-    kept = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables, *of_layers(memory)]
+    chunks = memory._attention.q, memory._attention.first_row, memory._attention.rotations.table
+    kept = [*chunks, memory._storage.pool.k, memory._storage.pool.v, *memory.window.tables, *of_layers(memory)]
     addresses, window = [x.data_ptr() for x in kept], memory.window
     shapes = window.has_shift, window.has_weight, window.capacity
     with NewStorages() as seen:
@@ -455,8 +455,8 @@ def test_a_change_moves_and_allocates_nothing(bank, bits):
         memory.change(retrieved_chunks=2, keep_ratio=0.25, recent_frames=4)
     assert not seen.ops, seen.ops
     walk(memory, rollout, 6, MAX_CHUNKS)
-    chunks = memory._q, memory._first_row, memory._rotations.table
-    now = [*chunks, memory._pool.k, memory._pool.v, *memory.window.tables, *of_layers(memory)]
+    chunks = memory._attention.q, memory._attention.first_row, memory._attention.rotations.table
+    now = [*chunks, memory._storage.pool.k, memory._storage.pool.v, *memory.window.tables, *of_layers(memory)]
     assert [x.data_ptr() for x in now] == addresses and memory.window is window
     assert (window.has_shift, window.has_weight, window.capacity) == shapes
 
@@ -546,4 +546,4 @@ def test_of_a_chunk_that_was_pruned_further_less_is_copied():
     memory._bank.fetch([2, 3])
     assert memory.stats()["host_bytes_in"] - before == (2 * 12 + 2 * 9) * row_bytes
     memory._bank.release()
-    assert torch.isfinite(memory._pool.k).all()
+    assert torch.isfinite(memory._storage.pool.k).all()

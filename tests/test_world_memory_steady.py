@@ -46,7 +46,7 @@ def of_layers(memory):
     """Of a bank in fewer bits, what a pass of each layer reads: a captured graph has it at these addresses."""
     if not memory.config.packs_bank:
         return []
-    windows, storage = memory._layer_windows, memory._storage
+    windows, storage = memory._attention.layer_windows, memory._storage
     found = [storage._chosen.on_device["chosen"], *storage._packed.tensors, windows.tiles, windows.tail_rows]
     return [*found, *(x for window in windows.of_layer for x in window.tables)]
 
@@ -68,11 +68,12 @@ def of_layers(memory):
 def test_200_chunks_allocate_nothing_and_move_no_table(fields):
     config = tiny(num_layers=2, grid=(1, 3), **fields)
     memory, rollout = make(config), Rollout(config, 1, MAX_CHUNKS)
-    out = torch.empty_like(memory._q)
+    out = torch.empty_like(memory._attention.q)
 
     def addresses():
-        kept = [memory._q, memory._storage.index, memory._storage.count, memory._first_row, memory._rotations.table]
-        kept += [memory._pool.k, memory._pool.v, *memory.window.tables, *of_layers(memory)]
+        attention, storage = memory._attention, memory._storage
+        kept = [attention.q, storage.index, storage.count, attention.first_row, attention.rotations.table]
+        kept += [memory._storage.pool.k, memory._storage.pool.v, *memory.window.tables, *of_layers(memory)]
         return [x.data_ptr() for x in [*kept, *(x for layer in range(2) for x in memory.pools(layer))]]
 
     before, window = addresses(), memory.window

@@ -11,20 +11,16 @@ import numpy as np
 import torch
 
 from .. import saved
-from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, check_bool, debug, readable
+from ..checks import DTYPES, as_device, as_integer, bad_type, check_backend, check_bool
 from ..ops.all import check_every_backend
-from ..ops.norm_rope_append import norm_rope_append
-from ..ops.segment_attention import segment_attention
 from ..ranges import ranged
-from ..rope import RopeTable
-from ..window import Segment, Window
+from ..window import Window
 from . import saving
+from .attention import Attention
 from .bank import Bank
 from .config import MemoryConfig, changed
 from .contents import Contents
-from .layers import LayerWindows
 from .plan import ChunkPlan, leaving, pieces, place
-from .pool import of_branch
 from .received import ROLES
 from .retrieval import RetrievalPolicy, make_policy
 from .sizes import content_shape
@@ -93,22 +89,10 @@ class WorldMemory:
         self._foresees = config.caches_bank and config.prefetch and self._may_ask_ahead
         self._storage = Storage(config, policy, device=self.device, dtype=dtype, backend=backend)
         self._contents = Contents(content_shape(config), self.device) if config.takes_contents else None
-        self._pool, self._bank, self._received = self._storage.pool, self._storage.bank, self._storage.received
-        rope = config.make_rope()
-        self._rotations = None
-        if rope is not None:
-            self._rotations = RopeTable(rope, (config.chunk_frames, *config.grid), device=self.device)
-        self._window = Window(
-            [Segment(0, 1)],
-            device=self.device,
-            rope=rope if config.turns_segments else None,
-            weighted=config.weighs_segments,
-            capacity=self._storage.window_capacity,
+        self._bank, self._received = self._storage.bank, self._storage.received
+        self._attention = Attention(
+            config, self._storage, self._contents, device=self.device, dtype=dtype, backend=backend
         )
-        self._layer_windows = LayerWindows(self._window, self._pool) if config.packs_bank else None
-        self._first_row = torch.zeros(1, dtype=torch.int64, device=self.device)
-        heads = config.query_heads, config.head_dim
-        self._q = torch.empty((config.chunk_tokens, *heads), dtype=dtype, device=self.device)
         self.reset()
 
     def reset(self) -> None:
@@ -190,16 +174,13 @@ class WorldMemory:
         self._storage.join()
         tokens = {past: self._bank.tokens[past] for past in retrieved}
         segments = self._storage.segments(pieces(config, chunk, tokens, self._first_whole))
-        self._see([segment for _, _, segment in segments])
-        self._first_row.fill_(self._storage.first_row(chunk))  # by launch argument: no copy to wait for
-        if self._rotations is not None:
-            self._rotations.move(start_frame)
+        self._attention.move(chunk, [segment for _, _, segment in segments])
         if self._foresees and self._last_view.poses is not None:
             following = self._views.following(self._last_view, view)
             self._prefetch("begin_chunk", following, self._coming(chunk, view.description))
         self._view = view
         self._layers_done.clear()
-        self._plan = ChunkPlan(chunk, start_frame, tuple(retrieved), segments, self._window.num_tokens)
+        self._plan = ChunkPlan(chunk, start_frame, tuple(retrieved), segments, self.window.num_tokens)
         return self._plan
 
     def prefetch(
@@ -260,23 +241,7 @@ class WorldMemory:
         self._check_process("warm_up")
         if self._plan is not None or self._next_chunk:
             raise RuntimeError(f"warm_up: the memory must be new or reset, got one at chunk {self._next_chunk}")
-        config, pool = self.config, self._pool
-        q, k = (
-            torch.zeros(
-                (config.branches, config.chunk_tokens, heads * config.head_dim), dtype=self.dtype, device=self.device
-            )
-            for heads in (config.num_heads, config.num_kv_heads)
-        )
-        first_row = self._storage.first_row(0)
-        self._first_row.fill_(first_row)
-        self._see([Segment(first_row, config.chunk_tokens)])
-        for layer in sorted({0, *config.mass_layers[:1]}):
-            self._attend(layer, q[0], k[0], k[0], q_weight, k_weight, branch=0)
-            if config.branches > 1:
-                self._attend(layer, q, k, k, q_weight, k_weight)
-        for rows in (pool.k, pool.v):
-            rows[:, first_row : first_row + config.chunk_tokens].zero_()  # those of the other layers are not made yet
-        self._storage.warm_up(first_row)
+        self._attention.warm_up(q_weight, k_weight)
         if self._process is not None:
             torch.cuda.synchronize(self.device)
 
@@ -315,32 +280,10 @@ class WorldMemory:
         if self._plan is None:
             raise RuntimeError("attend: a chunk must be begun (begin_chunk), got attend outside one")
         self._check_layer("attend", layer)
-        config = self.config
-        at_once = config.branches > 1 and branch is None
-        if at_once:
-            _check_batch(config.branches, q=q, k=k, v=v)
-        elif branch is not None:
-            self._check_branch("attend", branch)
-        if isinstance(q, torch.Tensor):
-            tokens, columns = config.chunk_tokens, config.num_heads * config.head_dim
-            layout_fits = q.dim() == 2 + at_once
-            if layout_fits and q.shape[-2] != tokens:
-                raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {q.shape[-2]}")
-            if layout_fits and q.shape[-1] != columns:
-                wanted = f"[{'branches, ' * at_once}{tokens}, {columns}], num_heads * head_dim"
-                raise ValueError(f"attend: q must be {wanted}, got {list(q.shape)}")
-            if q.dtype != self.dtype:
-                raise TypeError(f"attend: q must be of the memory's dtype {self.dtype}, got {q.dtype}")
-            if q.device != self.device:
-                raise ValueError(f"attend: q must be on the memory's device {self.device}, got {q.device}")
-        if debug():
-            _check_finite(layer, q=q, k=k, v=v)
         if self._process is not None and not torch.compiler.is_compiling():
             self._check_process("attend")
-        if self._bank is not None and not self._bank.settled:
-            self._bank.wait_layer(layer)
-        attended = self._attend(layer, q, k, v, q_weight, k_weight, branch=branch, out=out)
-        for done in range(config.branches) if branch is None else (branch,):
+        attended = self._attention.attend(layer, q, k, v, q_weight, k_weight, branch=branch, out=out)
+        for done in range(self.config.branches) if branch is None else (branch,):
             self._layers_done.add((done, layer))
         return attended
 
@@ -354,7 +297,7 @@ class WorldMemory:
         if self._plan is None:
             raise RuntimeError("replayed: a chunk must be begun (begin_chunk), got a replay outside one")
         if branch is not None:
-            self._check_branch("replayed", branch)
+            self._attention.check_branch("replayed", branch)
         config = self.config
         branches = range(config.branches) if branch is None else (branch,)
         self._layers_done.update(itertools.product(branches, range(config.num_layers)))
@@ -579,13 +522,13 @@ class WorldMemory:
     def window(self) -> Window:
         """The current window, for the ops themselves, after `wait`; rewritten by begin_chunk, never replaced. With
         `bank_bits` below 16 it is layer 0's, and `attend` alone brings its retrieved rows."""
-        return self._window
+        return self._attention.window
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V pools of a layer, [rows, branches * kv_heads, head_dim], a branch's heads together, and with
         `bank_bits` below 16 what lies behind them."""
         self._check_layer("pools", layer)
-        return self._pool.of_layer(layer)
+        return self._storage.pool.of_layer(layer)
 
     def received(self) -> dict[int, float]:
         """How much attention past chunks were given while they were in the window, those that are kept, oldest first.
@@ -644,55 +587,6 @@ class WorldMemory:
 
     # --- parts of the above ---
 
-    def _attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, *,
-        branch: int | None = None, out: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        pool, config = self._pool, self.config
-        k_pool, v_pool, window = pool.k[layer], pool.v[layer], self._window
-        if self._layer_windows is not None:
-            self._storage.restore(layer)
-            (k_pool, v_pool), window = pool.of_layer(layer), self._layer_windows.of_layer[layer]
-        mass = self._received.out(layer) if self._received is not None else None
-        at_once = config.branches > 1 and branch is None
-        if at_once:
-            for own in range(config.branches):
-                self._append(layer, own, q[own], k[own], v[own], q_weight, k_weight)
-            turned = self._q
-        else:
-            branch = branch or 0
-            turned = self._append(layer, branch, q, k, v, q_weight, k_weight)
-            k_pool, v_pool = (self._of_branch(x, branch, config.num_kv_heads) for x in (k_pool, v_pool))
-            mass = None if mass is None else self._of_branch(mass, branch, config.num_heads, dim=0)
-        options = dict(scale=config.scale, out=out, backend=self._backend)
-        if mass is None:
-            attended = segment_attention(turned, k_pool, v_pool, window, **options)
-        else:
-            attended, _ = segment_attention(turned, k_pool, v_pool, window, return_mass=True, out_mass=mass, **options)
-        return attended.unflatten(1, (config.branches, config.num_heads)).transpose(0, 1) if at_once else attended
-
-    def _append(
-        self, layer: int, branch: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
-    ) -> torch.Tensor:  # fmt: skip
-        """Write a branch's keys and values to the current chunk's rows; its queries, normed and turned."""
-        pool, config = self._pool, self.config
-        own_k, own_v = (self._of_branch(x[layer], branch, config.num_kv_heads) for x in (pool.k, pool.v))
-        turned = norm_rope_append(
-            q, k, v, own_k, own_v, self._first_row,
-            rope=self._rotations, grid=(config.chunk_frames, *config.grid),
-            q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
-            out=self._of_branch(self._q, branch, config.num_heads), backend=self._backend,
-        )  # fmt: skip
-        if layer == 0 and self._contents is not None:
-            self._contents.take(k, branch)
-        return turned
-
-    def _of_branch(self, x: torch.Tensor, branch: int, heads: int, *, dim: int = 1) -> torch.Tensor:
-        """A branch's own `heads` of all branches' heads in a dimension."""
-        return of_branch(x, branch, heads, dim=dim) if self.config.branches > 1 else x
-
     def _made(self, content: object) -> View:
         """The view of the chunk that ends. Of a content of keys the description is still to be read, None."""
         if content is not None and not self._views.by_content:
@@ -711,24 +605,11 @@ class WorldMemory:
                 self._descriptions[last] = self._last_view.description
         return self._last_view.description if self._contents is not None else None
 
-    def _see(self, segments: list[Segment]) -> None:
-        """Make these the window."""
-        self._window.update(segments)
-        if self._layer_windows is not None:
-            self._layer_windows.update()
-
     def _check_layer(self, op: str, layer: object) -> None:
         if type(layer) is not int:
             layer = as_integer(op, "layer", layer)
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"{op}: layer must be from 0 to {self.config.num_layers - 1}, got {layer}")
-
-    def _check_branch(self, op: str, branch: object) -> None:
-        if type(branch) is not int:
-            branch = as_integer(op, "branch", branch)
-        if not 0 <= branch < self.config.branches:
-            wanted = f"None or from 0 to {self.config.branches - 1}, of the config's branches"
-            raise ValueError(f"{op}: branch must be {wanted}, got {branch}")
 
     def _check_between(self, op: str) -> None:
         """Raise RuntimeError naming `op` while a chunk is begun, and in another process than a GPU's memory is of."""
@@ -798,18 +679,3 @@ class WorldMemory:
         self._plan = None
         if self._bank is not None:
             self._bank.release()
-
-
-def _check_batch(branches: int, **given: object) -> None:
-    for name, x in given.items():
-        if not isinstance(x, torch.Tensor):
-            raise bad_type("attend", name, f"a tensor [{branches}, tokens, columns], of {branches} branches", x)
-        if x.dim() != 3 or len(x) != branches:
-            wanted = f"[{branches}, tokens, columns], of {branches} branches, or of one with branch given"
-            raise ValueError(f"attend: {name} must be {wanted}, got {list(x.shape)}")
-
-
-def _check_finite(layer: int, **given: object) -> None:
-    for name, x in given.items():
-        if isinstance(x, torch.Tensor) and readable(x) and not torch.isfinite(x).all():
-            raise ValueError(f"attend: {name} must be finite, got NaN or infinity in layer {layer}")
