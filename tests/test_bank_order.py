@@ -15,10 +15,10 @@ import pytest
 import torch
 from late_streams import Broken, LateStreams
 
+import worldkv_kernels.memory.attention as attention_module
 import worldkv_kernels.memory.sizes as sizes_module
 import worldkv_kernels.memory.slots as slots_module
 import worldkv_kernels.memory.storage as storage_module
-import worldkv_kernels.memory.world_memory as world_memory_module
 from worldkv_kernels import MemoryConfig, Rope3D, WorldMemory, dequantize_chunk, quantize_chunk
 from worldkv_kernels.memory.bank import Bank
 from worldkv_kernels.memory.pool import Pool
@@ -59,7 +59,7 @@ class Play:
         monkeypatch.setattr(slots_module, "CopyEngine", lambda device, *tensors: self.streams)
         monkeypatch.setattr(sizes_module, "_LAYERS_AT_ONCE", 2)
         for op in ("norm_rope_append", "segment_attention"):
-            monkeypatch.setattr(world_memory_module, op, getattr(self, op))
+            monkeypatch.setattr(attention_module, op, getattr(self, op))
         for op in ("compress_chunk", "quantize_chunk", "dequantize_chunk"):
             monkeypatch.setattr(storage_module, op, getattr(self, op))
         slots, places = self.random.choice([2, 3, 4, 6]), self.random.choice([2, 3, 5, 12])

@@ -195,7 +195,7 @@ def test_a_pass_over_one_branch_leaves_the_other_as_it_is():
         ((2, 64), {}, ValueError, "q must be [2, tokens, columns], of 2 branches, or of one with branch given"),
         ((2, 11, 64), {}, ValueError, "q must have the chunk's 12 tokens, got 11"),
         ((2, 12, 128), {}, ValueError, "q must be [branches, 12, 64], num_heads * head_dim, got [2, 12, 128]"),
-        ((2, 12, 64), dict(branch=0), ValueError, "q must be [tokens, heads * 64] without a batch dimension"),
+        ((2, 12, 64), dict(branch=0), ValueError, "q must be [12, 64], of one branch, got [2, 12, 64]"),
         ((12, 128), dict(branch=0), ValueError, "q must be [12, 64], num_heads * head_dim, got [12, 128]"),
         ((12, 64), dict(branch=2), ValueError, "branch must be None or from 0 to 1, of the config's branches, got 2"),
         ((12, 64), dict(branch=-1), ValueError, "branch must be None or from 0 to 1, of the config's branches, got -1"),
@@ -225,7 +225,7 @@ def test_a_memory_of_one_branch_takes_branch_0_alone():
     assert torch.equal(memory.attend(0, *numbers(12, 64), branch=0), want)
     with pytest.raises(ValueError, match="branch must be None or from 0 to 0, of the config's branches, got 1"):
         memory.attend(0, *numbers(12, 64), branch=1)
-    with pytest.raises(ValueError, match=r"q must be .* without a batch dimension"):
+    with pytest.raises(ValueError, match=r"q must be .*, of the one branch that the config has"):
         memory.attend(0, *numbers(1, 12, 64))
 
 

@@ -21,7 +21,8 @@ def make(device, **options):
 
 def inputs(memory, chunk):
     generator = torch.Generator().manual_seed(chunk)
-    return torch.randn(LAYERS, 3, TOKENS, DIM, generator=generator).to(memory.device, memory.dtype)
+    branches = [memory.config.branches] * (memory.config.branches > 1)
+    return torch.randn(LAYERS, 3, *branches, TOKENS, DIM, generator=generator).to(memory.device, memory.dtype)
 
 
 def made(memory, one_pass):
@@ -125,8 +126,9 @@ def test_warming_up_changes_nothing(options, monkeypatch):
         {"bank": "host", "bank_bits": 8},
         {"retrieval": "content", "recent_frames": 0},
         {"mass_layers": (1,)},
+        {"branches": 2, "mass_layers": (0,)},
     ],
-    ids=["device", "host", "rebase", "4 bits", "host, 8 bits", "by content", "mass"],
+    ids=["device", "host", "rebase", "4 bits", "host, 8 bits", "by content", "mass", "branches"],
 )
 def test_chunks_made_by_replays_are_those_of_the_ops(options):
     """Of a graph captured where nothing is retrieved yet."""

@@ -159,6 +159,63 @@ def test_an_end_that_fails_adds_a_window_once():
     assert memory.received() == plain.received()
 
 
+def test_an_end_that_fails_and_is_given_up_adds_no_window():
+    class Refuses(PoseRetrieval):
+        def drop(self, candidates):
+            return -1
+
+    memory = make(bank_chunks=2, retrieval=Refuses())
+    rolled(memory, range(4))
+    before = memory.received(), memory.stats()
+    memory.begin_chunk(poses(4))
+    attend(memory, 4)
+    with pytest.raises(ValueError, match="policy must drop one of"):
+        memory.end_chunk()
+    memory.abort_chunk()
+    assert (memory.received(), memory.stats()) == before
+
+
+def test_a_window_that_is_not_finite_is_as_if_it_had_not_been(tmp_path):
+    memory = make(sink_frames=0)
+    made = rolled(memory, range(3))
+    memory.begin_chunk(poses(3))
+    attend(memory, 3)
+    q, k, v = drawn(memory, 3, 0)
+    memory.attend(0, q, k * float("nan"), v)
+    memory.end_chunk()
+    assert memory.received() == pytest.approx(by_hand([*made, None])[0])
+    memory.save(tmp_path / "saved")
+    assert WorldMemory.load(tmp_path / "saved", device=DEVICE).received() == memory.received()
+    rolled(memory.fork(), range(4, 6)), rolled(memory, range(4, 6))
+    assert all(math.isfinite(share) for share in memory.received().values())
+    assert math.isfinite(memory.stats()["mass_current"])
+
+
+@pytest.mark.parametrize("mode", ["full", "sliding", "sink_recent"])
+def test_the_baselines_say_it_too(mode):
+    memory = make(mode=mode, bank_chunks=9)
+    made = rolled(memory, range(7))
+    chunks, roles = by_hand(made)
+    kept = {"full": range(6), "sliding": range(5, 6), "sink_recent": (0, 5)}[mode]
+    assert memory.received() == pytest.approx({chunk: chunks[chunk] for chunk in kept if chunk in chunks}, rel=1e-4)
+    assert {role: memory.stats()[f"mass_{role}"] for role in roles} == pytest.approx(roles, rel=1e-4)
+    assert make(mode=mode, bank_chunks=9, mass_layers=(), retrieval=ByMass()).received() == {}
+
+
+@pytest.mark.parametrize("method", ["select", "drop"])
+def test_a_policy_may_go_by_mass_in_one_of_the_two(method):
+    told = []
+
+    def own(self, *args, received):
+        told.append(received)
+        return getattr(PoseRetrieval, method)(self, *args)
+
+    policy = type("One", (PoseRetrieval,), {"by_mass": True, method: own})()
+    memory, plain = make(retrieval=policy), make()
+    assert [plan for plan, _ in rolled(memory, range(10))] == [plan for plan, _ in rolled(plain, range(10))]
+    assert any(told)
+
+
 @pytest.mark.parametrize("fields", [{}, dict(bank="host", bank_bits=8)], ids=["device", "host, 8 bits"])
 def test_saved_and_forked_it_goes_on_as_it_would(fields, tmp_path):
     memory = make(**fields)
@@ -229,32 +286,33 @@ def test_a_policy_that_goes_by_mass_is_told():
     policy = ByMass()
     memory = make(retrieval=policy, order="nearest_first")
     for number in range(13):
-        known = memory.received()
+        if number == 9:
+            memory.forget(next(chunk for chunk in memory.received() if memory.location(chunk) == "bank"))
+        in_bank = [chunk for chunk in range(number) if memory.location(chunk) == "bank"]
+        known = {chunk: share for chunk, share in memory.received().items() if chunk in in_bank}
         plan = memory.begin_chunk(poses(number))
         assert policy.told[-1] == known
-        in_bank = [chunk for chunk in range(number) if memory.location(chunk) == "bank"]
         assert list(plan.retrieved) == sorted(in_bank, key=lambda chunk: -known.get(chunk, 0.0))[:2]
         attend(memory, number)
         memory.end_chunk()
         assert all(chunk in memory.received() for chunk in range(number - 1) if memory.location(chunk) != "dropped")
-    assert memory.stats()["chunks_dropped"] == len(policy.dropped) == 6
+    assert memory.stats()["chunks_dropped"] == len(policy.dropped) + 1 == 6
     for on_offer, received in policy.dropped:
+        assert received.keys() == set(on_offer[:-2])  # the newest two were in no window that counts yet
         least = min(on_offer, key=lambda chunk: received.get(chunk, 0.0))
         assert memory.location(least) == "dropped" and least not in memory._received.known.chunks
-        assert set(on_offer) - received.keys() == {on_offer[-1]}  # which was in no window that counts yet
     with pytest.raises(ValueError, match="mass_layers must be given where the retrieval policy goes by mass"):
         make(retrieval=ByMass(), mass_layers=())
 
 
-@pytest.mark.parametrize("layers", [(3,), (-1,), (0, 0), (True,), (0.5,), 1, "1", None])
+@pytest.mark.parametrize("layers", [(3,), (-1,), (0, 0), (True,), (0.5,), 1, "1", b"\x00", np.array(1), None])
 def test_layers_that_are_none(layers):
     with pytest.raises(ValueError, match="MemoryConfig: mass_layers must be layers from 0 to 2"):
         make(mass_layers=layers)
 
 
 def test_layers_are_taken_as_integers():
-    assert make(mass_layers=[np.int64(2), 0]).config.mass_layers == (2, 0)
-    assert make(mode="sliding").received() == {}  # without a bank no layer is asked
+    assert make(mass_layers=[np.int64(2), 0]).config.mass_layers == (0, 2)
 
 
 def test_warm_up_asks_a_layer_and_leaves_nothing_behind():

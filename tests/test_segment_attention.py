@@ -442,7 +442,7 @@ def test_bad_tensors_are_named(argument, value, error, wanted):
         (
             {"out_mass": torch.empty(1, 4, device=DEVICE), "return_mass": True},
             ValueError,
-            "mass must be [2, segments], got [1, 4]",
+            "out_mass must be [2, segments], got [1, 4]",
         ),
         ({"out_mass": [0.0], "return_mass": True}, TypeError, "out_mass must be a tensor [2, segments], got"),
         ({"backend": 1}, TypeError, "backend must be None or a name, got 1"),

@@ -247,12 +247,14 @@ class Chunks:
         attended = memory.attend(layer, q, k, v, q_weight, k_weight, branch=None if at_once else self.branch)
         if at_once:
             self._cover(range(memory.config.branches))
-        for branch in self._of_pass:
+        for branch in self._of_pass if at_once else (self.branch,):
             self._attended[branch].add(layer)
         return attended
 
     def _cover(self, branches: Sequence[int]) -> None:
         """This pass is over these branches; over all of them, its stream is that of each."""
+        for branch in set(branches).difference(self._of_pass):
+            self._attended[branch].clear()
         self._of_pass = branches
         if len(branches) > 1:
             self._streams = [self._streams[self.branch]] * len(branches)
@@ -469,7 +471,7 @@ def _too_many(branches: int, chunk: int) -> str:
     if branches == 1:
         return (
             f"all passes of a rollout must have one cache, got a second one at chunk {chunk}: one memory serves one "
-            f"stream, and the two of classifier-free guidance by two forwards with branches=2"
+            f"stream; for the two of classifier-free guidance by two forwards give it branches=2"
         )
     return (
         f"all passes of a rollout must have {branches} caches, one for each of the config's branches, got another one "

@@ -180,13 +180,13 @@ class _Pressed:
         mouse, keyboard = self.conditions
         needed = {"mouse_cond": mouse, "keyboard_cond": keyboard} if self._has_mouse else {"keyboard_cond": keyboard}
         for name, given in needed.items():
-            if given is None or given.dim() != 3 or given.shape[1] != rows:
+            if given is None or given.dim() != 3 or given.shape[1] != rows or not len(given):
                 got = None if given is None else list(given.shape)
                 raise ValueError(
-                    f"{_OP}: forward's {name} must be [1, {rows}, c], the actions up to chunk {chunk}, got {got}; "
+                    f"{_OP}: forward's {name} must be [videos, {rows}, c], the actions up to chunk {chunk}, got {got}; "
                     f"give enable the actions or poses where the forward has none"
                 )
-            if not (given == given[:1]).all():
+            if len(given) > 1 and not (given == given[:1]).all():
                 raise ValueError(
                     f"{_OP}: forward's {name} must be the same for each video of a batch, which has one memory and "
                     f"goes one way, got others up to chunk {chunk}; give enable the actions or poses to go by"

@@ -17,7 +17,7 @@ from .chunks import Chunks
 from .watch import UPLOADS_DIFFER, Watch, same_uploads, source_line
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
-_KINDS = 8  # of passes at a time; a pipeline has two or three
+_KINDS = 8  # of passes over a branch at a time; a pipeline has two or three
 _HOST_NUMBERS = 64  # at most, in a tensor of the host, which is a part of the kind
 COMPILED = "the model is compiled by torch.compile, which graphs are not made of"
 # Arguments for the self-attention whose place the memory has taken.
@@ -82,7 +82,7 @@ class Passes:
             if chunk and not (self._inputs and kind in self._fills):
                 self.give_up(f"a pass could not be captured: {self._never[kind]}")
             return kernels()
-        if kind not in self._uploads and len(self._uploads) == _KINDS:
+        if kind not in self._uploads and len(self._uploads) == _KINDS * self._chunks.config.branches:
             if not self._inputs:
                 self.give_up("the arguments have other shapes or values in each chunk")
                 return kernels()

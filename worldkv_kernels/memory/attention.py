@@ -106,6 +106,9 @@ class Attention:
             self.check_branch("attend", branch)
         if isinstance(q, torch.Tensor):
             tokens, columns = config.chunk_tokens, config.num_heads * config.head_dim
+            if q.dim() == 3 and not at_once:
+                of = "one branch" if config.branches > 1 else "the one branch that the config has"
+                raise ValueError(f"attend: q must be [{tokens}, {columns}], of {of}, got {list(q.shape)}")
             layout_fits = q.dim() == 2 + at_once
             if layout_fits and q.shape[-2] != tokens:
                 raise ValueError(f"attend: q must have the chunk's {tokens} tokens, got {q.shape[-2]}")
@@ -137,8 +140,8 @@ class Attention:
         else:
             branch = branch or 0
             turned = self._append(layer, branch, q, k, v, q_weight, k_weight)
-            k_pool, v_pool = (self._of_branch(x, branch, config.num_kv_heads) for x in (k_pool, v_pool))
-            mass = None if mass is None else self._of_branch(mass, branch, config.num_heads, dim=0)
+            k_pool, v_pool = (of_branch(x, branch, config.num_kv_heads) for x in (k_pool, v_pool))
+            mass = None if mass is None else of_branch(mass, branch, config.num_heads, dim=0)
         options = dict(scale=config.scale, out=out, backend=self._backend)
         if mass is None:
             attended = segment_attention(turned, k_pool, v_pool, window, **options)
@@ -152,20 +155,16 @@ class Attention:
     ) -> torch.Tensor:  # fmt: skip
         """Write a branch's keys and values to the current chunk's rows; its queries, normed and turned."""
         pool, config = self._storage.pool, self._config
-        own_k, own_v = (self._of_branch(x[layer], branch, config.num_kv_heads) for x in (pool.k, pool.v))
+        own_k, own_v = (of_branch(x[layer], branch, config.num_kv_heads) for x in (pool.k, pool.v))
         turned = norm_rope_append(
             q, k, v, own_k, own_v, self.first_row,
             rope=self.rotations, grid=(config.chunk_frames, *config.grid),
             q_weight=q_weight, k_weight=k_weight, eps=config.eps, round_before_rope=config.round_before_rope,
-            out=self._of_branch(self.q, branch, config.num_heads), backend=self._backend,
+            out=of_branch(self.q, branch, config.num_heads), backend=self._backend,
         )  # fmt: skip
         if layer == 0 and self._contents is not None:
             self._contents.take(k, branch)
         return turned
-
-    def _of_branch(self, x: torch.Tensor, branch: int, heads: int, *, dim: int = 1) -> torch.Tensor:
-        """A branch's own `heads` of all branches' heads in a dimension."""
-        return of_branch(x, branch, heads, dim=dim) if self._config.branches > 1 else x
 
 
 def _check_batch(branches: int, **given: object) -> None:

@@ -83,8 +83,10 @@ class MemoryConfig:
     turn retrieved and sink chunks in time so that the window's frames follow each other without a gap up to the
     recent ones; by default in mode "worldkv", where there is a rope.
 
-    `mass_layers`: layers whose attention is asked how much of it each chunk received, see WorldMemory.received; none by
-    default. It has cost 2 to 9 % of such a layer's attention (benchmarks/README.md): of two in forty nothing one sees.
+    `mass_layers`: layers whose attention is asked how much of it each chunk received, in any mode, see
+    WorldMemory.received; none by default. On an H100 it has cost 2 to 9 % of such a layer's attention
+    (benchmarks/README.md); on a CPU, where the reference stands in for sdpa, it takes several times as long. Where
+    another backend serves because of it, results differ by rounding.
 
     `bank_bits`: 16, banked chunks as they are, whatever the dtype; or 8 or 4, as quantize_chunk packs them when they
     are pruned, .51 and .28 of the bytes in 16 bits. Sink, recent and current chunks stay as they are; in every pass a
@@ -195,12 +197,15 @@ class MemoryConfig:
         check(self.prune_rule in RULES, "prune_rule", f"one of {', '.join(RULES)}")
         check(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}")
         check(self.bank in ("device", "host"), "bank", "'device' or 'host'")
-        layers = tuple(self.mass_layers) if isinstance(self.mass_layers, Iterable) else (None,)
+        try:
+            layers = [None] if isinstance(self.mass_layers, str | bytes) else [*self.mass_layers]
+        except TypeError:
+            layers = [None]
         right = all(is_integer(layer) and 0 <= layer < self.num_layers for layer in layers)
         check(right and len(set(layers)) == len(layers), "mass_layers", f"layers from 0 to {self.num_layers - 1}")
-        object.__setattr__(self, "mass_layers", tuple(map(operator.index, layers)))
+        object.__setattr__(self, "mass_layers", tuple(sorted(map(operator.index, layers))))
         check(self.bank_bits in BANK_BITS, "bank_bits", f"one of {', '.join(map(str, BANK_BITS))}")
-        asked = self.mass_layers or not goes_by_mass(make_policy(self.retrieval))
+        asked = self.mass_layers or self.mode != "worldkv" or not goes_by_mass(make_policy(self.retrieval))
         check(asked, "mass_layers", "given where the retrieval policy goes by mass")
         least = max(1, self.retrieved_chunks) if self.mode == "worldkv" else 1
         enough = self.bank_chunks is None or self.bank_chunks >= least
@@ -343,7 +348,7 @@ class MemoryConfig:
     @property
     def takes_mass(self) -> bool:
         """Whether attention says how much of it each chunk received."""
-        return self.has_bank and bool(self.mass_layers)
+        return bool(self.mass_layers)
 
     @property
     def cache_slots(self) -> int:

@@ -57,15 +57,18 @@ class KeptDescriptions:
         """The policy's choice among the chunks from `first` on and one that is `coming`, as it gives it."""
         candidates = [(chunk, description) for chunk, description in self._descriptions.items() if chunk >= first]
         on_offer = candidates if coming is None else [*candidates, coming]
-        return self._policy.select(current, on_offer, budget, **self._mass())
+        return self._policy.select(current, on_offer, budget, **self._mass(on_offer))
 
     def drop(self, exclude: Collection[int] = ()) -> Any:
         """What the policy gives up of all that are kept but those to exclude, as it gives it."""
         on_offer = [item for item in self._descriptions.items() if item[0] not in exclude]
-        return self._policy.drop(on_offer, **self._mass())
+        return self._policy.drop(on_offer, **self._mass(on_offer))
 
-    def _mass(self) -> dict[str, dict[int, float]]:
-        return {} if self._received is None else {"received": dict(self._received.known.chunks)}
+    def _mass(self, on_offer: list[tuple[int, Any]]) -> dict[str, dict[int, float]]:
+        if self._received is None:
+            return {}
+        known = self._received.known.chunks
+        return {"received": {chunk: known[chunk] for chunk, _ in on_offer if chunk in known}}
 
 
 class KeptRows(ABC):

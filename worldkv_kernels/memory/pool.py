@@ -111,7 +111,7 @@ class Pool:
 
 def of_branch(x: torch.Tensor, branch: int, heads: int, *, dim: int = 1) -> torch.Tensor:
     """A branch's own `heads` of all in a dimension."""
-    return x.narrow(dim, branch * heads, heads)
+    return x if x.shape[dim] == heads else x.narrow(dim, branch * heads, heads)
 
 
 def free_bytes(device: torch.device) -> int:

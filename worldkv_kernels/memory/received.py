@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,8 +27,9 @@ class Received:
     `config.mass_layers`.
 
     Attention of these layers writes it to a fixed place, in captured graphs too; what lies there when a chunk ends is
-    copied to the host, and read when the next one ends. The passes of that one are queued by then, so that the device
-    does not stand still: a window's shares are known a chunk late.
+    copied to the host, and read when the next one has ended. The passes of that one are queued by then, so that the
+    device does not stand still: a window's shares are known a chunk late. Of a window whose mass is not finite nothing
+    is known.
 
     `known`: running means over the windows that a chunk was in, but for the one in which it was made. A window of a
     thousand tokens of which a chunk has a hundred, and 20 % of the attention, gives it 2 even shares.
@@ -54,35 +56,29 @@ class Received:
         place = self._place.get(layer)
         return None if place is None else self._on_device[place]
 
-    def end(self, plan: ChunkPlan) -> None:
-        """The chunk of that plan is ended: what was written last is its own. After `add`."""
-        torch.mean(self._on_device, dim=(0, 1), out=self._mean)
-        self._on_host.copy_(self._mean, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self._on_device.device))
-        self._window = plan
-
-    def last(self) -> Shares | None:
-        """Of the chunk ended last, if it is not added yet; waits for its passes on the host."""
-        if self._window is not None:
-            if self._copied is not None:
-                self._copied.synchronize()
-            self._last, self._window = shares(self._window, self._on_host.tolist()), None
-        return self._last
-
-    def add(self, last: Shares | None) -> None:
-        """What `last` gave, to what is known."""
+    def end(self, plan: ChunkPlan, kept: Callable[[int], bool]) -> None:
+        """The chunk of that plan is history: what was written last is its own. Chunks that are not `kept` are gone."""
+        last = self.last()
         if last is not None:
             for known, of_window in zip(self.known, last, strict=True):
                 for name, share in of_window.items():
                     before = known.get(name, share)
                     known[name] = before + (1.0 - _KEPT) * (share - before)
-        self._last = None
-
-    def keep(self, kept: Callable[[int], bool]) -> None:
-        """The others are gone for good."""
         for chunk in [chunk for chunk in self.known.chunks if not kept(chunk)]:
             del self.known.chunks[chunk]
+        torch.mean(self._on_device, dim=(0, 1), out=self._mean)
+        self._on_host.copy_(self._mean, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._on_device.device))
+        self._window, self._last = plan, None
+
+    def last(self) -> Shares | None:
+        """Of the chunk ended last; waits for its passes on the host. None before the first."""
+        if self._window is not None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._last, self._window = shares(self._window, self._on_host.tolist()), None
+        return self._last
 
     def restore(self, known: Shares, last: Shares | None) -> None:
         self.known, self._window, self._last = known, None, last
@@ -93,6 +89,8 @@ def shares(plan: ChunkPlan, mass: list[float]) -> Shares:
     tokens: dict[int, int] = {}
     received: dict[int, float] = {}
     roles = dict.fromkeys(ROLES, 0.0)
+    if not all(map(math.isfinite, mass)):
+        return Shares({}, {})
     for (role, chunk, segment), share in zip(plan.segments, mass, strict=False):
         roles[role] += share
         tokens[chunk] = tokens.get(chunk, 0) + segment.num_rows

@@ -38,8 +38,9 @@ class RetrievalPolicy(Protocol):
     [vectors, dim], and `current` is one vector [dim]. See WorldMemory.begin_chunk and ContentRetrieval. It has to have
     `describe` all the same.
 
-    One that has an attribute `by_mass`, True, is also given `received`, by keyword, in `select` and `drop`: what
-    WorldMemory.received is then. It needs `MemoryConfig.mass_layers`.
+    One that has an attribute `by_mass`, True, is also given `received`, by keyword, in `select` and `drop`: of the
+    candidates what WorldMemory.received says. One that was in no window but its own is not in it yet. It needs
+    `MemoryConfig.mass_layers`.
     """
 
     needs_intrinsics: bool
@@ -62,6 +63,8 @@ class NearestPolicy:
     diversity 0 that is the plain order of distance. Towards 1, a chunk close to one already picked
     needs to be that much closer to the current view, so near-copies do not take the whole budget.
 
+    `received`, which a subclass that goes by mass is given, is not looked at.
+
     A full bank gives up the younger chunk of the two that are most alike: along a way of even steps every other one
     goes, where the older of two would be the oldest of all, again and again.
     """
@@ -78,7 +81,9 @@ class NearestPolicy:
         """Distances [views, others] between descriptions, on the scale that `current` against `others` sets."""
         raise NotImplementedError
 
-    def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+    def select(
+        self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int, *, received: object = None
+    ) -> list[int]:
         if not candidates or budget < 1:
             return []
         views = [description for _, description in candidates]
@@ -91,7 +96,7 @@ class NearestPolicy:
         )
         return [candidates[place][0] for place in picked]
 
-    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+    def drop(self, candidates: Sequence[tuple[int, Any]], *, received: object = None) -> int:
         return candidates[0][0] if len(candidates) == 1 else self.most_alike(candidates)[1]
 
     def most_alike(self, candidates: Sequence[tuple[int, Any]]) -> tuple[int, int]:

@@ -338,8 +338,6 @@ class WorldMemory:
                     f"end_chunk: chunk {chunk} must attend every layer, got none for layers {missing}{of_branch}"
                 )
         made = self._made(content)
-        if self._received is not None:
-            self._received.add(self._received.last())
         if self._bank is not None:
             self._descriptions[chunk] = made.description
             copied = config.bank_sink and chunk < config.sink_chunks  # to the bank at once
@@ -354,12 +352,10 @@ class WorldMemory:
         if self.integrator is not None:
             self.integrator.restore(self._view.after_actions)
         if self._received is not None:
-            self._received.end(self._plan)
+            self._received.end(self._plan, self._is_kept)
         self._release()
         self._last_view = made
         self._next_chunk = chunk + 1
-        if self._received is not None:
-            self._received.keep(lambda past: self._location("end_chunk", past)[1] != "dropped")
 
     def abort_chunk(self) -> None:
         """Drop the current chunk: the memory is as before its begin_chunk. Does nothing when none is begun.
@@ -535,14 +531,15 @@ class WorldMemory:
 
         In even shares: 1 is what the chunk would have if all tokens of the window had the same. A mean over queries,
         heads, branches and `MemoryConfig.mass_layers`, and a running one, to which each adds a fifth, over the windows
-        that the chunk was in, but for its own. A window counts when the chunk after it ends. Empty without mass_layers.
+        that the chunk was in, but for its own: of each the last pass. A window counts when the chunk after it has
+        ended; one whose attention is not finite never. Empty without mass_layers.
 
         What was not in the window is not in it, nor is a reason: attention goes to what resembles the present, be it
         right or wrong, so that this shows whether retrieved chunks are used, and is no measure of their worth.
         docs/small_world.md has what was measured.
         """
         known = {} if self._received is None else self._received.known.chunks
-        return {chunk: known[chunk] for chunk in sorted(known) if self._location("received", chunk)[1] != "dropped"}
+        return {chunk: known[chunk] for chunk in sorted(known) if self._is_kept(chunk)}
 
     def location(self, chunk: int) -> str:
         """Where a past chunk is: "sink", "recent", "unattended", "bank" or "dropped"."""
@@ -632,6 +629,11 @@ class WorldMemory:
         if found == "left":
             found = "bank" if self._bank is not None and chunk in self._bank else "dropped"
         return chunk, found
+
+    def _is_kept(self, chunk: int) -> bool:
+        """Of a past chunk."""
+        in_bank = self._bank is not None and chunk in self._bank
+        return chunk < self.config.sink_chunks or chunk >= self._first_whole or in_bank
 
     def _coming(self, begun: int | None, description: Any) -> tuple[int, Any] | None:
         """What will be banked when `begun`, of that description, ends, and its description: the next chunk may retrieve

@@ -200,6 +200,9 @@ class Rollout(Iterator[RolloutChunk]):
         if frames != memory.config.chunk_frames:
             got = memory.config.chunk_frames
             raise ValueError(f"rollout: memory must have the model's chunk_frames={frames}, got {got}")
+        if memory.config.branches != 1:
+            got = memory.config.branches
+            raise ValueError(f"rollout: memory must be of one branch, since a model here makes one video, got {got}")
         if memory.stats()["chunks"]:
             raise ValueError(f"rollout: memory must be new or reset, got one of {memory.stats()['chunks']} chunks")
         if seed < 0:

@@ -162,6 +162,7 @@ def segment_attention(
         if not return_mass:
             raise bad_value(_OP, "out_mass", "None without return_mass", out_mass)
         check_layout(_OP, "out_mass", out_mass, (heads, "segments"), like=q)
+        check_tensor(_OP, "out_mass", out_mass, (heads, "segments"), like=q, dtypes=(torch.float32,), inner=0)
     lse = torch.empty((heads, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     mass = out_mass
     if return_mass and mass is None:
