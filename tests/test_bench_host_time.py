@@ -215,7 +215,7 @@ def test_a_session_that_grows_is_seen(long, monkeypatch, leak):
         elif leak == "rss":
             buffer.extend(bytes(2**16))  # more than other tests may have left free in this process
         else:
-            sum(range(100 * memory.stats()["chunks"]))
+            sum(range(memory.stats()["chunks"] ** 2 // 20))
 
     monkeypatch.setattr(WorldMemory, "end_chunk", end_chunk)
     with pytest.raises(AssertionError, match=leak):
