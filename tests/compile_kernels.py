@@ -173,8 +173,7 @@ def attention_launches():
 def participation_launches():
     for dtype, head_dim, shift, weight, *how in [
         (torch.bfloat16, 128, False, False), (torch.bfloat16, 128, True, True, "grouped"),
-        (torch.float16, 64, False, True), (torch.bfloat16, 64, True, False), (torch.bfloat16, 128, True, False, "all"),
-        (torch.float32, 128, True, True),
+        (torch.float16, 64, True, False), (torch.bfloat16, 128, True, False, "all"), (torch.float32, 128, True, True),
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 8 if "grouped" in how else 40, head_dim, dtype=dtype, device="meta")

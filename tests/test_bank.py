@@ -218,7 +218,9 @@ def test_a_hundred_chunks_do_not_depend_on_the_bank(on_device, fields):
     assert stats["host_misses"] + stats["host_copies_saved"] == stats["chunks_retrieved"]
     a_chunk = stats["host_bytes"] // 40
     assert stats["host_bytes_in"] == a_chunk * stats["host_copies_in"]
-    assert stats["host_bytes_out"] == a_chunk * stats["host_copies_out"] == a_chunk * 97  # but the sink and the recent
+    assert stats["host_bytes_out"] == a_chunk * stats["host_copies_out"]
+    # All but the sink and the recent ones, and those that the full bank gave up as they came.
+    assert 0 < 97 - stats["host_copies_out"] < stats["chunks_dropped"]
     assert stats["pinned"] == 0
     assert (stats["prefetched"] > 0) == memory.config.prefetch or memory.config.device_slots == 3  # which has no spare
     assert stats["prefetch_hits"] + stats["prefetch_misses"] <= stats["prefetched"]
