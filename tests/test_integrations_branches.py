@@ -1,8 +1,10 @@
 """Guidance by two caches, and videos in a batch, over a memory of two branches: each as over a memory of its own."""
 
+import math
 import re
 import weakref
 
+import numpy as np
 import plain_self_forcing as plain
 import pytest
 import recorded_pass
@@ -15,7 +17,7 @@ from test_integrations_attach import POSES as ALONG
 from test_integrations_attach import WORLDKV, attach_own_window
 from test_integrations_chunks import ALONG_THE_SAME, POSES, TOKENS, make, run_pass
 
-from worldkv_kernels import WorldMemory
+from worldkv_kernels import MemoryConfig, WorldMemory
 from worldkv_kernels.actions import parse_actions
 from worldkv_kernels.integrations import attach, matrix_game, passes
 from worldkv_kernels.integrations.chunks import Chunks
@@ -140,6 +142,16 @@ def test_a_chunk_needs_all_layers_of_both():
     one_pass(chunks, 1, 2, A, layers=(1,))
     with pytest.raises(RuntimeError, match=r"chunk 1 of branch 0 must attend every layer, got none for \[0\]"):
         one_pass(chunks, 2, 0, B)
+
+
+def test_a_layer_of_one_alone_counts_for_that_one():
+    chunks = make(branches=2)
+    two_videos(chunks, 0, 0, A)
+    with chunks.model_pass(0, timestep=torch.tensor([0.0]), stream=A):
+        chunks.attend(0, *torch.stack([qkv(0, 1, 0, one) for one in (A, B)], dim=1))
+        chunks.attend(1, *qkv(0, 1, 1, A))
+    with pytest.raises(RuntimeError, match=r"chunk 0 of branch 1 must attend every layer, got none for \[1\]"):
+        chunks.finish()
 
 
 @ALONG_THE_SAME
@@ -404,6 +416,7 @@ def generate_from(pipe, chunk, chunks):
 def test_passes_of_both_may_be_graphs(of, monkeypatch):
     monkeypatch.setattr(passes, "why_not_on", lambda device: None)
     monkeypatch.setattr(passes, "_capture_on", lambda device: recorded_pass.recorded)
+    monkeypatch.setattr(passes, "_KINDS", 2)  # which a pipeline of one branch has
     model = make_model()
     with attach(model, branches=2, **WORLDKV) as handle:
         wanted, counted = of(model), handle.stats()
@@ -484,6 +497,17 @@ def test_two_games_of_one_memory_go_one_way():
         with pytest.raises(ValueError, match="mouse_cond must be the same for each video of a batch"):
             played(model, *actions)
         assert handle.stats()["chunks"] == 0
+
+
+def test_actions_of_one_game_that_are_no_numbers_differ_from_no_others():
+    config = MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1), retrieval="action")
+    pressed = matrix_game._Pressed(config)
+    pressed.conditions = torch.full((1, 9, 2), math.nan), torch.zeros(1, 9, 4)
+    assert np.isnan(pressed.of(0).mouse).all()  # which begin_chunk refuses by what it is
+    for videos in (0, 2):
+        pressed.conditions = torch.zeros(videos, 5, 2), torch.zeros(videos, 5, 4)
+        with pytest.raises(ValueError, match=rf"must be \[videos, 9, c\], .*, got \[{videos}, 5, 2\]"):
+            pressed.of(0)
 
 
 class Guided:

@@ -1,5 +1,7 @@
 """The rollout, with a model of known answers: which passes it makes, with what, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -218,6 +220,9 @@ def test_a_memory_that_does_not_fit_is_told_at_the_call():
     model = Known()
     other = Known()
     other.config = SmallWorldConfig(num_layers=1, num_heads=1, grid=(1, 2), chunk_frames=1)
+    two = WorldMemory(replace(make_memory(model).config, branches=2), dtype=torch.float32)
+    with pytest.raises(ValueError, match="rollout: memory must be of one branch, since a model here makes one video"):
+        rollout(model, two, POSES, INTRINSICS)
     with pytest.raises(ValueError, match="rollout: memory must have the model's chunk_frames=3, got 1"):
         rollout(model, make_memory(other), POSES, INTRINSICS)
     memory = make_memory(model)
