@@ -5,7 +5,7 @@
 #   benchmarks/device.sh [--check] [--ops] [--segment_attention] [--models] [--sanitize] [--tune] [--fuzz]
 #                        [--next] [--dry]
 #
-# --check              tests that use the GPU                                      (at most 4 minutes)
+# --check              tests that use the GPU                                      (at most 6 minutes)
 # --ops                benches of norm_rope_append, compress_chunk, quantize_chunk, participation, prefetch  (6)
 # --segment_attention  what a GPU has to do for it (conformance.py, for sm_90), tests of it in CUDA, its bench     (5)
 # --tune               which backend of segment_attention is the fastest (worldkv tune, not kept), and which
