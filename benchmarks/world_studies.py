@@ -215,6 +215,10 @@ MASS = [
         "the least attended given up": ByMass(drops="all"), "the most attended retrieved": ByMass(selects=True),
     }.items()
 ]  # fmt: skip
+WHICH_OF_TWO = [
+    Memory(f"{which} given up, bank_chunks={places}", {"bank_chunks": places, **of})
+    for places in (12, 6) for which, of in (("younger", {}), ("older", {"retrieval": DropsOlder()}))
+]  # fmt: skip
 REBASE = [Memory("rebased", TWO), Memory("not rebased", {**TWO, "rebase_time": False})]
 
 
@@ -331,10 +335,8 @@ STUDIES = [
     Study("bank", "How large a bank?", _changed("bank_chunks", (30, 20, 12, 6), {})),
     Study("bank, crossing", "The same, on a way that crosses itself at other pitches?",
           _changed("bank_chunks", (45, 20, 12, 6), {}), sweeps_and_diagonal),
-    Study("bank, which of two", "Should a full bank give up the older of two that are alike?",
-          [Memory(f"{which} given up, bank_chunks={places}", {"bank_chunks": places, **of})
-           for places in (12, 6) for which, of in (("younger", {}), ("older", {"retrieval": DropsOlder()}))],
-          sweeps_and_diagonal),
+    Study("bank, which of two", "Should a full bank give up the older of two that are alike?", WHICH_OF_TWO),
+    Study("bank, which of two, crossing", "The same, on a way that crosses itself?", WHICH_OF_TWO, sweeps_and_diagonal),
     Study("sink", "How long a sink?", _changed("sink_frames", (3, 0, 6, 9), TWO)),
     Study("recent", "How many recent frames?", _changed("recent_frames", (3, 0, 6, 9), TWO)),
     Study("walk", "Where the camera walks, which no training clip did?",

@@ -378,7 +378,7 @@ def test_guidance_by_two_forwards_is_refused_where_the_memory_has_one_branch():
     pipe = pipeline(model, plain.CausalDiffusionInferencePipeline)
     own = generate(pipe, 3)
     for given in (None, GIVEN):
-        with attach_own_window(model), pytest.raises(RuntimeError, match="guidance by two forwards with branches=2"):
+        with attach_own_window(model), pytest.raises(RuntimeError, match="guidance by two forwards give it branches=2"):
             generate(pipe, 3, initial_latent=given)
     assert torch.equal(generate(pipe, 3), own)
 

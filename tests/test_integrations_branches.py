@@ -500,7 +500,7 @@ def test_two_games_of_one_memory_go_one_way():
 
 
 def test_actions_of_one_game_that_are_no_numbers_differ_from_no_others():
-    config = MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1), retrieval="action")
+    config = MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1), retrieval="action", branches=2)
     pressed = matrix_game._Pressed(config)
     pressed.conditions = torch.full((1, 9, 2), math.nan), torch.zeros(1, 9, 4)
     assert np.isnan(pressed.of(0).mouse).all()  # which begin_chunk refuses by what it is

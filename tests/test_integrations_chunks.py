@@ -171,7 +171,7 @@ def test_two_streams_that_take_turns_over_chunk_0_are_refused(timesteps):
     chunks, caches = make(), ([], [])
     run_pass(chunks, 0, timesteps[0], stream=caches[0])
     run_pass(chunks, 0, timesteps[1], stream=caches[1])  # the first may have been broken off
-    with pytest.raises(RuntimeError, match="one memory serves one stream, and the two of classifier-free guidance"):
+    with pytest.raises(RuntimeError, match="one memory serves one stream; for the two of classifier-free guidance"):
         run_pass(chunks, 0, timesteps[2], stream=caches[0])
     run_chunk(chunks, 0, stream=caches[1])
     assert chunks.stats()["chunks"] == 1

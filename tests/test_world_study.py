@@ -112,12 +112,13 @@ def test_retrieved_tokens_have_no_weight_of_their_own_since_not_every_memory_gai
 
 
 def test_the_younger_of_two_goes_since_the_older_costs_decibels():
+    """On one way; on the other it is worth as much."""
     assert PoseRetrieval().drop([(chunk, at(chunk)) for chunk in range(5)]) == 1  # even steps: every other one goes
     for places in (12, 6):
-        db, error = gain(
-            "bank, which of two", f"older given up, bank_chunks={places}", f"younger given up, bank_chunks={places}"
-        )
+        names = [f"{which} given up, bank_chunks={places}" for which in ("older", "younger")]
+        db, error = gain("bank, which of two, crossing", *names)
         assert db < -5 and db < -10 * error
+        assert abs(gain("bank, which of two", *names)[0]) < 0.15
 
 
 def test_attention_received_chooses_nothing_since_poses_are_decibels_better():

@@ -168,6 +168,7 @@ class _Pressed:
     def __init__(self, config: MemoryConfig) -> None:
         policy = make_policy(config.retrieval)
         self._frames = config.chunk_frames
+        self._videos = "videos" if config.branches > 1 else 1
         self.needed = isinstance(policy, ActionRetrieval) and config.has_bank
         self.conditions: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # [videos, rows so far, c]
         if self.needed:
@@ -183,7 +184,7 @@ class _Pressed:
             if given is None or given.dim() != 3 or given.shape[1] != rows or not len(given):
                 got = None if given is None else list(given.shape)
                 raise ValueError(
-                    f"{_OP}: forward's {name} must be [videos, {rows}, c], the actions up to chunk {chunk}, got {got}; "
+                    f"{_OP}: forward's {name} must be [{self._videos}, {rows}, c], the actions up to chunk {chunk}, got {got}; "
                     f"give enable the actions or poses where the forward has none"
                 )
             if len(given) > 1 and not (given == given[:1]).all():
