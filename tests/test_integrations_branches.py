@@ -4,7 +4,6 @@ import math
 import re
 import weakref
 
-import numpy as np
 import plain_self_forcing as plain
 import pytest
 import recorded_pass
@@ -503,7 +502,7 @@ def test_actions_of_one_game_that_are_no_numbers_differ_from_no_others():
     config = MemoryConfig(num_layers=1, num_heads=1, grid=(1, 1), retrieval="action", branches=2)
     pressed = matrix_game._Pressed(config)
     pressed.conditions = torch.full((1, 9, 2), math.nan), torch.zeros(1, 9, 4)
-    assert np.isnan(pressed.of(0).mouse).all()  # which begin_chunk refuses by what it is
+    assert torch.isnan(torch.as_tensor(pressed.of(0).mouse)).all()  # which begin_chunk refuses by what it is
     for videos in (0, 2):
         pressed.conditions = torch.zeros(videos, 5, 2), torch.zeros(videos, 5, 4)
         with pytest.raises(ValueError, match=rf"must be \[videos, 9, c\], .*, got \[{videos}, 5, 2\]"):

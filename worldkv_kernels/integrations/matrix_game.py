@@ -182,9 +182,10 @@ class _Pressed:
         needed = {"mouse_cond": mouse, "keyboard_cond": keyboard} if self._has_mouse else {"keyboard_cond": keyboard}
         for name, given in needed.items():
             if given is None or given.dim() != 3 or given.shape[1] != rows or not len(given):
+                wanted = f"[{self._videos}, {rows}, c], the actions up to chunk {chunk}"
                 got = None if given is None else list(given.shape)
                 raise ValueError(
-                    f"{_OP}: forward's {name} must be [{self._videos}, {rows}, c], the actions up to chunk {chunk}, got {got}; "
+                    f"{_OP}: forward's {name} must be {wanted}, got {got}; "
                     f"give enable the actions or poses where the forward has none"
                 )
             if len(given) > 1 and not (given == given[:1]).all():
