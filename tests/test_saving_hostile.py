@@ -1,5 +1,6 @@
 """A saved memory with right checksums whose state is made up: refused, or a memory that can go on."""
 
+import copy
 import json
 import re
 
@@ -157,7 +158,7 @@ def mutated(draw, parts):
         elif what in ("remove", "repeat") and isinstance(holder, list):
             holder[key : key + 1] = [holder[key]] * 2 if what == "repeat" else []
         else:
-            holder[key] = draw(values_of(parts))
+            holder[key] = copy.deepcopy(draw(values_of(parts)))  # what is drawn may be drawn again
     return made
 
 
