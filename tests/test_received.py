@@ -13,7 +13,7 @@ from conftest import DEVICE
 from worldkv_kernels import MemoryConfig, WorldMemory, segment_attention
 from worldkv_kernels.memory import saving
 from worldkv_kernels.memory.received import ROLES
-from worldkv_kernels.memory.retrieval import PoseRetrieval
+from worldkv_kernels.memory.retrieval import ActionRetrieval, ContentRetrieval, FovRetrieval, PoseRetrieval
 
 LAYERS, HEADS = 3, 2
 ASKED = (0, 2)
@@ -200,6 +200,15 @@ def test_the_baselines_say_it_too(mode):
     assert memory.received() == pytest.approx({chunk: chunks[chunk] for chunk in kept if chunk in chunks}, rel=1e-4)
     assert {role: memory.stats()[f"mass_{role}"] for role in roles} == pytest.approx(roles, rel=1e-4)
     assert make(mode=mode, bank_chunks=9, mass_layers=(), retrieval=ByMass()).received() == {}
+
+
+@pytest.mark.parametrize("policy", [PoseRetrieval(), FovRetrieval(), ActionRetrieval(), ContentRetrieval()])
+def test_the_policies_here_take_what_was_received_and_look_at_none_of_it(policy):
+    by_content = isinstance(policy, ContentRetrieval)
+    view = np.ones((2, 4), np.float32) if by_content else policy.describe(poses(0), np.full((2, 4), 10.0))
+    current = view[-1] if by_content else view
+    assert policy.select(current, [(1, view), (2, view)], 1, received={1: 0.0, 2: 9.0}) == [1]
+    assert policy.drop([(1, view), (2, view)], received={1: 0.0, 2: 9.0}) == 2
 
 
 @pytest.mark.parametrize("method", ["select", "drop"])

@@ -287,7 +287,7 @@ class FovRetrieval(NearestPolicy):
             overlap[rows] += self._share_seen(own, poses[rows], cameras[rows])
         return overlap
 
-    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+    def drop(self, candidates: Sequence[tuple[int, Any]], *, received: object = None) -> int:
         return self.by_pose.drop([(chunk, description[0]) for chunk, description in candidates])
 
     def _share_seen(self, points: np.ndarray, pose: np.ndarray, camera: np.ndarray) -> np.ndarray:
@@ -345,7 +345,9 @@ class ContentRetrieval(NearestPolicy):
         apart = np.stack([self.apart(view, contents, squares) for view in views])
         return apart / (scale_of(self.apart(current, contents, squares)) or 1.0)
 
-    def select(self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int) -> list[int]:
+    def select(
+        self, current: Any, candidates: Sequence[tuple[int, Any]], budget: int, *, received: object = None
+    ) -> list[int]:
         if not candidates or budget < 1:
             return []
         chunks = np.array([chunk for chunk, _ in candidates])
@@ -356,7 +358,7 @@ class ContentRetrieval(NearestPolicy):
         picked = pick_nearest(to_current, to_picked, chunks, budget, self.diversity)
         return [int(chunks[place]) for place in picked]
 
-    def drop(self, candidates: Sequence[tuple[int, Any]]) -> int:
+    def drop(self, candidates: Sequence[tuple[int, Any]], *, received: object = None) -> int:
         broken = [chunk for chunk, content in candidates if not np.isfinite(content).all()]
         return min(broken) if broken else super().drop(candidates)
 
