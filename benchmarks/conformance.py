@@ -120,6 +120,10 @@ FACTS = {
         "there, in either order, and its bytes can then be read"
     ),
     "ring": Fact("two stages, filled by the copy engine and given back by eight warps, hold one tile after the other"),
+    "handoff_by_lane": Fact(
+        "what the lanes of a warp have read before __syncwarp() may be overwritten once one of them has arrived"
+    ),
+    "handoff_by_lanes": Fact("what lanes have read may be overwritten once each has arrived"),
     "turns": Fact("two warp groups take turns by named barriers, at which the other one arrives, and it comes first"),
     "registers": Fact("a warp group that gives registers lets two others have 240 a thread, all of them usable"),
     "accumulate": Fact(

@@ -236,6 +236,8 @@ do_sanitize() {
         skip memcheck "needs a GPU"
         return
     fi
+    # What racecheck makes of attention's protocol, and nothing else: csrc/attention/NOTES.md.
+    stage "racecheck itself" 60 "$python" "$root/benchmarks/racecheck.py" --jsonl "$results"
     # Once without a checker, which would slow the compiler down.
     stage "kernels once" 60 "$python" "$root/benchmarks/sanitize.py" || return
     for tool in memcheck racecheck synccheck; do

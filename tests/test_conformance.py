@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import cuda_on_host
 import numpy as np
@@ -104,6 +105,10 @@ def ring():
     return np.concatenate([np.column_stack([np.full(256, 1000 + i), tile]).ravel() for i, tile in enumerate(tiles)])
 
 
+def rounds():
+    return np.repeat(1000 + np.arange(6), 128)
+
+
 def registers():
     held = mix(np.arange(208 * 256)).reshape(208, 256)
     digest = np.zeros(256, np.uint32)
@@ -149,6 +154,7 @@ DERIVED = {
         [np.arange(6), copied([(0, 0, 1, 40), (1024, 64, 2, 90)], 8, 2048)]
     ),
     "ring": ring,
+    **dict.fromkeys(("handoff_by_lane", "handoff_by_lanes"), rounds),
     "turns": lambda: np.array([group << 16 | turn for turn in range(6) for group in range(2)]),
     "registers": registers,
     "accumulate": accumulate,
@@ -176,6 +182,14 @@ def test_the_host_gives_the_bits_kept_and_they_follow_from_the_facts(load, on_ho
     for seed in SEEDS:
         library.cuda_on_host_seed(ctypes.c_uint64(seed))
         np.testing.assert_array_equal(np.frombuffer(run.run(library, fact), "<u4"), kept)
+
+
+def test_a_slot_given_back_before_it_is_read_is_a_race(load, on_host):
+    run = load("conformance_run")
+    with pytest.raises(
+        RuntimeError, match=r"race on .* store_shared at conformance/handoff.cuh:\d+ writes over what load_shared"
+    ):
+        run.run(run.load(on_host), "handoff_too_early")
 
 
 def test_every_fact_has_its_kernel_its_words_and_its_bits(load, on_host):
@@ -282,6 +296,57 @@ def test_without_a_gpu_of_the_kind_the_script_says_so(load, monkeypatch, capsys)
     monkeypatch.setattr(conformance, "find_nvcc", lambda: None)
     assert conformance.main(["--compile"]) == 2
     assert "nvcc was not found" in capsys.readouterr().err
+
+
+SANITIZER = """#!{python}
+import subprocess, sys
+tool, racecheck, *command = sys.argv[1:]
+kernel = command[-1]
+if kernel == "handoff_too_early":  # which the host does not run to its end
+    print(kernel)
+else:
+    subprocess.run(command, check=True)
+if kernel != {silent!r}:
+    print("========= RACECHECK SUMMARY: %d hazards displayed (1 error, 0 warnings)" % {found}.get(kernel, 0))
+"""
+
+
+@pytest.mark.parametrize(
+    "found, silent, status, says",
+    [
+        ({"handoff_too_early": 1, "handoff_by_lane": 324, "ring": 9}, "", 0, "does not take one lane's arrival"),
+        ({"handoff_too_early": 1}, "", 0, "follows both ways"),
+        ({"handoff_too_early": 1, "handoff_by_lane": 3, "handoff_by_lanes": 2}, "", 0, "does not follow barriers"),
+        ({"handoff_by_lane": 3}, "", 1, "finds no race here"),
+        ({"handoff_too_early": 1}, "ring", 2, "racecheck of ring gave no count"),
+    ],
+)
+def test_what_racecheck_makes_of_the_protocol(load, on_gpu, monkeypatch, tmp_path, capsys, found, silent, status, says):
+    racecheck, lines, tool = load("racecheck"), tmp_path / "lines.jsonl", tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(racecheck, "environment", lambda device: {"device": "host"})
+    tool.write_text(SANITIZER.format(python=sys.executable, found=found, silent=silent))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert racecheck.main(["--jsonl", str(lines)]) == status
+    said = capsys.readouterr()
+    assert says in said.out + said.err
+    figures = [json.loads(line) for line in lines.read_text().splitlines()]
+    want = {kernel: found.get(kernel, 0) for kernel in racecheck.KERNELS}
+    assert {f["case"]: f["hazards"] for f in figures} == (
+        {**want} if status < 2 else {k: want[k] for k in list(want)[:2]}
+    )
+    assert load("common").measured_in(lines) == []
+    assert want == {k: int(n) for n, k in re.findall(r"^ *(\d+) hazards  (\w+):", said.out, re.M)} or status == 2
+
+
+def test_racecheck_is_left_out_without_its_tool_or_a_gpu(load, on_gpu, monkeypatch, tmp_path, capsys):
+    racecheck = load("racecheck")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert racecheck.main([]) == 0
+    assert "racecheck: skipped: compute-sanitizer is not on the PATH" in capsys.readouterr().out
+    monkeypatch.setattr(on_gpu, "why_not", lambda: "there is no GPU")
+    assert racecheck.main([]) == 0
+    assert "racecheck: skipped: there is no GPU" in capsys.readouterr().out
 
 
 @NVCC

@@ -1,6 +1,7 @@
 // What segment attention takes for granted of sm_90a, a small kernel a fact. Each writes bits that conformance.py
 // compares with those expected; tests/cuda_on_host runs the same kernels.
 #include "boxes.cuh"
+#include "handoff.cuh"
 #include "products.cuh"
 #include "threads.cuh"
 
@@ -27,6 +28,8 @@ const Fact kFacts[] = {
     {"pool_of_padded_rows", pool_of_padded_rows},
     {"phases", phases},
     {"ring", ring},
+    {"handoff_by_lane", handoff<GivenBack::kByLane>},
+    {"handoff_by_lanes", handoff<GivenBack::kByLanes>},
     {"turns", turns},
     {"registers", registers},
     {"accumulate", accumulate},
@@ -45,6 +48,9 @@ const Fact kFacts[] = {
     {"chain", chain},
 };
 
+// Not a fact: what a tool that looks for races is to find.
+const Fact kRace = {"handoff_too_early", handoff<GivenBack::kTooEarly>};
+
 }  // namespace
 }  // namespace worldkv::conformance
 
@@ -56,18 +62,20 @@ EXPORTED const char* conformance_fact(int i) {
     return i >= 0 && i < static_cast<int>(std::size(kFacts)) ? kFacts[i].name : nullptr;
 }
 
-// Runs the fact. Returns the number of words written, of which the first `capacity` are in `words`; -1 for a failure,
+// Runs the fact, or kRace. Returns the number of words written, of which the first `capacity` are in `words`; -1 for a failure,
 // of which `message` then tells.
 EXPORTED int conformance_run(const char* name, uint32_t* words, int capacity, char* message, int message_bytes) {
     using namespace worldkv::conformance;
     try {
-        for (const Fact& fact : kFacts) {
-            if (strcmp(fact.name, name)) continue;
-            const Words found = fact.run();
-            std::copy_n(found.begin(), std::min<size_t>(found.size(), capacity), words);
-            return found.size();
+        const auto is_called = [=](const Fact& fact) { return !strcmp(fact.name, name); };
+        const Fact* fact = std::find_if(std::begin(kFacts), std::end(kFacts), is_called);
+        if (fact == std::end(kFacts)) {
+            if (!is_called(kRace)) throw std::invalid_argument(std::string("no fact is called ") + name);
+            fact = &kRace;
         }
-        throw std::invalid_argument(std::string("no fact is called ") + name);
+        const Words found = fact->run();
+        std::copy_n(found.begin(), std::min<size_t>(found.size(), capacity), words);
+        return found.size();
     } catch (const std::exception& error) {
         strncpy(message, error.what(), message_bytes - 1);
         message[message_bytes - 1] = 0;

@@ -12,7 +12,7 @@ from .report import table, write_json
 
 Figure = dict[str, Any]
 
-UNTIMED = ("ceilings", "conformance")  # what device.sh puts beside the figures
+UNTIMED = ("ceilings", "conformance", "racecheck")  # what device.sh puts beside the figures
 
 
 def compare(args: argparse.Namespace) -> int:
