@@ -302,7 +302,7 @@ def test_bad_arguments_are_named(changes, error, message):
 
 def test_outputs_must_not_overlap_inputs():
     pool = zeros(200, 2, 64)
-    with pytest.raises(ValueError, match="compress_chunk: out_k must not overlap k, got bytes"):
+    with pytest.raises(ValueError, match="compress_chunk: out_k must not overlap k, got 46 x 512 bytes"):
         compress_chunk(pool[:90], zeros(90, 2, 64), frames=3, keep_ratio=0.25, out_k=pool[89:135])
 
 

@@ -331,6 +331,13 @@ def test_overlaps_are_refused(changes, message):
         norm_rope_append(**{**given, **changes(zeros(200, 2, 64), given)})
 
 
+@pytest.mark.parametrize("name", ["out", "k_pool", "v_pool"])
+def test_an_output_over_itself_is_refused(name):
+    rows = 30 if name == "out" else 70
+    with pytest.raises(ValueError, match=rf"norm_rope_append: {name} must not overlap itself, got \[{rows}, 2, 64\]"):
+        norm_rope_append(**{**good(), name: zeros(1, 2, 64).expand(rows, -1, -1)})
+
+
 def test_tensors_of_one_storage_that_lie_apart():
     """Pools in one tensor, row by row or half by half, and q, k, v and out side by side in the rows of another."""
     given = good()

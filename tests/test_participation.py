@@ -248,6 +248,14 @@ def test_an_out_over_an_input_is_refused(name):
         participation(**given, out=out)
 
 
+def test_an_out_over_itself_is_refused():
+    given = given_of()
+    heads, tokens = given["q"].shape[1], given["window"].num_tokens
+    room = torch.zeros(1, tokens, dtype=torch.float32, device=DEVICE)
+    with pytest.raises(ValueError, match=rf"participation: out must not overlap itself, got \[{heads}, {tokens}\]"):
+        participation(**given, out=room.expand(heads, -1))
+
+
 def test_opcheck_and_compile():
     q, k, window, lse = problem(BOTH, q_len=8)
     k = k.nan_to_num()  # else opcheck's comparison of inputs fails

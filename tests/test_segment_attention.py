@@ -496,6 +496,24 @@ def test_an_out_over_an_input_is_refused(out, other):
     assert all((x == 1).all() for x in (q, k, v))
 
 
+@pytest.mark.parametrize("which", ["rows", "heads", "rows run into each other", "mass"])
+def test_an_out_over_itself_is_refused(which):
+    q, k, v = (torch.ones(shape, device=DEVICE) for shape in GOOD.values())
+    q_len, heads, head_dim = q.shape
+    room = torch.zeros(q_len, heads, head_dim, device=DEVICE)
+    given = {
+        "rows": {"out": room[:1].expand(q_len, -1, -1)},
+        "heads": {"out": room[:, :1].expand(-1, heads, -1)},
+        "rows run into each other": {"out": room.as_strided(q.shape, (heads * head_dim - 1, head_dim, 1))},
+        "mass": {"out_mass": torch.zeros(1, 1, device=DEVICE).expand(heads, -1), "return_mass": True},
+    }[which]
+    window = Window([Segment(0, 9)], device=DEVICE)
+    name = "mass" if which == "mass" else "out"
+    with pytest.raises(ValueError, match=rf"segment_attention: {name} must not overlap itself, got \[.*with stride"):
+        segment_attention(q, k, v, window, **given)
+    assert not room.any()
+
+
 def test_an_out_beside_the_inputs_in_one_storage():
     """Rows after a pool's, rows between a pool's, and the other half of q's."""
     both = torch.randn(300, 2, 2, 64, device=DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 import os
@@ -246,14 +245,18 @@ class Pieces(NamedTuple):
 
 
 def check_apart(op: str, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError where an output shares bytes with another output or an input; no tensor may be empty.
+    """Raise ValueError where an output shares bytes with another output, an input or itself; no tensor may be empty.
 
     Tensors of different storages are apart, which costs least and is the rule. In one storage addresses and strides
-    decide: a row counts as all from its first byte to its last, or a head where the heads are the farther apart. Does
-    nothing while torch.compile traces, when there are no addresses.
+    decide: a row counts as all from its first byte to its last, or a head where the heads are the farther apart. Of an
+    output by itself each stride has to step over all that the smaller ones span. Does nothing while torch.compile
+    traces, when there are no addresses.
     """
     if torch.compiler.is_compiling():
         return
+    for name, tensor in outputs.items():
+        if not tensor.is_contiguous():
+            _check_nested(op, name, tensor)
     written = {tensor.untyped_storage()._cdata for tensor in outputs.values()}
     if len(written) == len(outputs) and not any(x.untyped_storage()._cdata in written for x in inputs.values()):
         return
@@ -266,13 +269,11 @@ def check_apart(op: str, outputs: dict[str, torch.Tensor], inputs: dict[str, tor
                     raise ValueError(f"{op}: {name} must not overlap {other_name}, got {here} and {there}")
 
 
-def check_nested(op: str, argument: str, tensor: torch.Tensor, inner: int) -> None:
-    """Check that what the last `inner` dimensions hold, which is dense, lies apart from the next in every other one."""
-    outer = tensor.dim() - inner
-    reach = math.prod(tensor.shape[outer:])
-    for stride, size in sorted(zip(tensor.stride()[:outer], tensor.shape[:outer], strict=True)):
+def _check_nested(op: str, argument: str, tensor: torch.Tensor) -> None:
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
-            raise bad_value(op, argument, "of layers and rows that lie apart", tensor)
+            raise ValueError(f"{op}: {argument} must not overlap itself, got {describe(tensor)}")
         reach += (size - 1) * stride
 
 

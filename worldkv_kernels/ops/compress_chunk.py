@@ -11,17 +11,16 @@ import torch
 
 from ..checks import (
     HEAD_DIMS,
-    Pieces,
     as_number,
     bad_type,
     bad_value,
+    check_apart,
     check_backend,
     check_bool,
     check_heads,
     check_int64,
     check_integer,
     check_layout,
-    check_nested,
     check_number,
     check_scale,
     check_tensor,
@@ -237,26 +236,6 @@ def _check(
     check_scale(_OP, "scale", scale)
 
 
-def _check_overlap(
-    k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
-    count: torch.Tensor | None,
-) -> None:  # fmt: skip
-    """Of tensors with a dimension of layers."""
-    check_nested(_OP, "out_k", out_k, inner=2)
-    check_nested(_OP, "out_v", out_v, inner=2)
-    outputs = {"out_k": out_k, "out_v": out_v, "out_index": index}
-    if count is not None:
-        outputs["out_count"] = count
-    tensors = {**outputs, "k": k, "v": v}
-    if len({x.untyped_storage()._cdata for x in tensors.values()}) == len(tensors):
-        return
-    places = {name: Pieces.of(x) for name, x in tensors.items()}
-    for name in outputs:
-        for other, place in places.items():
-            if other != name and places[name].meets(place):
-                raise ValueError(f"{_OP}: {name} must not overlap {other}, got {places[name]} and {place}")
-
-
 def _run(
     k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
     count: torch.Tensor | None, frames: int, keep: int, pooled: bool, anchor: int, rule: str, merge_above: float,
@@ -266,7 +245,10 @@ def _run(
     if k.dim() == 3:
         k, v, out_k, out_v, index = (x.unsqueeze(0) for x in (k, v, out_k, out_v, index))
         count = None if count is None else count.unsqueeze(0)
-    _check_overlap(k, v, out_k, out_v, index, count)
+    outputs = {"out_k": out_k, "out_v": out_v, "out_index": index}
+    if count is not None:
+        outputs["out_count"] = count
+    check_apart(_OP, outputs, {"k": k, "v": v})
     per_vector = 16 // k.element_size()
     rows = (k, v, out_k, out_v)
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % per_vector == x.stride(1) % per_vector == 0 for x in rows)

@@ -92,8 +92,8 @@ def norm_rope_append(
     Does not synchronise, but where a Rope3D meets a grid and frame that are none of its last few: their table is then
     made, and copied to the device. Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on
     an input that wants a gradient, on rows outside the pool, on frames that no position numbers, on pools or an out
-    that overlap each other or q, k or v (from addresses and strides), and on a backend that is unknown or unavailable;
-    RuntimeError on a Rope3D whose table would be made inside the capture of a graph.
+    that overlap each other, themselves or q, k or v (from addresses and strides), and on a backend that is unknown or
+    unavailable; RuntimeError on a Rope3D whose table would be made inside the capture of a graph.
     torch.ops.worldkv.norm_rope_append, which takes the table, raises the same.
     """
     check_layout(_OP, "k_pool", k_pool, ("rows", "kv_heads", "head_dim"))

@@ -78,9 +78,10 @@ def participation(
     window's is 0.
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
-    on a window that reaches past the pool, on a scale out of range, on an out without room or that overlaps an input,
-    and on a backend that is unknown or unavailable. torch.ops.worldkv.participation, which takes the window's tables,
-    raises the same, but takes any size of out; the reference also on tables that name rows outside the pool.
+    on a window that reaches past the pool, on a scale out of range, on an out without room or that overlaps an input
+    or itself, and on a backend that is unknown or unavailable. torch.ops.worldkv.participation, which takes the
+    window's tables, raises the same, but takes any size of out; the reference also on tables that name rows outside the
+    pool.
     """
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)

@@ -19,7 +19,6 @@ from ..checks import (
     check_bool,
     check_heads,
     check_layout,
-    check_nested,
     check_tensor,
     readable,
 )
@@ -300,7 +299,6 @@ def _run(k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, chec
     _check(_OP, ("k", "v", "out"), k, v, packed, bits)
     if k.dim() == 3:
         k, v, packed = (x.unsqueeze(0) for x in (k, v, packed))
-    check_nested(_OP, "out", packed, inner=1)
     check_apart(_OP, {"out": packed}, {"k": k, "v": v})
     run = BACKENDS.choose(backend, k.device, _kind(k, v, bits))
     if check_finite and readable(k):
@@ -318,8 +316,6 @@ def _run_back(
     _check(_BACK, ("out_k", "out_v", "packed"), k, v, packed, bits, chosen)
     if k.dim() == 3:
         k, v, packed = (x.unsqueeze(0) for x in (k, v, packed))
-    check_nested(_BACK, "out_k", k, inner=2)
-    check_nested(_BACK, "out_v", v, inner=2)
     inputs = {"packed": packed} if chosen is None else {"packed": packed, "chosen": chosen}
     check_apart(_BACK, {"out_k": k, "out_v": v}, inputs)
     run = DEQUANTIZE.choose(backend, k.device, _kind(k, v, bits))

@@ -135,9 +135,10 @@ def segment_attention(
     what a replay reads, while mass keeps the number of segments that it was captured with, as out_mass does.
 
     Raises ValueError or TypeError on a wrong type, shape, dtype, device or stride, on an input that wants a gradient,
-    on a window that reaches past the pool, on a scale out of range, on an out that overlaps an input (from addresses
-    and strides), and on a backend that is unknown or unavailable. torch.ops.worldkv.segment_attention, which takes the
-    window's tables, raises the same; the reference, and sdpa on a CPU, also on tables that name rows outside the pool.
+    on a window that reaches past the pool, on a scale out of range, on an output that overlaps an input or itself
+    (from addresses and strides), and on a backend that is unknown or unavailable. torch.ops.worldkv.segment_attention,
+    which takes the window's tables, raises the same; the reference, and sdpa on a CPU, also on tables that name rows
+    outside the pool.
     """
     if not isinstance(window, Window):
         raise bad_type(_OP, "window", "a worldkv_kernels.Window", window)
