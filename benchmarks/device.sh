@@ -23,6 +23,10 @@
 # BUDGET  seconds in all, 530 by default; no stage runs past it. What found no time left can be asked for by itself.
 # WORLDKV_COMMIT  the commit to record where the folder is no git repository
 #
+# Building takes a minute or more of sixteen cores. An extension that was built elsewhere for the same interpreter, by
+#   WORLDKV_CUDA=1 WORLDKV_CUDA_ARCHS=90a python3.12 setup.py build_ext --inplace
+# and lies beside the sources, no older than they are, is taken in its place.
+#
 # A stage that fails is named in the summary and does not stop the others. Exit status: 0 when all went well, else 1.
 set -u
 
