@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from worldkv_kernels.kernels import (
 from worldkv_kernels.ops.quantize_chunk import packed_bytes
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OF_PRODUCTS = {"segment_attention_kernel", "participation_kernel", "nearest_kernel"}
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32",
     torch.int64: "*i64",
@@ -88,35 +89,44 @@ def compiled(kernel, arguments, options, arch):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def resources(binary):
-    """Registers, stack and spill instructions, shared memory, and matrix instructions of a compiled kernel."""
+@cache  # several cases share a kernel
+def resources(cubin, has_products):
+    """Registers, stack and spill instructions of a compiled kernel, and what its products are made of.
+
+    The machine code, which takes long to read, is left alone where there are no products and no stack to spill to.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
 
         def read(tool, *flags):
             return subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
 
         usage = re.search(r"REG:(\d+) STACK:(\d+)", read("cuobjdump", "--dump-resource-usage"))
-        sass = read("nvdisasm")
+        found = {"registers": int(usage[1]), "stack_bytes": int(usage[2]), "spills": 0, "spills_in_matrix_loops": 0}
+        if not has_products and not found["stack_bytes"]:
+            return found
+        sass = read("nvdisasm", "--print-code")
     loops = matrix_loops(sass.splitlines())
     return {
-        "registers": int(usage[1]),
-        "stack_bytes": int(usage[2]),
+        **found,
         "spills": len(SPILL.findall(sass)),
         "spills_in_matrix_loops": sum(len(SPILL.findall(loop)) for loop in loops),
         "warpgroup_starts_in_matrix_loops": max((len(WARPGROUP_START.findall(loop)) for loop in loops), default=0),
         "exponentials_in_matrix_loops": max((len(EXPONENTIAL.findall(loop)) for loop in loops), default=0),
-        "shared_bytes": binary.metadata.shared,
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
         "mma": len(re.findall(r"\bHMMA\b", sass)),
         "bulk_copies": len(re.findall(r"\bUTMALDG\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", sass)),
-        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
-        "narrow_stores": len(re.findall(r"\bSTG\.E\b(?!\S*\.128\b)", sass)),
         "tcgen05": len(re.findall(r"\bUTCHMMA\b", sass)),
     }
+
+
+def accesses(ptx):
+    """How many 16-byte and other accesses to global memory there are; an instruction each, in machine code too."""
+    loads, stores = (re.findall(rf"\b{word}\.global\S*", ptx) for word in ("ld", "st"))
+    wide_loads, wide_stores = (sum(x.endswith((".v4.b32", ".v2.b64")) for x in found) for found in (loads, stores))
+    return {"wide_loads": wide_loads, "wide_stores": wide_stores, "narrow_stores": len(stores) - wide_stores}
 
 
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
@@ -287,7 +297,13 @@ def main(archs: list[int]) -> None:
                 with intercepted_launches() as launches:
                     launch()
                 for kernel, arguments, options in launches:
-                    found = resources(compiled(kernel, arguments, options, arch))
+                    binary = compiled(kernel, arguments, options, arch)
+                    has_products = kernel.__name__ in OF_PRODUCTS and "float32" not in case  # on the matrix unit
+                    found = {
+                        **resources(binary.asm["cubin"], has_products),
+                        **accesses(binary.asm["ptx"]),
+                        "shared_bytes": binary.metadata.shared,
+                    }
                     if "BLOCK_K" in arguments:
                         threads = 32 * options["num_warps"]
                         found["scores_a_thread"] = arguments["BLOCK_Q"] * arguments["BLOCK_K"] // threads
