@@ -2,6 +2,8 @@
 
     python tests/compile_kernels.py 90 100    prints a JSON list, one entry a kernel, case and architecture
 
+--every adds kinds of attention that seldom tell more than those there are.
+
 Launches are intercepted, so signatures, constants and configurations are those that ship. Registers, stack,
 spills, shared memory and matrix instructions are read from the cubin by the tools in Triton's own package.
 """
@@ -145,7 +147,8 @@ def matrix_loops(lines):
     return ["\n".join(lines[lo:hi]) for lo, hi in inner]
 
 
-def attention_launches():
+def attention_launches(every):
+    """Without `every`, weights and groups are left out in kinds that are much like another with them."""
     for dtype, head_dim, shift, mass, *how in [
         (torch.bfloat16, 128, False, False), (torch.bfloat16, 128, True, False), (torch.bfloat16, 128, False, True),
         (torch.bfloat16, 128, False, True, "pointers"),
@@ -154,11 +157,13 @@ def attention_launches():
         (torch.float32, 128, False, False), (torch.float32, 64, True, True),
         (torch.bfloat16, 128, False, False, "weights"), (torch.bfloat16, 128, True, False, "weights"),
         (torch.bfloat16, 128, False, True, "weights"), (torch.bfloat16, 128, False, True, "weights", "pointers"),
-        (torch.bfloat16, 128, True, True, "weights"), (torch.bfloat16, 128, True, False, "weights", "all"),
-        (torch.bfloat16, 64, False, False, "weights"), (torch.bfloat16, 64, True, True, "weights"),
-        (torch.float16, 128, False, False, "weights"), (torch.float32, 128, False, False, "weights"),
-        (torch.float32, 64, True, True, "weights"),
-        (torch.bfloat16, 128, False, False, "grouped"), (torch.bfloat16, 128, True, True, "weights", "grouped"),
+        (torch.bfloat16, 128, True, True, "weights"), (torch.bfloat16, 64, True, True, "weights"),
+        (torch.bfloat16, 128, True, True, "weights", "grouped"),
+        *([
+            (torch.bfloat16, 128, True, False, "weights", "all"), (torch.bfloat16, 64, False, False, "weights"),
+            (torch.float16, 128, False, False, "weights"), (torch.float32, 128, False, False, "weights"),
+            (torch.float32, 64, True, True, "weights"), (torch.bfloat16, 128, False, False, "grouped"),
+        ] if every else []),
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 80, head_dim, dtype=dtype, device="meta")
@@ -284,14 +289,14 @@ def quantize_launches():
                 yield f"{case} by a table", restored
 
 
-def main(archs: list[int]) -> None:
+def main(archs: list[int], every: bool) -> None:
     report = []
     for arch in archs:
         for module in (segment_attention, compress_chunk, participation):
             module.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
         for launch_list in (
-            attention_launches, participation_launches, gather_launches, append_launches, compress_launches,
-            quantize_launches,
+            partial(attention_launches, every), participation_launches, gather_launches, append_launches,
+            compress_launches, quantize_launches,
         ):  # fmt: skip
             for case, launch in launch_list():
                 with intercepted_launches() as launches:
@@ -313,4 +318,4 @@ def main(archs: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]])
+    main([int(arch) for arch in sys.argv[1:] if arch != "--every"], "--every" in sys.argv)
