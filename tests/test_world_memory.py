@@ -79,7 +79,12 @@ def check_against_slow(config: MemoryConfig, seed: int, num_chunks: int, order: 
 
 @pytest.mark.parametrize("examples", [110, pytest.param(500, marks=pytest.mark.slow)])
 def test_matches_the_slow_memory(examples):
-    fuzz(examples)(given(configs(), seeds, st.integers(1, MAX_CHUNKS))(check_against_slow))()
+    @fuzz(examples)
+    @given(configs(), seeds, st.integers(1, MAX_CHUNKS))
+    def check(config, seed, num_chunks):
+        check_against_slow(config, seed, num_chunks)
+
+    check()
 
 
 class ClearOfficialOrder(OfficialOrder):
