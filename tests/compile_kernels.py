@@ -2,6 +2,8 @@
 
     python tests/compile_kernels.py 90 100    prints a JSON list, one entry a kernel, case and architecture
 
+--every adds kinds of attention that seldom tell more than those there are.
+
 Launches are intercepted, so signatures, constants and configurations are those that ship. Registers, stack,
 spills, shared memory and matrix instructions are read from the cubin by the tools in Triton's own package.
 """
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from worldkv_kernels.kernels import (
 from worldkv_kernels.ops.quantize_chunk import packed_bytes
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OF_PRODUCTS = {"segment_attention_kernel", "participation_kernel", "nearest_kernel"}
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32",
     torch.int64: "*i64",
@@ -88,35 +91,44 @@ def compiled(kernel, arguments, options, arch):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def resources(binary):
-    """Registers, stack and spill instructions, shared memory, and matrix instructions of a compiled kernel."""
+@cache  # several cases share a kernel
+def resources(cubin, has_products):
+    """Registers, stack and spill instructions of a compiled kernel, and what its products are made of.
+
+    The machine code, which takes long to read, is left alone where there are no products and no stack to spill to.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
 
         def read(tool, *flags):
             return subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
 
         usage = re.search(r"REG:(\d+) STACK:(\d+)", read("cuobjdump", "--dump-resource-usage"))
-        sass = read("nvdisasm")
+        found = {"registers": int(usage[1]), "stack_bytes": int(usage[2]), "spills": 0, "spills_in_matrix_loops": 0}
+        if not has_products and not found["stack_bytes"]:
+            return found
+        sass = read("nvdisasm", "--print-code")
     loops = matrix_loops(sass.splitlines())
     return {
-        "registers": int(usage[1]),
-        "stack_bytes": int(usage[2]),
+        **found,
         "spills": len(SPILL.findall(sass)),
         "spills_in_matrix_loops": sum(len(SPILL.findall(loop)) for loop in loops),
         "warpgroup_starts_in_matrix_loops": max((len(WARPGROUP_START.findall(loop)) for loop in loops), default=0),
         "exponentials_in_matrix_loops": max((len(EXPONENTIAL.findall(loop)) for loop in loops), default=0),
-        "shared_bytes": binary.metadata.shared,
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
         "mma": len(re.findall(r"\bHMMA\b", sass)),
         "bulk_copies": len(re.findall(r"\bUTMALDG\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", sass)),
-        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
-        "narrow_stores": len(re.findall(r"\bSTG\.E\b(?!\S*\.128\b)", sass)),
         "tcgen05": len(re.findall(r"\bUTCHMMA\b", sass)),
     }
+
+
+def accesses(ptx):
+    """How many 16-byte and other accesses to global memory there are; an instruction each, in machine code too."""
+    loads, stores = (re.findall(rf"\b{word}\.global\S*", ptx) for word in ("ld", "st"))
+    wide_loads, wide_stores = (sum(x.endswith((".v4.b32", ".v2.b64")) for x in found) for found in (loads, stores))
+    return {"wide_loads": wide_loads, "wide_stores": wide_stores, "narrow_stores": len(stores) - wide_stores}
 
 
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
@@ -135,7 +147,8 @@ def matrix_loops(lines):
     return ["\n".join(lines[lo:hi]) for lo, hi in inner]
 
 
-def attention_launches():
+def attention_launches(every):
+    """Without `every`, weights and groups are left out in kinds that are much like another with them."""
     for dtype, head_dim, shift, mass, *how in [
         (torch.bfloat16, 128, False, False), (torch.bfloat16, 128, True, False), (torch.bfloat16, 128, False, True),
         (torch.bfloat16, 128, False, True, "pointers"),
@@ -144,11 +157,13 @@ def attention_launches():
         (torch.float32, 128, False, False), (torch.float32, 64, True, True),
         (torch.bfloat16, 128, False, False, "weights"), (torch.bfloat16, 128, True, False, "weights"),
         (torch.bfloat16, 128, False, True, "weights"), (torch.bfloat16, 128, False, True, "weights", "pointers"),
-        (torch.bfloat16, 128, True, True, "weights"), (torch.bfloat16, 128, True, False, "weights", "all"),
-        (torch.bfloat16, 64, False, False, "weights"), (torch.bfloat16, 64, True, True, "weights"),
-        (torch.float16, 128, False, False, "weights"), (torch.float32, 128, False, False, "weights"),
-        (torch.float32, 64, True, True, "weights"),
-        (torch.bfloat16, 128, False, False, "grouped"), (torch.bfloat16, 128, True, True, "weights", "grouped"),
+        (torch.bfloat16, 128, True, True, "weights"), (torch.bfloat16, 64, True, True, "weights"),
+        (torch.bfloat16, 128, True, True, "weights", "grouped"),
+        *([
+            (torch.bfloat16, 128, True, False, "weights", "all"), (torch.bfloat16, 64, False, False, "weights"),
+            (torch.float16, 128, False, False, "weights"), (torch.float32, 128, False, False, "weights"),
+            (torch.float32, 64, True, True, "weights"), (torch.bfloat16, 128, False, False, "grouped"),
+        ] if every else []),
     ]:  # fmt: skip
         q = torch.empty(4680, 40, head_dim, dtype=dtype, device="meta")
         pool = torch.empty(50_000, 80, head_dim, dtype=dtype, device="meta")
@@ -274,20 +289,26 @@ def quantize_launches():
                 yield f"{case} by a table", restored
 
 
-def main(archs: list[int]) -> None:
+def main(archs: list[int], every: bool) -> None:
     report = []
     for arch in archs:
         for module in (segment_attention, compress_chunk, participation):
             module.device_capability = lambda device, arch=arch: (arch // 10, arch % 10)
         for launch_list in (
-            attention_launches, participation_launches, gather_launches, append_launches, compress_launches,
-            quantize_launches,
+            partial(attention_launches, every), participation_launches, gather_launches, append_launches,
+            compress_launches, quantize_launches,
         ):  # fmt: skip
             for case, launch in launch_list():
                 with intercepted_launches() as launches:
                     launch()
                 for kernel, arguments, options in launches:
-                    found = resources(compiled(kernel, arguments, options, arch))
+                    binary = compiled(kernel, arguments, options, arch)
+                    has_products = kernel.__name__ in OF_PRODUCTS and "float32" not in case  # on the matrix unit
+                    found = {
+                        **resources(binary.asm["cubin"], has_products),
+                        **accesses(binary.asm["ptx"]),
+                        "shared_bytes": binary.metadata.shared,
+                    }
                     if "BLOCK_K" in arguments:
                         threads = 32 * options["num_warps"]
                         found["scores_a_thread"] = arguments["BLOCK_Q"] * arguments["BLOCK_K"] // threads
@@ -297,4 +318,4 @@ def main(archs: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]])
+    main([int(arch) for arch in sys.argv[1:] if arch != "--every"], "--every" in sys.argv)

@@ -50,8 +50,8 @@ CASES = [
 
 
 @pytest.fixture
-def plant(build_for_host, tmp_path, monkeypatch):
-    """Puts a kernel with a mutant's bug in the extension's place."""
+def plant(host_module, build_for_host, tmp_path, monkeypatch):
+    """Puts a kernel with a mutant's bug in the extension's place; all else is of the `host_module` that was built."""
 
     def plant(mutant=None):
         sources = tmp_path / "csrc"

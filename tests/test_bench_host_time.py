@@ -190,8 +190,7 @@ def check_flat(long, session, mib):
     assert statistics.median(seconds[-3:]) < 1.5 * statistics.median(seconds[:3]), f"seconds {seconds}"
 
 
-@pytest.mark.parametrize("bank", ["device", "host"])
-@pytest.mark.parametrize("retrieval", ["pose", "fov"])
+@pytest.mark.parametrize("retrieval, bank", [("pose", "device"), ("fov", "host")])
 def test_a_session_of_thousands_of_chunks_is_flat(long, retrieval, bank):
     check_flat(long, long.Session(retrieval, bank, 2000, 40), mib=1.0)
 
@@ -215,7 +214,7 @@ def test_a_session_that_grows_is_seen(long, monkeypatch, leak):
         elif leak == "rss":
             buffer.extend(bytes(2**16))  # more than other tests may have left free in this process
         else:
-            sum(range(memory.stats()["chunks"] ** 2 // 20))
+            sum(range(memory.stats()["chunks"] ** 2 // 10))
 
     monkeypatch.setattr(WorldMemory, "end_chunk", end_chunk)
     with pytest.raises(AssertionError, match=leak):

@@ -24,14 +24,14 @@ COMPRESS_KERNELS = {
 QUANTIZE_KERNELS = {"quantize_8_kernel", "quantize_4_kernel", "dequantize_8_kernel", "dequantize_4_kernel"}
 
 
-@pytest.fixture(scope="module")
-def report():
+@pytest.fixture(scope="module", params=[(), pytest.param(("--every",), marks=pytest.mark.slow)], ids=["most", "every"])
+def report(request):
     """All kernels compiled in child processes, since this one may have put Triton into its interpreter."""
     script = Path(__file__).with_name("compile_kernels.py")
     env = {**os.environ, "TRITON_INTERPRET": "0"}
 
     def compile_for(archs):
-        command = [sys.executable, str(script), *map(str, archs)]
+        command = [sys.executable, str(script), *map(str, archs), *request.param]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout)

@@ -166,11 +166,11 @@ def test_nan_and_zero_keys(backend):
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_pool_rows_in_and_out_with_sentinels(backend):
-    """Reads rows of a pool, writes rows of the same pool, and nothing around them; 20 times the same bits."""
+    """Reads rows of a pool, writes rows of the same pool, and nothing around them; each time the same bits."""
     pool_k, pool_v = torch.randn(2, 300, 2, 64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     before_k, before_v = pool_k.clone(), pool_v.clone()
     source, target = slice(10, 100), slice(150, 150 + 30 + 2 * 9)
-    for _ in range(20):
+    for _ in range(3 if backend == "triton" and DEVICE.type == "cpu" else 20):  # the interpreter has one order
         got = published(
             pool_k[source], pool_v[source], frames=3, keep_ratio=0.3, out_k=pool_k[target], out_v=pool_v[target],
             backend=backend,

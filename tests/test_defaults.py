@@ -177,7 +177,7 @@ TELLING = (
 )
 
 
-@pytest.mark.parametrize("name", ["meta", "float64", "bfloat16"])
+@pytest.mark.parametrize("name", ["meta", pytest.param("float64", marks=pytest.mark.slow), "bfloat16"])
 def test_the_core_tests_pass_under_another_default(name):
     files = [f"test_{module}.py" for module in CORE]
     done = subprocess.run(

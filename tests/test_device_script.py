@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from conftest import BENCHMARKS
 
 STUB = """#!/bin/sh
@@ -23,16 +24,23 @@ CONFORMANCE = ["conformance"] if shutil.which("nvcc") else []
 BENCHES = ["segment_attention", "norm_rope_append", "compress_chunk", "quantize_chunk", "participation", "prefetch"]
 
 
-def test_device_script_runs_dry(tmp_path):
+@pytest.mark.parametrize(
+    "parts, benches",
+    [
+        (["--sanitize", "--segment_attention"], ["segment_attention"]),
+        pytest.param([], BENCHES, marks=pytest.mark.slow, id="all that is the default"),
+    ],
+)
+def test_device_script_runs_dry(tmp_path, parts, benches):
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
     done = subprocess.run(
-        ["bash", str(BENCHMARKS / "device.sh"), "--dry"],
+        ["bash", str(BENCHMARKS / "device.sh"), "--dry", *parts],
         env=environment, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (results,) = tmp_path.glob("cpu-*.jsonl")
     (log,) = tmp_path.glob("cpu-*.log")
-    assert {json.loads(line)["bench"] for line in results.read_text().splitlines()} == {"ceilings", *BENCHES}
+    assert {json.loads(line)["bench"] for line in results.read_text().splitlines()} == {"ceilings", *benches}
     assert log.read_text() == done.stdout
     assert "memcheck             skipped: needs a GPU" in done.stdout
     assert f"conformance          {'ok' if CONFORMANCE else 'skipped: needs a GPU'}" in done.stdout

@@ -113,7 +113,7 @@ sessions = dict(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(**sessions)
 def test_sessions_choose_as_brute_force_does(**session):
     check_session(**session)

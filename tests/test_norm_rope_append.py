@@ -178,7 +178,7 @@ def test_same_bits_every_time_and_contiguous_or_sliced(backend):
     (q, k, v), weights, pools = inputs(30, 2, 128, WIDEST.get(backend, torch.float32))
     kwargs = dict(rope=Rope3D(128), grid=(2, 3, 5), start_frame=3, q_weight=weights[0], backend=backend)
     want = norm_rope_append(q, k, v, *pools, 0, **kwargs)
-    for _ in range(20):
+    for _ in range(3 if backend == "triton" and DEVICE.type == "cpu" else 20):  # the interpreter has one order
         assert torch.equal(norm_rope_append(q.contiguous(), k, v, *pools, 0, **kwargs), want)
 
 

@@ -258,6 +258,6 @@ def test_an_installed_wheel_serves_without_triton(python, unpacked):
 
 
 def test_tests_of_the_sdist_pass_on_an_installed_wheel(python, unpacked):
-    tests = [str(unpacked / "tests" / name) for name in ("test_window.py", "test_readme.py::test_examples_run")]
+    tests = [str(unpacked / "tests" / name) for name in ("test_arena.py", "test_readme.py::test_examples_run")]
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", str(unpacked / "pyproject.toml")]
     assert re.search(r"\d+ passed", python("-m", "pytest", *quiet, *tests))

@@ -77,10 +77,14 @@ def check_against_slow(config: MemoryConfig, seed: int, num_chunks: int, order: 
             assert stats["chunks_dropped"] == list(slow.where.values()).count("dropped")
 
 
-@fuzz(220)
-@given(configs(), seeds, st.integers(1, MAX_CHUNKS))
-def test_matches_the_slow_memory(config, seed, num_chunks):
-    check_against_slow(config, seed, num_chunks)
+@pytest.mark.parametrize("examples", [110, pytest.param(500, marks=pytest.mark.slow)])
+def test_matches_the_slow_memory(examples):
+    @fuzz(examples)
+    @given(configs(), seeds, st.integers(1, MAX_CHUNKS))
+    def check(config, seed, num_chunks):
+        check_against_slow(config, seed, num_chunks)
+
+    check()
 
 
 class ClearOfficialOrder(OfficialOrder):

@@ -10,6 +10,7 @@ the instruction set are that it is written after.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -61,7 +62,7 @@ def with_includes(path: Path, texts: dict[Path, str], seen: dict[Path, str]) -> 
         seen[path] = texts[path]
         for name in re.findall(r'#include ["<]([^">]+)[">]', texts[path]):
             found = [Path(os.path.normpath(place / name)) for place in (path.parent, HERE / "include", HERE, CSRC)]
-            for header in (x for x in found if x in texts):
+            for header in [x for x in found if x in texts][:1]:
                 with_includes(header, texts, seen)
     return seen
 
@@ -74,24 +75,27 @@ def build(sources: Path, folder: Path, parts: Path | None = None) -> Path:
     include = HERE / "include"
     texts = {path: path.read_text() for path in HERE.rglob("*") if path.suffix in (".cuh", ".h", ".cpp")}
     texts |= {path: path.read_text() for path in CSRC.rglob("*.*h")}
+    copies = {}
     for path in sorted(sources.rglob("*")):
         if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
             stand_in = include / path.relative_to(sources)
             known = stand_in.exists()
-            texts[path] = texts[stand_in] if known else translated(path.read_text(), path.relative_to(sources.parent))
+            texts[path] = (stand_in if known else path).read_text()
+            copies[path] = texts[path] if known else translated(texts[path], path.relative_to(sources.parent))
     # nvcc fuses products and sums too. Vectors are read as numbers, which CUDA's compiler allows.
     flags = ["-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC"]
     flags += ["-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{include}", f"-I{CSRC}"]
-    if sources / "bindings.cpp" in texts:
-        pybind11 = importlib.import_module("pybind11").get_include()
-        flags += ['-DWORLDKV_ARCHITECTURES="host"', f"-I{pybind11}", f"-I{sysconfig.get_path('include')}"]
     model = [*sorted(HERE.glob("*.cpp")), *sorted((HERE / "hopper").glob("*.cpp"))]
     units = {unit: ["-O3"] for unit in model}  # where most of the time goes
-    units |= {path: ["-O1"] for path in texts if path.is_relative_to(sources) and path.suffix in (".cu", ".cpp")}
-    machine = (platform.node(), COMPILER, *flags)
+    units |= {path: ["-O1"] for path in copies if path.suffix in (".cu", ".cpp")}
+    if sources / "bindings.cpp" in units:
+        pybind11 = importlib.import_module("pybind11").get_include()
+        python = ['-DWORLDKV_ARCHITECTURES="host"', f"-I{pybind11}", f"-I{sysconfig.get_path('include')}"]
+        units[sources / "bindings.cpp"] += python
+    machine = (platform.node(), COMPILER, Path(__file__).read_text(), *flags)
     objects = {}
-    for unit, optimised in units.items():
-        name = f"{unit.stem}_{digest(*machine, *optimised, *with_includes(unit, texts, {}).values())}.o"
+    for unit, own_flags in units.items():
+        name = f"{unit.stem}_{digest(*machine, *own_flags, *with_includes(unit, texts, {}).values())}.o"
         objects[unit] = parts / name if parts and (parts / name).exists() else folder / name
     module = (
         folder / digest(*(path.name for path in objects.values())) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -104,12 +108,13 @@ def build(sources: Path, folder: Path, parts: Path | None = None) -> Path:
         if done.returncode:
             raise RuntimeError(f"{' '.join(map(str, arguments))}: {done.stderr[:6000]}")
 
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        for path, text in texts.items():
-            if path.is_relative_to(sources):
-                copy = Path(work) / path.relative_to(sources)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_text(text)
+    # Workers of pytest-xdist may want the same at once.
+    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path, text in copies.items():
+            copy = Path(work) / path.relative_to(sources)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
 
         def make(unit: Path) -> None:
             if not objects[unit].exists():
