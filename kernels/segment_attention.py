@@ -504,7 +504,8 @@ def _checked_segment(i: int, given: tuple[float, ...], turning: bool) -> _Segmen
         if any(isinstance(number, bool) for number in numbers) or not isinstance(segment.log_weight, Real):
             raise TypeError("a boolean is no number here, nor is what is not real")
     except TypeError as error:
-        raise TypeError(wrong(f"be {_WANTED} of integers and a number")) from error
+        limits = f"of integers below 2**31 and a number from {-MAX_LOG_WEIGHT:g} to {MAX_LOG_WEIGHT:g}"
+        raise TypeError(wrong(f"be {_WANTED} {limits}")) from error
     if segment.first_row < 0 or segment.num_rows < 1 or segment.first_row + segment.num_rows >= 2**31:
         raise ValueError(wrong("have first_row >= 0, num_rows >= 1 and end below row 2**31"))
     if abs(segment.time_shift) >= 2**31:

@@ -305,7 +305,9 @@ def test_segments_may_leave_out_what_has_a_default():
         assert all(map(torch.equal, tables, whole))
 
 
-WANTED_SEGMENT = "must be (first_row, num_rows, time_shift=0, log_weight=0.0) of integers and a number"
+WANTED_SEGMENT = (
+    "must be (first_row, num_rows, time_shift=0, log_weight=0.0) of integers below 2**31 and a number from -8 to 8"
+)
 WANTED_ROWS = "must have first_row >= 0, num_rows >= 1 and end below row 2**31"
 WANTED_FREQUENCIES = "frequencies must be None or a tensor [head_dim / 2]"
 
