@@ -440,6 +440,8 @@ def prepare(case: Case, device: torch.device, own: Mapping[str, Rival] | None = 
         def check(run: Run) -> float:
             if spoiled_by:
                 raise RuntimeError(f"{spoiled_by[0]} has written to the inputs")
+            if not callable(run):
+                raise TypeError(f"a rival must return a function run(i), got {run!r:.60}")
             out = run(0)
             if untouched != [x._version for x in given]:
                 spoiled_by.append(name)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pruning of a chunk, by its anchor frame or by the nearest earlier token, with or without a merge of what is dropped.
 
 By the anchor, after WorldKV, arXiv 2605.22718, section on compression, four launches for all layers: the anchor's mean
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import triton
@@ -433,14 +435,29 @@ def nearest_config(capability: tuple[int, int], dtype: torch.dtype) -> NearestCo
 
 
 def _wrong(what: str, wanted: str, *got: object) -> str:
-    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else repr(x) for x in got]
+    if len(got) > 1:
+        came = [f"{name} {x}" for name, x in zip(what.replace(" and ", ", ").split(", "), came, strict=True)]
     return f"compress_chunk: {what} must be {wanted}, got {'; '.join(came)}"
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(_wrong(name, "a tensor", x))
 
 
 def _check(
     k: torch.Tensor, v: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor, index: torch.Tensor,
     count: torch.Tensor | None, frames: int, keep: int, anchor: int, rule: str, merge_above: float, scale: float,
 ) -> None:  # fmt: skip
+    _check_tensors(k=k, v=v, out_k=out_k, out_v=out_v, index=index)
+    for name, value in (("frames", frames), ("keep", keep), ("anchor", anchor)):
+        if type(value) is not int:
+            raise TypeError(_wrong(name, "an int", value))
+    for name, value in (("merge_above", merge_above), ("scale", scale)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(_wrong(name, "a number", value))
     if k.dim() != 4 or k.shape[3] not in (64, 128) or not 1 <= k.shape[2] <= MAX_HEADS:
         sizes = f"of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
         raise ValueError(_wrong("k", f"[layers, tokens, heads, head_dim], heads not first, {sizes}", k))
@@ -454,7 +471,7 @@ def _check(
     if keep < 1:
         raise ValueError(_wrong("keep", "at least 1", keep))
     if rule not in RULES:
-        raise ValueError(_wrong("rule", " or ".join(map(repr, RULES)), repr(rule)))
+        raise ValueError(_wrong("rule", " or ".join(map(repr, RULES)), rule))
     if not math.isfinite(merge_above):
         raise ValueError(_wrong("merge_above", "finite", merge_above))
     if not 1e-25 <= scale <= 1e25:
@@ -474,7 +491,7 @@ def _check(
         if numbers is not None and numbers.shape != (layers, rows):
             raise ValueError(_wrong(name, f"[{layers}, {rows}]", numbers))
     if not k.dtype is v.dtype is out_k.dtype is out_v.dtype:
-        raise TypeError(_wrong("k, v, out_k and out_v", "of one dtype", k, v, out_k, out_v))
+        raise TypeError(_wrong("k, v, out_k and out_v", "of one dtype", *(x.dtype for x in (k, v, out_k, out_v))))
     if k.dtype not in DTYPES:
         raise TypeError(_wrong("k", " or ".join(map(str, DTYPES)), k))
     if any(x.stride(3) != 1 or (heads > 1 and x.stride(2) != head_dim) for x in (k, v, out_k, out_v)):
@@ -620,7 +637,7 @@ def compress_chunk(
 
     Raises ValueError or TypeError, before any launch, on shapes, dtypes and strides other than these and on numbers out
     of range; also, with "nearest" or `count`, on bf16 in Triton's interpreter. Undefined, since not looked at: outputs
-    that overlap each other or an input.
+    that overlap each other, themselves or an input.
     """
     _check(k, v, out_k, out_v, index, count, frames, keep, anchor, rule, merge_above, scale)
     layers, tokens, heads, head_dim = k.shape

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A window's K and V, gathered from the pool into two dense tensors, for attention kernels that read dense ones.
 
 One program copies BLOCK_ROWS rows of one head: those of the full tiles first, then those that segments leave over, as
@@ -118,11 +119,16 @@ def gather_window(
     before the launch, on shapes, dtypes and strides other than these. Undefined, since not looked at: tables that name
     rows outside the pool, and outputs that overlap each other or an input.
     """
+    _check_tensors(
+        k_pool=k_pool, v_pool=v_pool, tiles=tiles, tail_rows=tail_rows, ranges=ranges, turns=turns, k=k, v=v,
+        lengths=lengths,
+    )  # fmt: skip
     shape = k_pool.shape
     if len(shape) != 3 or shape[2] not in (64, 128) or v_pool.shape != shape:
         raise ValueError(_wrong("k_pool and v_pool", "[rows, heads, head_dim] with head_dim 64 or 128", k_pool, v_pool))
     if k_pool.dtype not in DTYPES or not k_pool.dtype is v_pool.dtype is k.dtype is v.dtype:
-        raise TypeError(_wrong("k_pool, v_pool, k and v", "of one dtype of " + ", ".join(map(str, DTYPES)), k_pool, v))
+        wanted = f"of one dtype of {', '.join(map(str, DTYPES))}"
+        raise TypeError(_wrong("k_pool, v_pool, k and v", wanted, *(x.dtype for x in (k_pool, v_pool, k, v))))
     if not k_pool.stride(2) == v_pool.stride(2) == 1:
         raise ValueError(_wrong("k_pool and v_pool", "dense in head_dim", k_pool, v_pool))
     _, heads, head_dim = shape
@@ -154,5 +160,13 @@ def gather_window(
 
 
 def _wrong(what: str, wanted: str, *got: object) -> str:
-    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else repr(x) for x in got]
+    if len(got) > 1:
+        came = [f"{name} {x}" for name, x in zip(what.replace(" and ", ", ").split(", "), came, strict=True)]
     return f"gather_window: {what} must be {wanted}, got {'; '.join(came)}"
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(_wrong(name, "a tensor", x))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm, 3D rotary embedding and the write into the KV pool, in one launch.
 
 One program handles one token of one of q, k and v: it sums the squares over all heads, reads the row a
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from numbers import Real
 
 import torch
 import triton
@@ -116,8 +118,16 @@ def heads_per_step(heads: int, head_dim: int) -> int:
 
 
 def _wrong(what: str, wanted: str, *got: object) -> str:
-    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else repr(x) for x in got]
+    if len(got) > 1:
+        came = [f"{name} {x}" for name, x in zip(what.replace(" and ", ", ").split(", "), came, strict=True)]
     return f"norm_rope_append: {what} must be {wanted}, got {'; '.join(came)}"
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(_wrong(name, "a tensor", x))
 
 
 def norm_rope_append(
@@ -173,15 +183,20 @@ def norm_rope_append(
 
     Raises ValueError or TypeError, before the launch, on shapes, dtypes and strides other than these, on rows outside
     the pools and on a grid larger than the table. Undefined, since not looked at: a first_row on the device that leads
-    outside the pools, and outputs that overlap each other or an input.
+    outside the pools, and outputs that overlap each other, themselves or an input.
     """
+    _check_tensors(q=q, k=k, v=v, k_pool=k_pool, v_pool=v_pool, q_out=q_out)
     pool = k_pool.shape
     if len(pool) != 3 or pool[2] not in (64, 128) or not 1 <= pool[1] <= MAX_HEADS:
         wanted = f"[rows, kv_heads, head_dim], heads not first, of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
         raise ValueError(_wrong("k_pool", wanted, k_pool))
     rows, kv_heads, head_dim = pool
+    if not isinstance(grid, (tuple, list)) or [type(count) for count in grid] != [int] * 3:
+        raise TypeError(_wrong("grid", "(frames, height, width) of ints", grid))
     frames, height, width = grid
     tokens = frames * height * width
+    if q.dim() == 2 and q.shape[0] != tokens:
+        raise ValueError(_wrong("grid", f"(frames, height, width) of q's {q.shape[0]} tokens in all", grid))
     columns = q.shape[1] if q.dim() == 2 else 0
     heads = columns // head_dim
     if q.shape != (tokens, heads * head_dim) or not 1 <= heads <= MAX_HEADS or heads % kv_heads:
@@ -194,7 +209,8 @@ def norm_rope_append(
     if q_out.shape != (tokens, heads, head_dim):
         raise ValueError(_wrong("q_out", f"[{tokens}, {heads}, {head_dim}]", q_out))
     if not q.dtype is k.dtype is v.dtype is q_out.dtype is k_pool.dtype is v_pool.dtype:
-        raise TypeError(_wrong("q, k, v, q_out, k_pool and v_pool", "of one dtype", q, k, v, q_out, k_pool, v_pool))
+        dtypes = (x.dtype for x in (q, k, v, q_out, k_pool, v_pool))
+        raise TypeError(_wrong("q, k, v, q_out, k_pool and v_pool", "of one dtype", *dtypes))
     if q.dtype not in DTYPES:
         raise TypeError(_wrong("q", " or ".join(map(str, DTYPES)), q))
     stride_q_token, stride_q_column = q.stride()
@@ -217,6 +233,8 @@ def norm_rope_append(
             raise ValueError(_wrong(name, f"None or [{numbers}], contiguous", weight))
         if weight is not None and weight.dtype not in (q.dtype, torch.float32):
             raise TypeError(_wrong(name, f"{q.dtype} or torch.float32", weight))
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(_wrong("eps", "a number", eps))
     if not 0 <= eps < math.inf:
         raise ValueError(_wrong("eps", "finite and not negative", eps))
     on_device = not isinstance(first_row, int)
@@ -236,7 +254,7 @@ def norm_rope_append(
             raise ValueError(_wrong("pairs", f"three counts that add up to {half}", pairs))
     norm_rope_append_kernel[(tokens, 3)](
         q, k, v, q_weight, k_weight, table, q_out, k_pool, v_pool,
-        first_row, height, width, eps,
+        first_row, height, width, float(eps),
         stride_q_token, stride_k_token, stride_v_token, stride_q_out_token, stride_k_pool_row, stride_v_pool_row,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         BLOCK_HEADS=heads_per_step(heads, head_dim), BLOCK_KV_HEADS=heads_per_step(kv_heads, head_dim),

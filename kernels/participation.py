@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The share of softmax weight that each key of a window over a paged KV pool received, averaged over the queries.
 
 One program takes BLOCK_K keys of one head, which it reads once, and walks all queries, BLOCK_Q at a time: the products
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import triton
@@ -151,8 +153,16 @@ def device_capability(device: torch.device) -> tuple[int, int]:
 
 
 def _wrong(what: str, wanted: str, *got: object) -> str:
-    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else repr(x) for x in got]
+    if len(got) > 1:
+        came = [f"{name} {x}" for name, x in zip(what.replace(" and ", ", ").split(", "), came, strict=True)]
     return f"participation: {what} must be {wanted}, got {'; '.join(came)}"
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(_wrong(name, "a tensor", x))
 
 
 def participation(
@@ -202,6 +212,10 @@ def participation(
     Undefined, since not looked at: tables that name rows outside the pool or no row at all, and an out that overlaps
     itself or an input.
     """
+    _check_tensors(
+        q=q, k_pool=k_pool, tiles=tiles, tail_rows=tail_rows, ranges=ranges, num_segments=num_segments, turns=turns,
+        weights=weights, lse=lse, out=out,
+    )  # fmt: skip
     if len(q.shape) != 3 or q.shape[2] not in (64, 128):
         raise ValueError(_wrong("q", "[q_len, heads, head_dim] with head_dim 64 or 128, without a batch dimension", q))
     q_len, heads, head_dim = q.shape
@@ -215,9 +229,11 @@ def participation(
     if q.dtype not in DTYPES:
         raise TypeError(_wrong("q", " or ".join(map(str, DTYPES)), q))
     if k_pool.dtype is not q.dtype:
-        raise TypeError(_wrong("q and k_pool", "of one dtype", q, k_pool))
+        raise TypeError(_wrong("q and k_pool", "of one dtype", q.dtype, k_pool.dtype))
     if q.dtype is torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         raise TypeError(_wrong("q", "float16 or float32 in Triton's interpreter, which multiplies bf16 as integers", q))
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(_wrong("scale", "a number", scale))
     if not 1e-25 <= scale <= 1e25:
         raise ValueError(_wrong("scale", "from 1e-25 to 1e25", scale))
     if not q.stride(2) == k_pool.stride(2) == 1:
@@ -251,7 +267,7 @@ def participation(
     blocks = triton.cdiv(max(TILE_ROWS * capacity, tokens), config.block_k)
     participation_kernel[(blocks, heads)](
         q, k_pool, lse, out, tiles, tail_rows, ranges, turns, weights if has_weight else None,
-        q_len, tokens, scale * 1.4426950408889634,
+        q_len, tokens, float(scale) * 1.4426950408889634,
         q.stride(0), q.stride(1), k_pool.stride(0), k_pool.stride(1), out.stride(0),
         HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, FOLD=config.fold,
         HAS_SHIFT=has_shift, TURNED_PAIRS=turned_pairs, HAS_WEIGHT=has_weight,

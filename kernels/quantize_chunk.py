@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """K and V of a chunk in 8 bits, with a scale a token and head, or in 4, with a scale and a minimum a channel and group
 of tokens; and back.
 
@@ -241,14 +242,26 @@ def dequantize_4_kernel(
 
 
 def _wrong(op: str, what: str, wanted: str, *got: object) -> str:
-    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else repr(x) for x in got]
+    if len(got) > 1:
+        came = [f"{name} {x}" for name, x in zip(what.replace(" and ", ", ").split(", "), came, strict=True)]
     return f"{op}: {what} must be {wanted}, got {'; '.join(came)}"
+
+
+def _check_tensors(op: str, **tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(_wrong(op, name, "a tensor", x))
 
 
 def _check(
     op: str, k: torch.Tensor, v: torch.Tensor, packed: torch.Tensor, bits: int, group_tokens: int,
     chosen: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
+    _check_tensors(op, k=k, v=v, packed=packed)
+    for name, value in (("bits", bits), ("group_tokens", group_tokens)):
+        if type(value) is not int:
+            raise TypeError(_wrong(op, name, "an int", value))
     if k.dim() != 4 or k.shape[3] not in (64, 128) or not 1 <= k.shape[2] <= MAX_HEADS:
         sizes = f"of 1 to {MAX_HEADS} heads and head_dim 64 or 128"
         raise ValueError(_wrong(op, "k", f"[layers, tokens, heads, head_dim], heads not first, {sizes}", k))
@@ -261,7 +274,7 @@ def _check(
     if k.dtype not in DTYPES:
         raise TypeError(_wrong(op, "k", " or ".join(map(str, DTYPES)), k))
     if v.dtype is not k.dtype:
-        raise TypeError(_wrong(op, "k and v", "of one dtype", k, v))
+        raise TypeError(_wrong(op, "k and v", "of one dtype", k.dtype, v.dtype))
     if any(x.stride(3) != 1 or (heads > 1 and x.stride(2) != head_dim) for x in (k, v)):
         raise ValueError(_wrong(op, "k and v", "dense in their last two dimensions", k, v))
     if bits not in (8, 4):
@@ -313,7 +326,7 @@ def quantize_chunk(
     Deterministic; allocates nothing and does not synchronise. All tensors are on one GPU, which is the current one. Any
     alignment of k and v will do; rows on multiples of 16 bytes are read in wider pieces. Raises ValueError or
     TypeError, before the launch, on shapes, dtypes and strides other than these. Undefined, since not looked at:
-    outputs that overlap each other or an input, and a start of `packed` that is no multiple of 16 bytes.
+    outputs that overlap each other, themselves or an input, and a start of `packed` that is no multiple of 16 bytes.
     """
     _check("quantize_chunk", k, v, packed, bits, group_tokens)
     _launch(k, v, packed, quantize_8_kernel, quantize_4_kernel, bits, group_tokens, LARGEST=torch.finfo(k.dtype).max)

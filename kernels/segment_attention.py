@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over segments of a paged KV pool, read where they lie.
 
 An item is BLOCK_Q queries of one head; one program computes it. GROUP_SIZE heads in a row share one of K and V. It
@@ -28,9 +29,11 @@ merge of parts is Flash-Decoding's, and cutting only what does not fill a round 
 from __future__ import annotations
 
 import math
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -44,6 +47,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LARGE = tl.constexpr(2.0**28)
 MAX_LOG_WEIGHT = 8.0  # see _attend_block
+_WANTED = "(first_row, num_rows, time_shift=0, log_weight=0.0)"
 
 
 @triton.jit
@@ -483,14 +487,56 @@ def _tiles_of(pool: torch.Tensor, block_k: int) -> TensorDescriptor | None:
     return TensorDescriptor(pool, [rows, heads * head_dim], [pool.stride(0), 1], [block_k, head_dim])
 
 
+class _Segment(NamedTuple):
+    first_row: int
+    num_rows: int
+    time_shift: int = 0
+    log_weight: float = 0.0
+
+
+def _checked_segment(i: int, given: tuple[float, ...], turning: bool) -> _Segment:
+    def wrong(wanted: str) -> str:
+        return f"window_tables: segments[{i}] must {wanted}, got {given!r}"
+
+    try:
+        numbers = tuple(given)
+        segment = _Segment(*map(operator.index, numbers[:3]), *numbers[3:])
+        if any(isinstance(number, bool) for number in numbers) or not isinstance(segment.log_weight, Real):
+            raise TypeError("a boolean is no number here, nor is what is not real")
+    except TypeError as error:
+        limits = f"of integers below 2**31 and a number from {-MAX_LOG_WEIGHT:g} to {MAX_LOG_WEIGHT:g}"
+        raise TypeError(wrong(f"be {_WANTED} {limits}")) from error
+    if segment.first_row < 0 or segment.num_rows < 1 or segment.first_row + segment.num_rows >= 2**31:
+        raise ValueError(wrong("have first_row >= 0, num_rows >= 1 and end below row 2**31"))
+    if abs(segment.time_shift) >= 2**31:
+        raise ValueError(wrong("have a time_shift of less than 2**31 frames either way"))
+    if segment.time_shift and not turning:
+        raise ValueError(wrong("have time_shift 0 without frequencies"))
+    if not -MAX_LOG_WEIGHT <= segment.log_weight <= MAX_LOG_WEIGHT:
+        raise ValueError(wrong(f"have a log weight from {-MAX_LOG_WEIGHT:g} to {MAX_LOG_WEIGHT:g}"))
+    return segment._replace(log_weight=float(segment.log_weight))
+
+
+def _checked_frequencies(frequencies: torch.Tensor) -> torch.Tensor:
+    wanted = "window_tables: frequencies must be None or a tensor [head_dim / 2]"
+    if not isinstance(frequencies, torch.Tensor):
+        raise TypeError(f"{wanted}, got {frequencies!r}")
+    if frequencies.dim() != 1 or frequencies.is_complex():
+        raise ValueError(f"{wanted} of real numbers, got {list(frequencies.shape)} {frequencies.dtype}")
+    frequencies = frequencies.double().cpu()
+    if not frequencies.isfinite().all():
+        raise ValueError(f"{wanted}, finite, got {frequencies.tolist()}")
+    return frequencies
+
+
 def window_tables(
-    segments: Sequence[tuple[float, ...]],
+    segments: Iterable[tuple[float, ...]],
     frequencies: torch.Tensor | None = None,
     *,
     capacity: int | None = None,
     device: torch.device | str,
 ) -> tuple[torch.Tensor, ...]:
-    """The tables of a window of segments (first_row, num_rows, time_shift, log_weight=0.0), for `segment_attention`.
+    """The tables of a window of segments (first_row, num_rows, time_shift=0, log_weight=0.0), for `segment_attention`.
 
     Segments are contiguous pool rows, of any length from 1, in any order; rows that two segments name count twice.
     Attention sees a segment's keys as if they were `time_shift` latent frames later: pair (2i, 2i + 1) of a head turned
@@ -505,28 +551,27 @@ def window_tables(
             window when its tables, made with the same capacity, are copied into those that it was captured with.
 
     Returns tiles, tail_rows, ranges, num_segments, turns, weights, as in the module's docstring, on `device`; built on
-    the host. Raises ValueError without segments, on a segment without rows, on rows below 0, on a shift without
-    frequencies, on a log weight out of its range, and on a capacity that is too small. That the rows are in the pool is
-    the caller's to know.
+    the host. Raises ValueError without segments, on a segment without rows, on rows below 0, on a row or a shift that
+    is not below 2**31, on a shift without frequencies, on a log weight out of its range, on frequencies of another
+    shape or not finite, and on a capacity that is too small; TypeError on what is no such number, segment or tensor.
+    That the rows are in the pool is the caller's to know.
     """
+    if not isinstance(segments, Iterable):
+        raise TypeError(f"window_tables: segments must be a list of {_WANTED}, got {segments!r}")
+    segments = [_checked_segment(i, given, frequencies is not None) for i, given in enumerate(segments)]
+    if not segments:
+        raise ValueError("window_tables: segments must hold at least one, got none")
+    if frequencies is not None:
+        frequencies = _checked_frequencies(frequencies)
     tiles, tail_rows, ranges, needed = [], [], [], 0
-    for i, (first_row, num_rows, time_shift, *log_weight) in enumerate(segments):
-        if not all(-MAX_LOG_WEIGHT <= x <= MAX_LOG_WEIGHT for x in log_weight):
-            wanted = f"a log weight from {-MAX_LOG_WEIGHT:g} to {MAX_LOG_WEIGHT:g}"
-            raise ValueError(f"window_tables: segments[{i}] must have {wanted}, got {segments[i]}")
-        if first_row < 0 or num_rows < 1:
-            wanted = "first_row >= 0 and num_rows >= 1"
-            raise ValueError(f"window_tables: segments[{i}] must have {wanted}, got {segments[i]}")
-        if time_shift and frequencies is None:
-            wanted = "time_shift 0 without frequencies"
-            raise ValueError(f"window_tables: segments[{i}] must have {wanted}, got {segments[i]}")
+    for i, (first_row, num_rows, *_) in enumerate(segments):
         full_lo, tail_lo, first_tail = len(tiles), len(tail_rows), first_row + num_rows // TILE_ROWS * TILE_ROWS
         tiles += [(row, i) for row in range(first_row, first_tail, TILE_ROWS)]
         tail_rows += [(row, i) for row in range(first_tail, first_row + num_rows)]
         ranges.append((full_lo, len(tiles), tail_lo, len(tail_rows)))
         needed += triton.cdiv(num_rows, TILE_ROWS)
-    if not ranges:
-        raise ValueError("window_tables: segments must hold at least one, got none")
+    if capacity is not None and type(capacity) is not int:
+        raise TypeError(f"window_tables: capacity must be an int or None, got {capacity!r}")
     capacity = needed if capacity is None else capacity
     if needed > capacity:
         raise ValueError(f"window_tables: segments must fit capacity={capacity} tiles of 128 rows, got {needed}")
@@ -538,23 +583,30 @@ def window_tables(
         tables.append(table)
     turns = torch.zeros(1, 1, 2, dtype=torch.float32, device="cpu")
     if frequencies is not None:
-        frequencies = frequencies.double().cpu()
         turning = frequencies.nonzero().flatten().tolist()
         frequencies = frequencies[: turning[-1] + 1 if turning else 1]
         turns = torch.zeros(capacity, len(frequencies), 2, dtype=torch.float32, device="cpu")
-        shifts = torch.tensor([segment[2] for segment in segments], dtype=torch.int64, device="cpu")
+        shifts = torch.tensor([segment.time_shift for segment in segments], dtype=torch.int64, device="cpu")
         angles = shifts[:, None] * frequencies
         turns[: len(segments)] = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
     weights = torch.zeros(capacity, dtype=torch.float32, device="cpu")
-    logs = [sum(segment[3:]) / math.log(2) for segment in segments]
+    logs = [segment.log_weight / math.log(2) for segment in segments]
     weights[: len(segments)] = torch.tensor(logs, dtype=torch.float32, device="cpu")
     tables += [torch.tensor([len(segments)], dtype=torch.int32, device="cpu"), turns, weights]
     return tuple(table.to(device) for table in tables)
 
 
 def _wrong(what: str, wanted: str, *got: object) -> str:
-    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else str(x) for x in got]
+    came = [f"{list(x.shape)} {x.dtype}, stride {x.stride()}" if isinstance(x, torch.Tensor) else repr(x) for x in got]
+    if len(got) > 1:
+        came = [f"{name} {x}" for name, x in zip(what.replace(" and ", ", ").split(", "), came, strict=True)]
     return f"segment_attention: {what} must be {wanted}, got {'; '.join(came)}"
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(_wrong(name, "a tensor", x))
 
 
 def segment_attention(
@@ -612,8 +664,12 @@ def segment_attention(
 
     Raises ValueError or TypeError, before any launch, on shapes, dtypes, strides and scales other than these.
     Undefined, since not looked at: tables that name rows outside the pool or no row at all, pool rows 2**24 elements
-    apart or more, and outputs that overlap each other or an input.
+    apart or more, and outputs that overlap each other, themselves or an input.
     """
+    _check_tensors(
+        q=q, k_pool=k_pool, v_pool=v_pool, tiles=tiles, tail_rows=tail_rows, ranges=ranges, num_segments=num_segments,
+        turns=turns, weights=weights, out=out,
+    )  # fmt: skip
     shape, pool = q.shape, k_pool.shape
     if len(shape) != 3 or shape[2] not in (64, 128):
         raise ValueError(_wrong("q", "[q_len, heads, head_dim] with head_dim 64 or 128, without a batch dimension", q))
@@ -632,11 +688,14 @@ def segment_attention(
     if out.shape != shape:
         raise ValueError(_wrong("out", f"[{q_len}, {heads}, {head_dim}]", out))
     if not q.dtype is k_pool.dtype is v_pool.dtype is out.dtype:
-        raise TypeError(_wrong("q, k_pool, v_pool and out", "of one dtype", q, k_pool, v_pool, out))
+        dtypes = (x.dtype for x in (q, k_pool, v_pool, out))
+        raise TypeError(_wrong("q, k_pool, v_pool and out", "of one dtype", *dtypes))
     if q.dtype not in DTYPES:
         raise TypeError(_wrong("q", " or ".join(map(str, DTYPES)), q))
     if q.dtype is torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         raise TypeError(_wrong("q", "float16 or float32 in Triton's interpreter, which multiplies bf16 as integers", q))
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(_wrong("scale", "a number", scale))
     if not 1e-25 <= scale <= 1e25:
         raise ValueError(_wrong("scale", "from 1e-25 to 1e25", scale))
     stride_q_token, stride_q_head, stride_q_dim = q.stride()
@@ -691,7 +750,7 @@ def segment_attention(
             k_tiles = v_tiles = None
             if has_weight and mass is not None:  # pointers take registers, too
                 config = replace(config, block_k=64)
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = float(scale) * 1.4426950408889634
     scale_power = 2.0 ** math.ceil(math.log2(scale_log2))
     block_tail = config.block_k
     if not has_shift:  # smaller, which wastes less of the last block, and leaves mass and weights their registers

@@ -214,3 +214,10 @@ def test_a_rival_of_ones_own_that_is_wrong_gets_no_number(mine, fault, status, r
     assert (figure["status"], figure["us"], figure["times_rival"]) == (status, None, None)
     assert figure["reason"].startswith(reason)
     assert figure["error"] is None or math.isfinite(figure["error"])
+
+
+def test_a_rival_that_returns_no_function_gets_no_number(mine):
+    mine.write_text("def forgetful(q, k_pool, v_pool, index):\n    pass\n")
+    figure = run_with(mine, "forgetful")
+    assert figure["status"] == "skipped"
+    assert figure["reason"] == "TypeError: a rival must return a function run(i), got None"

@@ -24,6 +24,7 @@ RIVALS = {
     "sdpa cudnn", "sdpa flash", "sdpa efficient", "flex attention", "flash-attn 2", "flash-attn 4 lists",
     "flash-attn 4 pages", "flashinfer", "sage attention", "eager", "compiled", "published",
 }  # fmt: skip
+CPU_TIMES = "\ntimed on a CPU: these times say nothing of a GPU\n"
 PLOTS = [f"{op}_{what}.{kind}" for op in sorted(OPS) for what in ("latency", "share") for kind in ("png", "svg")]
 PLOTS = sorted([*PLOTS, "rollout.png", "rollout.svg"])
 
@@ -108,14 +109,15 @@ def test_json_is_one_document_and_jsonl_appends(tmp_path, capsys):
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert document["command"] == "bench compress_chunk"
-    assert "x rival" in printed.err
+    assert "x rival" in printed.err and CPU_TIMES in printed.err
     assert [json.loads(line) for line in lines.read_text().splitlines()[1:]] == document["figures"]
     path = tmp_path / "out.json"
     assert main([*asked[:-2], "--quiet", "--csv", str(tmp_path / "out.csv")]) == 0
     assert capsys.readouterr().err == ""
     assert main([*asked[:-2], "--json", str(path)]) == main([*asked[:-2], "--json", str(path)]) == 0
     assert len(json.loads(path.read_text())["figures"]) == len(document["figures"])  # written anew
-    assert "x rival" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "x rival" in printed and CPU_TIMES in printed
 
 
 def test_ours_being_wrong_is_exit_status_1(monkeypatch, capsys):
@@ -378,7 +380,19 @@ ROLLOUT = ["rollout", *QUICK]
         ),
         (["segment_attention", *QUICK, "--rival", "math:flash"], "got 'math:flash': math has no function flash"),
         (["segment_attention", *QUICK, "--rival", "math:pi"], "got 'math:pi': math has no function pi"),
-        (["compare", "absent.jsonl", "a-file"], "absent.jsonl"),
+        *[
+            (
+                [name, *QUICK, "--shape", "heads=2,q=1,window=1x1"],
+                "--shape must go with one of segment_attention, norm_rope_append, compress_chunk, quantize_chunk, "
+                f"participation, got bench {name}",
+            )
+            for name in ("all", "chunk")
+        ],
+        (
+            ["compare", "absent.jsonl", "a-file"],
+            "compare: A must be a file that can be read, got 'absent.jsonl': No such",
+        ),
+        (["compare", "a-file", "."], "a-file holds no figures"),
         (["compare", "a-file"], "required: B"),
     ],
 )

@@ -154,6 +154,22 @@ def test_the_text_says_what_the_document_does(capsys):
     assert "15/16 of so many GiB" in text and "an H100 held 4.6 GiB in a pass" in text
 
 
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("1", "1 GB: the 1.0 GiB assumed for libraries are too much alone; a larger GPU"),
+        (
+            "1.001GiB",
+            "1.001 GiB free: 1.0 GiB before any memory, 1.0 GiB of it assumed for libraries, are too much; "
+            "another --variant",
+        ),
+    ],
+)
+def test_what_is_assumed_for_libraries_is_named_where_it_is_too_much(capsys, gpu, said):
+    assert main(["plan", "--model", "small_world", "--dtype", "float32", "--gpu", gpu]) == 0
+    assert any(line.startswith(said) for line in capsys.readouterr().out.splitlines())
+
+
 def test_linear_layers_in_fp8_take_half(capsys):
     wide, narrow = (
         planned(capsys, "--model", "lingbot_world_fast", "--gpu", "80", *of) for of in ((), ("--fp8",))

@@ -152,7 +152,8 @@ def test_revisits_name_the_nearest_pose_and_start_with_the_oldest():
     assert revisits[1].distance == pytest.approx(0.05)  # at 0.8, 0.7 units; at 0.8, 0.8
     assert revisits[2].degrees == pytest.approx(6) and revisits[2].retrieved == (57,)
     assert [revisit.sees_again for revisit in revisits] == [True, True, False]  # chunk 59 is 2 degrees from chunk 60
-    assert retrieval_at_work(revisits).startswith("retrieval at work: 2 of 3 chunks see again what had left the window")
+    said = "2 of 3 chunks see again what had left the window; first those that look back farthest\n  chunk 95 got back"
+    assert retrieval_at_work(revisits).startswith(f"retrieval at work: {said}")
 
 
 def test_picture(rolled):

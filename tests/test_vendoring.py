@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -245,6 +246,14 @@ def test_one_file_alone(tmp_path, module, use):
     assert done.returncode == 0, done.stderr
 
 
+KERNELS = Path(segment_attention.__file__).parent
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in KERNELS.glob("*.py") if path.name != "__init__.py"))
+def test_a_file_says_its_licence(name):
+    assert (KERNELS / name).read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
+
+
 NAN, INF = float("nan"), float("inf")
 
 # --- the window's tables, which are built twice: in place by Window, and here for who has this file alone ---
@@ -288,22 +297,69 @@ def test_the_table_of_turns_ends_with_the_last_pair_that_turns(frequencies, pair
     torch.testing.assert_close(turns, torch.stack([angles.cos(), angles.sin()], dim=-1))
 
 
-@pytest.mark.parametrize(
-    ("segments", "wanted"),
-    [
-        ([], "segments must hold at least one, got none"),
-        ([(0, 5, 0), (-1, 5, 0)], "segments[1] must have first_row >= 0 and num_rows >= 1, got (-1, 5, 0)"),
-        ([(3, 0, 0)], "segments[0] must have first_row >= 0 and num_rows >= 1, got (3, 0, 0)"),
-        ([(0, 5, 2)], "segments[0] must have time_shift 0 without frequencies, got (0, 5, 2)"),
-        ([(0, 5, 0, 8.5)], "segments[0] must have a log weight from -8 to 8, got (0, 5, 0, 8.5)"),
-        ([(0, 5, 0), (0, 5, 0, NAN)], "segments[1] must have a log weight from -8 to 8, got (0, 5, 0, nan)"),
-        ([(0, 300, 0)], "segments must fit capacity=2 tiles of 128 rows, got 3"),
-    ],
+def test_segments_may_leave_out_what_has_a_default():
+    numpy_segment = np.array([100, 130])
+    for short in ([(0, 60), (100, 130)], ((0, 60, 0), numpy_segment)):
+        tables = segment_attention.window_tables(short, device="cpu")
+        whole = segment_attention.window_tables([(0, 60, 0, 0.0), (100, 130, 0, 0.0)], device="cpu")
+        assert all(map(torch.equal, tables, whole))
+
+
+WANTED_SEGMENT = (
+    "must be (first_row, num_rows, time_shift=0, log_weight=0.0) of integers below 2**31 and a number from -8 to 8"
 )
-def test_segments_that_make_no_tables(segments, wanted):
-    with pytest.raises(ValueError) as caught:
+WANTED_ROWS = "must have first_row >= 0, num_rows >= 1 and end below row 2**31"
+WANTED_FREQUENCIES = "frequencies must be None or a tensor [head_dim / 2]"
+
+
+@pytest.mark.parametrize(
+    ("segments", "error", "wanted"),
+    [
+        ([], ValueError, "segments must hold at least one, got none"),
+        (5, TypeError, "segments must be a list of (first_row, num_rows, time_shift=0, log_weight=0.0), got 5"),
+        *[
+            ([(0, 5), given], TypeError, f"segments[1] {WANTED_SEGMENT}, got {given}")
+            for given in (
+                5, (5,), (0, 5, 0, 0.0, 0), (0.0, 5), (0, 5.0), (0, 5, 0.5), (0, 5, NAN), (0, True), (0, 5, 0, True),
+                (0, 5, 0, None),
+            )
+        ],
+        ([(0, 5, 0), (-1, 5, 0)], ValueError, f"segments[1] {WANTED_ROWS}, got (-1, 5, 0)"),
+        ([(3, 0, 0)], ValueError, f"segments[0] {WANTED_ROWS}, got (3, 0, 0)"),
+        ([(2**31 - 5, 5)], ValueError, f"segments[0] {WANTED_ROWS}, got (2147483643, 5)"),
+        ([(0, 5, 2)], ValueError, "segments[0] must have time_shift 0 without frequencies, got (0, 5, 2)"),
+        (
+            [(0, 5, -(2**31))],
+            ValueError,
+            "segments[0] must have a time_shift of less than 2**31 frames either way, got (0, 5, -2147483648)",
+        ),
+        ([(0, 5, 0, 8.5)], ValueError, "segments[0] must have a log weight from -8 to 8, got (0, 5, 0, 8.5)"),
+        ([(0, 5), (0, 5, 0, NAN)], ValueError, "segments[1] must have a log weight from -8 to 8, got (0, 5, 0, nan)"),
+        ([(0, 5, 0, -INF)], ValueError, "segments[0] must have a log weight from -8 to 8, got (0, 5, 0, -inf)"),
+        ([(0, 300, 0)], ValueError, "segments must fit capacity=2 tiles of 128 rows, got 3"),
+    ],
+)  # fmt: skip
+def test_segments_that_make_no_tables(segments, error, wanted):
+    with pytest.raises(error) as caught:
         segment_attention.window_tables(segments, capacity=2, device="cpu")
     assert str(caught.value) == f"window_tables: {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "wanted"),
+    [
+        ({"frequencies": [0.5]}, TypeError, f"{WANTED_FREQUENCIES}, got [0.5]"),
+        ({"frequencies": torch.zeros(1, 32)}, ValueError, f"{WANTED_FREQUENCIES} of real numbers, got [1, 32]"),
+        ({"frequencies": torch.zeros(2) * 1j}, ValueError, f"{WANTED_FREQUENCIES} of real numbers, got [2] torch.comp"),
+        ({"frequencies": torch.tensor([0.5, NAN])}, ValueError, f"{WANTED_FREQUENCIES}, finite, got [0.5, nan]"),
+        ({"capacity": 2.5}, TypeError, "capacity must be an int or None, got 2.5"),
+        ({"capacity": True}, TypeError, "capacity must be an int or None, got True"),
+    ],
+)
+def test_what_else_makes_no_tables(given, error, wanted):
+    with pytest.raises(error) as caught:
+        segment_attention.window_tables([(0, 5)], **given, device="cpu")
+    assert str(caught.value).startswith(f"window_tables: {wanted}")
 
 
 # --- what would be read or written past a tensor's end ---
@@ -329,16 +385,37 @@ def check_refusal(monkeypatch, module, arguments, changes, error, wanted, op=Non
     assert str(caught.value).startswith(f"{op}: {wanted}")
 
 
+def test_a_scale_may_be_numpys(monkeypatch):
+    launched = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(arguments)
+
+    monkeypatch.setattr(segment_attention, "segment_attention_kernel", Launch())
+    monkeypatch.setattr(participation, "participation_kernel", Launch())
+    segment_attention.segment_attention(**{**attention_arguments(), "mass": None, "scale": np.float32(0.125)})
+    participation.participation(**{**participation_arguments(), "scale": np.float32(0.125)})
+    scaled = [[x for x in arguments if isinstance(x, float | np.floating)] for arguments in launched]
+    assert scaled == [[0.125 * 1.4426950408889634, 0.25], [0.125 * 1.4426950408889634]]
+    assert {type(x) for of_kernel in scaled for x in of_kernel} == {float}  # Triton takes no number of numpy
+
+
+def not_tensors(*names):
+    return [({name: x}, TypeError, f"{name} must be a tensor, got {x}") for name in names for x in (None, 0.5)]
+
+
+NOT_NUMBERS = ("0.1", None, True, torch.tensor(0.1))
 UNSUPPORTED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.float64)
+TABLE_NAMES = ("tiles", "tail_rows", "ranges", "num_segments")
 TABLES = "tiles, tail_rows, ranges and num_segments must be torch.int32 [3, 2], [384, 2], [4, 4] and [1]"
 
 
 def attention_arguments():
     k_pool, v_pool = torch.zeros(2, 300, 2, 64)
-    names = ("tiles", "tail_rows", "ranges", "num_segments")
     tables = (torch.zeros(shape, dtype=torch.int32) for shape in ((3, 2), (384, 2), (4, 4), (1,)))
     return dict(
-        q=torch.zeros(5, 2, 64), k_pool=k_pool, v_pool=v_pool, **dict(zip(names, tables, strict=True)),
+        q=torch.zeros(5, 2, 64), k_pool=k_pool, v_pool=v_pool, **dict(zip(TABLE_NAMES, tables, strict=True)),
         turns=torch.zeros(3, 32, 2), weights=torch.zeros(3), out=torch.zeros(5, 2, 64),
         lse=torch.zeros(2, 5), mass=torch.zeros(2, 1), scale=0.125, has_shift=True, has_weight=True,
     )  # fmt: skip
@@ -347,6 +424,8 @@ def attention_arguments():
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [
+        *not_tensors(*TABLE_NAMES, "q", "k_pool", "v_pool", "turns", "weights", "out"),
+        *[({"scale": x}, TypeError, "scale must be a number, got ") for x in NOT_NUMBERS],
         ({"q": torch.zeros(5, 128)}, ValueError, "q must be [q_len, heads, head_dim]"),
         ({"q": torch.zeros(5, 2, 32)}, ValueError, "q must be [q_len, heads, head_dim] with head_dim 64 or 128"),
         (
@@ -374,7 +453,8 @@ def attention_arguments():
         (
             {"k_pool": torch.zeros(300, 1, 64)},
             ValueError,
-            "k_pool and v_pool must be [300, 1 to 2 heads, 64], got [300,",
+            "k_pool and v_pool must be [300, 1 to 2 heads, 64], got k_pool [300, 1, 64] torch.float32, stride (64, 64, "
+            "1); v_pool [300,",
         ),
         (
             {x: torch.zeros(300, 3, 64) for x in ("k_pool", "v_pool")},
@@ -392,7 +472,7 @@ def attention_arguments():
                 **{x: torch.zeros(300, 3, 64) for x in ("k_pool", "v_pool")},
             },
             ValueError,
-            "k_pool and v_pool must be of heads that divide q's 4, got [300, 3, 64]",
+            "k_pool and v_pool must be of heads that divide q's 4, got k_pool [300, 3, 64]",
         ),
         ({"k_pool": torch.zeros(300, 2, 32)}, ValueError, "k_pool and v_pool must be [300, 1 to 2 heads, 64]"),
         ({"k_pool": torch.zeros(300, 128)}, ValueError, "k_pool and v_pool must be [300, 1 to 2 heads, 64]"),
@@ -402,14 +482,19 @@ def attention_arguments():
             ValueError,
             "q, k_pool, v_pool and out must be dense in head_dim",
         ),
-        ({"v_pool": torch.zeros(300, 2, 64).half()}, TypeError, "q, k_pool, v_pool and out must be of one dtype"),
+        (
+            {"v_pool": torch.zeros(300, 2, 64).half()},
+            TypeError,
+            "q, k_pool, v_pool and out must be of one dtype, got q torch.float32; k_pool torch.float32; v_pool "
+            "torch.float16; out torch.float32",
+        ),
         ({"out": torch.zeros(4, 2, 64)}, ValueError, "out must be [5, 2, 64], got [4, 2, 64]"),
         ({"lse": torch.zeros(5, 2)}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
         ({"lse": torch.zeros(5, 2).T}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
         ({"lse": torch.zeros(2, 5).half()}, ValueError, "lse must be torch.float32 [2, 5], contiguous"),
         ({"mass": torch.zeros(3, 1)}, ValueError, "mass must be torch.float32 [2, max_segments]"),
         ({"mass": torch.zeros(())}, ValueError, "mass must be torch.float32 [2, max_segments], got []"),
-        ({"k_pool": torch.zeros(())}, ValueError, "k_pool and v_pool must be [rows, 1 to 2 heads, 64], got []"),
+        ({"k_pool": torch.zeros(())}, ValueError, "k_pool and v_pool must be [rows, 1 to 2 heads, 64], got k_pool []"),
         ({"tiles": torch.zeros(()).int()}, ValueError, "tiles, tail_rows, ranges and num_segments must be torch.int32"),
         ({"tiles": torch.zeros(3, 2).long()}, ValueError, TABLES),
         (
@@ -457,6 +542,8 @@ def participation_arguments():
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [
+        *not_tensors(*TABLE_NAMES, "q", "k_pool", "turns", "weights", "lse", "out"),
+        *[({"scale": x}, TypeError, "scale must be a number, got ") for x in NOT_NUMBERS],
         ({"q": torch.zeros(5, 128)}, ValueError, "q must be [q_len, heads, head_dim] with head_dim 64 or 128, without"),
         ({"q": torch.zeros(5, 2, 32)}, ValueError, "q must be [q_len, heads, head_dim] with head_dim 64 or 128"),
         ({"q": torch.zeros(0, 2, 64)}, ValueError, "q must be [q_len, heads, head_dim], heads not first"),
@@ -474,7 +561,11 @@ def participation_arguments():
             ({x: torch.zeros(5, 2, 64).to(dtype) for x in ("q", "k_pool")}, TypeError, "q must be torch.bfloat16 or")
             for dtype in UNSUPPORTED
         ],
-        ({"k_pool": torch.zeros(300, 2, 64).half()}, TypeError, "q and k_pool must be of one dtype"),
+        (
+            {"k_pool": torch.zeros(300, 2, 64).half()},
+            TypeError,
+            "q and k_pool must be of one dtype, got q torch.float32; k_pool torch.float16",
+        ),
         ({"q": torch.zeros(5, 2, 128)[..., ::2]}, ValueError, "q and k_pool must be dense in head_dim"),
         ({"k_pool": torch.zeros(300, 64, 2).mT}, ValueError, "q and k_pool must be dense in head_dim"),
         ({"scale": 1e37}, ValueError, "scale must be from 1e-25 to 1e25, got 1e+37"),
@@ -527,15 +618,34 @@ Q_SIZES = "q must be [12, heads * 64], up to 128 heads, a multiple of the pools'
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [
-        ({"q": torch.zeros(11, 128)}, ValueError, Q_SIZES + ", got [11, 128]"),
+        *not_tensors("q", "k", "v", "k_pool", "v_pool", "q_out"),
+        *[({"eps": x}, TypeError, "eps must be a number, got ") for x in NOT_NUMBERS],
+        *[
+            ({"grid": grid}, TypeError, f"grid must be (frames, height, width) of ints, got {grid}")
+            for grid in (12, (3, 4), (2, 2, 3.0), (12, True, 1))
+        ],
+        ({"q": torch.zeros(12, 2, 64)}, ValueError, Q_SIZES + ", got [12, 2, 64]"),
+        *[
+            (
+                {"q": torch.zeros(tokens, 128), "grid": grid},
+                ValueError,
+                f"grid must be (frames, height, width) of q's {tokens} tokens in all, got {grid}",
+            )
+            for tokens, grid in ((11, (2, 2, 3)), (12, (2, 2, 2)), (12, (2, 3, 5)))
+        ],
         *[
             ({"q": torch.zeros(12, columns)}, ValueError, f"{Q_SIZES}, got [12, {columns}]")
             for columns in (0, 64, 160, 192, 130 * 64)
         ],
-        ({"k": torch.zeros(12, 64)}, ValueError, "k and v must be [12, 128], got [12, 64]"),
+        ({"k": torch.zeros(12, 64)}, ValueError, "k and v must be [12, 128], got k [12, 64]"),
         ({"k": torch.zeros(12, 2, 64)}, ValueError, "k and v must be [12, 128]"),
         ({"v": torch.zeros(12, 256)[:, ::2]}, ValueError, "q, k and v must be dense in their last dimension"),
-        ({"v": torch.zeros(12, 128).half()}, TypeError, "q, k, v, q_out, k_pool and v_pool must be of one dtype"),
+        (
+            {"v": torch.zeros(12, 128).half()},
+            TypeError,
+            "q, k, v, q_out, k_pool and v_pool must be of one dtype, got q torch.float32; k torch.float32; v "
+            "torch.float16; q_out",
+        ),
         ({"k_pool": torch.zeros(20, 128)}, ValueError, "k_pool must be [rows, kv_heads, head_dim]"),
         ({"k_pool": torch.zeros(20, 2, 96)}, ValueError, "k_pool must be [rows, kv_heads, head_dim], heads not first"),
         ({"k_pool": torch.zeros(2, 129, 64)}, ValueError, "k_pool must be [rows, kv_heads, head_dim], heads not first"),
@@ -566,7 +676,6 @@ Q_SIZES = "q must be [12, heads * 64], up to 128 heads, a multiple of the pools'
             "q_out, k_pool and v_pool must be dense in their last two dimensions",
         ),
         ({"q_out": torch.zeros(11, 2, 64)}, ValueError, "q_out must be [12, 2, 64], got [11, 2, 64]"),
-        ({"grid": (2, 2, 2)}, ValueError, "q must be [8, heads * 64]"),
         ({"grid": (2, -2, -3)}, ValueError, "grid must be within the table's 8 positions, got (2, -2, -3)"),
         ({"first_row": 9}, ValueError, "first_row must be from 0 to 8, got 9"),
         ({"first_row": -1}, ValueError, "first_row must be from 0 to 8, got -1"),
@@ -605,6 +714,14 @@ def compress_arguments():
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [
+        *not_tensors("k", "v", "out_k", "out_v", "index"),
+        *[({"scale": x}, TypeError, "scale must be a number, got ") for x in NOT_NUMBERS],
+        *[({"merge_above": x}, TypeError, "merge_above must be a number, got ") for x in NOT_NUMBERS],
+        *[
+            ({name: x}, TypeError, f"{name} must be an int, got {x}")
+            for name in ("frames", "keep", "anchor")
+            for x in (1.5, 1.0, True, None)
+        ],
         ({"k": torch.zeros(12, 2, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
         ({"k": torch.zeros(1, 2, 600, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
         ({"k": torch.zeros(3, 12, 2, 96)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
@@ -624,7 +741,11 @@ def compress_arguments():
             for dtype in UNSUPPORTED
         ],
         ({"v": torch.zeros(3, 6, 2, 64)}, ValueError, "v must be [3, 12, 2, 64], got [3, 6, 2, 64]"),
-        ({"v": torch.zeros(3, 12, 2, 64).half()}, TypeError, "k, v, out_k and out_v must be of one dtype"),
+        (
+            {"v": torch.zeros(3, 12, 2, 64).half()},
+            TypeError,
+            "k, v, out_k and out_v must be of one dtype, got k torch.float32; v torch.float16; out_k torch.float32",
+        ),
         (
             {"k": torch.zeros(3, 12, 4, 64)[:, :, ::2]},
             ValueError,
@@ -640,11 +761,11 @@ def compress_arguments():
         ({"anchor": 3}, ValueError, "anchor must be from 0 to 2, got 3"),
         ({"anchor": -1}, ValueError, "anchor must be from 0 to 2, got -1"),
         ({"keep": 0}, ValueError, "keep must be at least 1, got 0"),
-        ({"out_k": torch.zeros(3, 7, 2, 64)}, ValueError, "out_k and out_v must be [3, 8, 2, 64], got [3, 7, 2, 64]"),
+        ({"out_k": torch.zeros(3, 7, 2, 64)}, ValueError, "out_k and out_v must be [3, 8, 2, 64], got out_k [3, 7, 2,"),
         (
             {"keep": 9},
             ValueError,
-            "out_k and out_v must be [3, 12, 2, 64], got [3, 8, 2, 64]",
+            "out_k and out_v must be [3, 12, 2, 64], got out_k [3, 8, 2, 64]",
         ),  # a frame of 4 is kept whole
         ({"out_v": torch.zeros(2, 8, 2, 64)}, ValueError, "out_k and out_v must be [3, 8, 2, 64]"),
         (
@@ -689,6 +810,12 @@ def quantize_arguments():
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [
+        *not_tensors("k", "v", "packed"),
+        *[
+            ({name: x}, TypeError, f"{name} must be an int, got {x}")
+            for name in ("bits", "group_tokens")
+            for x in (8.0, 64.0, True, None)
+        ],
         ({"k": torch.zeros(12, 2, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
         ({"k": torch.zeros(3, 12, 2, 96)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not first"),
         ({"k": torch.zeros(3, 12, 129, 64)}, ValueError, "k must be [layers, tokens, heads, head_dim], heads not firs"),
@@ -697,7 +824,8 @@ def quantize_arguments():
         ({"k": torch.zeros(1, 1, 2, 64, device="meta").expand(1, 2**30, -1, -1)}, ValueError,
          "k must be of 1 to 65535 layers, at least one token and at most 2**30 tokens times heads"),
         ({"v": torch.zeros(3, 13, 2, 64)}, ValueError, "v must be [3, 12, 2, 64], got [3, 13, 2, 64]"),
-        ({"v": torch.zeros(3, 12, 2, 64).half()}, TypeError, "k and v must be of one dtype"),
+        ({"v": torch.zeros(3, 12, 2, 64).half()}, TypeError,
+         "k and v must be of one dtype, got k torch.float32; v torch.float16"),
         *[
             ({x: torch.zeros(3, 12, 2, 64).to(dtype) for x in ("k", "v")}, TypeError, "k must be torch.bfloat16 or")
             for dtype in UNSUPPORTED

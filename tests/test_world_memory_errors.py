@@ -304,7 +304,12 @@ def test_every_error_leaves_the_memory_as_before():
     memory, calm, rollout = make(config), make(config), Rollout(config, 7, 10)
     raises(RuntimeError, ["attend: a chunk must be begun", "got"], memory.attend, 0, *rollout.passes[0][0][0])
     raises(RuntimeError, ["end_chunk: a chunk must be begun", "got"], memory.end_chunk)
-    raises(ValueError, ["location: chunk must be from 0", "got 0"], memory.location, 0)
+    raises(
+        ValueError,
+        ["location: chunk must be one that has ended, of which there is none yet", "got 0"],
+        memory.location,
+        0,
+    )
     for chunk in range(10):
         layers = rollout.passes[chunk] = rollout.passes[chunk][:1]
         expected = rollout.chunk(calm, chunk)

@@ -186,7 +186,7 @@ def _checked_segment(i: int, given: Segment | tuple[float, ...]) -> Segment:
         if any(isinstance(number, bool) for number in integers) or not is_number(weight):
             raise TypeError("a boolean is no number here")
     except TypeError as error:
-        wanted = f"{_WANTED} of integers and a number"
+        wanted = f"{_WANTED} of integers below 2**31 and a number from {-MAX_LOG_WEIGHT:g} to {MAX_LOG_WEIGHT:g}"
         raise bad_type("Window", f"segments[{i}]", wanted, given) from error
     if segment.first_row < 0 or segment.num_rows < 1 or sum(segment[:2]) > _INT32_MAX:
         raise ValueError(

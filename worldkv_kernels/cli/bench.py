@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             bench.add_argument("--shape", metavar="KEY=VALUE,...", action="append", default=[],
                                help=f"a case of one's own in place of the others, such as {SHAPES[name]}; may be given "
                                "again")  # fmt: skip
+        else:  # refused with the names of those that take it
+            bench.add_argument("--shape", action="append", help=argparse.SUPPRESS)
         if name == "segment_attention":
             bench.add_argument("--core", action="store_true", help="of the full cases only those that matter most")
             bench.add_argument("--rival", metavar="MODULE:FUNCTION", action="append", default=[],
@@ -88,9 +90,11 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 when a variant of ours is wrong or failed."""
     if args.what == "compare":
         return compare(args)
+    if args.shape and args.what not in SHAPES:
+        raise ValueError(f"--shape must go with one of {', '.join(SHAPES)}, got bench {args.what}")
     common = script("common")
     common.check_seconds(args.seconds)
-    device = common.device_for(args.device, small=args.small or bool(getattr(args, "shape", None)))
+    device = common.device_for(args.device, small=args.small or bool(args.shape))
     planned = _planned(args, device)
     _check_files(args)
     plots = None
@@ -109,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
                 small=args.small, device=device, seconds=args.seconds, jsonl_path=args.jsonl, **options
             )
         shown = getattr(bench, "table", common.table)(measured)
+        if device.type == "cpu":
+            shown += "\ntimed on a CPU: these times say nothing of a GPU"
         print(f"{name}\n{shown}\n", file=out, flush=True)
         figures += measured
     _write(args, figures)
@@ -179,7 +185,7 @@ def _options(args: argparse.Namespace, name: str, bench: ModuleType, device: tor
     options: dict[str, Any] = {}
     if getattr(args, "core", False) and not args.small:
         cases = bench.CORE_CASES
-    if getattr(args, "shape", None):
+    if args.shape:
         if args.small or getattr(args, "core", False):
             raise ValueError("--shape must go without --small and --core, whose cases it takes the place of")
         cases = list(dict.fromkeys(bench.case_of(shape) for shape in args.shape))

@@ -18,7 +18,7 @@ UNTIMED = ("ceilings", "conformance", "racecheck")  # what device.sh puts beside
 def compare(args: argparse.Namespace) -> int:
     """Print what both files have timed, and the lines that have no partner; and all of it as JSON, if asked for."""
     out = sys.stderr if args.json == "-" else sys.stdout
-    a, b = _read(args.a), _read(args.b)
+    a, b = _read("A", args.a), _read("B", args.b)
     devices = sorted({f["environment"]["device"] for f in (*a.values(), *b.values())})
     if len(devices) > 1 and not args.any:
         raise ValueError(f"the figures come from different devices: {', '.join(devices)}; --any compares them")
@@ -66,10 +66,15 @@ def _why(figure: Figure | None) -> str:
     return "no such line in the other" if figure is None else f"{figure['status']} in the other: {figure['reason']}"
 
 
-def _read(path: str) -> dict[tuple[str, str, str], Figure]:
+def _read(argument: str, path: str) -> dict[tuple[str, str, str], Figure]:
     """Figures by bench, case and variant; of equal ones the last. Raises ValueError that names the one at fault."""
     figures = {}
-    for where, figure in read_figures(path):
+    try:
+        found = read_figures(path)
+    except OSError as error:
+        wanted = f"{argument} must be a file that can be read"
+        raise ValueError(f"compare: {wanted}, got {path!r}: {error.strerror}") from error
+    for where, figure in found:
         try:
             if figure["bench"] in UNTIMED:
                 continue

@@ -275,14 +275,18 @@ def _notes(
     rows: list[dict[str, Any]], gpus: list[Room], fixed: dict[str, int], loaded: int, may_be_fp8: bool
 ) -> list[str]:
     """What does not fit, and what to change: once where it is the same for a whole GPU."""
-    taken, told = sum(fixed.values()), []
+    taken, libraries, told = sum(fixed.values()), int(_LIBRARIES * GIB), []
     for gpu in gpus:
         of_gpu = [row for row in rows if row["gpu"] == gpu.name]
         otherwise = f"--fp8, {_OTHERWISE}" if may_be_fp8 and loaded <= gpu.bytes else _OTHERWISE
         if loaded > gpu.bytes:
             told.append(f"{gpu.name}: {byte_size(loaded)} of weights, as they are loaded, are too much; {otherwise}")
+        elif gpu.bytes < libraries:
+            alone = f"the {byte_size(libraries)} assumed for libraries are too much alone"
+            told.append(f"{gpu.name}: {alone}; a larger GPU")
         elif taken > gpu.bytes:
-            told.append(f"{gpu.name}: {byte_size(taken)} before any memory are too much; {otherwise}")
+            before = f"{byte_size(taken)} before any memory, {byte_size(libraries)} of it assumed for libraries"
+            told.append(f"{gpu.name}: {before}, are too much; {otherwise}")
         elif not any(row["fits"] or row["changes"] for row in of_gpu):
             least = min(of_gpu, key=lambda row: row["device_bytes"])
             left = f"{byte_size(gpu.bytes - taken)} are left for a memory"

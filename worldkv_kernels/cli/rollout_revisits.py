@@ -54,7 +54,8 @@ def find_revisits(records: Sequence[dict[str, Any]], poses: np.ndarray, chunk_fr
 def retrieval_at_work(revisits: Sequence[Revisit]) -> str:
     """In words: how many chunks the camera came back in, and those that got back the oldest views."""
     again = sum(revisit.sees_again for revisit in revisits)
-    lines = [f"retrieval at work: {again} of {len(revisits)} chunks see again what had left the window; oldest first"]
+    seen = f"{again} of {len(revisits)} chunks see again what had left the window"
+    lines = [f"retrieval at work: {seen}; first those that look back farthest"]
     for revisit in revisits[:_SHOWN_REVISITS]:
         retrieved = ", ".join(map(str, revisit.retrieved))
         lines.append(

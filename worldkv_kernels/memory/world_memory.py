@@ -624,7 +624,9 @@ class WorldMemory:
     def _location(self, op: str, chunk: int) -> tuple[int, str]:
         chunk = as_integer(op, "chunk", chunk)
         if not 0 <= chunk < self._next_chunk:
-            raise ValueError(f"{op}: chunk must be from 0 to {self._next_chunk - 1}, got {chunk}")
+            last = self._next_chunk - 1
+            wanted = f"from 0 to {last}" if last >= 0 else "one that has ended, of which there is none yet"
+            raise ValueError(f"{op}: chunk must be {wanted}, got {chunk}")
         found = place(self.config, chunk, self._next_chunk, self._first_whole)
         if found == "left":
             found = "bank" if self._bank is not None and chunk in self._bank else "dropped"
