@@ -1,18 +1,19 @@
 """Pictures of the figures: latency, and share of the measured ceiling, against context length.
 
-python benchmarks/plots.py RESULTS.jsonl DIR
+python benchmarks/plots.py RESULTS.jsonl DIR [--case REGEX] [--only A,B]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import measured_in
+from common import measured_in, picked
 from plots_common import headline, save, wrapped
 from plots_rollout import draw_rollouts
 from plots_world import draw_bits
@@ -208,12 +209,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", help="a file that --json or --jsonl wrote")
     parser.add_argument("folder", help="where the pictures go")
+    parser.add_argument("--case", metavar="REGEX", default="", help="of the cases those whose name it is found in")
+    parser.add_argument(
+        "--only", metavar="A,B", help="of the variants those so named, or by the first words of several"
+    )
     args = parser.parse_args(argv)
     try:
         check()
-        for path in draw(measured_in(args.results), args.folder):
+        figures = [f for f in measured_in(args.results) if re.search(args.case, f["case"])]
+        variants = {f["variant"]: f["is_rival"] for f in figures}
+        shown = picked(variants, None if args.only is None else args.only.split(","))
+        figures = [f for f in figures if f["variant"] in shown]
+        if not figures:
+            raise ValueError(f"--case and --only must leave a figure of {args.results}, got none")
+        for path in draw(figures, args.folder):
             print(path)
-    except (ImportError, OSError, ValueError, KeyError) as error:
+    except (re.error, ImportError, OSError, ValueError, KeyError) as error:
         print(f"plots: {error}", file=sys.stderr)
         return 2
     return 0

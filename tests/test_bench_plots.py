@@ -1,8 +1,11 @@
 """Pictures of figures: which panels there are, what is drawn in them, and the words on them."""
 
+import re
+import shlex
 from itertools import pairwise
 
 import pytest
+from conftest import BENCHMARKS
 
 pytest.importorskip("matplotlib")
 
@@ -45,6 +48,31 @@ def words(canvas):
 
 
 TWO_LENGTHS = [figure(v, n, us, share=s) for v, us, s in (("a", 1000, 0.5), ("b", 800, 0.625)) for n in (9000, 27_000)]
+
+
+def test_the_pictures_of_the_readme_are_those_of_the_command(load, tmp_path, monkeypatch):
+    """By all words in them; the lines are drawn from the same file."""
+    told = (BENCHMARKS / "README.md").read_text().replace("\\\n", "")
+    command = re.search(r"^python benchmarks/plots\.py .*\.jsonl docs.*$", told, re.M)[0]
+    results, _, *options = shlex.split(command)[2:]
+    assert load("plots").main([str(BENCHMARKS.parent / results), str(tmp_path), *options]) == 0
+    shown = re.findall(r"\(docs/(segment_attention_\w+\.svg)\)", (BENCHMARKS.parent / "README.md").read_text())
+    assert len(shown) == 2
+    for name in shown:
+        made, kept = (
+            re.findall(r"<text[^>]*>([^<]*)</text>", (folder / name).read_text())
+            for folder in (tmp_path, BENCHMARKS.parent / "docs")
+        )
+        assert made == kept and "sdpa cudnn gather (rival)" in kept
+
+
+@pytest.mark.parametrize(
+    "options, said", [(["--case", "nothing"], "must leave a figure"), (["--case", "("], "unterminated")]
+)
+def test_what_is_left_to_draw_is_told(load, capsys, options, said):
+    results = next((BENCHMARKS / "results").glob("nvidia-*.jsonl"))
+    assert load("plots").main([str(results), ".", *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_line_takes_more_than_one_length(drawn):
