@@ -51,7 +51,7 @@ def draw(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
     Path(folder).mkdir(parents=True, exist_ok=True)
     of_world = [f for f in figures if f["bench"] == "world"]
     figures = [f for f in figures if f["bench"] != "world"]
-    timed = [f for f in figures if f["status"] == "timed" and f["bench"] != "rollout"]
+    timed = [f for f in figures if f.get("status") == "timed" and f["bench"] != "rollout"]
     written = draw_rollouts([f for f in figures if f["bench"] == "rollout"], folder) + draw_bits(of_world, folder)
     for bench in dict.fromkeys(f["bench"] for f in timed):
         of_bench = [f for f in timed if f["bench"] == bench]
@@ -217,13 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check()
         figures = [f for f in measured_in(args.results) if re.search(args.case, f["case"])]
-        variants = {f["variant"]: f["is_rival"] for f in figures}
+        variants = {f["variant"]: f.get("is_rival", False) for f in figures}  # a study has no rivals
         shown = picked(variants, None if args.only is None else args.only.split(","))
-        figures = [f for f in figures if f["variant"] in shown]
-        if not figures:
-            raise ValueError(f"--case and --only must leave a figure of {args.results}, got none")
-        for path in draw(figures, args.folder):
-            print(path)
+        written = draw([f for f in figures if f["variant"] in shown], args.folder)
+        if not written:
+            raise ValueError(f"{args.results} must hold, and --case and --only leave, what has a picture; got nothing")
+        print(*written, sep="\n")
     except (re.error, ImportError, OSError, ValueError, KeyError) as error:
         print(f"plots: {error}", file=sys.stderr)
         return 2

@@ -67,12 +67,12 @@ def test_the_pictures_of_the_readme_are_those_of_the_command(load, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "options, said", [(["--case", "nothing"], "must leave a figure"), (["--case", "("], "unterminated")]
+    "options, said", [(["--case", "nothing"], "what has a picture; got nothing"), (["--case", "("], "unterminated")]
 )
-def test_what_is_left_to_draw_is_told(load, capsys, options, said):
-    results = next((BENCHMARKS / "results").glob("nvidia-*.jsonl"))
-    assert load("plots").main([str(results), ".", *options]) == 2
-    assert said in capsys.readouterr().err
+def test_what_is_left_to_draw_is_told(load, tmp_path, capsys, options, said):
+    results = BENCHMARKS / "results" / "cpu-20261127-small-world-bits.jsonl"
+    assert load("plots").main([str(results), str(tmp_path), *options]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_line_takes_more_than_one_length(drawn):
