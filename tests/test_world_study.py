@@ -357,5 +357,9 @@ def test_the_time_of_choosing_by_content():
     lines = (RESULTS.parent / "cpu-20261127-host-time-content.jsonl").read_text().splitlines()
     both = {line["case"]: line["both_us"] for line in map(json.loads, lines) if line["variant"] == "content"}
     small, middle, large = (f"{both[f'a bank that fills, {count} chunks'] / 1e3:.1f}" for count in (100, 340, 1000))
-    told = f"both together take {small} ms with 100 chunks in the bank, {middle} with 340 and {large} with 1,000"
+    full = f"{both['a full bank, 1000 chunks'] / 1e3:.1f}"
+    told = (
+        f"both together take {small} ms with 100 chunks in a bank that fills, {middle} with 340 and {large} with 1,000, "
+        f"and {full} with a full one of 1,000 "
+    )
     assert told in " ".join(CONTENT_PAGE.split())
