@@ -202,6 +202,7 @@ def test_a_session_of_a_hundred_thousand_chunks_is_flat(long, retrieval, bank):
     check_flat(long, long.Session(retrieval, bank, 100_000, 300), mib=4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leak", ["blocks", "rss", "seconds"])
 def test_a_session_that_grows_is_seen(long, monkeypatch, leak):
     """One object a chunk; 64 KiB a chunk, all of them in one object; in each chunk a walk through all of them."""

@@ -37,6 +37,7 @@ def test_the_command_on_the_default_photograph(tmp_path, capsys):
     check_picture(picture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photo", ["astronaut", "rocket"])
 def test_the_same_order_on_two_more_photographs(tmp_path, photo):
     figures = tmp_path / "recall.json"

@@ -217,10 +217,10 @@ def test_same_bits_wherever_the_segments_lie_and_every_time(backend, shift):
             pool[:, first : first + content.shape[1]] = content
         k, v = pool.to(DEVICE, q.dtype)
         window = make_window([Segment(s, n, shift, w) for s, n, w in zip(starts, lengths, logs, strict=True)], 64)
-        for _ in range(10):
+        for _ in range(2 if backend == "triton" and DEVICE.type == "cpu" else 10):  # the interpreter has one order
             outputs = segment_attention(q, k, v, window, backend=backend, **extras(backend))
             results.append(torch.cat([x.flatten() for x in outputs]))
-    assert len(results) == 20 and all(torch.equal(results[0], result) for result in results)
+    assert len(results) >= 4 and all(torch.equal(results[0], result) for result in results)
 
 
 @pytest.mark.parametrize("backend", [name for name in MASS_BACKENDS if name != "reference"])

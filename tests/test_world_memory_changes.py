@@ -95,9 +95,7 @@ def do(kind: str, memory: WorldMemory, slow: SlowMemory, ratios: list[float], da
             slow.forget(chunk)
 
 
-@fuzz(150)
-@given(configs(), seeds, st.integers(4, MAX_CHUNKS), st.data())
-def test_matches_the_slow_memory(config, seed, num_chunks, data):
+def check_against_slow(config, seed, num_chunks, data):
     ratios = [config.keep_ratio, 0.6 * config.keep_ratio, 0.3 * config.keep_ratio]
     memory, slow, rollout = make(config), SlowMemory(config), ManyRatios(config, ratios, seed, num_chunks)
     for chunk in range(num_chunks):
@@ -106,6 +104,11 @@ def test_matches_the_slow_memory(config, seed, num_chunks, data):
         for kind in data.draw(st.lists(st.sampled_from(KINDS), max_size=3)):
             do(kind, memory, slow, ratios, data)
             check_places(memory, slow, chunk + 1)
+
+
+@pytest.mark.parametrize("examples", [75, pytest.param(400, marks=pytest.mark.slow)])
+def test_matches_the_slow_memory(examples):
+    fuzz(examples)(given(configs(), seeds, st.integers(4, MAX_CHUNKS), st.data())(check_against_slow))()
 
 
 @fuzz(40)

@@ -359,7 +359,7 @@ def test_the_time_of_choosing_by_content():
     small, middle, large = (f"{both[f'a bank that fills, {count} chunks'] / 1e3:.1f}" for count in (100, 340, 1000))
     full = f"{both['a full bank, 1000 chunks'] / 1e3:.1f}"
     told = (
-        f"both together take {small} ms with 100 chunks in a bank that fills, {middle} with 340 and {large} with 1,000, "
-        f"and {full} with a full one of 1,000 "
+        f"both together take {small} ms with 100 chunks in a bank that fills, {middle} with 340 and {large} with "
+        f"1,000, and {full} with a full one of 1,000 "
     )
     assert told in " ".join(CONTENT_PAGE.split())
