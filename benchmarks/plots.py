@@ -218,7 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check()
         figures = [f for f in measured_in(args.results) if re.search(args.case, f["case"])]
         variants = {f["variant"]: f.get("is_rival", False) for f in figures}  # a study has no rivals
-        shown = picked(variants, None if args.only is None else args.only.split(","))
+        only = None if args.only is None else args.only.split(",")
+        for word in only or ():
+            if not picked(variants, [word]):
+                raise ValueError(f"--only must be of ours, {', '.join(variants)}; got {word!r}")
+        shown = picked(variants, only)
         written = draw([f for f in figures if f["variant"] in shown], args.folder)
         if not written:
             raise ValueError(f"{args.results} must hold, and --case and --only leave, what has a picture; got nothing")

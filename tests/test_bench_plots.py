@@ -67,7 +67,12 @@ def test_the_pictures_of_the_readme_are_those_of_the_command(load, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "options, said", [(["--case", "nothing"], "what has a picture; got nothing"), (["--case", "("], "unterminated")]
+    "options, said",
+    [
+        (["--case", "nothing"], "what has a picture; got nothing"),
+        (["--case", "("], "unterminated"),
+        (["--only", "16 bits,no"], "--only must be of ours, 16 bits, "),
+    ],
 )
 def test_what_is_left_to_draw_is_told(load, tmp_path, capsys, options, said):
     results = BENCHMARKS / "results" / "cpu-20261127-small-world-bits.jsonl"
